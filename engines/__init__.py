@@ -1,0 +1,1 @@
+"""Engines behind one protocol: built from ONNX, run, and described by a sidecar file."""

@@ -1,0 +1,111 @@
+"""The build stage: an ONNX file to an engine, by the backend asked for or the best one at hand."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from engines.base import Engine
+from engines.ort import OrtEngine, build_ort
+from engines.sidecar import read_engine, write_sidecar
+from pipeline.artifacts import EngineFile, OnnxModel, Profile
+from pipeline.errors import InputError
+
+AUTO, TENSORRT, ONNXRUNTIME = "auto", "tensorrt", "onnxruntime"
+DEFAULT_PROFILES = (Profile(1, 1, 1), Profile(1, 8, 8))
+
+_Builder = Callable[[OnnxModel, tuple[Profile, ...], bool, Path], EngineFile]
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Attributes:
+    backend: `tensorrt` or `onnxruntime`.
+    profiles: Batch sizes, the range and the tuned one; TensorRT tunes for `opt`.
+    sparse_weights: Let the builder use sparse kernels where weights are 2:4.
+    """
+
+    backend: str
+    profiles: tuple[Profile, ...] = DEFAULT_PROFILES
+    sparse_weights: bool = True
+
+
+def _build_tensorrt(onnx_model: OnnxModel, profiles: tuple[Profile, ...], sparse_weights: bool, out: Path) -> EngineFile:
+    from engines.trt.build import build_trt
+
+    return build_trt(onnx_model, profiles, sparse_weights, out)
+
+
+def _open_tensorrt(engine: EngineFile) -> Engine:
+    from engines.trt.run import TrtEngine
+
+    return TrtEngine(engine)
+
+
+BACKENDS: dict[str, _Builder] = {ONNXRUNTIME: build_ort, TENSORRT: _build_tensorrt}
+_OPENERS: dict[str, Callable[[EngineFile], Engine]] = {
+    ONNXRUNTIME: lambda engine: OrtEngine(engine.path),
+    TENSORRT: _open_tensorrt,
+}
+SUFFIX = {ONNXRUNTIME: ".onnx", TENSORRT: ".plan"}
+
+
+def choose_backend(asked: str) -> tuple[str, str]:
+    """The backend to use, and why; nothing is loaded to find out.
+
+    Raises:
+        InputError: No such backend.
+    """
+    if asked in BACKENDS:
+        return asked, "asked for"
+    if asked != AUTO:
+        raise InputError(f"unknown backend {asked!r}", fix=f"choose one of {', '.join([AUTO, *BACKENDS])}")
+    if importlib.util.find_spec("tensorrt") is None:
+        return ONNXRUNTIME, "TensorRT is not installed"
+    if not _has_gpu():
+        return ONNXRUNTIME, "TensorRT is installed, but there is no NVIDIA driver"
+    return TENSORRT, "TensorRT and an NVIDIA driver are here"
+
+
+def _has_gpu() -> bool:
+    # The second is how a driver shows in the Windows subsystem for Linux.
+    return Path("/proc/driver/nvidia/version").exists() or Path("/dev/dxg").exists()
+
+
+def build_engine(onnx_model: OnnxModel, options: BuildOptions, out: Path) -> EngineFile:
+    """Build an engine and write it with its sidecar.
+
+    Raises:
+        InputError: The backend does not accept the model.
+        HostError: The backend cannot run here.
+    """
+    engine = BACKENDS[options.backend](onnx_model, options.profiles, options.sparse_weights, out)
+    write_sidecar(engine)
+    return engine
+
+
+def open_engine(engine: EngineFile | Path) -> Engine:
+    """Load an engine whose bytes match its sidecar.
+
+    Raises:
+        InputError: The file is missing, or is not what its sidecar describes.
+        HostError: Its runtime is not here.
+    """
+    record = read_engine(engine.path if isinstance(engine, EngineFile) else engine)
+    return _OPENERS[record.backend](record)
+
+
+def parse_profile(text: str) -> Profile:
+    """`"1:8:32"` to `Profile(1, 8, 32)`; `"8"` means 8:8:8.
+
+    Raises:
+        InputError: Not MIN:OPT:MAX in rising order.
+    """
+    parts = text.split(":")
+    if len(parts) in (1, 3) and all(p.isdecimal() for p in parts):
+        low, best, high = (int(p) for p in (parts * 3 if len(parts) == 1 else parts))
+        if 1 <= low <= best <= high:
+            return Profile(low, best, high)
+    raise InputError("not a profile", found=repr(text), fix="write batch sizes as MIN:OPT:MAX, for example 1:8:32")

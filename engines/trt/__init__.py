@@ -1,0 +1,1 @@
+"""TensorRT. Only this package imports `tensorrt`, and only inside functions."""

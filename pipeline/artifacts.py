@@ -1,0 +1,265 @@
+"""Every noun of the line: frozen records of what lies on disk. They hold paths, shapes and digests, never live objects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """N:M, at most `n` non-zeros in each group of `m`."""
+
+    n: int
+    m: int
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph's input or output; None in `shape` is a dynamic axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image file becomes an input tensor; it travels with the weights.
+
+    Attributes:
+        channels: 3 for RGB, 1 for grey.
+        height: Rows of the input tensor.
+        width: Columns of the input tensor.
+        resize: Length of the shorter side before the centre crop; 0 resizes straight to (height, width).
+        interpolation: `bilinear`, `bicubic` or `nearest`.
+        mean: Subtracted from values in [0, 1], a number a channel.
+        std: Divides afterwards, a number a channel.
+    """
+
+    channels: int
+    height: int
+    width: int
+    resize: int
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Which images shaped an artifact.
+
+    Attributes:
+        role: `train`, `select` or `val`.
+        images: How many.
+        sha256: Digest of the images' own digests, sorted.
+        sketch: The smallest of those digests (at most `SKETCH_SIZE`, 16 hexadecimal digits each): all of a small set, a
+            uniform sample of a large one.
+    """
+
+    role: str
+    images: int
+    sha256: str
+    sketch: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a set of weights is and what made it; carried from the checkpoint into the ONNX file and the engine.
+
+    Attributes:
+        model: As given on the command line, without folders.
+        trained: False when the weights, or those they were made from, are random.
+        origin: Where the dense weights came from.
+        dense_sha256: Digest of the dense checkpoint's tensors.
+        classes: Number of outputs.
+        labels: Class names in the order of the outputs; empty if unknown.
+        preprocessing: For its inputs.
+        masked: Names of the masked weights; empty for a dense model.
+        pattern: `2:4`, or None for a dense model.
+        layout: `channel` or `flat`, or None for a dense model.
+        method: How the masks were chosen, or None for a dense model.
+        recalibrated_images: Images that BatchNorm statistics were estimated from; 0 if they were not.
+        image_sets: Images that shaped masks or statistics.
+    """
+
+    model: str
+    trained: bool
+    origin: str
+    dense_sha256: str
+    classes: int
+    labels: tuple[str, ...]
+    preprocessing: Preprocessing
+    masked: tuple[str, ...] = ()
+    pattern: str | None = None
+    layout: str | None = None
+    method: str | None = None
+    recalibrated_images: int = 0
+    image_sets: tuple[ImageSet, ...] = ()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A safetensors file of a model's parameters and buffers."""
+
+    path: Path
+    sha256: str
+    bytes: int
+    provenance: Provenance
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight-bearing layer as seen in one forward pass.
+
+    Attributes:
+        name: The weight's name in the checkpoint.
+        op: `Conv`, `ConvTranspose` or `Gemm`.
+        shape: (K, C, R, S) for a convolution, (K, C) for a linear layer.
+        groups: Of the convolution; 1 for a linear layer.
+        position: Order of first use, from 0; None when the forward pass does not use it.
+        macs: Multiply-accumulates for one image.
+    """
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    groups: int
+    position: int | None
+    macs: int
+
+
+@dataclass(frozen=True)
+class MaskedLayer:
+    """One mask and how much of its weight's magnitude it keeps (`kept` and the best possible `kept_best`, 0 to 1)."""
+
+    name: str
+    shape: tuple[int, ...]
+    groups: int
+    macs: int
+    kept: float
+    kept_best: float
+
+
+@dataclass(frozen=True)
+class DenseLayer:
+    """A layer left dense, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    macs: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What learning the masks took, and how it went on the `select` part (percent)."""
+
+    recipe: str
+    epochs: int
+    steps: int
+    images: int
+    seconds: float
+    groups_changed: float
+    select_top1_start: float
+    select_top1_end: float
+
+
+@dataclass(frozen=True)
+class MaskSet:
+    """A safetensors file with a bool tensor for each masked weight, under the weight's own name and shape."""
+
+    path: Path
+    sha256: str
+    model: str
+    pattern: Pattern
+    layout: str
+    method: str
+    weights_sha256: str
+    masked: tuple[MaskedLayer, ...]
+    dense: tuple[DenseLayer, ...]
+    learning: Learning | None = None
+    image_sets: tuple[ImageSet, ...] = ()
+
+
+@dataclass(frozen=True)
+class OnnxModel:
+    """An ONNX file; `provenance` is None for a file that other tools wrote."""
+
+    path: Path
+    sha256: str
+    bytes: int
+    precision: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    provenance: Provenance | None
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Batch sizes that an engine accepts and is tuned for."""
+
+    min: int
+    opt: int
+    max: int
+
+    def __str__(self) -> str:
+        return f"{self.min}:{self.opt}:{self.max}"
+
+
+@dataclass(frozen=True)
+class LayerSparsity:
+    """Evidence for one engine layer; `state` is `sparse`, `dense` or `unknown`."""
+
+    name: str
+    kernel: str | None
+    state: str
+    c: int | None
+    k: int | None
+
+
+@dataclass(frozen=True)
+class EngineFile:
+    """An engine and everything its sidecar says of it.
+
+    Attributes:
+        onnx_sha256: Digest of the ONNX file it was built from.
+        sparse_weights: Whether the builder was allowed sparse kernels.
+        typing: `strong` when tensor types come from the ONNX file alone.
+        layers: Evidence of what runs sparse, where the runtime gives any.
+        notes: What a reader should know, such as a backend without sparse kernels.
+    """
+
+    path: Path
+    sha256: str
+    bytes: int
+    backend: str
+    precision: str
+    runtime_version: str
+    device: str
+    compute_capability: str | None
+    device_memory_bytes: int | None
+    sparse_weights: bool
+    typing: str
+    profiles: tuple[Profile, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    onnx_sha256: str
+    build_s: float
+    provenance: Provenance | None
+    layers: tuple[LayerSparsity, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A model's folder in a Triton model repository and the version just written."""
+
+    folder: Path
+    version: int
+    platform: str
+    files: tuple[Path, ...]

@@ -1,0 +1,74 @@
+"""`main`: arguments in, exit code out. 0 done and passed, 1 a gate failed, 2 wrong usage, 3 bad input or environment."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from pipeline.cli import checkpoints, engines, gates, line
+from pipeline.errors import PipelineError
+
+PASSED, GATE_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 3, 130
+
+_SUMMARY = """Take a CNN checkpoint to a 2:4-sparse engine that can be trusted.
+
+`maskplan engine MODEL` runs the whole line; every stage is also a command that works alone on files of other tools.
+"""
+_EXAMPLES = """Examples:\n
+  maskplan engine digits_resnet\n
+  maskplan engine resnet50 --weights w.pth --data imagenet\n
+  maskplan check model.onnx --report check.json
+"""
+
+app = typer.Typer(
+    name="maskplan", help=_SUMMARY, epilog=_EXAMPLES, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+for module in (line, checkpoints, gates, engines):
+    module.register(app)
+
+
+@app.callback()
+def common(
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Say more on stderr."),
+    quiet: bool = typer.Option(False, "--quiet", "-q", help="Only warnings and errors on stderr."),
+) -> None:
+    """Options of every command."""
+    level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Narration())
+    for package in ("pipeline", "exporters", "engines"):
+        logger = logging.getLogger(package)
+        logger.handlers[:] = [handler]
+        logger.setLevel(level)
+        logger.propagate = False
+
+
+class _Narration(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        return f"{prefix}{record.getMessage()}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit code. An error of ours (a bug) keeps its traceback.
+    """
+    try:
+        app(args=None if argv is None else list(argv), prog_name="maskplan")
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except gates.GateFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return GATE_FAILED
+    except SystemExit as end:  # how typer ends, also after a command that went well
+        code = end.code if isinstance(end.code, int) else PASSED
+        if code == INTERRUPTED:
+            print("interrupted; finished stages are kept, and the same command goes on from there", file=sys.stderr)
+        return code
+    return PASSED

@@ -1,0 +1,126 @@
+"""`mask`, `bake` and `export`: the stages that work on PyTorch checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli import options
+
+if TYPE_CHECKING:
+    from pipeline.data import Dataset
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the app."""
+    app.command(epilog="Example:\n\n  maskplan mask resnet50 --method magnitude -o masks.safetensors")(mask)
+    app.command(epilog="Example:\n\n  maskplan bake resnet50 --masks masks.safetensors --weights new.pth -o sparse.safetensors")(bake)
+    app.command(epilog="Example:\n\n  maskplan export resnet50 --weights sparse.safetensors -o sparse.onnx")(export)
+
+
+def mask(
+    model: options.Model,
+    out: options.Out = Path("masks.safetensors"),
+    method: Annotated[str | None, typer.Option(help="learned or magnitude; by default learned where there are images.")] = None,
+    weights: options.Weights = "auto",
+    data: options.Data = None,
+    pattern: Annotated[str, typer.Option(help="N:M, at most N non-zeros in each group of M.")] = "2:4",
+    layout: Annotated[str, typer.Option(help="channel (TensorRT's) or flat (for comparison; cannot be deployed).")] = "channel",
+    budget_minutes: Annotated[float | None, typer.Option(min=0, help="Stop learning after this long.")] = None,
+    classes: options.Classes = None,
+    seed: options.Seed = 0,
+    recipe: options.RecipeFile = None,
+    report: options.Report = None,
+) -> None:
+    """Choose masks for MODEL; its weights stay as they are."""
+    from pipeline.checkpoint import ModelOptions, open_checkpoint
+    from pipeline.data import identify
+    from pipeline.files import write_json
+    from pipeline.mask import LEARNED, MAGNITUDE, choose_masks
+    from pipeline.recipe import read_recipe
+    from pipeline.report import masks_values
+
+    chosen = read_recipe(recipe, seed)
+    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed))
+    dataset = _dataset(model, data, provenance.labels, provenance.classes, seed)
+    method = method or (LEARNED if dataset is not None else MAGNITUDE)
+    learn = replace(chosen.learn, budget_minutes=budget_minutes) if budget_minutes is not None else chosen.learn
+    how = replace(chosen.mask, method=method, pattern=pattern, layout=layout, learn=learn)
+    sets = (identify(dataset.train), identify(dataset.select)) if dataset is not None and method == LEARNED else ()
+    masks = choose_masks(module, provenance, how, out, dataset, sets)
+    if report is not None:
+        write_json(report, masks_values(masks, out.parent))
+    print(f"{out}: {masks.pattern} masks ({masks.method}) for {len(masks.masked)} layers; {len(masks.dense)} stay dense")
+
+
+def bake(
+    model: options.Model,
+    masks: Annotated[Path, typer.Option(help="Mask file.")],
+    out: options.Out = Path("sparse.safetensors"),
+    weights: options.Weights = "auto",
+    recalibrate: Annotated[
+        Path | None, typer.Option(help="Data folder whose train/ images recalibrate BatchNorm statistics.")
+    ] = None,
+    classes: options.Classes = None,
+    seed: options.Seed = 0,
+    recipe: options.RecipeFile = None,
+) -> None:
+    """Set what the masks drop to zero and write the pruned checkpoint; the weights may be newer than the masks."""
+    from pipeline.bake import bake as bake_stage
+    from pipeline.checkpoint import ModelOptions, open_checkpoint
+    from pipeline.data import identify
+    from pipeline.mask import given_masks
+    from pipeline.recalibrate import recalibrate as recalibrate_stage
+    from pipeline.recipe import read_recipe
+    from pipeline.weights import fit_weights, read_weights
+
+    chosen = read_recipe(recipe, seed)
+    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed))
+    dataset = _dataset(model, recalibrate, provenance.labels, provenance.classes, seed) if recalibrate else None
+    mask_set = given_masks(module, provenance, masks)
+    baked = bake_stage(module, provenance, mask_set, out)
+    if dataset is not None:
+        fit_weights(module, read_weights(out), where=out)
+        baked = recalibrate_stage(
+            module, baked.provenance, dataset.train, chosen.recalibrate, out, (identify(dataset.train),)
+        )
+    print(f"{baked.path}: {mask_set.pattern} on {len(mask_set.masked)} layers, {baked.bytes:,} bytes")
+
+
+def export(
+    model: options.Model,
+    out: options.Out = Path("model.onnx"),
+    weights: options.Weights = "auto",
+    precision: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp32",
+    classes: options.Classes = None,
+    seed: options.Seed = 0,
+    recipe: options.RecipeFile = None,
+) -> None:
+    """Export MODEL to ONNX, checked against PyTorch's own outputs."""
+    from exporters.onnx_export import PRECISIONS, export_onnx
+    from pipeline.checkpoint import ModelOptions, open_checkpoint
+    from pipeline.errors import InputError
+    from pipeline.recipe import read_recipe
+
+    if precision not in PRECISIONS:
+        raise InputError(f"unknown precision {precision!r}", fix=f"choose {' or '.join(PRECISIONS)}")
+    chosen = read_recipe(recipe, seed)
+    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed))
+    (written,) = export_onnx(module, provenance, chosen.export, {precision: out})
+    print(f"{written.path}: {written.precision}, {written.bytes:,} bytes")
+
+
+def _dataset(model: str, folder: Path | None, labels: tuple[str, ...], outputs: int, seed: int) -> Dataset | None:
+    from pipeline.data import open_folder
+    from pipeline.models import BUNDLED
+
+    if folder is not None:
+        return open_folder(folder, labels, outputs, seed)
+    if model == BUNDLED and outputs == 10:
+        from pipeline.bundled.digits import load_digits
+
+        return load_digits()
+    return None

@@ -1,0 +1,136 @@
+"""`maskplan engine`: the whole line, and the table at its end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli import options
+from pipeline.cli.gates import GateFailed
+
+if TYPE_CHECKING:
+    from pipeline.run import Finished
+
+_EXAMPLES = """Examples:\n
+  maskplan engine digits_resnet\n
+  maskplan engine resnet50 --weights w.pth --data imagenet --out build/r50\n
+  maskplan engine my_net.py:build --weights w.safetensors --data photos\n
+  maskplan engine resnet50 --backend tensorrt --repository models
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command(epilog=_EXAMPLES)(engine)
+
+
+def engine(
+    model: options.Model = "digits_resnet",
+    weights: options.Weights = "auto",
+    data: options.Data = None,
+    masks: Annotated[
+        str | None, typer.Option(help="learned, magnitude, or a mask file; by default learned where there are images.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32 or fp16; by default what can run sparse: fp16 on TensorRT, fp32 elsewhere.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto, tensorrt or onnxruntime.")] = "auto",
+    budget_minutes: Annotated[float | None, typer.Option(min=0, help="Stop learning masks after this long.")] = None,
+    max_top1_drop: Annotated[float | None, typer.Option(help="Points of top-1 that may be lost; 1.0 by default.")] = None,
+    repository: Annotated[Path | None, typer.Option(help="Triton model repository to deploy to.")] = None,
+    allow_untrained: Annotated[bool, typer.Option(help="Deploy even random weights.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; build/MODEL by default.")] = None,
+    classes: options.Classes = None,
+    seed: options.Seed = 0,
+    recipe: options.RecipeFile = None,
+    report: options.Report = None,
+) -> None:
+    """Take MODEL to a checked, compared and timed engine in DIR (build/MODEL).
+
+    Stages that are done and unchanged are not run again, so the same command goes on after an interruption, and on another
+    host after copying DIR.
+    """
+    from pipeline.checkpoint import ModelOptions
+    from pipeline.errors import InputError
+    from pipeline.files import write_json
+    from pipeline.models import folder_name
+    from pipeline.recipe import read_recipe
+    from pipeline.report import report_values
+    from pipeline.run import ConformanceFailure, LineOptions, run
+
+    chosen = read_recipe(recipe, seed)
+    if budget_minutes is not None:
+        learn = replace(chosen.learn, budget_minutes=budget_minutes)
+        chosen = replace(chosen, learn=learn, mask=replace(chosen.mask, learn=learn))
+    if max_top1_drop is not None:
+        chosen = replace(chosen, compare=replace(chosen.compare, max_top1_drop=max_top1_drop))
+    if precision not in (None, "fp32", "fp16"):
+        raise InputError(f"unknown precision {precision!r}", fix="choose fp32 or fp16")
+    folder = out or Path("build") / folder_name(model)
+    try:
+        finished = run(
+            LineOptions(
+                model=ModelOptions(model, weights, classes, seed),
+                data=data,
+                masks=masks,
+                precision=precision,
+                backend=backend,
+                recipe=chosen,
+                repository=repository,
+                allow_untrained=allow_untrained,
+                out=folder,
+            )
+        )
+    except ConformanceFailure as error:
+        raise GateFailed(str(error)) from error
+    if report is not None:
+        write_json(report, report_values(finished.report))
+    show(finished, folder)
+    if finished.report.parity.verdict == "fail":
+        raise GateFailed(f"parity: {finished.report.parity.reason}")
+
+
+def show(finished: Finished, folder: Path) -> None:
+    """Print the final table, what was written, and the next command."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    report = finished.report
+    table = Table(title=f"{report.model.model}, {report.precision} on {report.engine.backend}", title_justify="left")
+    table.add_column("weights")
+    for title in ("top-1 %", "top-5 %", "drop", "MB"):
+        table.add_column(title, justify="right")
+    for batch in report.timing.batches:
+        table.add_column(f"ms, batch {batch.batch}", justify="right")
+
+    def times(name: str) -> list[str]:
+        return [f"{getattr(b, name).p50_ms:.3g}" for b in report.timing.batches]
+
+    last = report.masks.method
+    rows = {row.name: row for row in report.parity.methods} or {"dense": None, last: None}
+    for name, row in rows.items():
+        accuracy = ["", "", ""] if row is None else [f"{row.top1:.2f}", f"{row.top5:.2f}", f"{row.drop:+.2f}"]
+        timed = {"dense": ("dense", report.dense_engine), list(rows)[-1]: ("sparse", report.engine)}.get(name)
+        size = f"{timed[1].bytes / 1e6:.2f}" if timed else ""
+        table.add_row(name, *accuracy, size, *(times(timed[0]) if timed else []))
+    console.print(table)
+    conformance, parity = report.conformance, report.parity
+    console.print(f"conformance  {conformance.verdict}: {conformance.conforming} of {conformance.eligible} eligible weights are {conformance.pattern}")
+    why = f": {parity.reason}" if parity.reason else f": {parity.images} images, {parity.agreement:.2f}% agreement"
+    console.print(f"parity       {parity.verdict.replace('_', ' ')}{why}", soft_wrap=True)
+    if report.timing.note:
+        console.print(f"timing       {report.timing.note}", soft_wrap=True)
+    if not report.model.trained:
+        console.print("UNTRAINED    the weights are random: good for timing, not for use", soft_wrap=True)
+    console.print(f"engine       {report.engine.path}", soft_wrap=True)
+    console.print(f"report       {finished.files.html.path}", soft_wrap=True)
+    if finished.deployment is not None:
+        console.print(f"deployed     {finished.deployment.folder}, version {finished.deployment.version}", soft_wrap=True)
+    elif report.model.trained and parity.verdict != "fail":
+        console.print(f"next         maskplan deploy {report.engine.path} --repository models", soft_wrap=True)
+    else:
+        console.print(f"next         maskplan inspect {report.engine.path}", soft_wrap=True)

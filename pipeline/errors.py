@@ -1,0 +1,63 @@
+"""What goes wrong through no fault of ours, told in one message."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable, Sequence
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class PipelineError(Exception):
+    """The user's to fix: bad input or environment. Ends a command with exit code 3 and no traceback.
+
+    Attributes:
+        what: What failed, in one sentence.
+        where: The file, layer or option concerned.
+        found: What was found there.
+        fix: What to do about it.
+    """
+
+    def __init__(self, what: str, *, where: object = None, found: object = None, fix: str | None = None) -> None:
+        self.what, self.where, self.found, self.fix = what, where, found, fix
+        parts = [what]
+        for label, text in (("where", where), ("found", found), ("fix", fix)):
+            if text is not None:
+                parts.append(f"  {label + ':':<6} {text}")
+        super().__init__("\n".join(parts))
+
+
+class InputError(PipelineError):
+    """The model, weights, masks or data given cannot be used."""
+
+
+class HostError(PipelineError):
+    """This machine lacks something: a runtime, a permission, disk space, the folder's lock."""
+
+
+def host_error(error: OSError, *, where: object) -> HostError:
+    """Turn an `OSError` met while writing into a message that says what to do."""
+    found = error.strerror or str(error)
+    if error.errno in _FULL:
+        return HostError(
+            "the disk is full",
+            where=where,
+            found=found,
+            fix="free some space and run the same command again; finished stages are kept",
+        )
+    return HostError("cannot write", where=where, found=found, fix="choose a folder that you may write to with --out or -o")
+
+
+def listed(items: Iterable[object], most: int = 5) -> str:
+    """The first few items, and how many more there are."""
+    texts = [str(item) for item in items]
+    shown = ", ".join(texts[:most])
+    return shown if len(texts) <= most else f"{shown} and {len(texts) - most} more"
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str | None:
+    """The likeliest intended word, as a phrase, or None."""
+    import difflib
+
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(repr(c) for c in close)}?" if close else None

@@ -1,0 +1,32 @@
+"""How masks are learned: one frozen record of options, with the defaults that we use ourselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LearnOptions:
+    """Options of the learner.
+
+    Attributes:
+        epochs: Passes over the training images.
+        batch: Images a step.
+        rate: Adam's learning rate for the gates.
+        tau_start: Temperature of the Gumbel-softmax at the first step.
+        tau_end: And at the last; it falls geometrically.
+        prior: How strongly the gates start out for the magnitude mask: the standard deviation of a layer's gates.
+        softness: Temperature of the distillation from the dense network.
+        budget_minutes: Stop learning after this long; the schedule is shortened to fit. Not repeatable to the bit.
+        seed: Of the noise and of the order of images.
+    """
+
+    epochs: int = 12
+    batch: int = 64
+    rate: float = 0.02
+    tau_start: float = 1.0
+    tau_end: float = 0.1
+    prior: float = 1.5
+    softness: float = 2.0
+    budget_minutes: float | None = None
+    seed: int = 0

@@ -1,0 +1,182 @@
+"""Learn masks: frozen weights, gates by Adam, distilled from the dense network; the best epoch on `select` wins."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from pipeline.artifacts import Learning, Pattern, Preprocessing
+from pipeline.data import Dataset, batches
+from pipeline.errors import InputError
+from pipeline.learning.gates import Gates
+from pipeline.learning.recipes import LearnOptions
+from pipeline.progress import track
+from pipeline.recalibrate import RecalibrateOptions, norms, update_statistics
+
+log = logging.getLogger(__name__)
+
+Masks = dict[str, npt.NDArray[np.bool_]]
+
+
+def learn_masks(
+    module: nn.Module,
+    magnitude: Mapping[str, npt.NDArray[np.bool_]],
+    pattern: Pattern,
+    how: Preprocessing,
+    data: Dataset,
+    options: LearnOptions,
+) -> tuple[Masks, Learning]:
+    """Choose masks by gradient descent over the patterns of each group.
+
+    The magnitude masks are the prior and the candidate to beat: they are kept if no epoch does better on `select`. In
+    learning, BatchNorm uses batch statistics; for every judgement it is recalibrated, as the final network will be.
+
+    Args:
+        module: The dense model; neither its parameters nor its buffers change.
+        magnitude: The starting masks by weight name.
+        pattern: N:M.
+        how: Preprocessing of the images.
+        data: `train` for the gradient, `select` for the choice of the epoch.
+        options: Schedule and seed.
+
+    Returns:
+        Masks by weight name, and what it took.
+
+    Raises:
+        InputError: The loss is not a number, or there are fewer images than two.
+    """
+    if len(data.train) < 2:
+        raise InputError("too few images to learn from", found=f"{len(data.train)} in train", fix="give more images")
+    started = time.monotonic()
+    teacher = module.eval()
+    student = copy.deepcopy(module).requires_grad_(False)
+    weights = {name: dict(student.named_parameters())[name] for name in magnitude}
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    gates = {name: Gates(weight, pattern, options.prior) for name, weight in weights.items()}
+    optimiser = torch.optim.Adam([g.logits for g in gates.values()], lr=options.rate)
+    generator = torch.Generator().manual_seed(options.seed)
+
+    best_masks: Masks = dict(magnitude)
+    first_top1 = best_top1 = _judge(module, best_masks, how, data, options)
+    log.info("learning masks for %d layers; magnitude masks have %.2f%% on select", len(gates), first_top1)
+    steps = 0
+    total = options.epochs * _steps_per_epoch(data, options)
+    epochs = 0
+    for epoch in range(options.epochs):
+        _prepare(student)
+        for x, _ in track(_epoch(data, how, options, epoch), f"epoch {epoch + 1}/{options.epochs}", total // options.epochs):
+            tau = _temperature(_fraction(steps, total, started, options), options)
+            images = torch.from_numpy(x)
+            with torch.no_grad():
+                target = teacher(images)
+            masked = {name: weights[name] * gate.sample(tau, generator) for name, gate in gates.items()}
+            loss = _distillation(functional_call(student, masked, (images,)), target, options.softness)
+            if not bool(loss.isfinite()):
+                raise InputError(
+                    "the loss is not a number",
+                    where=f"epoch {epoch + 1}, step {steps + 1}",
+                    fix="check the weights and the images' normalisation, or lower the learning rate",
+                )
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            steps += 1
+            if _spent(started, options):
+                break
+        epochs = epoch + 1
+        masks = {name: gate.mask() for name, gate in gates.items()}
+        top1 = _judge(module, masks, how, data, options)
+        log.info("epoch %d/%d: %.2f%% on select", epochs, options.epochs, top1)
+        if top1 >= best_top1:
+            best_masks, best_top1 = masks, top1
+        if _spent(started, options):
+            log.info("the budget of %s minutes is spent", options.budget_minutes)
+            break
+    if any(not torch.equal(before[name], weight) for name, weight in weights.items()):
+        raise AssertionError("learning masks changed a weight")
+    return best_masks, Learning(
+        recipe="maskplan",
+        epochs=epochs,
+        steps=steps,
+        images=len(data.train),
+        seconds=round(time.monotonic() - started, 3),
+        groups_changed=_groups_changed(magnitude, best_masks, pattern),
+        select_top1_start=first_top1,
+        select_top1_end=best_top1,
+    )
+
+
+def top1(module: nn.Module, how: Preprocessing, data: Dataset, batch: int) -> float:
+    """Accuracy on the `select` part, percent."""
+    right = 0
+    with torch.no_grad():
+        for x, labels in batches(data.select, how, batch):
+            right += int((module(torch.from_numpy(x)).argmax(dim=1).numpy() == labels).sum())
+    return 100 * right / len(data.select)
+
+
+def _judge(module: nn.Module, masks: Masks, how: Preprocessing, data: Dataset, options: LearnOptions) -> float:
+    """`select` accuracy of a model with the masks applied and its statistics recalibrated."""
+    candidate = copy.deepcopy(module)
+    parameters = dict(candidate.named_parameters())
+    with torch.no_grad():
+        for name, mask in masks.items():
+            parameters[name].masked_fill_(~torch.from_numpy(mask), 0.0)
+    update_statistics(candidate, data.train, how, RecalibrateOptions(seed=options.seed))
+    return top1(candidate, how, data, options.batch)
+
+
+def _prepare(student: nn.Module) -> None:
+    student.eval()
+    for norm in norms(student):
+        norm.train()
+
+
+def _steps_per_epoch(data: Dataset, options: LearnOptions) -> int:
+    return max(len(data.train) // options.batch, 1)
+
+
+def _epoch(
+    data: Dataset, how: Preprocessing, options: LearnOptions, epoch: int
+) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]]:
+    """Full batches in a fresh seeded order; a set smaller than a batch is one batch."""
+    order = np.random.default_rng((options.seed, epoch)).permutation(len(data.train))
+    return batches(data.train, how, options.batch, order[: max(_steps_per_epoch(data, options) * options.batch, 1)])
+
+
+def _fraction(step: int, total: int, started: float, options: LearnOptions) -> float:
+    fraction = step / max(total - 1, 1)
+    if options.budget_minutes is not None:
+        fraction = max(fraction, (time.monotonic() - started) / (60 * options.budget_minutes))
+    return min(fraction, 1.0)
+
+
+def _spent(started: float, options: LearnOptions) -> bool:
+    return options.budget_minutes is not None and time.monotonic() - started > 60 * options.budget_minutes
+
+
+def _temperature(fraction: float, options: LearnOptions) -> float:
+    return float(options.tau_start * (options.tau_end / options.tau_start) ** fraction)
+
+
+def _distillation(student: torch.Tensor, teacher: torch.Tensor, softness: float) -> torch.Tensor:
+    """KL divergence from the dense network's softened probabilities (Hinton et al. 2015)."""
+    log_p, log_q = F.log_softmax(student / softness, dim=1), F.log_softmax(teacher / softness, dim=1)
+    return softness**2 * F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+
+
+def _groups_changed(old: Mapping[str, npt.NDArray[np.bool_]], new: Masks, pattern: Pattern) -> float:
+    """Share of groups whose pattern differs, 0 to 1."""
+    from pipeline.masking.patterns import group
+
+    changed = [(group(old[name], pattern.m) != group(new[name], pattern.m)).any(axis=-1) for name in new]
+    return float(sum(int(c.sum()) for c in changed) / max(sum(c.size for c in changed), 1))

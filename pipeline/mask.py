@@ -1,0 +1,115 @@
+"""The mask stage: which layers, by which method."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.artifacts import ImageSet, MaskSet, Provenance
+from pipeline.data import Dataset
+from pipeline.errors import InputError
+from pipeline.layers import survey
+from pipeline.learning.recipes import LearnOptions
+from pipeline.masking.magnitude import magnitude_mask
+from pipeline.masking.maskset import read_masks, write_masks
+from pipeline.masking.patterns import CHANNEL, LAYOUTS, parse_pattern
+from pipeline.masking.policy import select_layers
+from pipeline.weights import tensors_sha256
+
+if TYPE_CHECKING:
+    from torch import nn
+
+LEARNED, MAGNITUDE = "learned", "magnitude"
+METHODS = (LEARNED, MAGNITUDE)
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """How masks are chosen.
+
+    Attributes:
+        method: `learned` or `magnitude`.
+        pattern: N:M.
+        layout: `channel` (TensorRT's) or `flat` (for comparison only).
+        learn: For learned masks.
+    """
+
+    method: str = MAGNITUDE
+    pattern: str = "2:4"
+    layout: str = CHANNEL
+    learn: LearnOptions = field(default_factory=LearnOptions)
+
+
+def choose_masks(
+    module: nn.Module,
+    provenance: Provenance,
+    options: MaskOptions,
+    out: Path,
+    data: Dataset | None = None,
+    image_sets: tuple[ImageSet, ...] = (),
+    only: Collection[str] | None = None,
+) -> MaskSet:
+    """Choose a mask for every layer that the policy selects; the module's weights stay as they are.
+
+    Args:
+        module: The dense model.
+        provenance: Of its weights.
+        options: Method and pattern.
+        out: The mask file to write.
+        data: Needed by learned masks.
+        image_sets: Which images `data` holds, for the record.
+        only: Names of the weights to mask, among those that the policy selects; all by default.
+
+    Raises:
+        InputError: Nothing can be masked, or learned masks without data.
+    """
+    if options.layout not in LAYOUTS:
+        raise InputError(f"unknown layout {options.layout!r}", fix=f"choose one of {', '.join(LAYOUTS)}")
+    pattern = parse_pattern(options.pattern)
+    layers, _ = survey(module, provenance.preprocessing)
+    selection = select_layers(layers, pattern)
+    chosen = [layer for layer in selection.masked if only is None or layer.name in only]
+    state = module.state_dict()
+    weights = {layer.name: state[layer.name].detach().cpu().float().numpy() for layer in chosen}
+    masks = {name: magnitude_mask(weight, pattern, options.layout) for name, weight in weights.items()}
+    learning = None
+    if options.method == LEARNED:
+        if data is None:
+            raise InputError(
+                "learned masks need images", fix="give --data DIR with train/ and val/, or choose --masks magnitude"
+            )
+        if options.layout != CHANNEL:
+            raise InputError("masks are learned along C only", found=f"layout {options.layout}")
+        from pipeline.learning.trainer import learn_masks
+
+        masks, learning = learn_masks(module, masks, pattern, provenance.preprocessing, data, options.learn)
+    elif options.method != MAGNITUDE:
+        raise InputError(f"unknown mask method {options.method!r}", fix=f"choose one of {', '.join(METHODS)}, or give a mask file")
+    return write_masks(
+        out,
+        masks,
+        weights,
+        chosen,
+        selection.dense,
+        model=provenance.model,
+        pattern=pattern,
+        layout=options.layout,
+        method=options.method,
+        weights_sha256=tensors_sha256(state),
+        learning=learning,
+        image_sets=image_sets if learning else (),
+    )
+
+
+def given_masks(module: nn.Module, provenance: Provenance, path: Path, *, deployable: bool = True) -> MaskSet:
+    """Take the masks of a file, held against the model.
+
+    Raises:
+        InputError: They do not fit it, or are not N:M.
+    """
+    layers, _ = survey(module, provenance.preprocessing)
+    state = module.state_dict()
+    weights = {layer.name: state[layer.name].detach().cpu().float().numpy() for layer in layers}
+    return read_masks(path, weights, layers, model=provenance.model, deployable=deployable)

@@ -1,0 +1,1 @@
+"""Pure functions from weights to masks: patterns, methods and the layer policy."""

@@ -1,0 +1,185 @@
+"""Mask files: written with what made them, read with suspicion."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from pipeline.artifacts import DenseLayer, ImageSet, Layer, Learning, MaskedLayer, MaskSet, Pattern
+from pipeline.errors import InputError, listed
+from pipeline.files import sha256_of, write_atomically
+from pipeline.masking.eligibility import ineligible_reason
+from pipeline.masking.magnitude import kept_magnitude, magnitude_mask
+from pipeline.masking.patterns import CHANNEL, FLAT, LAYOUTS, parse_pattern, violations
+from pipeline.masking.policy import UNUSED
+from pipeline.records import encode
+from pipeline.weights import METADATA_KEY, read_metadata
+
+Masks = Mapping[str, npt.NDArray[np.bool_]]
+Weights = Mapping[str, npt.NDArray[np.floating]]
+
+NOT_IN_FILE = "not_in_mask_file"
+
+
+def write_masks(
+    out: Path,
+    masks: Masks,
+    weights: Weights,
+    layers: Sequence[Layer],
+    dense: Sequence[DenseLayer],
+    *,
+    model: str,
+    pattern: Pattern,
+    layout: str,
+    method: str,
+    weights_sha256: str,
+    learning: Learning | None = None,
+    image_sets: tuple[ImageSet, ...] = (),
+) -> MaskSet:
+    """Write one bool tensor a masked weight; the header says pattern, layout, method and the digest of the weights."""
+    described = describe(masks, weights, layers, pattern, layout)
+    header = {
+        "model": model,
+        "pattern": str(pattern),
+        "layout": layout,
+        "method": method,
+        "weights_sha256": weights_sha256,
+        "image_sets": encode(image_sets),
+    }
+    tensors = {name: np.ascontiguousarray(mask) for name, mask in masks.items()}
+    sha256 = write_atomically(out, safetensors.numpy.save(tensors, {METADATA_KEY: json.dumps(header, sort_keys=True)}))
+    return MaskSet(
+        out, sha256, model, pattern, layout, method, weights_sha256, described, tuple(dense), learning, image_sets
+    )
+
+
+def load_masks(path: Path) -> dict[str, npt.NDArray[np.bool_]]:
+    """All tensors of a mask file.
+
+    Raises:
+        InputError: The file is missing, damaged, empty, or holds tensors that are not bool.
+    """
+    if not path.is_file():
+        raise InputError("mask file not found", where=path, fix="check the path, or choose a method: learned or magnitude")
+    try:
+        masks = safetensors.numpy.load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise InputError("the mask file cannot be read", where=path, found=error, fix="give a file that `maskplan mask` wrote") from error
+    wrong = [f"{name} is {mask.dtype}" for name, mask in masks.items() if mask.dtype != np.bool_]
+    if wrong or not masks:
+        raise InputError(
+            "not a mask file", where=path, found=listed(wrong) or "no tensors", fix="masks are bool tensors, one for each masked weight"
+        )
+    return masks
+
+
+def read_masks(path: Path, weights: Weights, layers: Sequence[Layer], *, model: str, deployable: bool = True) -> MaskSet:
+    """Read a mask file and hold it against the model it is meant for.
+
+    Args:
+        path: Of maskplan, or of any tool that writes bool tensors under the weights' names (taken as 2:4 along C).
+        weights: The model's weights by name.
+        layers: The model's layers.
+        model: Its name.
+        deployable: Refuse the flat layout, which TensorRT does not accept.
+
+    Raises:
+        InputError: Masks of another model, of wrong shape, for layers that cannot be 2:4, or not N:M. All are counted.
+    """
+    masks = load_masks(path)
+    header: dict[str, Any] = read_metadata(path) or {}
+    pattern = parse_pattern(str(header.get("pattern", "2:4")))
+    layout = str(header.get("layout", CHANNEL))
+    if layout not in LAYOUTS or (deployable and layout != CHANNEL):
+        raise InputError(
+            f"masks in the layout {layout!r} cannot be deployed",
+            where=path,
+            found="groups along the flattened C*R*S axis" if layout == FLAT else None,
+            fix="TensorRT takes groups along C: make the masks with layout 'channel'",
+        )
+    require_fit(masks, layers, pattern, layout, where=path)
+    known = {layer.name: layer for layer in layers}
+    dense = [
+        DenseLayer(
+            layer.name,
+            layer.shape,
+            layer.macs,
+            ineligible_reason(layer.op, layer.shape[1], layer.groups, pattern.m)
+            or (UNUSED if layer.position is None else NOT_IN_FILE),
+        )
+        for layer in layers
+        if layer.name not in masks
+    ]
+    return MaskSet(
+        path=path,
+        sha256=sha256_of(path),
+        model=str(header.get("model", model)),
+        pattern=pattern,
+        layout=layout,
+        method=str(header.get("method", f"file {path.name}")),
+        weights_sha256=str(header.get("weights_sha256", "")),
+        masked=describe(masks, weights, [known[name] for name in masks], pattern, layout),
+        dense=tuple(dense),
+        image_sets=_image_sets(header),
+    )
+
+
+def require_fit(masks: Masks, layers: Sequence[Layer], pattern: Pattern, layout: str, *, where: object) -> None:
+    """Raise unless every mask belongs to an eligible layer, has its shape, and is N:M.
+
+    Raises:
+        InputError: Otherwise; every offender is counted.
+    """
+    known = {layer.name: layer for layer in layers}
+    strangers = [name for name in masks if name not in known]
+    if strangers:
+        raise InputError(
+            "the masks are of another model",
+            where=where,
+            found=f"{len(strangers)} of {len(masks)} names are not layers of this one: {listed(strangers)}",
+            fix="give the masks that were made for this model",
+        )
+    wrong = []
+    for name, mask in masks.items():
+        layer = known[name]
+        reason = ineligible_reason(layer.op, layer.shape[1], layer.groups, pattern.m)
+        if mask.shape != layer.shape:
+            wrong.append(f"{name}: shape {mask.shape} where the weight has {layer.shape}")
+        elif reason is not None:
+            wrong.append(f"{name}: the layer cannot be {pattern} ({reason})")
+        elif count := violations(mask, pattern, layout):
+            wrong.append(f"{name}: {count} groups keep more than {pattern.n} of {pattern.m}")
+    if wrong:
+        raise InputError(
+            f"{len(wrong)} of {len(masks)} masks cannot be used", where=where, found=listed(wrong, 3), fix=f"make {pattern} masks along C for this model"
+        )
+
+
+def describe(
+    masks: Masks, weights: Weights, layers: Sequence[Layer], pattern: Pattern, layout: str
+) -> tuple[MaskedLayer, ...]:
+    """How much magnitude each mask keeps, beside the most that its pattern allows."""
+    described = []
+    for layer in sorted(layers, key=lambda layer: (layer.position is None, layer.position or 0)):
+        weight, mask = weights[layer.name], masks[layer.name]
+        best = kept_magnitude(weight, magnitude_mask(weight, pattern, layout))
+        groups = -(-mask.size // pattern.m)
+        described.append(MaskedLayer(layer.name, layer.shape, groups, layer.macs, kept_magnitude(weight, mask), best))
+    return tuple(described)
+
+
+def _image_sets(header: Mapping[str, Any]) -> tuple[ImageSet, ...]:
+    try:
+        return tuple(
+            ImageSet(str(s["role"]), int(s["images"]), str(s["sha256"]), tuple(map(str, s["sketch"])))
+            for s in header.get("image_sets", [])
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError("the mask file's metadata cannot be read", found=error, fix="make the masks again") from error

@@ -1,0 +1,54 @@
+"""Which of the eligible layers get a mask: the convolutions, without the stem."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.artifacts import DenseLayer, Layer, Pattern
+from pipeline.errors import InputError, listed
+from pipeline.masking.eligibility import ineligible_reason
+
+STEM, LINEAR, UNUSED = "stem", "linear", "not_used_in_inference"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The layers to mask and the layers left dense, each in the order of the forward pass."""
+
+    masked: tuple[Layer, ...]
+    dense: tuple[DenseLayer, ...]
+
+
+def select_layers(layers: Sequence[Layer], pattern: Pattern) -> Selection:
+    """Split a model's layers: every eligible convolution is masked, but for the stem.
+
+    The stem (the first convolution) sees few channels and costs the most accuracy; linear layers are the head, or a
+    transformer's business. Both stay dense by choice; ineligible layers stay dense by necessity.
+
+    Raises:
+        InputError: Nothing is left to mask.
+    """
+    convolutions = [layer for layer in layers if layer.op == "Conv" and layer.position is not None]
+    stem = min(convolutions, key=lambda layer: layer.position or 0, default=None)
+    masked: list[Layer] = []
+    dense: list[DenseLayer] = []
+    for layer in layers:
+        reason = ineligible_reason(layer.op, layer.shape[1], layer.groups, pattern.m)
+        if reason is None and layer.position is None:
+            reason = UNUSED
+        elif reason is None and layer.op != "Conv":
+            reason = LINEAR
+        elif reason is None and layer is stem:
+            reason = STEM
+        if reason is None:
+            masked.append(layer)
+        else:
+            dense.append(DenseLayer(layer.name, layer.shape, layer.macs, reason))
+    if not masked:
+        raise InputError(
+            f"no layer of the model can be masked {pattern}",
+            found=listed(f"{d.name} {d.shape} ({d.reason})" for d in dense) or "no convolution and no linear layer",
+            fix=f"masks need ungrouped convolutions, beyond the first, with input channels in multiples of {pattern.m}",
+        )
+    return Selection(tuple(masked), tuple(dense))

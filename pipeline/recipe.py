@@ -1,0 +1,85 @@
+"""A TOML recipe to one options record a stage; every problem in it is reported at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from exporters.onnx_export import ExportOptions
+from pipeline.compare import CompareOptions
+from pipeline.errors import InputError, did_you_mean
+from pipeline.files import read_bytes
+from pipeline.learning.recipes import LearnOptions
+from pipeline.mask import MaskOptions
+from pipeline.recalibrate import RecalibrateOptions
+from pipeline.records import decode
+from pipeline.timing import TimeOptions
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The options of every stage; a recipe's tables bear these names, with `[learn]` beside `[mask]`."""
+
+    mask: MaskOptions = field(default_factory=MaskOptions)
+    learn: LearnOptions = field(default_factory=LearnOptions)
+    recalibrate: RecalibrateOptions = field(default_factory=RecalibrateOptions)
+    export: ExportOptions = field(default_factory=ExportOptions)
+    compare: CompareOptions = field(default_factory=CompareOptions)
+    time: TimeOptions = field(default_factory=TimeOptions)
+
+
+_TABLES: dict[str, type] = {
+    "mask": MaskOptions,
+    "learn": LearnOptions,
+    "recalibrate": RecalibrateOptions,
+    "export": ExportOptions,
+    "compare": CompareOptions,
+    "time": TimeOptions,
+}
+
+
+def read_recipe(path: Path | None, seed: int) -> Recipe:
+    """Read a recipe; without one, the defaults. `seed` is for every stage that the recipe gives none.
+
+    Raises:
+        InputError: Not TOML, unknown tables or keys, or values of the wrong type; all are named.
+    """
+    tables: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tables = tomllib.loads(read_bytes(path).decode())
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise InputError("the recipe is not TOML", where=path, found=error) from error
+    problems: list[str] = []
+    records: dict[str, Any] = {}
+    for name, value in tables.items():
+        if name not in _TABLES:
+            problems.append(f"[{name}] is no table of a recipe; {did_you_mean(name, list(_TABLES)) or 'they are ' + ', '.join(_TABLES)}")
+        elif not isinstance(value, dict):
+            problems.append(f"{name} is not a table")
+    for name, kind in _TABLES.items():
+        given = tables.get(name, {})
+        fields = {f.name for f in dataclasses.fields(kind)} - {"learn"}
+        if not isinstance(given, dict):
+            continue
+        good = {"seed": seed} if "seed" in fields else {}
+        for key, value in given.items():
+            if key not in fields:
+                problems.append(f"[{name}] has no {key!r}; {did_you_mean(key, sorted(fields)) or 'it has ' + ', '.join(sorted(fields))}")
+                continue
+            try:
+                # Every option has a default, so a table with one key is whole.
+                decode(kind, {key: value})
+            except ValueError as error:
+                problems.append(f"[{name}] {error}")
+            else:
+                good[key] = value
+        records[name] = decode(kind, good)
+    if problems:
+        raise InputError(f"{len(problems)} problems in the recipe", where=path, found="; ".join(problems), fix="correct them all")
+    records["mask"] = dataclasses.replace(records["mask"], learn=records["learn"])
+    return Recipe(**records)
+

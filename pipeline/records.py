@@ -1,0 +1,92 @@
+"""Frozen dataclasses to JSON values and back, checked against their annotations."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def encode(value: object, root: Path | None = None) -> Any:
+    """A JSON-ready copy of a record.
+
+    Paths below `root` become relative to it, so that a folder can be moved; numbers that JSON cannot hold become None.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: encode(getattr(value, f.name), root) for f in dataclasses.fields(value)}
+    if isinstance(value, Path):
+        if root is not None and value.is_relative_to(root):
+            return value.relative_to(root).as_posix()
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(k): encode(v, root) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [encode(v, root) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def decode(kind: type[T], value: Any, root: Path | None = None) -> T:
+    """The inverse of `encode` for a record type.
+
+    Raises:
+        ValueError: The value does not fit the type (a field missing, or of the wrong kind).
+    """
+    return typing.cast(T, _decode(kind, value, root, kind.__name__))
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _decode(kind: Any, value: Any, root: Path | None, at: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        (inner,) = [a for a in arguments if a is not type(None)]
+        return _decode(inner, value, root, at)
+    if origin is tuple:
+        _expect(isinstance(value, list), at, "a list", value)
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return tuple(_decode(arguments[0], v, root, f"{at}[{i}]") for i, v in enumerate(value))
+        _expect(len(value) == len(arguments), at, f"{len(arguments)} items", value)
+        return tuple(_decode(a, v, root, at) for a, v in zip(arguments, value, strict=True))
+    if origin is dict:
+        _expect(isinstance(value, dict), at, "a table", value)
+        return {k: _decode(arguments[1], v, root, f"{at}.{k}") for k, v in value.items()}
+    if kind is Path:
+        _expect(isinstance(value, str), at, "a path", value)
+        return root / value if root is not None else Path(value)
+    if dataclasses.is_dataclass(kind):
+        _expect(isinstance(value, dict), at, "a table", value)
+        hints = _hints(typing.cast(type, kind))
+        names = {f.name for f in dataclasses.fields(kind)}
+        required = {
+            f.name
+            for f in dataclasses.fields(kind)
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        }
+        wrong = sorted(set(value) - names) + sorted(required - set(value))
+        _expect(not wrong, at, f"the fields {sorted(names)}", wrong)
+        fields = {n: _decode(hints[n], v, root, f"{at}.{n}") for n, v in value.items()}
+        return typing.cast(Any, kind)(**fields)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind in (int, float, str, bool):
+        _expect(type(value) is kind, at, kind.__name__, value)
+    return value
+
+
+def _expect(holds: bool, at: str, wanted: str, found: object) -> None:
+    if not holds:
+        raise ValueError(f"{at}: expected {wanted}, found {found!r:.200}")

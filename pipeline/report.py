@@ -1,0 +1,146 @@
+"""The report stage: what a run found, as report.json for machines and report.html for people."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pipeline import __version__
+from pipeline.artifacts import EngineFile, MaskSet, Provenance
+from pipeline.files import write_atomically, write_json
+from pipeline.recipe import Recipe
+from pipeline.records import encode
+from pipeline.reports import ConformanceReport, Fidelity, ParityReport, TimingReport
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Everything that a run found; `model` is the pruned checkpoint's record."""
+
+    model: Provenance
+    precision: str
+    backend_reason: str
+    seed: int
+    recipe: Recipe
+    masks: MaskSet
+    conformance: ConformanceReport
+    engine: EngineFile
+    dense_engine: EngineFile
+    fidelity: Fidelity
+    parity: ParityReport
+    timing: TimingReport
+
+
+@dataclass(frozen=True)
+class ReportFile:
+    """One file of the report."""
+
+    path: Path
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ReportFiles:
+    """Where the report lies."""
+
+    json: ReportFile
+    html: ReportFile
+
+
+def write_report(report: RunReport, json_path: Path, html_path: Path) -> ReportFiles:
+    """Write both forms."""
+    from pipeline.report_html import render
+
+    values = report_values(report)
+    return ReportFiles(
+        ReportFile(json_path, write_json(json_path, values)),
+        ReportFile(html_path, write_atomically(html_path, render(report, values).encode())),
+    )
+
+
+def report_values(report: RunReport) -> dict[str, Any]:
+    """The report as JSON values. Accuracies and agreement in percent, drops in points, times in ms."""
+    root = report.engine.path.parent
+    model = encode(report.model)
+    # The samples of digests serve the refusal of overlaps, not readers.
+    for images in model["image_sets"]:
+        del images["sketch"]
+    return {
+        "schema": SCHEMA,
+        "model": {**model, "seed": report.seed, "precision": report.precision},
+        "masks": masks_values(report.masks, root),
+        "conformance": encode(report.conformance),
+        "engine": engine_values(report.engine, root, report.fidelity, report.backend_reason),
+        "dense_engine": engine_values(report.dense_engine, root, None, report.backend_reason),
+        "parity": encode(report.parity),
+        "timing": encode(report.timing),
+        "recipe": encode(report.recipe),
+        "versions": versions(),
+    }
+
+
+def masks_values(masks: MaskSet, root: Path) -> dict[str, Any]:
+    """The masks' part of the report, with totals."""
+    masked = sum(m.macs for m in masks.masked)
+    total = masked + sum(d.macs for d in masks.dense)
+    parameters = sum(_size(m.shape) for m in masks.masked)
+    values: dict[str, Any] = encode(masks, root)
+    for images in values["image_sets"]:
+        del images["sketch"]
+    return {
+        **values,
+        "pattern": str(masks.pattern),
+        "masked_layers": len(masks.masked),
+        "masked_parameters": parameters,
+        "masked_macs_percent": 100 * masked / total if total else 0.0,
+        "kept_magnitude_percent": 100 * weighted_mean([(m.kept, _size(m.shape)) for m in masks.masked]),
+    }
+
+
+def engine_values(engine: EngineFile, root: Path, fidelity: Fidelity | None, reason: str) -> dict[str, Any]:
+    """An engine's part of the report."""
+    values: dict[str, Any] = encode(engine, root)
+    layers = values.pop("layers")
+    del values["provenance"]
+    states = [layer["state"] for layer in layers]
+    return {
+        **values,
+        "backend_reason": reason,
+        "fidelity": encode(fidelity),
+        "sparsity": {
+            "requested": engine.sparse_weights,
+            "sparse_layers": states.count("sparse"),
+            "dense_layers": states.count("dense"),
+            "unknown_layers": states.count("unknown"),
+            "layers": layers,
+        },
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what took part; nothing is imported to find them."""
+    found = {"maskplan": __version__, "python": platform.python_version()}
+    for name in ("numpy", "onnx", "onnxruntime", "polygraphy", "torch", "torchvision", "timm", "tensorrt"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def weighted_mean(pairs: list[tuple[float, int]]) -> float:
+    """Mean of values with weights; 0 for none."""
+    total = sum(weight for _, weight in pairs)
+    return sum(value * weight for value, weight in pairs) / total if total else 0.0
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size

@@ -1,0 +1,170 @@
+"""Every verdict: frozen records with numbers, which say whether something passed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PASS, FAIL, NOT_APPLICABLE = "pass", "fail", "not_applicable"
+
+CONFORMING, VIOLATING, DENSE_BY_CHOICE, INELIGIBLE = "conforming", "violating", "dense_by_choice", "ineligible"
+
+
+@dataclass(frozen=True)
+class Violation:
+    """The first group that breaks N:M: the index of its first element, and its values."""
+
+    index: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class WeightVerdict:
+    """One use of one weight.
+
+    Attributes:
+        name: The initializer's name.
+        node: The node that uses it.
+        op: `Conv`, `ConvTranspose`, `Gemm` or `MatMul`.
+        shape: As stored.
+        axis: The stored axis along which groups lie; None when ineligible.
+        dtype: As stored.
+        verdict: `conforming`, `violating`, `dense_by_choice` or `ineligible`.
+        reason: Why it is ineligible; None otherwise.
+        groups: Groups of M.
+        violating_groups: Those with more than N non-zeros.
+        negative_zeros: Elements that are -0.0; they count as zero.
+        first_violation: In order of storage.
+        likely_to_win: A hint, not evidence: C and K are at least 256 and the op is ungrouped.
+    """
+
+    name: str
+    node: str
+    op: str
+    shape: tuple[int, ...]
+    axis: int | None
+    dtype: str
+    verdict: str
+    reason: str | None
+    groups: int
+    violating_groups: int
+    negative_zeros: int
+    first_violation: Violation | None
+    likely_to_win: bool
+
+
+@dataclass(frozen=True)
+class ConformanceReport:
+    """Whether the weights that should be N:M are; no such weight at all is a failure."""
+
+    verdict: str
+    reason: str | None
+    pattern: str
+    eligible: int
+    conforming: int
+    violating: int
+    dense_by_choice: int
+    ineligible: int
+    weights: tuple[WeightVerdict, ...]
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict == PASS
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """An engine against its own ONNX file, run unoptimised by ONNX Runtime on the same batches."""
+
+    images: int
+    max_abs_diff: float | None
+    cosine_min: float | None
+    agreement: float
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """Accuracy of one way to choose masks, in percent over the same images; drops in points against the dense model."""
+
+    name: str
+    top1: float
+    top5: float
+    drop: float
+    drop_ci95: tuple[float, float]
+    recalibrated: bool
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Whether the sparse model may replace the dense one.
+
+    Attributes:
+        verdict: `pass`, `fail` or `not_applicable`, the last two with a reason.
+        images: Labelled images compared.
+        top1_dense: Percent; the four accuracies and `agreement` are None without labelled images.
+        top1_drop: Points; positive when the sparse model is worse.
+        drop_ci95: Paired interval of the drop (Newcombe 1998, method 10), points.
+        agreement: Percent of images where both models' first choice is the same.
+        max_abs_diff: Of the outputs, over the fixed batches; None, as `cosine_min`, when they are not finite.
+        cosine_min: Smallest cosine similarity of an image's outputs, over the fixed batches.
+        methods: Accuracy by method, where baselines were made.
+    """
+
+    verdict: str
+    reason: str | None
+    images: int
+    top1_dense: float | None
+    top5_dense: float | None
+    top1_sparse: float | None
+    top5_sparse: float | None
+    top1_drop: float | None
+    drop_ci95: tuple[float, float] | None
+    agreement: float | None
+    max_abs_diff: float | None
+    cosine_min: float | None
+    max_top1_drop: float
+    methods: tuple[MethodRow, ...] = ()
+
+
+@dataclass(frozen=True)
+class Latency:
+    """One engine at one batch size; `gpu_ms` is None where there is no GPU clock."""
+
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    images_per_s: float
+    gpu_ms: float | None
+    host_ms: float
+    polygraphy_host_ms: float
+
+
+@dataclass(frozen=True)
+class BatchTiming:
+    """Three engines timed in turn at one batch size.
+
+    Attributes:
+        pruned: Pruned weights without the sparse flag.
+        sparse: Pruned weights with it; the same file as `pruned` on a runtime that has no such flag.
+        speedup: Dense p50 over sparse p50.
+        ratio_ci95: Bootstrap interval of `speedup`.
+        build_spread: |pruned p50 / sparse p50 - 1| where both are the same file: what two loads of one engine differ by.
+    """
+
+    batch: int
+    repeats: int
+    dense: Latency
+    pruned: Latency | None
+    sparse: Latency
+    speedup: float
+    ratio_ci95: tuple[float, float]
+    build_spread: float | None
+
+
+@dataclass(frozen=True)
+class TimingReport:
+    """Interleaved latencies; `note` says what they can and cannot show."""
+
+    device: str
+    threads: int
+    note: str
+    batches: tuple[BatchTiming, ...]
