@@ -21,10 +21,12 @@ _Builder = Callable[[OnnxModel, tuple[Profile, ...], bool, Path], EngineFile]
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Attributes:
-    backend: `tensorrt` or `onnxruntime`.
-    profiles: Batch sizes, the range and the tuned one; TensorRT tunes for `opt`.
-    sparse_weights: Let the builder use sparse kernels where weights are 2:4.
+    """How to build.
+
+    Attributes:
+        backend: `tensorrt` or `onnxruntime`.
+        profiles: Batch sizes, the range and the tuned one; TensorRT tunes for `opt`.
+        sparse_weights: Let the builder use sparse kernels where weights are 2:4.
     """
 
     backend: str
@@ -32,7 +34,9 @@ class BuildOptions:
     sparse_weights: bool = True
 
 
-def _build_tensorrt(onnx_model: OnnxModel, profiles: tuple[Profile, ...], sparse_weights: bool, out: Path) -> EngineFile:
+def _build_tensorrt(
+    onnx_model: OnnxModel, profiles: tuple[Profile, ...], sparse_weights: bool, out: Path
+) -> EngineFile:
     from engines.trt.build import build_trt
 
     return build_trt(onnx_model, profiles, sparse_weights, out)

@@ -14,7 +14,9 @@ from pipeline.artifacts import EngineFile, OnnxModel, Profile, TensorSpec
 from pipeline.errors import InputError
 from pipeline.files import read_bytes, write_atomically
 
-NO_SPARSE_KERNELS = "ONNX Runtime on a CPU has no sparse kernels: zeros cost as much as any number, so timing shows no sparsity gain"
+NO_SPARSE_KERNELS = (
+    "ONNX Runtime on a CPU has no sparse kernels: zeros cost as much as any number, so timing shows no sparsity gain"
+)
 
 
 class OrtEngine:
@@ -44,7 +46,10 @@ class OrtEngine:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions have no common base but this
             raise InputError(
-                "ONNX Runtime does not accept the file", where=path, found=str(error).partition("\n")[0], fix="check it with `maskplan check`"
+                "ONNX Runtime does not accept the file",
+                where=path,
+                found=str(error).partition("\n")[0],
+                fix="check it with `maskplan check`",
             ) from error
         self._path = path
         self.inputs = tuple(_spec(v) for v in self._session.get_inputs())
@@ -61,7 +66,10 @@ class OrtEngine:
             return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
         except Exception as error:
             raise InputError(
-                "ONNX Runtime cannot run the model", where=self._path, found=str(error).partition("\n")[0], fix="check the input's shape and type"
+                "ONNX Runtime cannot run the model",
+                where=self._path,
+                found=str(error).partition("\n")[0],
+                fix="check the input's shape and type",
             ) from error
 
     def close(self) -> None:

@@ -32,11 +32,18 @@ def read_engine(path: Path) -> EngineFile:
         raise InputError("engine not found", where=path, fix="build it first: maskplan build model.onnx -o engine.onnx")
     sidecar = sidecar_path(path)
     if not sidecar.is_file():
-        raise InputError("the engine has no sidecar", where=path, found=f"no {sidecar.name}", fix="copy the sidecar with the engine, or build again")
+        raise InputError(
+            "the engine has no sidecar",
+            where=path,
+            found=f"no {sidecar.name}",
+            fix="copy the sidecar with the engine, or build again",
+        )
     try:
         record = decode(EngineFile, json.loads(read_bytes(sidecar)), path.parent)
     except ValueError as error:
-        raise InputError("the engine's sidecar cannot be read", where=sidecar, found=error, fix="build the engine again") from error
+        raise InputError(
+            "the engine's sidecar cannot be read", where=sidecar, found=error, fix="build the engine again"
+        ) from error
     found = sha256_of(path)
     if found != record.sha256:
         raise InputError(

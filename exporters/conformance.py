@@ -75,9 +75,7 @@ def check_2to4(model: onnx.ModelProto | Path | str, options: CheckOptions | None
         provenance = read_provenance(proto, path)
         masked = provenance.masked if provenance else ()
     demanded = None if options.strict or not masked else frozenset(masked)
-    verdicts = tuple(
-        _judge(use, pattern, demanded, options.allow_dense, path) for use in weight_uses(proto, pattern.m)
-    )
+    verdicts = tuple(_judge(use, pattern, demanded, options.allow_dense, path) for use in weight_uses(proto, pattern.m))
     counts = Counter(v.verdict for v in verdicts)
     return ConformanceReport(
         *_verdict(verdicts, masked, counts),
@@ -91,7 +89,9 @@ def check_2to4(model: onnx.ModelProto | Path | str, options: CheckOptions | None
     )
 
 
-def _verdict(verdicts: Collection[WeightVerdict], masked: Collection[str], counts: Counter[str]) -> tuple[str, str | None]:
+def _verdict(
+    verdicts: Collection[WeightVerdict], masked: Collection[str], counts: Counter[str]
+) -> tuple[str, str | None]:
     if counts[VIOLATING]:
         return FAIL, f"{counts[VIOLATING]} weights have groups with too many non-zeros"
     usable = {v.name for v in verdicts if v.verdict == CONFORMING}
@@ -104,7 +104,11 @@ def _verdict(verdicts: Collection[WeightVerdict], masked: Collection[str], count
 
 
 def _judge(
-    use: WeightUse, pattern: Pattern, demanded: Collection[str] | None, allow_dense: Collection[str], path: Path
+    use: WeightUse,
+    pattern: Pattern,
+    demanded: Collection[str] | None,
+    allow_dense: Collection[str],
+    path: Path,
 ) -> WeightVerdict:
     shape = tuple(use.tensor.dims) if use.tensor is not None else ()
     dtype = onnx.TensorProto.DataType.Name(use.tensor.data_type).lower() if use.tensor is not None else "unknown"
@@ -124,9 +128,9 @@ def _judge(
                 negative_zeros = int(np.count_nonzero(np.signbit(values) & ~nonzero))
     if reason is not None:
         verdict = INELIGIBLE
-    elif demanded is not None and use.name not in demanded:
-        verdict = DENSE_BY_CHOICE
-    elif violating and any(fnmatch.fnmatchcase(use.name, glob) for glob in allow_dense):
+    elif (demanded is not None and use.name not in demanded) or (
+        violating and any(fnmatch.fnmatchcase(use.name, glob) for glob in allow_dense)
+    ):
         verdict = DENSE_BY_CHOICE
     else:
         verdict = VIOLATING if violating else CONFORMING
@@ -144,7 +148,9 @@ def _judge(
         violating_groups=violating,
         negative_zeros=negative_zeros,
         first_violation=first,
-        likely_to_win=eligible and len(shape) >= 2 and min(shape[-2:] if use.op == "MatMul" else shape[:2]) >= _WIN_CHANNELS,
+        likely_to_win=eligible
+        and len(shape) >= 2
+        and min(shape[-2:] if use.op == "MatMul" else shape[:2]) >= _WIN_CHANNELS,
     )
 
 
@@ -188,9 +194,7 @@ def _grouped(nonzero: npt.NDArray[np.bool_], axis: int, m: int) -> npt.NDArray[n
     return moved.reshape(*moved.shape[:-1], moved.shape[-1] // m, m)
 
 
-def _first_violation(
-    values: npt.NDArray[np.generic], too_many: npt.NDArray[np.bool_], axis: int, m: int
-) -> Violation:
+def _first_violation(values: npt.NDArray[np.generic], too_many: npt.NDArray[np.bool_], axis: int, m: int) -> Violation:
     """The violating group that comes first in storage order, by the index of its first element."""
     # Rows of argwhere are indices with the group's number last; put it back where the axis lies in storage.
     where = np.argwhere(too_many)

@@ -36,7 +36,9 @@ def load_onnx(path: Path) -> onnx.ModelProto:
     try:
         model = onnx.load_model_from_string(data)
     except Exception as error:  # protobuf's own errors differ between its implementations
-        raise InputError("not an ONNX file", where=path, found=str(error).partition("\n")[0], fix="give a .onnx file") from error
+        raise InputError(
+            "not an ONNX file", where=path, found=str(error).partition("\n")[0], fix="give a .onnx file"
+        ) from error
     if not model.graph.node:
         raise InputError("not an ONNX file", where=path, found="no nodes", fix="give a whole .onnx file")
     return model
@@ -93,7 +95,9 @@ def read_provenance(model: onnx.ModelProto, where: Path) -> Provenance | None:
             try:
                 return decode(Provenance, json.loads(entry.value))
             except ValueError as error:
-                raise InputError("the ONNX file's metadata cannot be read", where=where, found=error, fix="export it again") from error
+                raise InputError(
+                    "the ONNX file's metadata cannot be read", where=where, found=error, fix="export it again"
+                ) from error
     return None
 
 

@@ -35,9 +35,11 @@ _WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Attributes:
-    tolerance_fp32: Largest difference from the eager outputs, as a share of their largest value.
-    tolerance_fp16: The same for FP16.
+    """How closely the exported files must agree with PyTorch.
+
+    Attributes:
+        tolerance_fp32: Largest difference from the eager outputs, as a share of their largest value.
+        tolerance_fp16: The same for FP16.
     """
 
     tolerance_fp32: float = 1e-3

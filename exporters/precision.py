@@ -49,7 +49,9 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
         del graph.value_info[:]
     if overflowing:
         raise InputError(
-            "weights exceed the range of FP16 (65504)", found=listed(overflowing), fix="export FP32, or rescale these layers"
+            "weights exceed the range of FP16 (65504)",
+            found=listed(overflowing),
+            fix="export FP32, or rescale these layers",
         )
     _cast_io(half.graph)
     return half
@@ -97,13 +99,21 @@ def _cast_io(graph: onnx.GraphProto) -> None:
         if value.name not in constants and value.type.tensor_type.elem_type == TensorProto.FLOAT:
             renamed[value.name] = f"{value.name}_fp16"
             first.append(
-                helper.make_node("Cast", [value.name], [renamed[value.name]], f"{value.name}_to_fp16", to=TensorProto.FLOAT16)
+                helper.make_node(
+                    "Cast",
+                    [value.name],
+                    [renamed[value.name]],
+                    f"{value.name}_to_fp16",
+                    to=TensorProto.FLOAT16,
+                )
             )
     for value in graph.output:
         if value.type.tensor_type.elem_type == TensorProto.FLOAT:
             renamed[value.name] = f"{value.name}_fp16"
             last.append(
-                helper.make_node("Cast", [renamed[value.name]], [value.name], f"{value.name}_to_fp32", to=TensorProto.FLOAT)
+                helper.make_node(
+                    "Cast", [renamed[value.name]], [value.name], f"{value.name}_to_fp32", to=TensorProto.FLOAT
+                )
             )
     for inner in _graphs(graph):
         for node in inner.node:

@@ -48,7 +48,10 @@ def weight_uses(model: onnx.ModelProto, m: int = 4) -> Iterator[WeightUse]:
 
 
 def _walk(
-    graph: onnx.GraphProto, outer_constants: Mapping[str, onnx.TensorProto], outer_makers: Mapping[str, onnx.NodeProto], m: int
+    graph: onnx.GraphProto,
+    outer_constants: Mapping[str, onnx.TensorProto],
+    outer_makers: Mapping[str, onnx.NodeProto],
+    m: int,
 ) -> Iterator[WeightUse]:
     constants = {**outer_constants, **{tensor.name: tensor for tensor in graph.initializer}}
     makers = {**outer_makers, **{name: node for node in graph.node for name in node.output}}
@@ -61,7 +64,10 @@ def _walk(
 
 
 def _uses_of(
-    node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto], makers: Mapping[str, onnx.NodeProto], m: int
+    node: onnx.NodeProto,
+    constants: Mapping[str, onnx.TensorProto],
+    makers: Mapping[str, onnx.NodeProto],
+    m: int,
 ) -> Iterator[WeightUse]:
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     groups = int(attributes.get("group", 1))
@@ -114,11 +120,14 @@ def _trace(
 
 
 def _settle(
-    name: str, tensor: onnx.TensorProto, axis: int, perms: list[list[int] | None], zero_point: onnx.TensorProto | None
+    name: str,
+    tensor: onnx.TensorProto,
+    axis: int,
+    perms: list[list[int] | None],
+    zero_point: onnx.TensorProto | None,
 ) -> tuple[str, onnx.TensorProto, int, onnx.TensorProto | None] | None:
     rank = len(tensor.dims)
     axis %= rank or 1
     for perm in perms:
         axis = perm[axis] if perm is not None else rank - 1 - axis
     return name, tensor, axis, zero_point
-

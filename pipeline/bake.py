@@ -50,7 +50,10 @@ def bake(module: nn.Module, provenance: Provenance, masks: MaskSet, out: Path) -
             pattern=str(masks.pattern),
             layout=masks.layout,
             method=masks.method,
-            image_sets=(*provenance.image_sets, *(s for s in masks.image_sets if s not in provenance.image_sets)),
+            image_sets=(
+                *provenance.image_sets,
+                *(s for s in masks.image_sets if s not in provenance.image_sets),
+            ),
         ),
         out,
     )

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.artifacts import Checkpoint, Provenance
+from pipeline.bundled import weights_path as bundled_weights
 from pipeline.errors import HostError, InputError
 from pipeline.files import sha256_of, write_atomically
 from pipeline.layers import survey
-from pipeline.bundled import weights_path as bundled_weights
 from pipeline.models import BUNDLED, Architecture, build_model
 from pipeline.records import decode, encode
 from pipeline.weights import fit_weights, read_metadata, read_weights, serialise, tensors_sha256
@@ -144,5 +144,9 @@ def _written_provenance(path: Path) -> Provenance | None:
     try:
         return decode(Provenance, metadata)
     except ValueError as error:
-        raise InputError("the checkpoint's metadata cannot be read", where=path, found=error, fix="write it again with this maskplan") from error
-
+        raise InputError(
+            "the checkpoint's metadata cannot be read",
+            where=path,
+            found=error,
+            fix="write it again with this maskplan",
+        ) from error

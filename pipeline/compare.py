@@ -1,8 +1,7 @@
-"""The compare stage: may the sparse engine replace the dense one? Outputs on fixed batches, accuracy over labelled images."""
+"""The compare stage: may the sparse engine replace the dense one? By outputs on fixed images, and by accuracy."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,7 +47,9 @@ class Tally:
     agreeing: int = 0
     pairs: dict[tuple[bool, bool], int] = field(default_factory=dict)
 
-    def add(self, logits: npt.NDArray[np.float32], dense: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> None:
+    def add(
+        self, logits: npt.NDArray[np.float32], dense: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]
+    ) -> None:
         """Count one batch: logits (N, classes) of both models and labels (N,)."""
         first, dense_first = logits.argmax(axis=1), dense.argmax(axis=1)
         hit, dense_hit = first == labels, dense_first == labels
@@ -81,8 +82,8 @@ def compare(
     provenances: Sequence[Provenance | None],
     val: Split | None,
     options: CompareOptions,
-    methods: Mapping[str, Classifier] | None = None,
-    recalibrated: Mapping[str, bool] | None = None,
+    others: Mapping[str, Classifier] | None = None,
+    sparse_name: str = "sparse",
 ) -> ParityReport:
     """Compare two classifiers, and others beside them.
 
@@ -93,8 +94,8 @@ def compare(
         provenances: Of both, where known; untrained weights make parity not applicable.
         val: Labelled images; without them the task's metrics are off.
         options: Thresholds.
-        methods: Baselines by name, for the table of methods.
-        recalibrated: Which of the methods, and of `dense` and `sparse`, had their statistics recalibrated.
+        others: Baselines by name, for the table of methods.
+        sparse_name: What that table calls `sparse`.
 
     Raises:
         InputError: The models differ in their numbers of outputs.
@@ -111,11 +112,11 @@ def compare(
     finite = all(bool(np.isfinite(o).all()) for o in outputs)
     tallies: dict[str, Tally] = {}
     if val is not None and len(val):
-        everyone = {"dense": dense, **(methods or {}), "sparse": sparse}
+        everyone = {"dense": dense, **(others or {}), sparse_name: sparse}
         tallies, all_finite = _count(everyone, how, val)
         finite = finite and all_finite
-    verdict, reason = _verdict(finite, provenances, tallies, options)
-    own, reference = tallies.get("sparse"), tallies.get("dense")
+    own, reference = tallies.get(sparse_name), tallies.get("dense")
+    verdict, reason = _verdict(finite, provenances, own, options)
     return ParityReport(
         verdict=verdict,
         reason=reason,
@@ -130,7 +131,7 @@ def compare(
         max_abs_diff=max_abs_diff,
         cosine_min=cosine_min,
         max_top1_drop=options.max_top1_drop,
-        methods=tuple(_row(name, tally, (recalibrated or {}).get(name, False)) for name, tally in tallies.items()),
+        methods=tuple(_row(name, tally) for name, tally in tallies.items()),
     )
 
 
@@ -156,7 +157,9 @@ def run_side_by_side(models: Sequence[Classifier], images: npt.NDArray[np.float3
     return [np.concatenate([_padded(m, images[i : i + 1]) for i in range(len(images))]) for m in models]
 
 
-def closeness(reference: Classifier, other: Classifier, images: npt.NDArray[np.float32]) -> tuple[float | None, float | None]:
+def closeness(
+    reference: Classifier, other: Classifier, images: npt.NDArray[np.float32]
+) -> tuple[float | None, float | None]:
     """Largest absolute difference and smallest cosine similarity of the outputs, by Polygraphy's comparators.
 
     Both are None when outputs are not finite.
@@ -167,8 +170,12 @@ def closeness(reference: Classifier, other: Classifier, images: npt.NDArray[np.f
     feeds = [{"input": _to_batch(reference, images[i : i + 1])} for i in range(len(images))]
     # Overflow in a diverged model shows as None in the report; NumPy need not warn of it as well.
     with np.errstate(all="ignore"):
-        results = Comparator.run([polygraphy_runner(reference, "reference"), polygraphy_runner(other, "other")], data_loader=feeds)
-        differences = _per_image(Comparator.compare_accuracy(results, compare_func=SimpleCompareFunc(check_error_stat="max")))
+        results = Comparator.run(
+            [polygraphy_runner(reference, "reference"), polygraphy_runner(other, "other")], data_loader=feeds
+        )
+        differences = _per_image(
+            Comparator.compare_accuracy(results, compare_func=SimpleCompareFunc(check_error_stat="max"))
+        )
         cosines = _per_image(Comparator.compare_accuracy(results, compare_func=CosineSimilarityCompareFunc()))
     largest = max(float(d.max_absdiff) for d in differences)
     smallest = min(float(c.cosine_similarity) for c in cosines)
@@ -196,36 +203,28 @@ def _count(models: Mapping[str, Classifier], how: Preprocessing, val: Split) -> 
     tallies = {name: Tally() for name in models}
     finite = True
     size = min(_BATCH, *(m.largest_batch for m in models.values()))
-    with contextlib.closing(batches(val, how, size)) as stream:
-        for x, labels in track(stream, "compare", -(-len(val) // size)):
-            logits = {name: _padded(m, x) for name, m in models.items()}
-            finite = finite and all(bool(np.isfinite(v).all()) for v in logits.values())
-            for name, tally in tallies.items():
-                tally.add(logits[name], logits["dense"], labels)
+    for x, labels in track(batches(val, how, size), "compare", -(-len(val) // size)):
+        logits = {name: _padded(m, x) for name, m in models.items()}
+        finite = finite and all(bool(np.isfinite(v).all()) for v in logits.values())
+        for name, tally in tallies.items():
+            tally.add(logits[name], logits["dense"], labels)
     return tallies, finite
 
 
-def _row(name: str, tally: Tally, recalibrated: bool) -> MethodRow:
-    return MethodRow(
-        name,
-        tally.percent(tally.top1),
-        tally.percent(tally.top5),
-        tally.counts.drop,
-        drop_interval(tally.counts),
-        recalibrated,
-    )
+def _row(name: str, tally: Tally) -> MethodRow:
+    top1, top5 = tally.percent(tally.top1), tally.percent(tally.top5)
+    return MethodRow(name, top1, top5, tally.counts.drop, drop_interval(tally.counts))
 
 
 def _verdict(
-    finite: bool, provenances: Sequence[Provenance | None], tallies: Mapping[str, Tally], options: CompareOptions
+    finite: bool, provenances: Sequence[Provenance | None], sparse: Tally | None, options: CompareOptions
 ) -> tuple[str, str | None]:
     if not finite:
         return FAIL, "outputs are NaN or infinite"
     if any(p is not None and not p.trained for p in provenances):
         return NOT_APPLICABLE, "the weights are random: there is no accuracy to keep"
-    if not tallies:
+    if sparse is None:
         return NOT_APPLICABLE, "no labelled images: give --data"
-    sparse = tallies["sparse"]
     problems = []
     if sparse.counts.drop > options.max_top1_drop:
         problems.append(f"top-1 drops by {sparse.counts.drop:.2f} points; {options.max_top1_drop:g} are allowed")

@@ -26,7 +26,8 @@ _KEEP_DECODED_BYTES = 512 * 2**20
 class Images(Protocol):
     """A labelled collection; an image is the bytes of its file."""
 
-    labels: npt.NDArray[np.int64]
+    @property
+    def labels(self) -> npt.NDArray[np.int64]: ...
 
     def name(self, index: int) -> str: ...
 
@@ -216,10 +217,17 @@ def _walk(folder: Path, part: str) -> tuple[list[tuple[str, str]], set[str]]:
     """All (class, path below the part) and the class names."""
     root = folder / part
     if not folder.is_dir():
-        raise InputError("data folder not found", where=folder, fix="give --data a folder with train/CLASS/ and val/CLASS/")
+        raise InputError(
+            "data folder not found", where=folder, fix="give --data a folder with train/CLASS/ and val/CLASS/"
+        )
     if not root.is_dir():
         holds = listed(sorted(p.name for p in folder.iterdir())) or "nothing"
-        raise InputError(f"no {part}/ in the data folder", where=folder, found=holds, fix="lay it out as train/CLASS/*.jpg and val/CLASS/*.jpg")
+        raise InputError(
+            f"no {part}/ in the data folder",
+            where=folder,
+            found=holds,
+            fix="lay it out as train/CLASS/*.jpg and val/CLASS/*.jpg",
+        )
     found: list[tuple[str, str]] = []
     empty = []
     for folder_of_class in sorted(p for p in root.iterdir() if p.is_dir()):
@@ -229,7 +237,9 @@ def _walk(folder: Path, part: str) -> tuple[list[tuple[str, str]], set[str]]:
         found += [(folder_of_class.name, p.relative_to(root).as_posix()) for p in files]
     if not found or empty:
         loose = sum(p.suffix.lower() in _EXTENSIONS for p in root.iterdir())
-        holds = f"class folders without images: {listed(empty)}" if empty else f"no class folders and {loose} loose images"
+        holds = (
+            f"class folders without images: {listed(empty)}" if empty else f"no class folders and {loose} loose images"
+        )
         raise InputError(
             f"{part}/ holds no images in class folders" if not found else f"some classes of {part}/ are empty",
             where=root,

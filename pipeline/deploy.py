@@ -28,10 +28,12 @@ _LABELS = "labels.txt"
 
 @dataclass(frozen=True)
 class DeployOptions:
-    """Attributes:
-    repository: Triton's model repository.
-    name: Of the model in it.
-    allow_untrained: Deploy an engine of random weights, for timing.
+    """Where to deploy, and what to refuse.
+
+    Attributes:
+        repository: Triton's model repository.
+        name: Of the model in it.
+        allow_untrained: Deploy an engine of random weights, for timing.
     """
 
     repository: Path
@@ -94,7 +96,12 @@ def config_text(engine: EngineFile, name: str, platform: str) -> str:
 
 def _tensor(kind: str, spec: TensorSpec, max_batch: int, labels: str | None = None) -> str:
     if spec.dtype not in _TRITON_TYPES:
-        raise InputError("Triton has no such type", where=spec.name, found=spec.dtype, fix="export with float inputs and outputs")
+        raise InputError(
+            "Triton has no such type",
+            where=spec.name,
+            found=spec.dtype,
+            fix="export with float inputs and outputs",
+        )
     dims = ", ".join(str(-1 if d is None else d) for d in (spec.shape[1:] if max_batch else spec.shape))
     lines = [f'name: "{spec.name}"', f"data_type: {_TRITON_TYPES[spec.dtype]}", f"dims: [ {dims} ]"]
     if labels:

@@ -45,7 +45,9 @@ def host_error(error: OSError, *, where: object) -> HostError:
             found=found,
             fix="free some space and run the same command again; finished stages are kept",
         )
-    return HostError("cannot write", where=where, found=found, fix="choose a folder that you may write to with --out or -o")
+    return HostError(
+        "cannot write", where=where, found=found, fix="choose a folder that you may write to with --out or -o"
+    )
 
 
 def listed(items: Iterable[object], most: int = 5) -> str:

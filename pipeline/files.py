@@ -78,7 +78,9 @@ def _readable(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise InputError("file not found", where=path, fix="check the path") from error
     except OSError as error:
-        raise InputError("cannot read", where=path, found=error.strerror, fix="check the path and its permissions") from error
+        raise InputError(
+            "cannot read", where=path, found=error.strerror, fix="check the path and its permissions"
+        ) from error
 
 
 def _sync_folder(folder: Path) -> None:

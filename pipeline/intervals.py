@@ -51,7 +51,9 @@ def wilson(successes: int, trials: int, z: float = _Z95) -> tuple[float, float]:
 
 def _phi(c: PairedCounts) -> float:
     """Correlation of the two models' hits, with Newcombe's continuity correction."""
-    margins = (c.both + c.only_first) * (c.only_second + c.neither) * (c.both + c.only_second) * (c.only_first + c.neither)
+    margins = (
+        (c.both + c.only_first) * (c.only_second + c.neither) * (c.both + c.only_second) * (c.only_first + c.neither)
+    )
     if margins == 0:
         return 0.0
     cross = float(c.both * c.neither - c.only_first * c.only_second)

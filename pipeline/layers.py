@@ -61,12 +61,16 @@ def survey(module: nn.Module, how: Preprocessing) -> tuple[tuple[Layer, ...], in
             hook.remove()
     if not isinstance(output, torch.Tensor) or output.ndim != 2:
         shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-        raise InputError("not a classifier", found=f"output {shape}", fix="give a model that returns logits (N, classes)")
+        raise InputError(
+            "not a classifier", found=f"output {shape}", fix="give a model that returns logits (N, classes)"
+        )
     records = []
     for name, layer in layers:
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
-        op = "ConvTranspose" if isinstance(layer, _ConvTransposeNd) else "Conv" if isinstance(layer, _ConvNd) else "Gemm"
+        op = (
+            "ConvTranspose" if isinstance(layer, _ConvTransposeNd) else "Conv" if isinstance(layer, _ConvNd) else "Gemm"
+        )
         groups = int(layer.groups) if isinstance(layer, _ConvNd) else 1
         position, macs = used.get(layer, (None, 0))
         records.append(Layer(f"{name}.weight" if name else "weight", op, tuple(weight.shape), groups, position, macs))

@@ -78,7 +78,8 @@ def choose_masks(
     if options.method == LEARNED:
         if data is None:
             raise InputError(
-                "learned masks need images", fix="give --data DIR with train/ and val/, or choose --masks magnitude"
+                "learned masks need images",
+                fix="give --data DIR with train/ and val/, or choose --masks magnitude",
             )
         if options.layout != CHANNEL:
             raise InputError("masks are learned along C only", found=f"layout {options.layout}")
@@ -86,7 +87,10 @@ def choose_masks(
 
         masks, learning = learn_masks(module, masks, pattern, provenance.preprocessing, data, options.learn)
     elif options.method != MAGNITUDE:
-        raise InputError(f"unknown mask method {options.method!r}", fix=f"choose one of {', '.join(METHODS)}, or give a mask file")
+        raise InputError(
+            f"unknown mask method {options.method!r}",
+            fix=f"choose one of {', '.join(METHODS)}, or give a mask file",
+        )
     return write_masks(
         out,
         masks,

@@ -88,7 +88,9 @@ def _split_file(spec: str) -> tuple[Path | None, str]:
     path, colon, factory = spec.rpartition(":")
     if not colon or not path.endswith(".py"):
         if spec.endswith(".py"):
-            raise InputError("no factory named", where=spec, fix=f"name the function that returns the model: {spec}:build")
+            raise InputError(
+                "no factory named", where=spec, fix=f"name the function that returns the model: {spec}:build"
+            )
         return None, ""
     return Path(path), factory
 
@@ -98,7 +100,11 @@ def _bundled(classes: int | None, pretrained: bool) -> Architecture:
     from pipeline.bundled.digits_resnet import DigitsResNet
 
     if pretrained:
-        raise HostError(f"{BUNDLED} has bundled weights for {len(CLASSES)} classes only", found=f"--classes {classes}", fix="give --weights FILE or random")
+        raise HostError(
+            f"{BUNDLED} has bundled weights for {len(CLASSES)} classes only",
+            found=f"--classes {classes}",
+            fix="give --weights FILE or random",
+        )
     return Architecture("", DigitsResNet(classes or len(CLASSES)), PREPROCESSING, CLASSES)
 
 
@@ -136,7 +142,9 @@ def _load_torchvision(module: nn.Module, weights: Any) -> None:
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)
     try:
-        state = torch.hub.load_state_dict_from_url(weights.url, progress=False, check_hash=True, weights_only=True, map_location="cpu")
+        state = torch.hub.load_state_dict_from_url(
+            weights.url, progress=False, check_hash=True, weights_only=True, map_location="cpu"
+        )
     except (URLError, OSError, RuntimeError) as error:
         raise HostError(
             f"the pretrained weights {weights} cannot be had",
@@ -194,7 +202,10 @@ def _from_file(file: Path, factory: str) -> Architecture:
             module = build() if callable(build) else None
     except Exception as error:
         raise InputError(
-            "the model's file fails", where=f"{file}:{factory}", found=f"{type(error).__name__}: {error}", fix="run it in Python to see the traceback"
+            "the model's file fails",
+            where=f"{file}:{factory}",
+            found=f"{type(error).__name__}: {error}",
+            fix="run it in Python to see the traceback",
         ) from error
     if not isinstance(module, nn.Module):
         functions = [name for name, value in vars(source).items() if callable(value) and not name.startswith("_")]
@@ -209,14 +220,21 @@ def _from_file(file: Path, factory: str) -> Architecture:
 
 def _own_preprocessing(source: Any, file: Path) -> Preprocessing:
     given = getattr(source, "PREPROCESSING", {})
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(given).items()}
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(given).items()}
     try:
         how = replace(IMAGENET, **fields)
     except TypeError as error:
         raise InputError(
-            "PREPROCESSING has unknown keys", where=file, found=listed(fields), fix=f"its keys are {', '.join(Preprocessing.__dataclass_fields__)}"
+            "PREPROCESSING has unknown keys",
+            where=file,
+            found=listed(fields),
+            fix=f"its keys are {', '.join(Preprocessing.__dataclass_fields__)}",
         ) from error
-    if how.channels not in (1, 3) or not len(how.mean) == len(how.std) == how.channels or how.interpolation not in INTERPOLATIONS:
+    if (
+        how.channels not in (1, 3)
+        or not len(how.mean) == len(how.std) == how.channels
+        or how.interpolation not in INTERPOLATIONS
+    ):
         raise InputError(
             "PREPROCESSING does not fit together",
             where=file,

@@ -27,7 +27,12 @@ def accuracy(rows: tuple[MethodRow, ...]) -> str:
         low, high = dense - row.drop_ci95[1], dense - row.drop_ci95[0]
         if row.name != "dense":
             axes.plot([low, high], [y, y], color="#222", linewidth=1.2)
-        axes.annotate(f" {row.top1:.2f}", (max(row.top1, high if row.name != "dense" else 0), y), va="center", fontsize=9)
+        axes.annotate(
+            f" {row.top1:.2f}",
+            (max(row.top1, high if row.name != "dense" else 0), y),
+            va="center",
+            fontsize=9,
+        )
     lowest = min(min(values), *(dense - row.drop_ci95[1] for row in rows))
     axes.set_xlim(max(0.0, lowest - 5), 104)
     axes.set_xlabel("top-1 accuracy, %")
@@ -55,7 +60,13 @@ def kept_magnitude(masks: MaskSet) -> str:
     """Share of each masked layer's magnitude that its mask keeps, beside the most that the pattern allows."""
     figure, axes = _figure(height=2.8)
     positions = list(range(len(masks.masked)))
-    axes.plot(positions, [100 * m.kept_best for m in masks.masked], ".", color=_ORANGE, label="most that 2:4 allows" if str(masks.pattern) == "2:4" else f"most that {masks.pattern} allows")
+    axes.plot(
+        positions,
+        [100 * m.kept_best for m in masks.masked],
+        ".",
+        color=_ORANGE,
+        label="most that 2:4 allows" if str(masks.pattern) == "2:4" else f"most that {masks.pattern} allows",
+    )
     axes.plot(positions, [100 * m.kept for m in masks.masked], ".-", color=_BLUE, linewidth=0.8, label=masks.method)
     axes.set_xlabel("masked layer, from input to output")
     axes.set_ylabel("magnitude kept, %")

@@ -22,10 +22,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RecalibrateOptions:
-    """Attributes:
-    images: Training images to average over; 0 leaves the statistics alone.
-    batch: Images a batch.
-    seed: Which images, and their order.
+    """How to recalibrate.
+
+    Attributes:
+        images: Training images to average over; 0 leaves the statistics alone.
+        batch: Images a batch.
+        seed: Which images, and their order.
     """
 
     images: int = 10_000

@@ -57,7 +57,9 @@ def read_recipe(path: Path | None, seed: int) -> Recipe:
     records: dict[str, Any] = {}
     for name, value in tables.items():
         if name not in _TABLES:
-            problems.append(f"[{name}] is no table of a recipe; {did_you_mean(name, list(_TABLES)) or 'they are ' + ', '.join(_TABLES)}")
+            problems.append(
+                f"[{name}] is no table of a recipe; {did_you_mean(name, list(_TABLES)) or 'they are ' + ', '.join(_TABLES)}"
+            )
         elif not isinstance(value, dict):
             problems.append(f"{name} is not a table")
     for name, kind in _TABLES.items():
@@ -68,7 +70,9 @@ def read_recipe(path: Path | None, seed: int) -> Recipe:
         good = {"seed": seed} if "seed" in fields else {}
         for key, value in given.items():
             if key not in fields:
-                problems.append(f"[{name}] has no {key!r}; {did_you_mean(key, sorted(fields)) or 'it has ' + ', '.join(sorted(fields))}")
+                problems.append(
+                    f"[{name}] has no {key!r}; {did_you_mean(key, sorted(fields)) or 'it has ' + ', '.join(sorted(fields))}"
+                )
                 continue
             try:
                 # Every option has a default, so a table with one key is whole.
@@ -79,7 +83,11 @@ def read_recipe(path: Path | None, seed: int) -> Recipe:
                 good[key] = value
         records[name] = decode(kind, good)
     if problems:
-        raise InputError(f"{len(problems)} problems in the recipe", where=path, found="; ".join(problems), fix="correct them all")
+        raise InputError(
+            f"{len(problems)} problems in the recipe",
+            where=path,
+            found="; ".join(problems),
+            fix="correct them all",
+        )
     records["mask"] = dataclasses.replace(records["mask"], learn=records["learn"])
     return Recipe(**records)
-

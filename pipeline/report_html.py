@@ -33,7 +33,10 @@ def headline(report: RunReport) -> tuple[str, str]:
     if not conformance.passed:
         return "bad", f"Not deployable: {conformance.reason}."
     if parity.verdict == "not_applicable":
-        return "neutral", f"{conforming[0].upper()}{conforming[1:]}; accuracy was not judged: {parity.reason}."
+        return (
+            "neutral",
+            f"{conforming[0].upper()}{conforming[1:]}; accuracy was not judged: {parity.reason}.",
+        )
     if parity.verdict == "fail":
         return "bad", f"{conforming[0].upper()}{conforming[1:]}, but accuracy is not kept: {parity.reason}."
     assert parity.top1_drop is not None

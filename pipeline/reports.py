@@ -6,7 +6,12 @@ from dataclasses import dataclass
 
 PASS, FAIL, NOT_APPLICABLE = "pass", "fail", "not_applicable"
 
-CONFORMING, VIOLATING, DENSE_BY_CHOICE, INELIGIBLE = "conforming", "violating", "dense_by_choice", "ineligible"
+CONFORMING, VIOLATING, DENSE_BY_CHOICE, INELIGIBLE = (
+    "conforming",
+    "violating",
+    "dense_by_choice",
+    "ineligible",
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,6 @@ class MethodRow:
     top5: float
     drop: float
     drop_ci95: tuple[float, float]
-    recalibrated: bool
 
 
 @dataclass(frozen=True)

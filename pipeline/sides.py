@@ -61,7 +61,11 @@ def open_side(path: Path) -> Iterator[Side]:
             (exported,) = export_onnx(module, made, ExportOptions(), {"fp32": folder / "side.onnx"})
             yield Side(stack.enter_context(Classifier(OrtEngine(exported.path), path.name)), made)
         else:
-            raise InputError("not something to compare", where=path, fix="give an engine, an .onnx file, or a checkpoint of maskplan")
+            raise InputError(
+                "not something to compare",
+                where=path,
+                fix="give an engine, an .onnx file, or a checkpoint of maskplan",
+            )
 
 
 def shared_preprocessing(sides: Sequence[Side], mean: str | None, std: str | None) -> Preprocessing:
@@ -73,12 +77,19 @@ def shared_preprocessing(sides: Sequence[Side], mean: str | None, std: str | Non
     known = [s.provenance.preprocessing for s in sides if s.provenance is not None]
     if known:
         if any(k != known[0] for k in known):
-            raise InputError("the models want different preprocessing", found=f"{known[0]}; {known[1]}", fix="compare models of one input")
+            raise InputError(
+                "the models want different preprocessing",
+                found=f"{known[0]}; {known[1]}",
+                fix="compare models of one input",
+            )
         return known[0]
     _, channels, height, width = sides[0].classifier.input.shape
     if channels not in (1, 3) or height is None or width is None:
         raise InputError(
-            "the input's size is not fixed", where=sides[0].classifier.name, found=sides[0].classifier.input.shape, fix="export with fixed image sizes"
+            "the input's size is not fixed",
+            where=sides[0].classifier.name,
+            found=sides[0].classifier.input.shape,
+            fix="export with fixed image sizes",
         )
     return Preprocessing(
         channels, height, width, 0, "bilinear", _numbers(mean, channels, 0.0), _numbers(std, channels, 1.0)
@@ -93,5 +104,9 @@ def _numbers(text: str | None, count: int, default: float) -> tuple[float, ...]:
     except ValueError:
         values = ()
     if len(values) != count:
-        raise InputError("not one number a channel", found=repr(text), fix=f"write {count} numbers with commas between them")
+        raise InputError(
+            "not one number a channel",
+            found=repr(text),
+            fix=f"write {count} numbers with commas between them",
+        )
     return values

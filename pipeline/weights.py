@@ -95,7 +95,11 @@ def fit_weights(module: nn.Module, state: Mapping[str, torch.Tensor], *, where: 
     ]
     problems = [
         f"{len(keys)} {kind}: {listed(keys)}"
-        for kind, keys in (("missing", missing), ("not in the model", unexpected), ("of another shape", reshaped))
+        for kind, keys in (
+            ("missing", missing),
+            ("not in the model", unexpected),
+            ("of another shape", reshaped),
+        )
         if keys
     ]
     if problems:
@@ -108,7 +112,10 @@ def fit_weights(module: nn.Module, state: Mapping[str, torch.Tensor], *, where: 
     bad = [k for k, v in state.items() if v.is_floating_point() and not bool(v.isfinite().all())]
     if bad:
         raise InputError(
-            f"{len(bad)} tensors hold NaN or infinity", where=where, found=listed(bad), fix="use a checkpoint from before training diverged"
+            f"{len(bad)} tensors hold NaN or infinity",
+            where=where,
+            found=listed(bad),
+            fix="use a checkpoint from before training diverged",
         )
     module.load_state_dict(dict(state), strict=False)
 
@@ -132,7 +139,9 @@ def _read_torch(path: Path) -> Mapping[str, Any]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         text = str(error)
-        if "Weights only load failed" in text and ("Unsupported global" in text or "GLOBAL" in text or "Unsupported operand" in text):
+        if "Weights only load failed" in text and (
+            "Unsupported global" in text or "GLOBAL" in text or "Unsupported operand" in text
+        ):
             raise InputError(
                 "the checkpoint wants to run code while it loads; refused",
                 where=path,
@@ -143,12 +152,21 @@ def _read_torch(path: Path) -> Mapping[str, Any]:
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise _damaged(path, str(error).partition("\n")[0]) from error
     if not isinstance(found, Mapping):
-        raise InputError("no state dict in the checkpoint", where=path, found=type(found).__name__, fix="save model.state_dict()")
+        raise InputError(
+            "no state dict in the checkpoint",
+            where=path,
+            found=type(found).__name__,
+            fix="save model.state_dict()",
+        )
     return found
 
 
 def _offender(text: str) -> str:
-    for marker in ("Unsupported global: GLOBAL ", "Trying to call reduce for unrecognized function ", "GLOBAL "):
+    for marker in (
+        "Unsupported global: GLOBAL ",
+        "Trying to call reduce for unrecognized function ",
+        "GLOBAL ",
+    ):
         if marker in text:
             return text.partition(marker)[2].split(maxsplit=1)[0]
     return "a pickle opcode that is not for tensors"
@@ -156,7 +174,10 @@ def _offender(text: str) -> str:
 
 def _damaged(path: Path, error: object) -> InputError:
     return InputError(
-        "the checkpoint cannot be read", where=path, found=str(error) or type(error).__name__, fix="it may be truncated: copy or download it again"
+        "the checkpoint cannot be read",
+        where=path,
+        found=str(error) or type(error).__name__,
+        fix="it may be truncated: copy or download it again",
     )
 
 
@@ -170,7 +191,12 @@ def _unwrap(found: Mapping[str, Any], path: Path) -> dict[str, torch.Tensor]:
         found = inner
     tensors = {str(k): v for k, v in found.items() if isinstance(v, torch.Tensor)}
     if not tensors:
-        raise InputError("no tensors in the checkpoint", where=path, found=listed(found) or "nothing", fix="save model.state_dict()")
+        raise InputError(
+            "no tensors in the checkpoint",
+            where=path,
+            found=listed(found) or "nothing",
+            fix="save model.state_dict()",
+        )
     stripped = True
     while stripped:
         stripped = False

@@ -23,7 +23,7 @@ def import_tensorrt() -> Any:
         raise HostError(
             "TensorRT is not here",
             found=f"{type(error).__name__}: {error}",
-            fix="on a GPU host: pip install 'maskplan[tensorrt]'; the finished stages can be copied there. Or use --backend onnxruntime",
+            fix="on a GPU host: pip install 'maskplan[tensorrt]'; finished stages can be copied there",
         ) from error
     return tensorrt
 
@@ -62,7 +62,7 @@ def build_trt(onnx_model: OnnxModel, profiles: tuple[Profile, ...], sparse_weigh
         ) from error
     sha256 = write_atomically(out, plan)
     device, capability = _device()
-    notes = ()
+    notes: tuple[str, ...] = ()
     if sparse_weights and onnx_model.precision == "fp32":
         notes = ("an FP32 graph: TensorRT documents sparse kernels for FP16 and INT8 only",)
     return EngineFile(
@@ -90,7 +90,12 @@ def build_trt(onnx_model: OnnxModel, profiles: tuple[Profile, ...], sparse_weigh
 def _with_batch(spec: TensorSpec, batch: int) -> tuple[int, ...]:
     rest = spec.shape[1:]
     if any(d is None for d in rest):
-        raise InputError("only the batch may be dynamic", where=spec.name, found=spec.shape, fix="export with fixed image sizes")
+        raise InputError(
+            "only the batch may be dynamic",
+            where=spec.name,
+            found=spec.shape,
+            fix="export with fixed image sizes",
+        )
     return (batch, *(d for d in rest if d is not None))
 
 

@@ -43,7 +43,10 @@ class TrtEngine:
             self._runner.activate()
         except PolygraphyException as error:
             raise InputError(
-                "TensorRT cannot load the plan", where=engine.path, found=str(error), fix="build it again on this host's GPU"
+                "TensorRT cannot load the plan",
+                where=engine.path,
+                found=str(error),
+                fix="build it again on this host's GPU",
             ) from error
 
     def infer(self, feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
@@ -55,7 +58,10 @@ class TrtEngine:
         batch = next(iter(feeds.values())).shape[0]
         fitting = [i for i, p in enumerate(self._profiles) if p.min <= batch <= p.max]
         if not fitting:
-            raise InputError("the batch is outside every profile", found=f"{batch}; profiles {', '.join(map(str, self._profiles))}")
+            raise InputError(
+                "the batch is outside every profile",
+                found=f"{batch}; profiles {', '.join(map(str, self._profiles))}",
+            )
         self._runner.set_profile(min(fitting, key=lambda i: abs(self._profiles[i].opt - batch)))
         return dict(self._runner.infer(dict(feeds)))
 

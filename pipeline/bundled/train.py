@@ -59,9 +59,13 @@ def main(destination: Path) -> None:
         module.train()
         order = np.random.default_rng((SEED, epoch)).permutation(len(data.train))
         for x, labels in batches(data.train, PREPROCESSING, BATCH, order[: len(order) // BATCH * BATCH]):
-            loss = F.cross_entropy(module(shifted(torch.from_numpy(x), generator)), torch.from_numpy(labels), label_smoothing=0.05)
+            loss = F.cross_entropy(
+                module(shifted(torch.from_numpy(x), generator)),
+                torch.from_numpy(labels),
+                label_smoothing=0.05,
+            )
             optimiser.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
         accuracy = top1(module, data.select)

@@ -24,7 +24,12 @@ _EXAMPLES = """Examples:\n
 """
 
 app = typer.Typer(
-    name="maskplan", help=_SUMMARY, epilog=_EXAMPLES, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    name="maskplan",
+    help=_SUMMARY,
+    epilog=_EXAMPLES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
 )
 for module in (line, checkpoints, gates, engines):
     module.register(app)
@@ -63,12 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    except gates.GateFailed as error:
+    except gates.GateError as error:
         print(f"failed: {error}", file=sys.stderr)
         return GATE_FAILED
     except SystemExit as end:  # how typer ends, also after a command that went well
         code = end.code if isinstance(end.code, int) else PASSED
         if code == INTERRUPTED:
-            print("interrupted; finished stages are kept, and the same command goes on from there", file=sys.stderr)
+            print(
+                "interrupted; finished stages are kept, and the same command goes on from there",
+                file=sys.stderr,
+            )
         return code
     return PASSED

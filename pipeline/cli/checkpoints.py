@@ -17,18 +17,24 @@ if TYPE_CHECKING:
 def register(app: typer.Typer) -> None:
     """Add the commands to the app."""
     app.command(epilog="Example:\n\n  maskplan mask resnet50 --method magnitude -o masks.safetensors")(mask)
-    app.command(epilog="Example:\n\n  maskplan bake resnet50 --masks masks.safetensors --weights new.pth -o sparse.safetensors")(bake)
+    app.command(
+        epilog="Example:\n\n  maskplan bake resnet50 --masks masks.safetensors --weights new.pth -o sparse.safetensors"
+    )(bake)
     app.command(epilog="Example:\n\n  maskplan export resnet50 --weights sparse.safetensors -o sparse.onnx")(export)
 
 
 def mask(
     model: options.Model,
     out: options.Out = Path("masks.safetensors"),
-    method: Annotated[str | None, typer.Option(help="learned or magnitude; by default learned where there are images.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="learned or magnitude; by default learned where there are images.")
+    ] = None,
     weights: options.Weights = "auto",
     data: options.Data = None,
     pattern: Annotated[str, typer.Option(help="N:M, at most N non-zeros in each group of M.")] = "2:4",
-    layout: Annotated[str, typer.Option(help="channel (TensorRT's) or flat (for comparison; cannot be deployed).")] = "channel",
+    layout: Annotated[
+        str, typer.Option(help="channel (TensorRT's) or flat (for comparison; cannot be deployed).")
+    ] = "channel",
     budget_minutes: Annotated[float | None, typer.Option(min=0, help="Stop learning after this long.")] = None,
     classes: options.Classes = None,
     seed: options.Seed = 0,
@@ -53,7 +59,9 @@ def mask(
     masks = choose_masks(module, provenance, how, out, dataset, sets)
     if report is not None:
         write_json(report, masks_values(masks, out.parent))
-    print(f"{out}: {masks.pattern} masks ({masks.method}) for {len(masks.masked)} layers; {len(masks.dense)} stay dense")
+    print(
+        f"{out}: {masks.pattern} masks ({masks.method}) for {len(masks.masked)} layers; {len(masks.dense)} stay dense"
+    )
 
 
 def bake(

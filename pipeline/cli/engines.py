@@ -15,10 +15,16 @@ _Engine = Annotated[Path, typer.Argument(help="An engine with its sidecar.", sho
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the app."""
-    app.command(epilog="Example:\n\n  maskplan build sparse.fp16.onnx --backend tensorrt --profile 1:8:32 -o engine.plan")(build)
-    app.command(epilog="Example:\n\n  maskplan time build/r50/dense_engine.onnx build/r50/engine.onnx --batch 1,8")(time)
+    app.command(
+        epilog="Example:\n\n  maskplan build sparse.fp16.onnx --backend tensorrt --profile 1:8:32 -o engine.plan"
+    )(build)
+    app.command(epilog="Example:\n\n  maskplan time build/r50/dense_engine.onnx build/r50/engine.onnx --batch 1,8")(
+        time
+    )
     app.command(epilog="Example:\n\n  maskplan inspect build/r50/engine.onnx")(inspect)
-    app.command(epilog="Example:\n\n  maskplan deploy build/r50/engine.plan --repository models --name resnet50")(deploy)
+    app.command(epilog="Example:\n\n  maskplan deploy build/r50/engine.plan --repository models --name resnet50")(
+        deploy
+    )
 
 
 def build(
@@ -26,17 +32,28 @@ def build(
     backend: Annotated[str, typer.Option(help="auto, tensorrt or onnxruntime.")] = "auto",
     profile: Annotated[list[str] | None, typer.Option(help="Batch sizes MIN:OPT:MAX; repeatable.")] = None,
     sparse: Annotated[bool, typer.Option(help="Allow sparse kernels.")] = True,
-    out: Annotated[Path | None, typer.Option("--output", "-o", help="The engine; MODEL.engine.plan or .onnx by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The engine; MODEL.engine.plan or .onnx by default.")
+    ] = None,
 ) -> None:
     """Compile an ONNX file to an engine with a sidecar that describes it."""
-    from engines.build import DEFAULT_PROFILES, SUFFIX, BuildOptions, build_engine, choose_backend, parse_profile
+    from engines.build import (
+        DEFAULT_PROFILES,
+        SUFFIX,
+        BuildOptions,
+        build_engine,
+        choose_backend,
+        parse_profile,
+    )
     from exporters.metadata import describe_onnx
 
     chosen, why = choose_backend(backend)
     profiles = tuple(parse_profile(text) for text in profile) if profile else DEFAULT_PROFILES
     path = out or model.with_name(f"{model.stem}.engine{SUFFIX[chosen]}")
     engine = build_engine(describe_onnx(model), BuildOptions(chosen, profiles, sparse), path)
-    print(f"{engine.path}: {engine.precision} on {engine.backend} {engine.runtime_version} ({why}), {engine.bytes:,} bytes")
+    print(
+        f"{engine.path}: {engine.precision} on {engine.backend} {engine.runtime_version} ({why}), {engine.bytes:,} bytes"
+    )
     for note in engine.notes:
         print(f"note: {note}")
 
@@ -55,7 +72,7 @@ def time(
     from pipeline.errors import InputError
     from pipeline.files import write_json
     from pipeline.records import encode
-    from pipeline.run import classifier
+    from pipeline.stages import opened
     from pipeline.timing import TimeOptions, time_engines
 
     sizes = [part.strip() for part in batch.split(",")]
@@ -64,11 +81,11 @@ def time(
     records = [read_engine(path) for path in (dense, sparse)]
     on_cpu = records[1].backend == ONNXRUNTIME
     with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(classifier(record)) for record in records]
-        again = stack.enter_context(classifier(records[1])) if on_cpu else None
+        models = [stack.enter_context(opened(record)) for record in records]
+        again = stack.enter_context(opened(records[1])) if on_cpu else None
         timed = time_engines(
-            opened[0],
-            opened[1],
+            models[0],
+            models[1],
             again,
             TimeOptions(tuple(map(int, sizes)), seconds=seconds),
             note=NO_SPARSE_KERNELS if on_cpu else "",
@@ -107,8 +124,12 @@ def inspect(engine: _Engine, report: options.Report = None) -> None:
         "inputs": ", ".join(f"{t.name} {t.dtype} {_shape(t.shape)}" for t in record.inputs),
         "outputs": ", ".join(f"{t.name} {t.dtype} {_shape(t.shape)}" for t in record.outputs),
         "from": f"ONNX sha256 {record.onnx_sha256}",
-        "model": f"{made.model}, weights {made.origin}{'' if made.trained else ' (untrained)'}" if made else "unknown: another tool's file",
-        "masks": f"{made.pattern} {made.method} on {len(made.masked)} weights" if made and made.masked else "none known",
+        "model": f"{made.model}, weights {made.origin}{'' if made.trained else ' (untrained)'}"
+        if made
+        else "unknown: another tool's file",
+        "masks": f"{made.pattern} {made.method} on {len(made.masked)} weights"
+        if made and made.masked
+        else "none known",
         "sparse": f"{states.count('sparse')} layers sparse, {states.count('dense')} dense, {states.count('unknown')} unknown"
         if states
         else "no evidence of layers: " + ("; ".join(record.notes) or "the sparse flag was off"),

@@ -14,13 +14,16 @@ if TYPE_CHECKING:
     from pipeline.reports import ConformanceReport, ParityReport
 
 
-class GateFailed(Exception):
+class GateError(Exception):
     """A check or gate said no: exit code 1."""
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the app."""
-    app.command(epilog="Examples:\n\n  maskplan check sparse.onnx\n\n  maskplan check other.onnx --masks masks.safetensors --report check.json")(check)
+    app.command(
+        epilog="Examples:\n\n  maskplan check sparse.onnx\n\n"
+        "  maskplan check other.onnx --masks masks.safetensors --report check.json"
+    )(check)
     app.command(
         epilog="Examples:\n\n  maskplan compare build/r50/dense_engine.onnx build/r50/engine.onnx --data imagenet\n\n"
         "  maskplan compare dense.onnx sparse.onnx --min-agreement 99"
@@ -29,9 +32,13 @@ def register(app: typer.Typer) -> None:
 
 def check(
     model: Annotated[Path, typer.Argument(help="An ONNX file of any tool.", show_default=False)],
-    masks: Annotated[Path | None, typer.Option(help="Mask file whose weights must conform; else the file's own list.")] = None,
+    masks: Annotated[
+        Path | None, typer.Option(help="Mask file whose weights must conform; else the file's own list.")
+    ] = None,
     strict: Annotated[bool, typer.Option(help="Every eligible weight must conform.")] = False,
-    allow_dense: Annotated[list[str] | None, typer.Option(help="Pattern of weight names that may stay dense; repeatable.")] = None,
+    allow_dense: Annotated[
+        list[str] | None, typer.Option(help="Pattern of weight names that may stay dense; repeatable.")
+    ] = None,
     pattern: Annotated[str, typer.Option(help="N:M.")] = "2:4",
     report: options.Report = None,
 ) -> None:
@@ -47,16 +54,21 @@ def check(
         write_json(report, encode(verdict))
     _show_conformance(verdict)
     if not verdict.passed:
-        raise GateFailed(f"{model}: {verdict.reason}")
+        raise GateError(f"{model}: {verdict.reason}")
 
 
 def compare(
-    dense: Annotated[Path, typer.Argument(help="The reference: an engine, an ONNX file or a checkpoint.", show_default=False)],
+    dense: Annotated[
+        Path,
+        typer.Argument(help="The reference: an engine, an ONNX file or a checkpoint.", show_default=False),
+    ],
     sparse: Annotated[Path, typer.Argument(help="What shall replace it.", show_default=False)],
     data: options.Data = None,
     max_top1_drop: Annotated[float, typer.Option(help="Points of top-1 that may be lost.")] = 1.0,
     min_agreement: Annotated[float | None, typer.Option(help="Percent of images on which both must agree.")] = None,
-    mean: Annotated[str | None, typer.Option(help="For a foreign ONNX file: mean a channel, such as 0.5,0.5,0.5.")] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="For a foreign ONNX file: mean a channel, such as 0.5,0.5,0.5.")
+    ] = None,
     std: Annotated[str | None, typer.Option(help="For a foreign ONNX file: deviation a channel.")] = None,
     report: options.Report = None,
 ) -> None:
@@ -93,7 +105,7 @@ def compare(
         write_json(report, encode(verdict))
     _show_parity(verdict)
     if verdict.verdict != "pass":
-        raise GateFailed(verdict.reason or "")
+        raise GateError(verdict.reason or "")
 
 
 def _show_conformance(report: ConformanceReport) -> None:

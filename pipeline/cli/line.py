@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli import options
-from pipeline.cli.gates import GateFailed
+from pipeline.cli.gates import GateError
 
 if TYPE_CHECKING:
+    from pipeline.reports import MethodRow
     from pipeline.run import Finished
 
 _EXAMPLES = """Examples:\n
@@ -32,14 +33,18 @@ def engine(
     weights: options.Weights = "auto",
     data: options.Data = None,
     masks: Annotated[
-        str | None, typer.Option(help="learned, magnitude, or a mask file; by default learned where there are images.")
+        str | None,
+        typer.Option(help="learned, magnitude, or a mask file; by default learned where there are images."),
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="fp32 or fp16; by default what can run sparse: fp16 on TensorRT, fp32 elsewhere.")
+        str | None,
+        typer.Option(help="fp32 or fp16; by default what can run sparse: fp16 on TensorRT, fp32 elsewhere."),
     ] = None,
     backend: Annotated[str, typer.Option(help="auto, tensorrt or onnxruntime.")] = "auto",
     budget_minutes: Annotated[float | None, typer.Option(min=0, help="Stop learning masks after this long.")] = None,
-    max_top1_drop: Annotated[float | None, typer.Option(help="Points of top-1 that may be lost; 1.0 by default.")] = None,
+    max_top1_drop: Annotated[
+        float | None, typer.Option(help="Points of top-1 that may be lost; 1.0 by default.")
+    ] = None,
     repository: Annotated[Path | None, typer.Option(help="Triton model repository to deploy to.")] = None,
     allow_untrained: Annotated[bool, typer.Option(help="Deploy even random weights.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder to write; build/MODEL by default.")] = None,
@@ -59,7 +64,8 @@ def engine(
     from pipeline.models import folder_name
     from pipeline.recipe import read_recipe
     from pipeline.report import report_values
-    from pipeline.run import ConformanceFailure, LineOptions, run
+    from pipeline.run import LineOptions, run
+    from pipeline.stages import ConformanceFailure
 
     chosen = read_recipe(recipe, seed)
     if budget_minutes is not None:
@@ -85,12 +91,12 @@ def engine(
             )
         )
     except ConformanceFailure as error:
-        raise GateFailed(str(error)) from error
+        raise GateError(str(error)) from error
     if report is not None:
         write_json(report, report_values(finished.report))
     show(finished, folder)
     if finished.report.parity.verdict == "fail":
-        raise GateFailed(f"parity: {finished.report.parity.reason}")
+        raise GateError(f"parity: {finished.report.parity.reason}")
 
 
 def show(finished: Finished, folder: Path) -> None:
@@ -111,7 +117,8 @@ def show(finished: Finished, folder: Path) -> None:
         return [f"{getattr(b, name).p50_ms:.3g}" for b in report.timing.batches]
 
     last = report.masks.method
-    rows = {row.name: row for row in report.parity.methods} or {"dense": None, last: None}
+    rows: dict[str, MethodRow | None] = {row.name: row for row in report.parity.methods}
+    rows = rows or {"dense": None, last: None}
     for name, row in rows.items():
         accuracy = ["", "", ""] if row is None else [f"{row.top1:.2f}", f"{row.top5:.2f}", f"{row.drop:+.2f}"]
         timed = {"dense": ("dense", report.dense_engine), list(rows)[-1]: ("sparse", report.engine)}.get(name)
@@ -119,7 +126,8 @@ def show(finished: Finished, folder: Path) -> None:
         table.add_row(name, *accuracy, size, *(times(timed[0]) if timed else []))
     console.print(table)
     conformance, parity = report.conformance, report.parity
-    console.print(f"conformance  {conformance.verdict}: {conformance.conforming} of {conformance.eligible} eligible weights are {conformance.pattern}")
+    conforming = f"{conformance.conforming} of {conformance.eligible} eligible weights are {conformance.pattern}"
+    console.print(f"conformance  {conformance.verdict}: {conforming}")
     why = f": {parity.reason}" if parity.reason else f": {parity.images} images, {parity.agreement:.2f}% agreement"
     console.print(f"parity       {parity.verdict.replace('_', ' ')}{why}", soft_wrap=True)
     if report.timing.note:
@@ -129,7 +137,10 @@ def show(finished: Finished, folder: Path) -> None:
     console.print(f"engine       {report.engine.path}", soft_wrap=True)
     console.print(f"report       {finished.files.html.path}", soft_wrap=True)
     if finished.deployment is not None:
-        console.print(f"deployed     {finished.deployment.folder}, version {finished.deployment.version}", soft_wrap=True)
+        console.print(
+            f"deployed     {finished.deployment.folder}, version {finished.deployment.version}",
+            soft_wrap=True,
+        )
     elif report.model.trained and parity.verdict != "fail":
         console.print(f"next         maskplan deploy {report.engine.path} --repository models", soft_wrap=True)
     else:

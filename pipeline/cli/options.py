@@ -9,12 +9,16 @@ import typer
 
 Model = Annotated[
     str,
-    typer.Argument(help="A torchvision name (resnet50), timm/NAME, path/to/file.py:factory, or digits_resnet.", show_default=False),
+    typer.Argument(
+        help="A torchvision name (resnet50), timm/NAME, path/to/file.py:factory, or digits_resnet.",
+        show_default=False,
+    ),
 ]
 Weights = Annotated[str, typer.Option(help="auto, pretrained, random, or a .safetensors or .pth file.")]
 Classes = Annotated[int | None, typer.Option(help="Number of classes, where it is not the model's own.")]
 Data = Annotated[
-    Path | None, typer.Option(help="Folder with train/CLASS/* and val/CLASS/*; digits_resnet has its own images.")
+    Path | None,
+    typer.Option(help="Folder with train/CLASS/* and val/CLASS/*; digits_resnet has its own images."),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of random weights, of learning, and of the select part.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="TOML file with options of the stages.")]

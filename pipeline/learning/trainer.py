@@ -73,7 +73,9 @@ def learn_masks(
     epochs = 0
     for epoch in range(options.epochs):
         _prepare(student)
-        for x, _ in track(_epoch(data, how, options, epoch), f"epoch {epoch + 1}/{options.epochs}", total // options.epochs):
+        for x, _ in track(
+            _epoch(data, how, options, epoch), f"epoch {epoch + 1}/{options.epochs}", total // options.epochs
+        ):
             tau = _temperature(_fraction(steps, total, started, options), options)
             images = torch.from_numpy(x)
             with torch.no_grad():
@@ -87,7 +89,7 @@ def learn_masks(
                     fix="check the weights and the images' normalisation, or lower the learning rate",
                 )
             optimiser.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             steps += 1
             if _spent(started, options):

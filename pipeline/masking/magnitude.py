@@ -11,9 +11,7 @@ from pipeline.artifacts import Pattern
 from pipeline.masking.patterns import CHANNEL, FLAT, group, ungroup
 
 
-def magnitude_mask(
-    weight: npt.NDArray[np.floating], pattern: Pattern, layout: str = CHANNEL
-) -> npt.NDArray[np.bool_]:
+def magnitude_mask(weight: npt.NDArray[np.floating], pattern: Pattern, layout: str = CHANNEL) -> npt.NDArray[np.bool_]:
     """Keep the N largest magnitudes in each group of M.
 
     Args:

@@ -56,7 +56,17 @@ def write_masks(
     tensors = {name: np.ascontiguousarray(mask) for name, mask in masks.items()}
     sha256 = write_atomically(out, safetensors.numpy.save(tensors, {METADATA_KEY: json.dumps(header, sort_keys=True)}))
     return MaskSet(
-        out, sha256, model, pattern, layout, method, weights_sha256, described, tuple(dense), learning, image_sets
+        out,
+        sha256,
+        model,
+        pattern,
+        layout,
+        method,
+        weights_sha256,
+        described,
+        tuple(dense),
+        learning,
+        image_sets,
     )
 
 
@@ -67,20 +77,32 @@ def load_masks(path: Path) -> dict[str, npt.NDArray[np.bool_]]:
         InputError: The file is missing, damaged, empty, or holds tensors that are not bool.
     """
     if not path.is_file():
-        raise InputError("mask file not found", where=path, fix="check the path, or choose a method: learned or magnitude")
+        raise InputError(
+            "mask file not found", where=path, fix="check the path, or choose a method: learned or magnitude"
+        )
     try:
         masks = safetensors.numpy.load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise InputError("the mask file cannot be read", where=path, found=error, fix="give a file that `maskplan mask` wrote") from error
+        raise InputError(
+            "the mask file cannot be read",
+            where=path,
+            found=error,
+            fix="give a file that `maskplan mask` wrote",
+        ) from error
     wrong = [f"{name} is {mask.dtype}" for name, mask in masks.items() if mask.dtype != np.bool_]
     if wrong or not masks:
         raise InputError(
-            "not a mask file", where=path, found=listed(wrong) or "no tensors", fix="masks are bool tensors, one for each masked weight"
+            "not a mask file",
+            where=path,
+            found=listed(wrong) or "no tensors",
+            fix="masks are bool tensors, one for each masked weight",
         )
     return masks
 
 
-def read_masks(path: Path, weights: Weights, layers: Sequence[Layer], *, model: str, deployable: bool = True) -> MaskSet:
+def read_masks(
+    path: Path, weights: Weights, layers: Sequence[Layer], *, model: str, deployable: bool = True
+) -> MaskSet:
     """Read a mask file and hold it against the model it is meant for.
 
     Args:
@@ -158,7 +180,10 @@ def require_fit(masks: Masks, layers: Sequence[Layer], pattern: Pattern, layout:
             wrong.append(f"{name}: {count} groups keep more than {pattern.n} of {pattern.m}")
     if wrong:
         raise InputError(
-            f"{len(wrong)} of {len(masks)} masks cannot be used", where=where, found=listed(wrong, 3), fix=f"make {pattern} masks along C for this model"
+            f"{len(wrong)} of {len(masks)} masks cannot be used",
+            where=where,
+            found=listed(wrong, 3),
+            fix=f"make {pattern} masks along C for this model",
         )
 
 

@@ -8,12 +8,15 @@ not accept that for kernels larger than 1x1, so it serves comparison only.
 from __future__ import annotations
 
 import itertools
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.artifacts import Pattern
 from pipeline.errors import InputError
+
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 CHANNEL, FLAT = "channel", "flat"
 LAYOUTS = (CHANNEL, FLAT)
@@ -27,7 +30,11 @@ def parse_pattern(text: str) -> Pattern:
     """
     n, colon, m = text.partition(":")
     if not (colon and n.isdecimal() and m.isdecimal()) or not 1 <= int(n) <= int(m) <= 64:
-        raise InputError("not an N:M pattern", found=repr(text), fix="write at most N non-zeros in M as N:M, for example 2:4")
+        raise InputError(
+            "not an N:M pattern",
+            found=repr(text),
+            fix="write at most N non-zeros in M as N:M, for example 2:4",
+        )
     return Pattern(int(n), int(m))
 
 
@@ -40,7 +47,7 @@ def patterns(pattern: Pattern) -> npt.NDArray[np.bool_]:
     return table
 
 
-def group(weight: npt.NDArray[np.generic], m: int, layout: str = CHANNEL, *, pad: bool = False) -> npt.NDArray[np.generic]:
+def group(weight: npt.NDArray[Scalar], m: int, layout: str = CHANNEL, *, pad: bool = False) -> npt.NDArray[Scalar]:
     """Bring a weight (K, C, ...) into groups, shape (..., G, M); a view where the layout allows.
 
     Args:
@@ -65,7 +72,7 @@ def group(weight: npt.NDArray[np.generic], m: int, layout: str = CHANNEL, *, pad
     return flat.reshape(flat.shape[0], -1, m)
 
 
-def ungroup(grouped: npt.NDArray[np.generic], shape: tuple[int, ...], layout: str = CHANNEL) -> npt.NDArray[np.generic]:
+def ungroup(grouped: npt.NDArray[Scalar], shape: tuple[int, ...], layout: str = CHANNEL) -> npt.NDArray[Scalar]:
     """The inverse of `group`: back to a contiguous array of the weight's `shape`; padding is dropped."""
     if layout == CHANNEL:
         moved = grouped.reshape(shape[0], *shape[2:], shape[1])

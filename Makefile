@@ -1,0 +1,48 @@
+# The same verbs as the command line; each sets up .venv first where needed. `make` alone prints this help.
+MODEL ?= digits_resnet
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
+BIN := .venv/bin
+REPOSITORY ?= build/models
+DIR = build/$(notdir $(subst /,_,$(MODEL)))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup engine parity deploy test test-all lint bench clean
+
+help: ## This help
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: .venv/.ready ## Install maskplan with its learn and dev extras into .venv
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[learn,dev]'
+	@touch $@
+
+engine: .venv/.ready ## Checkpoint to engine: MODEL= WEIGHTS= DATA= MASKS= PRECISION= BACKEND= OUT=
+	$(BIN)/maskplan engine $(MODEL) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(DATA),--data $(DATA)) \
+	  $(if $(MASKS),--masks $(MASKS)) $(if $(PRECISION),--precision $(PRECISION)) \
+	  $(if $(BACKEND),--backend $(BACKEND)) $(if $(OUT),--out $(OUT))
+
+parity: .venv/.ready ## Compare the engines of MODEL= once more, over DATA=; fails when accuracy is not kept
+	$(BIN)/maskplan compare $(firstword $(wildcard $(DIR)/dense_engine.plan $(DIR)/dense_engine.onnx)) \
+	  $(firstword $(wildcard $(DIR)/engine.plan $(DIR)/engine.onnx)) $(if $(DATA),--data $(DATA))
+
+deploy: .venv/.ready ## Add the engine of MODEL= to the Triton model repository REPOSITORY=
+	$(BIN)/maskplan deploy $(firstword $(wildcard $(DIR)/engine.plan $(DIR)/engine.onnx)) --repository $(REPOSITORY)
+
+test: .venv/.ready ## The tests, but for the slow ones
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: .venv/.ready ## All tests
+	$(BIN)/python -m pytest
+
+lint: .venv/.ready ## Style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/.ready ## The benchmarks; they write JSON beside their scripts
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean: ## Remove what the line wrote
+	rm -rf build

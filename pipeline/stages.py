@@ -1,0 +1,333 @@
+"""Each stage with the digests and options that decide whether it has to run again. The order is `run.py`'s."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from engines.base import Classifier
+from engines.build import ONNXRUNTIME, SUFFIX, TENSORRT, BuildOptions, build_engine, open_engine
+from engines.ort import NO_SPARSE_KERNELS, OrtEngine
+from exporters.conformance import CheckOptions, check_2to4
+from exporters.onnx_export import PRECISIONS, export_onnx
+from pipeline.artifacts import Checkpoint, EngineFile, ImageSet, MaskSet, OnnxModel
+from pipeline.bake import bake
+from pipeline.checkpoint import ModelOptions, load_checkpoint, module_of, weights_file
+from pipeline.compare import compare, fidelity
+from pipeline.data import Dataset, ImageFiles, identify, listing_sha256, require_disjoint
+from pipeline.files import read_bytes, sha256_of, write_atomically
+from pipeline.mask import LEARNED, MAGNITUDE, METHODS, choose_masks, given_masks
+from pipeline.models import model_identity
+from pipeline.recalibrate import recalibrate
+from pipeline.recipe import Recipe
+from pipeline.records import encode
+from pipeline.report import ReportFiles, RunReport, write_report
+from pipeline.reports import ConformanceReport, Fidelity, ParityReport, TimingReport
+from pipeline.timing import time_engines
+from pipeline.workspace import Workspace
+
+_MAGNITUDE_ROW, _RECALIBRATED_ROW = "magnitude", "magnitude, recalibrated"
+
+
+@dataclass(frozen=True)
+class ImageSets:
+    """What the data holds, by digest."""
+
+    train: ImageSet
+    select: ImageSet
+    val: ImageSet
+
+    @property
+    def shaping(self) -> tuple[ImageSet, ...]:
+        return (self.train, self.select)
+
+
+@dataclass(frozen=True)
+class Images:
+    """The data and what it holds."""
+
+    data: Dataset
+    sets: ImageSets
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every stage of one run has at hand."""
+
+    ws: Workspace
+    model: ModelOptions
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One model in both precisions."""
+
+    fp32: OnnxModel
+    fp16: OnnxModel
+
+    def of(self, precision: str) -> OnnxModel:
+        return {"fp32": self.fp32, "fp16": self.fp16}[precision]
+
+
+@dataclass(frozen=True)
+class Engines:
+    """The three of a fair comparison; `pruned` is `sparse` itself where the runtime has no sparse flag."""
+
+    dense: EngineFile
+    pruned: EngineFile
+    sparse: EngineFile
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Both verdicts of the compare stage."""
+
+    parity: ParityReport
+    fidelity: Fidelity
+
+
+class ConformanceFailure(Exception):
+    """The line made a file that does not conform: a gate that failed, not bad input."""
+
+
+def load(job: Job) -> Checkpoint:
+    """The dense checkpoint. Weights that a library fetches are known by their name, those of a file by its digest."""
+    model = job.model
+    file = weights_file(model)
+    return job.ws.stage(
+        "load",
+        Checkpoint,
+        {
+            "model": model_identity(model.model),
+            "weights": sha256_of(file) if file is not None else model.weights,
+            "classes": model.classes,
+            # Weights that were trained leave nothing to chance.
+            "seed": model.seed if file is None and model.weights != "pretrained" else None,
+        },
+        lambda: load_checkpoint(model, job.ws.path("dense.safetensors")),
+    )
+
+
+def look_at_images(job: Job, data: Dataset, dense: Checkpoint) -> Images:
+    """Digests of the images, each of which is read and decoded once; a folder that has not changed is not read again."""
+    listing = [listing_sha256(s.images) for s in (data.train, data.val) if isinstance(s.images, ImageFiles)]
+    sets = job.ws.stage(
+        "images",
+        ImageSets,
+        {"listing": listing or "bundled", "classes": data.classes, "seed": job.model.seed},
+        lambda: ImageSets(identify(data.train), identify(data.select), identify(data.val)),
+    )
+    require_disjoint(sets.val, (*sets.shaping, *dense.provenance.image_sets))
+    return Images(data, sets)
+
+
+def export(job: Job, checkpoint: Checkpoint, name: str) -> Exported:
+    """`NAME.onnx` and `NAME.fp16.onnx`."""
+    paths = {"fp32": job.ws.path(f"{name}.onnx"), "fp16": job.ws.path(f"{name}.fp16.onnx")}
+    return job.ws.stage(
+        f"export-{name}",
+        Exported,
+        {"checkpoint": checkpoint.sha256, "options": job.recipe.export},
+        lambda: Exported(
+            *export_onnx(module_of(job.model, checkpoint), checkpoint.provenance, job.recipe.export, paths)
+        ),
+    )
+
+
+def choose(job: Job, dense: Checkpoint, method: str, file: Path | None, images: Images | None) -> MaskSet:
+    """Masks by a method, or those of a file."""
+    options = replace(job.recipe.mask, method=method)
+    out = job.ws.path("masks.safetensors")
+
+    def work() -> MaskSet:
+        module = module_of(job.model, dense)
+        if file is not None:
+            given = given_masks(module, dense.provenance, file)
+            return replace(given, path=out, sha256=write_atomically(out, read_bytes(file)))
+        data, sets = (images.data, images.sets.shaping) if images else (None, ())
+        return choose_masks(module, dense.provenance, options, out, data, sets)
+
+    return job.ws.stage(
+        "mask",
+        MaskSet,
+        {
+            "checkpoint": dense.sha256,
+            "options": options if method in METHODS else None,
+            "file": sha256_of(file) if file else None,
+            "images": [s.sha256 for s in images.sets.shaping] if images and method == LEARNED else None,
+        },
+        work,
+    )
+
+
+def prune(job: Job, dense: Checkpoint, masks: MaskSet, name: str, out: Path, images: Images | None) -> Checkpoint:
+    """Bake the masks into the weights and, with images, recalibrate."""
+    recipe = job.recipe.recalibrate
+    recalibrating = images is not None and recipe.images > 0
+    baked = job.ws.stage(
+        f"bake-{name}",
+        Checkpoint,
+        {"checkpoint": dense.sha256, "masks": masks.sha256},
+        lambda: bake(
+            module_of(job.model, dense),
+            dense.provenance,
+            masks,
+            job.ws.hidden(f"{name}-baked.safetensors") if recalibrating else out,
+        ),
+    )
+    if images is None or not recalibrating:
+        return baked
+    train, shaped = images.data.train, (images.sets.train,)
+    return job.ws.stage(
+        f"recalibrate-{name}",
+        Checkpoint,
+        {"checkpoint": baked.sha256, "images": images.sets.train.sha256, "options": recipe},
+        lambda: recalibrate(module_of(job.model, baked), baked.provenance, train, recipe, out, shaped),
+    )
+
+
+def check(job: Job, exported: Exported, pattern: str, precision: str) -> ConformanceReport:
+    """Check both precisions; the report is of the one that the engine is built from.
+
+    Raises:
+        ConformanceFailure: One of them is not N:M.
+    """
+
+    def work() -> ConformanceReport:
+        reports = {p: check_2to4(exported.of(p).path, CheckOptions(pattern=pattern)) for p in PRECISIONS}
+        for p, report in reports.items():
+            if not report.passed:
+                raise ConformanceFailure(f"{exported.of(p).path.name} is not {pattern}: {report.reason}")
+        return reports[precision]
+
+    inputs = {"onnx": [exported.of(p).sha256 for p in PRECISIONS], "pattern": pattern, "precision": precision}
+    return job.ws.stage("check", ConformanceReport, inputs, work)
+
+
+def build(job: Job, backend: str, dense: OnnxModel, sparse: OnnxModel) -> Engines:
+    """Build the engines of a fair comparison."""
+
+    def engine(name: str, model: OnnxModel, out: Path, sparse_weights: bool) -> EngineFile:
+        options = BuildOptions(backend, sparse_weights=sparse_weights)
+        inputs = {"onnx": model.sha256, "options": options}
+        return job.ws.stage(f"build-{name}", EngineFile, inputs, lambda: build_engine(model, options, out))
+
+    suffix = SUFFIX[backend]
+    sparse_engine = engine("sparse", sparse, job.ws.path(f"engine{suffix}"), True)
+    dense_engine = engine("dense", dense, job.ws.path(f"dense_engine{suffix}"), False)
+    if backend == ONNXRUNTIME:
+        return Engines(dense_engine, sparse_engine, sparse_engine)
+    return Engines(
+        dense_engine, engine("pruned", sparse, job.ws.hidden(f"pruned_engine{suffix}"), False), sparse_engine
+    )
+
+
+def baselines(job: Job, dense: Checkpoint, masks: MaskSet, images: Images | None) -> dict[str, OnnxModel]:
+    """Magnitude masks on the same layers, without and with recalibration, to stand beside the chosen ones."""
+    if images is None or not dense.provenance.trained:
+        return {}
+    names = [m.name for m in masks.masked]
+    options = replace(job.recipe.mask, method=MAGNITUDE, pattern=str(masks.pattern), layout=masks.layout)
+    out = job.ws.hidden("magnitude-masks.safetensors")
+    magnitude = job.ws.stage(
+        "baseline-mask",
+        MaskSet,
+        {"checkpoint": dense.sha256, "options": options, "layers": names},
+        lambda: choose_masks(module_of(job.model, dense), dense.provenance, options, out, only=names),
+    )
+    rows: dict[str, tuple[str, Images | None]] = {_MAGNITUDE_ROW: ("magnitude", None)}
+    if masks.method != MAGNITUDE:
+        rows |= {_RECALIBRATED_ROW: ("magnitude-recalibrated", images)}
+    return {row: _baseline(job, dense, magnitude, name, used) for row, (name, used) in rows.items()}
+
+
+def _baseline(job: Job, dense: Checkpoint, masks: MaskSet, name: str, images: Images | None) -> OnnxModel:
+    checkpoint = prune(job, dense, masks, name, job.ws.hidden(f"{name}.safetensors"), images)
+    paths = {"fp32": job.ws.hidden(f"{name}.onnx")}
+    return job.ws.stage(
+        f"export-{name}",
+        OnnxModel,
+        {"checkpoint": checkpoint.sha256, "options": job.recipe.export},
+        lambda: export_onnx(module_of(job.model, checkpoint), checkpoint.provenance, job.recipe.export, paths)[0],
+    )
+
+
+def judge(
+    job: Job,
+    engines: Engines,
+    own_onnx: OnnxModel,
+    others: Mapping[str, OnnxModel],
+    sparse: Checkpoint,
+    images: Images | None,
+) -> Compared:
+    """Compare the sparse engine with the dense one, with the baselines, and with its own ONNX file."""
+    made = sparse.provenance
+    # Labelled images say nothing about random weights.
+    val = images.data.val if images is not None and made.trained else None
+    options = job.recipe.compare
+
+    def work() -> Compared:
+        with contextlib.ExitStack() as stack:
+            dense_model, sparse_model = (stack.enter_context(opened(e)) for e in (engines.dense, engines.sparse))
+            models = {name: stack.enter_context(Classifier(OrtEngine(m.path), name)) for name, m in others.items()}
+            parity = compare(
+                dense_model,
+                sparse_model,
+                made.preprocessing,
+                [engines.dense.provenance, made],
+                val,
+                options,
+                models,
+                sparse_name=str(made.method) + (", recalibrated" if made.recalibrated_images else ""),
+            )
+            reference = stack.enter_context(Classifier(OrtEngine(own_onnx.path, optimised=False), "its ONNX file"))
+            return Compared(parity, fidelity(sparse_model, reference, made.preprocessing, val, options.fixed_images))
+
+    inputs = {
+        "engines": [engines.dense.sha256, engines.sparse.sha256],
+        "others": {name: m.sha256 for name, m in others.items()},
+        "val": images.sets.val.sha256 if images and val else None,
+        "options": options,
+    }
+    return job.ws.stage("compare", Compared, inputs, work)
+
+
+def clock(job: Job, engines: Engines) -> TimingReport:
+    """Time the engines in turn."""
+    on_cpu = engines.sparse.backend == ONNXRUNTIME
+
+    def work() -> TimingReport:
+        with opened(engines.dense) as dense, opened(engines.sparse) as sparse, opened(engines.pruned) as pruned:
+            return time_engines(
+                dense,
+                sparse,
+                pruned,
+                job.recipe.time,
+                note=NO_SPARSE_KERNELS if on_cpu else "",
+                same_file=on_cpu,
+                device=None if on_cpu else engines.sparse.device,
+            )
+
+    digests = [e.sha256 for e in (engines.dense, engines.pruned, engines.sparse)]
+    return job.ws.stage("time", TimingReport, {"engines": digests, "options": job.recipe.time}, work)
+
+
+def report(job: Job, found: RunReport) -> ReportFiles:
+    """report.json and report.html."""
+    return job.ws.stage(
+        "report",
+        ReportFiles,
+        {"report": encode(found, job.ws.folder)},
+        lambda: write_report(found, job.ws.path("report.json"), job.ws.path("report.html")),
+    )
+
+
+@contextlib.contextmanager
+def opened(engine: EngineFile) -> Iterator[Classifier]:
+    """An engine opened for images, and closed again."""
+    profiles = engine.profiles if engine.backend == TENSORRT else ()
+    with Classifier(open_engine(engine), engine.path.name, profiles) as model:
+        yield model
