@@ -1,4 +1,4 @@
-"""Image files to input tensors, as the checkpoint's record says; the same arithmetic as torchvision's evaluation transforms."""
+"""Image files to input tensors as the checkpoint's record says, with the arithmetic of torchvision's transforms."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def run(options: LineOptions) -> Finished:
 
     Raises:
         PipelineError: Bad input or environment, in one message.
-        ConformanceFailure: The check found weights that are not N:M.
+        ConformanceError: The check found weights that are not N:M.
     """
     backend, why = choose_backend(options.backend)
     log.info("backend: %s (%s)", backend, why)

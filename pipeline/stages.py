@@ -89,7 +89,7 @@ class Compared:
     fidelity: Fidelity
 
 
-class ConformanceFailure(Exception):
+class ConformanceError(Exception):
     """The line made a file that does not conform: a gate that failed, not bad input."""
 
 
@@ -193,14 +193,14 @@ def check(job: Job, exported: Exported, pattern: str, precision: str) -> Conform
     """Check both precisions; the report is of the one that the engine is built from.
 
     Raises:
-        ConformanceFailure: One of them is not N:M.
+        ConformanceError: One of them is not N:M.
     """
 
     def work() -> ConformanceReport:
         reports = {p: check_2to4(exported.of(p).path, CheckOptions(pattern=pattern)) for p in PRECISIONS}
         for p, report in reports.items():
             if not report.passed:
-                raise ConformanceFailure(f"{exported.of(p).path.name} is not {pattern}: {report.reason}")
+                raise ConformanceError(f"{exported.of(p).path.name} is not {pattern}: {report.reason}")
         return reports[precision]
 
     inputs = {"onnx": [exported.of(p).sha256 for p in PRECISIONS], "pattern": pattern, "precision": precision}

@@ -65,7 +65,7 @@ def engine(
     from pipeline.recipe import read_recipe
     from pipeline.report import report_values
     from pipeline.run import LineOptions, run
-    from pipeline.stages import ConformanceFailure
+    from pipeline.stages import ConformanceError
 
     chosen = read_recipe(recipe, seed)
     if budget_minutes is not None:
@@ -90,7 +90,7 @@ def engine(
                 out=folder,
             )
         )
-    except ConformanceFailure as error:
+    except ConformanceError as error:
         raise GateError(str(error)) from error
     if report is not None:
         write_json(report, report_values(finished.report))

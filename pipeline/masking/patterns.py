@@ -39,7 +39,7 @@ def parse_pattern(text: str) -> Pattern:
 
 
 def patterns(pattern: Pattern) -> npt.NDArray[np.bool_]:
-    """All masks of one group with exactly N kept, shape (M choose N, M), the lexicographically first kept positions first."""
+    """All masks of one group with exactly N kept, shape (M choose N, M), in lexicographic order of kept positions."""
     kept = list(itertools.combinations(range(pattern.m), pattern.n))
     table = np.zeros((len(kept), pattern.m), dtype=np.bool_)
     for row, columns in zip(table, kept, strict=True):

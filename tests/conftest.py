@@ -1,0 +1,122 @@
+"""What many tests start from: a tiny model of one's own, a toy data folder, and one finished run on the digits."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+TINY_CLASSES = ("blue", "green", "red")
+
+TINY_MODEL = '''
+import torch
+from torch import nn
+
+PREPROCESSING = {"height": 16, "width": 16, "resize": 0, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+
+
+class Tiny(nn.Module):
+    """A stem, an eligible and a depthwise convolution, one with 6 channels, and a head."""
+
+    def __init__(self, classes=3):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.wide = nn.Conv2d(8, 12, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(12)
+        self.depthwise = nn.Conv2d(12, 12, 3, 1, 1, groups=12)
+        self.narrow = nn.Conv2d(12, 6, 1)
+        self.odd = nn.Conv2d(6, 8, 1)
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.stem(x)))
+        x = torch.relu(self.bn2(self.wide(x)))
+        x = self.odd(torch.relu(self.narrow(self.depthwise(x))))
+        return self.head(x.mean((2, 3)))
+
+
+def build():
+    return Tiny()
+'''
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Run a command in this process."""
+    from pipeline.cli.app import main
+
+    def run(*args: object) -> Ran:
+        capsys.readouterr()
+        code = main([str(a) for a in args])
+        captured = capsys.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+    return run
+
+
+def spawn(*args: object, cwd: Path | None = None, timeout: float = 300) -> Ran:
+    """Run a command in a process of its own."""
+    command = [sys.executable, "-m", "pipeline", *(str(a) for a in args)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def maskplan() -> Callable[..., Ran]:
+    """Run a command in a process of its own; `cwd` and `timeout` by keyword."""
+    return spawn
+
+
+@pytest.fixture
+def tiny_spec(tmp_path: Path) -> str:
+    """The tiny model as `file.py:factory`."""
+    file = tmp_path / "tiny.py"
+    file.write_text(TINY_MODEL)
+    return f"{file}:build"
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes told apart by colour: 20 training and 8 validation images each, 20x20, PNG. Do not write to it."""
+    folder = tmp_path_factory.mktemp("toy")
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 20), ("val", 8)):
+        for channel, name in zip((2, 1, 0), TINY_CLASSES, strict=True):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 120, (20, 20, 3), dtype=np.uint8)
+                pixels[..., channel] += 120
+                Image.fromarray(pixels).save(folder / part / name / f"{i:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `maskplan engine digits_resnet`, run once. Do not write to it; `digits` is a copy."""
+    out = tmp_path_factory.mktemp("line") / "digits_resnet"
+    ran = spawn("engine", "digits_resnet", "--out", out)
+    assert ran.code == 0, ran.err
+    return out
+
+
+@pytest.fixture
+def digits(finished_digits: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run, to spoil."""
+    return Path(shutil.copytree(finished_digits, tmp_path / "digits_resnet"))
