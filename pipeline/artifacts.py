@@ -157,7 +157,11 @@ class DenseLayer:
 
 @dataclass(frozen=True)
 class Learning:
-    """What learning the masks took, and how it went on the `select` part (percent)."""
+    """What learning the masks took, and how it went on the `select` part.
+
+    `start` is the magnitude masks, `end` the masks chosen. Divergence is the distillation loss against the dense network;
+    top-1 is in percent.
+    """
 
     recipe: str
     epochs: int
@@ -165,6 +169,8 @@ class Learning:
     images: int
     seconds: float
     groups_changed: float
+    select_divergence_start: float
+    select_divergence_end: float
     select_top1_start: float
     select_top1_end: float
 

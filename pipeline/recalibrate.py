@@ -12,7 +12,6 @@ import numpy as np
 from pipeline.artifacts import Checkpoint, ImageSet, Preprocessing, Provenance
 from pipeline.checkpoint import save_checkpoint
 from pipeline.data import Split, batches
-from pipeline.progress import track
 
 if TYPE_CHECKING:
     from torch import nn
@@ -93,7 +92,7 @@ def update_statistics(module: nn.Module, train: Split, how: Preprocessing, optio
     device = next(module.parameters()).device
     try:
         with torch.no_grad():
-            for x, _ in track(batches(train, how, size, order), "recalibrate", -(-len(order) // size)):
+            for x, _ in batches(train, how, size, order):
                 module(torch.from_numpy(x).to(device))
     finally:
         for layer, momentum in zip(layers, before, strict=True):

@@ -21,12 +21,12 @@ class LearnOptions:
         seed: Of the noise and of the order of images.
     """
 
-    epochs: int = 12
+    epochs: int = 30
     batch: int = 64
-    rate: float = 0.02
+    rate: float = 0.05
     tau_start: float = 1.0
     tau_end: float = 0.1
-    prior: float = 1.5
+    prior: float = 3.0
     softness: float = 2.0
     budget_minutes: float | None = None
     seed: int = 0

@@ -6,6 +6,7 @@ import copy
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from pipeline.data import Dataset, batches
 from pipeline.errors import InputError
 from pipeline.learning.gates import Gates
 from pipeline.learning.recipes import LearnOptions
+from pipeline.masking.patterns import group
 from pipeline.progress import track
 from pipeline.recalibrate import RecalibrateOptions, norms, update_statistics
 
@@ -37,8 +39,9 @@ def learn_masks(
 ) -> tuple[Masks, Learning]:
     """Choose masks by gradient descent over the patterns of each group.
 
-    The magnitude masks are the prior and the candidate to beat: they are kept if no epoch does better on `select`. In
-    learning, BatchNorm uses batch statistics; for every judgement it is recalibrated, as the final network will be.
+    The magnitude masks are the prior and the candidate to beat: they are kept if no epoch comes closer to the dense network
+    on `select`. In learning, BatchNorm uses batch statistics; for every judgement it is recalibrated, as the final network
+    will be.
 
     Args:
         module: The dense model; neither its parameters nor its buffers change.
@@ -66,8 +69,10 @@ def learn_masks(
     generator = torch.Generator().manual_seed(options.seed)
 
     best_masks: Masks = dict(magnitude)
-    first_top1 = best_top1 = _judge(module, best_masks, how, data, options)
-    log.info("learning masks for %d layers; magnitude masks have %.2f%% on select", len(gates), first_top1)
+    first = best = _judge(module, best_masks, how, data, options)
+    log.info(
+        "learning masks for %d layers, %d groups; on select, magnitude masks have %s", len(gates), _size(gates), first
+    )
     steps = 0
     total = options.epochs * _steps_per_epoch(data, options)
     epochs = 0
@@ -96,10 +101,10 @@ def learn_masks(
                 break
         epochs = epoch + 1
         masks = {name: gate.mask() for name, gate in gates.items()}
-        top1 = _judge(module, masks, how, data, options)
-        log.info("epoch %d/%d: %.2f%% on select", epochs, options.epochs, top1)
-        if top1 >= best_top1:
-            best_masks, best_top1 = masks, top1
+        found = _judge(module, masks, how, data, options)
+        log.info("epoch %d/%d: %s", epochs, options.epochs, found)
+        if found.divergence < best.divergence:
+            best_masks, best = masks, found
         if _spent(started, options):
             log.info("the budget of %s minutes is spent", options.budget_minutes)
             break
@@ -112,29 +117,43 @@ def learn_masks(
         images=len(data.train),
         seconds=round(time.monotonic() - started, 3),
         groups_changed=_groups_changed(magnitude, best_masks, pattern),
-        select_top1_start=first_top1,
-        select_top1_end=best_top1,
+        select_divergence_start=first.divergence,
+        select_divergence_end=best.divergence,
+        select_top1_start=first.top1,
+        select_top1_end=best.top1,
     )
 
 
-def top1(module: nn.Module, how: Preprocessing, data: Dataset, batch: int) -> float:
-    """Accuracy on the `select` part, percent."""
-    right = 0
-    with torch.no_grad():
-        for x, labels in batches(data.select, how, batch):
-            right += int((module(torch.from_numpy(x)).argmax(dim=1).numpy() == labels).sum())
-    return 100 * right / len(data.select)
+@dataclass(frozen=True)
+class Judgement:
+    """Masks on the `select` part: divergence from the dense network, and top-1 in percent."""
+
+    divergence: float
+    top1: float
+
+    def __str__(self) -> str:
+        return f"divergence {self.divergence:.4f}, top-1 {self.top1:.2f}%"
 
 
-def _judge(module: nn.Module, masks: Masks, how: Preprocessing, data: Dataset, options: LearnOptions) -> float:
-    """`select` accuracy of a model with the masks applied and its statistics recalibrated."""
+def _judge(module: nn.Module, masks: Masks, how: Preprocessing, data: Dataset, options: LearnOptions) -> Judgement:
+    """Judge masks in a copy of the model whose statistics are recalibrated.
+
+    Divergence chooses, for it tells masks apart where a small `select` part gives all of them the same top-1.
+    """
     candidate = copy.deepcopy(module)
     parameters = dict(candidate.named_parameters())
     with torch.no_grad():
         for name, mask in masks.items():
             parameters[name].masked_fill_(~torch.from_numpy(mask), 0.0)
     update_statistics(candidate, data.train, how, RecalibrateOptions(seed=options.seed))
-    return top1(candidate, how, data, options.batch)
+    divergence, right = 0.0, 0
+    with torch.no_grad():
+        for x, labels in batches(data.select, how, options.batch):
+            images = torch.from_numpy(x)
+            logits = candidate(images)
+            divergence += float(_distillation(logits, module(images), options.softness)) * len(x)
+            right += int((logits.argmax(dim=1).numpy() == labels).sum())
+    return Judgement(divergence / len(data.select), 100 * right / len(data.select))
 
 
 def _prepare(student: nn.Module) -> None:
@@ -176,9 +195,11 @@ def _distillation(student: torch.Tensor, teacher: torch.Tensor, softness: float)
     return softness**2 * F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
 
 
+def _size(gates: Mapping[str, Gates]) -> int:
+    return sum(gate.logits[..., 0].numel() for gate in gates.values())
+
+
 def _groups_changed(old: Mapping[str, npt.NDArray[np.bool_]], new: Masks, pattern: Pattern) -> float:
     """Share of groups whose pattern differs, 0 to 1."""
-    from pipeline.masking.patterns import group
-
     changed = [(group(old[name], pattern.m) != group(new[name], pattern.m)).any(axis=-1) for name in new]
     return float(sum(int(c.sum()) for c in changed) / max(sum(c.size for c in changed), 1))
