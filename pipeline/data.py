@@ -254,10 +254,11 @@ def _class_order(folder: Path, names: set[str], labels: Sequence[str], outputs: 
     if listing.is_file():
         order = tuple(line.strip() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip())
         if set(order) != names or len(order) != len(names):
+            unlisted, absent = sorted(names - set(order)), sorted(set(order) - names)
             raise InputError(
                 "classes.txt does not name the class folders",
                 where=listing,
-                found=f"not listed: {listed(sorted(names - set(order))) or 'none'}; no folder: {listed(sorted(set(order) - names)) or 'none'}",
+                found=f"not listed: {listed(unlisted) or 'none'}; without a folder: {listed(absent) or 'none'}",
                 fix="one folder name a line, each once",
             )
     elif set(labels) == names:

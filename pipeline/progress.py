@@ -5,9 +5,21 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 T = TypeVar("T")
+
+
+@cache
+def narrator() -> Console:
+    """The one console on stderr: lines printed through it stay clear of a bar that is being drawn."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
@@ -15,7 +27,6 @@ def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
     if not sys.stderr.isatty() or not logging.getLogger("pipeline").isEnabledFor(logging.INFO):
         yield from items
         return
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -33,5 +44,5 @@ def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=narrator(), transient=True) as progress:
         yield from progress.track(items, total=total, description=what)

@@ -39,7 +39,7 @@ class TimeOptions:
     warm_up: int = 2
     seconds: float = 5.0
     least: int = 5
-    most: int = 200
+    most: int = 2000
 
 
 def time_engines(

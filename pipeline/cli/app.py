@@ -10,6 +10,7 @@ import typer
 
 from pipeline.cli import checkpoints, engines, gates, line
 from pipeline.errors import PipelineError
+from pipeline.progress import narrator
 
 PASSED, GATE_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 3, 130
 
@@ -42,8 +43,7 @@ def common(
 ) -> None:
     """Options of every command."""
     level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Narration())
+    handler = _Narration()
     for package in ("pipeline", "exporters", "engines"):
         logger = logging.getLogger(package)
         logger.handlers[:] = [handler]
@@ -51,10 +51,10 @@ def common(
         logger.propagate = False
 
 
-class _Narration(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
+class _Narration(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        return f"{prefix}{record.getMessage()}"
+        narrator().print(f"{prefix}{record.getMessage()}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

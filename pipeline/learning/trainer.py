@@ -73,40 +73,36 @@ def learn_masks(
     log.info(
         "learning masks for %d layers, %d groups; on select, magnitude masks have %s", len(gates), _size(gates), first
     )
-    steps = 0
+    steps = epochs = 0
     total = options.epochs * _steps_per_epoch(data, options)
-    epochs = 0
-    for epoch in range(options.epochs):
-        _prepare(student)
-        for x, _ in track(
-            _epoch(data, how, options, epoch), f"epoch {epoch + 1}/{options.epochs}", total // options.epochs
-        ):
-            tau = _temperature(_fraction(steps, total, started, options), options)
-            images = torch.from_numpy(x)
-            with torch.no_grad():
-                target = teacher(images)
-            masked = {name: weights[name] * gate.sample(tau, generator) for name, gate in gates.items()}
-            loss = _distillation(functional_call(student, masked, (images,)), target, options.softness)
-            if not bool(loss.isfinite()):
-                raise InputError(
-                    "the loss is not a number",
-                    where=f"epoch {epoch + 1}, step {steps + 1}",
-                    fix="check the weights and the images' normalisation, or lower the learning rate",
-                )
-            optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            steps += 1
-            if _spent(started, options):
-                break
-        epochs = epoch + 1
-        masks = {name: gate.mask() for name, gate in gates.items()}
-        found = _judge(module, masks, how, data, options)
-        log.info("epoch %d/%d: %s", epochs, options.epochs, found)
-        if found.divergence < best.divergence:
-            best_masks, best = masks, found
-        if _spent(started, options):
-            log.info("the budget of %s minutes is spent", options.budget_minutes)
+    _prepare(student)
+    for x, ends_epoch in track(_steps(data, how, options), "learn masks", total):
+        tau = _temperature(_fraction(steps, total, started, options), options)
+        images = torch.from_numpy(x)
+        with torch.no_grad():
+            target = teacher(images)
+        masked = {name: weights[name] * gate.sample(tau, generator) for name, gate in gates.items()}
+        loss = _distillation(functional_call(student, masked, (images,)), target, options.softness)
+        if not bool(loss.isfinite()):
+            raise InputError(
+                "the loss is not a number",
+                where=f"epoch {epochs + 1}, step {steps + 1}",
+                fix="check the weights and the images' normalisation, or lower the learning rate",
+            )
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        steps += 1
+        spent = options.budget_minutes is not None and _minutes(started) > options.budget_minutes
+        if ends_epoch or spent:
+            epochs += 1
+            masks = {name: gate.mask() for name, gate in gates.items()}
+            found = _judge(module, masks, how, data, options)
+            log.info("epoch %d/%d: %s", epochs, options.epochs, found)
+            if found.divergence < best.divergence:
+                best_masks, best = masks, found
+        if spent:
+            log.info("the budget of %g minutes is spent", options.budget_minutes)
             break
     if any(not torch.equal(before[name], weight) for name, weight in weights.items()):
         raise AssertionError("learning masks changed a weight")
@@ -166,23 +162,28 @@ def _steps_per_epoch(data: Dataset, options: LearnOptions) -> int:
     return max(len(data.train) // options.batch, 1)
 
 
-def _epoch(
-    data: Dataset, how: Preprocessing, options: LearnOptions, epoch: int
-) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]]:
-    """Full batches in a fresh seeded order; a set smaller than a batch is one batch."""
-    order = np.random.default_rng((options.seed, epoch)).permutation(len(data.train))
-    return batches(data.train, how, options.batch, order[: max(_steps_per_epoch(data, options) * options.batch, 1)])
+def _steps(data: Dataset, how: Preprocessing, options: LearnOptions) -> Iterator[tuple[npt.NDArray[np.float32], bool]]:
+    """The images of every step, and whether it is its epoch's last.
+
+    Epochs are full batches in a fresh seeded order; a set smaller than a batch is one batch.
+    """
+    count = _steps_per_epoch(data, options)
+    for epoch in range(options.epochs):
+        order = np.random.default_rng((options.seed, epoch)).permutation(len(data.train))[: count * options.batch]
+        for step, (x, _) in enumerate(batches(data.train, how, options.batch, order), start=1):
+            yield x, step == count
 
 
 def _fraction(step: int, total: int, started: float, options: LearnOptions) -> float:
+    """How much of the learning is done, 0 to 1, by steps or by the budget of time, whichever is further."""
     fraction = step / max(total - 1, 1)
     if options.budget_minutes is not None:
-        fraction = max(fraction, (time.monotonic() - started) / (60 * options.budget_minutes))
+        fraction = max(fraction, _minutes(started) / options.budget_minutes)
     return min(fraction, 1.0)
 
 
-def _spent(started: float, options: LearnOptions) -> bool:
-    return options.budget_minutes is not None and time.monotonic() - started > 60 * options.budget_minutes
+def _minutes(started: float) -> float:
+    return (time.monotonic() - started) / 60
 
 
 def _temperature(fraction: float, options: LearnOptions) -> float:
