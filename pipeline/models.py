@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
+import socket
+import urllib.request
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -132,7 +135,6 @@ def _torchvision(name: str, classes: int | None, pretrained: bool) -> Architectu
 
 
 def _load_torchvision(module: nn.Module, weights: Any) -> None:
-    import socket
     from urllib.error import URLError
 
     import torch
@@ -158,6 +160,9 @@ def _load_torchvision(module: nn.Module, weights: Any) -> None:
 
 
 def _timm(name: str, classes: int | None, pretrained: bool) -> Architecture:
+    if pretrained and not _reachable("huggingface.co"):
+        # Its client would retry for most of a minute; offline, it looks into its cache only.
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         import timm
         from timm.data import resolve_model_data_config
@@ -182,6 +187,16 @@ def _timm(name: str, classes: int | None, pretrained: bool) -> Architecture:
     resize = int(min(height, width) / data["crop_pct"])
     how = Preprocessing(channels, height, width, resize, interpolation, tuple(data["mean"]), tuple(data["std"]))
     return Architecture("", module, how, ())
+
+
+def _reachable(host: str) -> bool:
+    if urllib.request.getproxies():
+        return True
+    try:
+        socket.create_connection((host, 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def _from_file(file: Path, factory: str) -> Architecture:

@@ -57,7 +57,7 @@ def open_side(path: Path) -> Iterator[Side]:
             checkpoint = read_checkpoint(path)
             made = checkpoint.provenance
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="maskplan-")))
-            module = module_of(ModelOptions(made.model, classes=None), checkpoint)
+            module = module_of(ModelOptions(made.model, classes=made.classes), checkpoint)
             (exported,) = export_onnx(module, made, ExportOptions(), {"fp32": folder / "side.onnx"})
             yield Side(stack.enter_context(Classifier(OrtEngine(exported.path), path.name)), made)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -89,12 +90,14 @@ def bake(
     module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed))
     dataset = _dataset(model, recalibrate, provenance.labels, provenance.classes, seed) if recalibrate else None
     mask_set = given_masks(module, provenance, masks)
-    baked = bake_stage(module, provenance, mask_set, out)
-    if dataset is not None:
-        fit_weights(module, read_weights(out), where=out)
-        baked = recalibrate_stage(
-            module, baked.provenance, dataset.train, chosen.recalibrate, out, (identify(dataset.train),)
-        )
+    if dataset is None:
+        baked = bake_stage(module, provenance, mask_set, out)
+    else:
+        with tempfile.TemporaryDirectory(prefix="maskplan-") as folder:
+            baked = bake_stage(module, provenance, mask_set, Path(folder) / out.name)
+            fit_weights(module, read_weights(baked.path), where=baked.path)
+        used = (identify(dataset.train),)
+        baked = recalibrate_stage(module, baked.provenance, dataset.train, chosen.recalibrate, out, used)
     print(f"{baked.path}: {mask_set.pattern} on {len(mask_set.masked)} layers, {baked.bytes:,} bytes")
 
 
