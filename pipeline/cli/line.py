@@ -106,8 +106,12 @@ def show(finished: Finished, folder: Path) -> None:
 
     console = Console(highlight=False)
     report = finished.report
-    table = Table(title=f"{report.model.model}, {report.precision} on {report.engine.backend}", title_justify="left")
-    table.add_column("weights")
+    table = Table(
+        title_style="bold",
+        title=f"{report.model.model}, {report.precision} on {report.engine.backend}",
+        title_justify="left",
+    )
+    table.add_column("weights", no_wrap=True)
     for title in ("top-1 %", "top-5 %", "drop", "MB"):
         table.add_column(title, justify="right")
     for batch in report.timing.batches:
@@ -134,14 +138,20 @@ def show(finished: Finished, folder: Path) -> None:
         console.print(f"timing       {report.timing.note}", soft_wrap=True)
     if not report.model.trained:
         console.print("UNTRAINED    the weights are random: good for timing, not for use", soft_wrap=True)
-    console.print(f"engine       {report.engine.path}", soft_wrap=True)
-    console.print(f"report       {finished.files.html.path}", soft_wrap=True)
+    console.print(f"engine       {short(report.engine.path)}", soft_wrap=True)
+    console.print(f"report       {short(finished.files.html.path)}", soft_wrap=True)
     if finished.deployment is not None:
         console.print(
             f"deployed     {finished.deployment.folder}, version {finished.deployment.version}",
             soft_wrap=True,
         )
     elif report.model.trained and parity.verdict != "fail":
-        console.print(f"next         maskplan deploy {report.engine.path} --repository models", soft_wrap=True)
+        console.print(f"next         maskplan deploy {short(report.engine.path)} --repository models", soft_wrap=True)
     else:
-        console.print(f"next         maskplan inspect {report.engine.path}", soft_wrap=True)
+        console.print(f"next         maskplan inspect {short(report.engine.path)}", soft_wrap=True)
+
+
+def short(path: Path) -> Path:
+    """Relative to where the user stands, if it lies below."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
