@@ -101,6 +101,7 @@ def engine(
 
 def show(finished: Finished, folder: Path) -> None:
     """Print the final table, what was written, and the next command."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
@@ -115,7 +116,7 @@ def show(finished: Finished, folder: Path) -> None:
     for title in ("top-1 %", "top-5 %", "drop", "MB"):
         table.add_column(title, justify="right")
     for batch in report.timing.batches:
-        table.add_column(f"ms, batch {batch.batch}", justify="right")
+        table.add_column(f"ms at {batch.batch}", justify="right")
 
     def times(name: str) -> list[str]:
         return [f"{getattr(b, name).p50_ms:.3g}" for b in report.timing.batches]
