@@ -108,6 +108,7 @@ def show(finished: Finished, folder: Path) -> None:
     console = Console(highlight=False)
     report = finished.report
     table = Table(
+        box=SIMPLE_HEAD,
         title_style="bold",
         title=f"{report.model.model}, {report.precision} on {report.engine.backend}",
         title_justify="left",
