@@ -109,6 +109,8 @@ def show(finished: Finished, folder: Path) -> None:
     report = finished.report
     table = Table(
         box=SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
         title_style="bold",
         title=f"{report.model.model}, {report.precision} on {report.engine.backend}",
         title_justify="left",
