@@ -7,17 +7,16 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 import onnx
-from onnx import external_data_helper, numpy_helper
 
+from exporters.counting import GroupCounts, count_groups
 from exporters.metadata import load_onnx, read_provenance
+from exporters.tensors import Array, StoredValues, TensorError, dtype_name, is_numeric, read_values
 from exporters.weights import WeightUse, weight_uses
 from pipeline.artifacts import Pattern
-from pipeline.errors import InputError
+from pipeline.errors import InputError, PipelineError, listed
 from pipeline.masking.eligibility import DTYPE
 from pipeline.masking.patterns import parse_pattern
 from pipeline.reports import (
@@ -52,30 +51,57 @@ class CheckOptions:
     allow_dense: tuple[str, ...] = ()
 
 
+class NotConformingError(PipelineError):
+    """`require_2to4` met a file that does not conform; `report` says where."""
+
+    def __init__(self, report: ConformanceReport, where: object) -> None:
+        self.report = report
+        offenders = [w for w in report.weights if w.verdict == VIOLATING]
+        super().__init__(
+            f"not {report.pattern}: {report.reason}",
+            where=where,
+            found=listed((f"{w.name} {w.shape}: {w.violating_groups} of {w.groups} groups" for w in offenders), 3)
+            or None,
+            fix="bake the masks after the last update of the weights, and export again",
+        )
+
+
 def check_2to4(model: onnx.ModelProto | Path | str, options: CheckOptions | None = None) -> ConformanceReport:
     """Check every weight of Conv, Gemm and MatMul against N:M along its reduction axis.
 
     The masked weights, as the file's metadata or `options.masked` lists them, must conform; the other eligible weights are
     dense by choice. With no list, or with `strict`, every eligible weight must conform. Zero is `== 0`, so -0.0 is zero and
-    NaN is not.
+    NaN is not; in quantised weights zero is the zero point.
 
     Args:
-        model: An ONNX file, or a parsed model.
+        model: An ONNX file, or a parsed model without external data.
         options: The pattern, and which weights.
 
     Raises:
-        InputError: The file is not ONNX, or a tensor in it cannot be read.
+        InputError: The file is not ONNX, or weights in it cannot be read; all of these are counted.
     """
     options = options or CheckOptions()
     pattern = parse_pattern(options.pattern)
-    path = Path("model") if isinstance(model, onnx.ModelProto) else Path(model)
-    proto = model if isinstance(model, onnx.ModelProto) else load_onnx(path)
+    path = None if isinstance(model, onnx.ModelProto) else Path(model)
+    proto = model if isinstance(model, onnx.ModelProto) else load_onnx(Path(model))
     masked = options.masked
     if masked is None:
-        provenance = read_provenance(proto, path)
+        provenance = read_provenance(proto, path or "the model")
         masked = provenance.masked if provenance else ()
     demanded = None if options.strict or not masked else frozenset(masked)
-    verdicts = tuple(_judge(use, pattern, demanded, options.allow_dense, path) for use in weight_uses(proto, pattern.m))
+    verdicts, unreadable = [], []
+    for use in weight_uses(proto, pattern.m):
+        try:
+            verdicts.append(_judge(use, pattern, demanded, options.allow_dense, path.parent if path else None))
+        except TensorError as error:
+            unreadable.append(f"{use.name}: {error}")
+    if unreadable:
+        raise InputError(
+            f"{len(unreadable)} weights cannot be read",
+            where=path,
+            found=listed(unreadable, 3),
+            fix="the file may be truncated or damaged: export it again",
+        )
     counts = Counter(v.verdict for v in verdicts)
     return ConformanceReport(
         *_verdict(verdicts, masked, counts),
@@ -85,8 +111,21 @@ def check_2to4(model: onnx.ModelProto | Path | str, options: CheckOptions | None
         violating=counts[VIOLATING],
         dense_by_choice=counts[DENSE_BY_CHOICE],
         ineligible=counts[INELIGIBLE],
-        weights=verdicts,
+        weights=tuple(verdicts),
     )
+
+
+def require_2to4(model: onnx.ModelProto | Path | str, options: CheckOptions | None = None) -> ConformanceReport:
+    """As `check_2to4`, for callers who cannot go on without.
+
+    Raises:
+        NotConformingError: The check failed; its `report` has the details.
+        InputError: As `check_2to4`.
+    """
+    report = check_2to4(model, options)
+    if not report.passed:
+        raise NotConformingError(report, None if isinstance(model, onnx.ModelProto) else model)
+    return report
 
 
 def _verdict(
@@ -108,32 +147,29 @@ def _judge(
     pattern: Pattern,
     demanded: Collection[str] | None,
     allow_dense: Collection[str],
-    path: Path,
+    folder: Path | None,
 ) -> WeightVerdict:
-    shape = tuple(use.tensor.dims) if use.tensor is not None else ()
-    dtype = onnx.TensorProto.DataType.Name(use.tensor.data_type).lower() if use.tensor is not None else "unknown"
-    reason, groups, violating, negative_zeros, first = use.reason, 0, 0, 0, None
-    if reason is None and use.tensor is not None:
-        values = _values(use.tensor, path)
-        nonzero = _nonzero(values, use.zero_point, path)
-        if nonzero is None:
-            reason = DTYPE
+    tensor, reason, hint, first = use.tensor, use.reason, use.hint, None
+    counts = GroupCounts(0, 0, 0, None)
+    if reason is None and tensor is not None:
+        if is_numeric(tensor):
+            values = read_values(tensor, folder)
+            zero = _zero(use, values, folder)
+            counts = count_groups(values.array, use.axis, pattern.n, pattern.m, zero, values.negative_zero)
+            if counts.first is not None:
+                first = _violation(values, counts.first, use.axis, pattern.m)
+                hint = hint or _other_layout(values, use, pattern, zero)
         else:
-            grouped = _grouped(nonzero, use.axis, pattern.m)
-            too_many = grouped.sum(axis=-1, dtype=np.uint8) > pattern.n
-            groups, violating = too_many.size, int(np.count_nonzero(too_many))
-            if violating:
-                first = _first_violation(values, too_many, use.axis, pattern.m)
-            if np.issubdtype(values.dtype, np.floating):
-                negative_zeros = int(np.count_nonzero(np.signbit(values) & ~nonzero))
+            reason = DTYPE
     if reason is not None:
         verdict = INELIGIBLE
     elif (demanded is not None and use.name not in demanded) or (
-        violating and any(fnmatch.fnmatchcase(use.name, glob) for glob in allow_dense)
+        counts.violating and any(fnmatch.fnmatchcase(use.name, glob) for glob in allow_dense)
     ):
         verdict = DENSE_BY_CHOICE
     else:
-        verdict = VIOLATING if violating else CONFORMING
+        verdict = VIOLATING if counts.violating else CONFORMING
+    shape = tuple(tensor.dims) if tensor is not None else ()
     eligible = verdict != INELIGIBLE
     return WeightVerdict(
         name=use.name,
@@ -141,64 +177,57 @@ def _judge(
         op=use.op,
         shape=shape,
         axis=use.axis if eligible else None,
-        dtype=dtype,
+        dtype=dtype_name(tensor.data_type) if tensor is not None else "unknown",
         verdict=verdict,
         reason=reason,
-        groups=groups,
-        violating_groups=violating,
-        negative_zeros=negative_zeros,
+        groups=counts.groups,
+        violating_groups=counts.violating,
+        negative_zeros=counts.negative_zeros,
         first_violation=first,
-        likely_to_win=eligible
-        and len(shape) >= 2
-        and min(shape[-2:] if use.op == "MatMul" else shape[:2]) >= _WIN_CHANNELS,
+        likely_to_win=eligible and min(shape[-2:] if use.op == "MatMul" else shape[:2]) >= _WIN_CHANNELS,
+        hint=hint,
     )
 
 
-def _values(tensor: onnx.TensorProto, path: Path) -> npt.NDArray[np.generic]:
-    try:
-        if external_data_helper.uses_external_data(tensor):
-            inline = onnx.TensorProto()
-            inline.CopyFrom(tensor)
-            # Refuses locations outside the model's folder.
-            external_data_helper.load_external_data_for_tensor(inline, str(path.parent))
-            tensor = inline
-        return cast(npt.NDArray[np.generic], numpy_helper.to_array(tensor))
-    except (ValueError, TypeError, OSError, onnx.checker.ValidationError, RuntimeError) as error:
-        raise InputError(
-            "a weight cannot be read",
-            where=f"{path}, {tensor.name}",
-            found=str(error).partition("\n")[0],
-            fix="the file may be truncated: export it again",
-        ) from error
-
-
-def _nonzero(
-    values: npt.NDArray[np.generic], zero_point: onnx.TensorProto | None, path: Path
-) -> npt.NDArray[np.bool_] | None:
-    """Which elements are not zero; None for a type that has no zero to compare with."""
-    if values.dtype.kind in "OSU" or values.dtype == np.bool_:
+def _zero(use: WeightUse, values: StoredValues, folder: Path | None) -> Array | None:
+    """What means zero, shaped to broadcast against the values; None for plain zero."""
+    if use.zero_point is None:
         return None
-    if zero_point is not None:
-        zero = _values(zero_point, path)
-        if zero.size != 1:
-            # A zero point a channel is sound only when they are all the same.
-            if (zero != zero.flat[0]).any():
-                return None
-            zero = zero.reshape(-1)[:1]
-        return cast(npt.NDArray[np.bool_], values != zero.reshape(()))
-    return cast(npt.NDArray[np.bool_], values != np.zeros((), values.dtype))
+    shape = values.array.shape
+    found = read_values(use.zero_point.tensor, folder)
+    zero = found.array
+    if found.negative_zero is not None:
+        # A float's zero point can only be zero.
+        zero = np.where(zero == found.negative_zero, 0, zero)
+    if not zero.any():
+        return None
+    if zero.size == 1:
+        return zero.reshape(())
+    axis = use.zero_point.axis % len(shape)
+    if zero.ndim == 1 and zero.size == shape[axis]:
+        return zero.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    if zero.ndim == len(shape) and shape[axis] % zero.shape[axis] == 0:
+        repeated = np.repeat(zero, shape[axis] // zero.shape[axis], axis)
+        if repeated.shape == shape:
+            return repeated
+    raise TensorError(f"zero points {zero.shape} do not fit the weight {shape}")
 
 
-def _grouped(nonzero: npt.NDArray[np.bool_], axis: int, m: int) -> npt.NDArray[np.bool_]:
-    moved = np.moveaxis(nonzero, axis, -1)
-    return moved.reshape(*moved.shape[:-1], moved.shape[-1] // m, m)
+def _violation(values: StoredValues, index: tuple[int, ...], axis: int, m: int) -> Violation:
+    slices = tuple(slice(i, i + m) if a == axis else slice(i, i + 1) for a, i in enumerate(index))
+    return Violation(index, tuple(float(v) for v in values.to_floats(values.array[slices]).reshape(-1)))
 
 
-def _first_violation(values: npt.NDArray[np.generic], too_many: npt.NDArray[np.bool_], axis: int, m: int) -> Violation:
-    """The violating group that comes first in storage order, by the index of its first element."""
-    # Rows of argwhere are indices with the group's number last; put it back where the axis lies in storage.
-    where = np.argwhere(too_many)
-    stored = np.concatenate([where[:, :axis], where[:, -1:] * m, where[:, axis:-1]], axis=1)
-    first = stored[np.lexsort(stored.T[::-1])[0]]
-    slices = tuple(slice(i, i + m) if a == axis else slice(i, i + 1) for a, i in enumerate(first))
-    return Violation(tuple(int(i) for i in first), tuple(float(v) for v in values[slices].reshape(-1)))
+def _other_layout(values: StoredValues, use: WeightUse, pattern: Pattern, zero: Array | None) -> str | None:
+    """Whether a violating weight is N:M in a layout that TensorRT does not accept."""
+    array = values.array
+    if zero is not None or (use.axis == 0 and array.ndim != 2):
+        return None
+    if use.op == "Conv" and array[0].size % pattern.m == 0 and array[0, 0].size > 1:
+        flat = array.reshape(array.shape[0], -1)
+        if count_groups(flat, 1, pattern.n, pattern.m, None, values.negative_zero).violating == 0:
+            return f"{pattern} along the flattened C*R*S axis, which TensorRT does not accept: make the masks along C"
+    if array.shape[0] % pattern.m == 0 and array.ndim in (2, 4) and use.axis == 1:
+        if count_groups(array, 0, pattern.n, pattern.m, None, values.negative_zero).violating == 0:
+            return f"{pattern} along the output axis, where TensorRT wants the reduction axis"
+    return None

@@ -84,7 +84,7 @@ def write_provenance(model: onnx.ModelProto, provenance: Provenance) -> None:
     entry.key, entry.value = METADATA_KEY, json.dumps(encode(provenance), sort_keys=True)
 
 
-def read_provenance(model: onnx.ModelProto, where: Path) -> Provenance | None:
+def read_provenance(model: onnx.ModelProto, where: object) -> Provenance | None:
     """The record that maskplan wrote, or None.
 
     Raises:

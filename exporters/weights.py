@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import onnx
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from pipeline.masking.eligibility import NOT_CONSTANT, ineligible_reason
 
-_OPS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
-_PASSED_THROUGH = {"Identity", "Cast", "Transpose", "DequantizeLinear", "QuantizeLinear"}
+_CONVS = {"Conv", "ConvTranspose"}
+_OPS = {*_CONVS, "Gemm", "MatMul"}
+_DEQUANTIZE = {"DequantizeLinear", "TRT_FP8DequantizeLinear", "TRT_INT4DequantizeLinear"}
+_QUANTIZE = {"QuantizeLinear", "TRT_FP8QuantizeLinear"}
+_SAME_SHAPE = {"Identity", "Cast", *_DEQUANTIZE, *_QUANTIZE}
+_RESHAPING = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
+_DEEPEST = 32
+
+UNBAKED = "the weight is multiplied by a mask in the graph: bake the mask into the weight"
+
+
+@dataclass(frozen=True)
+class ZeroPoint:
+    """What means zero in a quantised tensor: a stored tensor, and the axis along which its values lie if there are several."""
+
+    tensor: onnx.TensorProto
+    axis: int
 
 
 @dataclass(frozen=True)
@@ -25,8 +42,9 @@ class WeightUse:
         tensor: The stored tensor, or None.
         axis: Its reduction axis, as stored.
         groups: Of a convolution; 1 otherwise.
-        zero_point: Name of the zero point that means zero in a quantised tensor, or None.
+        zero_point: What means zero in a quantised tensor; None for plain zero.
         reason: Why it can never be N:M, or None.
+        hint: What a reader may want to know about it, or None.
     """
 
     name: str
@@ -35,54 +53,103 @@ class WeightUse:
     tensor: onnx.TensorProto | None
     axis: int
     groups: int
-    zero_point: onnx.TensorProto | None
+    zero_point: ZeroPoint | None
     reason: str | None
+    hint: str | None = None
 
 
 def weight_uses(model: onnx.ModelProto, m: int = 4) -> Iterator[WeightUse]:
-    """Every use of a weight by Conv, ConvTranspose, Gemm and MatMul, in the order of the graph, subgraphs included.
+    """Every use of a weight by Conv, ConvTranspose, Gemm and MatMul, in the order of the graph.
 
-    A MatMul or Gemm of two activations has no weight and is left out.
+    Subgraphs and the model's local functions are entered. A MatMul or Gemm of two activations has no weight and is left out.
     """
-    yield from _walk(model.graph, {}, {}, m)
+    functions = {(f.domain, f.name): f for f in model.functions}
+    yield from _walk(_Scope.of(model.graph, None), model.graph.node, functions, m, 0)
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """The names that nodes of one graph can see."""
+
+    constants: Mapping[str, onnx.TensorProto]
+    makers: Mapping[str, onnx.NodeProto]
+    outer: _Scope | None
+    # A function's formal inputs, and what its caller passes for them.
+    passed: Mapping[str, tuple[str, _Scope]] = field(default_factory=dict)
+    # Attributes that the caller gives, for nodes of the function that refer to them.
+    given: Mapping[str, onnx.AttributeProto] = field(default_factory=dict)
+
+    @staticmethod
+    def of(graph: onnx.GraphProto, outer: _Scope | None) -> _Scope:
+        makers = {name: node for node in graph.node for name in node.output}
+        given = outer.given if outer is not None else {}
+        return _Scope({t.name: t for t in graph.initializer}, makers, outer, given=given)
+
+    def find(self, name: str) -> tuple[onnx.TensorProto | onnx.NodeProto | None, _Scope]:
+        """The tensor or node behind a name, and the scope that it lies in."""
+        scope: _Scope | None = self
+        # A function that passes its own input on would lead in circles.
+        for _ in range(_DEEPEST * _DEEPEST):
+            if scope is None:
+                break
+            if name in scope.constants:
+                return scope.constants[name], scope
+            if name in scope.makers:
+                return scope.makers[name], scope
+            if name in scope.passed:
+                name, scope = scope.passed[name]
+            else:
+                scope = scope.outer
+        return None, self
+
+
+_Functions = Mapping[tuple[str, str], onnx.FunctionProto]
 
 
 def _walk(
-    graph: onnx.GraphProto,
-    outer_constants: Mapping[str, onnx.TensorProto],
-    outer_makers: Mapping[str, onnx.NodeProto],
-    m: int,
+    scope: _Scope, nodes: Sequence[onnx.NodeProto], functions: _Functions, m: int, depth: int
 ) -> Iterator[WeightUse]:
-    constants = {**outer_constants, **{tensor.name: tensor for tensor in graph.initializer}}
-    makers = {**outer_makers, **{name: node for node in graph.node for name in node.output}}
-    for node in graph.node:
-        if node.op_type in _OPS:
-            yield from _uses_of(node, constants, makers, m)
+    for node in nodes:
+        if node.op_type in _OPS and node.domain in ("", "ai.onnx"):
+            yield from _uses_of(node, scope, m)
+        if depth >= _DEEPEST:
+            continue
         for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _walk(attribute.g, constants, makers, m)
+            for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from _walk(_Scope.of(graph, scope), graph.node, functions, m, depth + 1)
+        function = functions.get((node.domain, node.op_type))
+        if function is not None:
+            yield from _walk(_inside(function, node, scope), function.node, functions, m, depth + 1)
 
 
-def _uses_of(
-    node: onnx.NodeProto,
-    constants: Mapping[str, onnx.TensorProto],
-    makers: Mapping[str, onnx.NodeProto],
-    m: int,
-) -> Iterator[WeightUse]:
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    groups = int(attributes.get("group", 1))
-    name = node.name or node.output[0]
-    if node.op_type in ("Conv", "ConvTranspose"):
+def _inside(function: onnx.FunctionProto, call: onnx.NodeProto, caller: _Scope) -> _Scope:
+    defaults = {a.name: a for a in function.attribute_proto}
+    return _Scope(
+        constants={},
+        makers={name: node for node in function.node for name in node.output},
+        outer=None,
+        passed={formal: (actual, caller) for formal, actual in zip(function.input, call.input, strict=False)},
+        given={**defaults, **{a.name: a for a in call.attribute}},
+    )
+
+
+def _uses_of(node: onnx.NodeProto, scope: _Scope, m: int) -> Iterator[WeightUse]:
+    attributes = _attributes(node, scope)
+    groups = int(attributes.get("group", 1)) if node.op_type in _CONVS else 1
+    name = node.name or (node.output[0] if node.output else node.op_type)
+    if node.op_type in _CONVS:
         operands = [(1, 1)]
     elif node.op_type == "Gemm":
         operands = [(1, 1 if attributes.get("transB") else 0), (0, 0 if attributes.get("transA") else 1)]
     else:
         operands = [(1, -2), (0, -1)]
+    unmasked = None
     for operand, axis in operands:
-        found = _trace(node.input[operand], axis, constants, makers)
+        if operand >= len(node.input):
+            continue
+        found = _trace(node.input[operand], axis, scope)
         if found is None:
-            if node.op_type in ("Conv", "ConvTranspose"):
-                yield WeightUse(node.input[1], name, node.op_type, None, axis, groups, None, NOT_CONSTANT)
+            unmasked = unmasked or _masked_in_graph(node.input[operand], scope)
             continue
         stored, tensor, stored_axis, zero_point = found
         if len(tensor.dims) < 2:
@@ -90,44 +157,156 @@ def _uses_of(
         reason = ineligible_reason(node.op_type, tensor.dims[stored_axis], groups, m)
         yield WeightUse(stored, name, node.op_type, tensor, stored_axis, groups, zero_point, reason)
         return
+    if unmasked is not None:
+        yield WeightUse(unmasked, name, node.op_type, None, 0, groups, None, NOT_CONSTANT, UNBAKED)
+    elif node.op_type in _CONVS:
+        asked = node.input[1] if len(node.input) > 1 else ""
+        yield WeightUse(asked, name, node.op_type, None, 0, groups, None, NOT_CONSTANT)
 
 
-def _trace(
-    name: str, axis: int, constants: Mapping[str, onnx.TensorProto], makers: Mapping[str, onnx.NodeProto]
-) -> tuple[str, onnx.TensorProto, int, onnx.TensorProto | None] | None:
-    """Follow `name` to a stored tensor; None when something computes it."""
-    perms: list[list[int] | None] = []
-    zero_point: onnx.TensorProto | None = None
-    seen: set[str] = set()
-    while name not in constants:
-        maker = makers.get(name)
-        if maker is None or name in seen:
+_Traced = tuple[str, onnx.TensorProto, int, ZeroPoint | None]
+
+
+def _trace(name: str, axis: int, scope: _Scope) -> _Traced | None:
+    """Follow `name` to a stored tensor; None when something computes it, or when no stored axis is the reduction axis."""
+    between: list[tuple[onnx.NodeProto, _Scope]] = []
+    for _ in range(_DEEPEST):
+        found, scope = scope.find(name)
+        if isinstance(found, onnx.TensorProto):
+            return _settle(found.name or name, found, axis, between)
+        if found is None:
             return None
-        seen.add(name)
-        if maker.op_type == "Constant":
-            value = next((a.t for a in maker.attribute if a.name == "value"), None)
-            if value is None:
-                return None
-            return _settle(name, value, axis, perms, zero_point)
-        if maker.op_type not in _PASSED_THROUGH or not maker.input:
+        if found.op_type == "Constant":
+            value = _attributes(found, scope).get("value")
+            return _settle(name, value, axis, between) if isinstance(value, onnx.TensorProto) else None
+        if found.op_type not in _SAME_SHAPE | _RESHAPING or not found.input:
             return None
-        if maker.op_type == "Transpose":
-            perms.append(next((list(a.ints) for a in maker.attribute if a.name == "perm"), None))
-        if maker.op_type == "DequantizeLinear" and len(maker.input) > 2:
-            zero_point = constants.get(maker.input[2])
-        name = maker.input[0]
-    return _settle(name, constants[name], axis, perms, zero_point)
+        between.append((found, scope))
+        name = found.input[0]
+    return None
 
 
 def _settle(
-    name: str,
-    tensor: onnx.TensorProto,
-    axis: int,
-    perms: list[list[int] | None],
-    zero_point: onnx.TensorProto | None,
-) -> tuple[str, onnx.TensorProto, int, onnx.TensorProto | None] | None:
-    rank = len(tensor.dims)
-    axis %= rank or 1
-    for perm in perms:
-        axis = perm[axis] if perm is not None else rank - 1 - axis
+    name: str, tensor: onnx.TensorProto, axis: int, between: Sequence[tuple[onnx.NodeProto, _Scope]]
+) -> _Traced | None:
+    shapes = [tuple(tensor.dims)]
+    for node, scope in reversed(between):
+        shape = _output_shape(node, scope, shapes[-1])
+        if shape is None:
+            return None
+        shapes.append(shape)
+    if not -len(shapes[-1]) <= axis < len(shapes[-1]):
+        return None
+    axis %= len(shapes[-1])
+    zero_point: ZeroPoint | None = None
+    # Now from the op back to the tensor: shapes[i] goes into reversed(between)[i].
+    for (node, scope), before, after in zip(between, shapes[-2::-1], shapes[:0:-1], strict=True):
+        found = _axis_before(node, scope, axis, before, after)
+        if found is None:
+            return None
+        axis = found
+        if node.op_type in _QUANTIZE:
+            # What is stored is not quantised yet: its zero is 0.
+            zero_point = None
+        elif node.op_type in _DEQUANTIZE and len(node.input) > 2 and node.input[2]:
+            stored = _constant(node.input[2], scope)
+            if stored is None:
+                return None
+            zero_point = ZeroPoint(stored, int(_attributes(node, scope).get("axis", 1)))
+        elif zero_point is not None:
+            along = _axis_before(node, scope, zero_point.axis % max(len(after), 1), before, after)
+            zero_point = None if along is None else ZeroPoint(zero_point.tensor, along)
     return name, tensor, axis, zero_point
+
+
+def _output_shape(node: onnx.NodeProto, scope: _Scope, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape that a node between tensor and op makes of `shape`; None when it cannot be told or does not fit."""
+    if node.op_type in _SAME_SHAPE:
+        return shape
+    attributes = _attributes(node, scope)
+    if node.op_type == "Transpose":
+        perm = _perm(attributes, len(shape))
+        return tuple(shape[p] for p in perm) if sorted(perm) == list(range(len(shape))) else None
+    if node.op_type == "Flatten":
+        at = int(attributes.get("axis", 1))
+        return (math.prod(shape[:at]), math.prod(shape[at:])) if -len(shape) <= at <= len(shape) else None
+    given = attributes.get("shape" if node.op_type == "Reshape" else "axes")
+    if given is None and len(node.input) > 1:
+        given = _integers(node.input[1], scope)
+    if node.op_type == "Squeeze" and given is None:
+        return tuple(d for d in shape if d != 1)
+    if given is None:
+        return None
+    if node.op_type == "Reshape":
+        return _reshaped(shape, list(given), bool(attributes.get("allowzero", 0)))
+    rank = len(shape) + (len(given) if node.op_type == "Unsqueeze" else 0)
+    if any(not -rank <= a < rank for a in given):
+        return None
+    axes = {a % rank for a in given}
+    if node.op_type == "Squeeze":
+        return tuple(d for i, d in enumerate(shape) if i not in axes)
+    rest = iter(shape)
+    return tuple(1 if i in axes else next(rest, 1) for i in range(rank))
+
+
+def _reshaped(shape: tuple[int, ...], target: list[int], allowzero: bool) -> tuple[int, ...] | None:
+    wanted = [shape[i] if d == 0 and not allowzero and i < len(shape) else d for i, d in enumerate(target)]
+    size = math.prod(shape)
+    if wanted.count(-1) == 1:
+        rest = -math.prod(wanted)
+        if rest <= 0 or size % rest:
+            return None
+        wanted[wanted.index(-1)] = size // rest
+    return tuple(wanted) if min(wanted, default=1) >= 0 and math.prod(wanted) == size else None
+
+
+def _axis_before(
+    node: onnx.NodeProto, scope: _Scope, axis: int, before: tuple[int, ...], after: tuple[int, ...]
+) -> int | None:
+    """Which axis of `before` is `axis` of `after`; None when a reshape split or merged it."""
+    if node.op_type in _SAME_SHAPE:
+        return axis
+    if node.op_type == "Transpose":
+        return _perm(_attributes(node, scope), len(before))[axis]
+    # What only reshapes keeps the order of elements: the same axis has as many elements before it, and its own length.
+    outer = math.prod(after[:axis])
+    for i, length in enumerate(before):
+        if math.prod(before[:i]) == outer and length == after[axis]:
+            return i
+    return None
+
+
+def _masked_in_graph(name: str, scope: _Scope) -> str | None:
+    """The weight's name, where the operand is a product of two stored tensors: a mask that was not baked."""
+    maker, scope = scope.find(name)
+    if not isinstance(maker, onnx.NodeProto) or maker.op_type not in ("Mul", "Where"):
+        return None
+    names = [found[0] for operand in maker.input if (found := _trace(operand, 0, scope)) is not None]
+    return names[0 if maker.op_type == "Mul" else 1] if len(names) >= 2 else None
+
+
+def _attributes(node: onnx.NodeProto, scope: _Scope) -> dict[str, Any]:
+    values = {}
+    for attribute in node.attribute:
+        source = scope.given.get(attribute.ref_attr_name) if attribute.ref_attr_name else attribute
+        if source is not None:
+            values[attribute.name] = helper.get_attribute_value(source)
+    return values
+
+
+def _perm(attributes: Mapping[str, Any], rank: int) -> list[int]:
+    return list(attributes["perm"]) if "perm" in attributes else list(range(rank))[::-1]
+
+
+def _constant(name: str, scope: _Scope) -> onnx.TensorProto | None:
+    found, scope = scope.find(name)
+    if isinstance(found, onnx.NodeProto) and found.op_type == "Constant":
+        found = _attributes(found, scope).get("value")
+    return found if isinstance(found, onnx.TensorProto) else None
+
+
+def _integers(name: str, scope: _Scope) -> list[int] | None:
+    tensor = _constant(name, scope)
+    if tensor is None or tensor.data_type != onnx.TensorProto.INT64 or math.prod(tensor.dims) > 64:
+        return None
+    return [int(v) for v in numpy_helper.to_array(tensor).reshape(-1)]

@@ -40,6 +40,7 @@ class WeightVerdict:
         negative_zeros: Elements that are -0.0; they count as zero.
         first_violation: In order of storage.
         likely_to_win: A hint, not evidence: C and K are at least 256 and the op is ungrouped.
+        hint: The likely cause of a violation or of ineligibility, where it can be told.
     """
 
     name: str
@@ -55,6 +56,7 @@ class WeightVerdict:
     negative_zeros: int
     first_violation: Violation | None
     likely_to_win: bool
+    hint: str | None = None
 
 
 @dataclass(frozen=True)

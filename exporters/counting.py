@@ -1,0 +1,101 @@
+"""Counting non-zeros by group at the speed of memory: what the check does to every weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+# Elements a block: its bytes and its counts stay in the cache between the passes over them.
+_BLOCK = 1 << 18
+
+
+@dataclass(frozen=True)
+class GroupCounts:
+    """Groups of one weight; `first` is the index of the first element of the violating group that is stored first."""
+
+    groups: int
+    violating: int
+    negative_zeros: int
+    first: tuple[int, ...] | None
+
+
+def count_groups(
+    values: npt.NDArray[Any],
+    axis: int,
+    n: int,
+    m: int,
+    zero: npt.NDArray[Any] | None = None,
+    negative_zero: int | None = None,
+) -> GroupCounts:
+    """Count the groups of `m` along `axis` that have more than `n` non-zeros.
+
+    Args:
+        values: Of any numeric type; floats that NumPy lacks as unsigned integers of their bits.
+        axis: Its length is a multiple of `m`.
+        n: Non-zeros allowed in a group.
+        m: Elements of a group.
+        zero: What means zero, broadcast against `values`; 0 by default. NaN is never zero, -0.0 always.
+        negative_zero: The bits of -0.0, where `values` holds bits.
+    """
+    shape = values.shape
+    outer, length, inner = int(np.prod(shape[:axis])), shape[axis], int(np.prod(shape[axis + 1 :]))
+    stored = values.reshape(outer, length, inner)
+    zeros = None if zero is None else np.broadcast_to(zero, shape).reshape(outer, length, inner)
+    floating = values.dtype.kind == "f"
+    violating = negative_zeros = 0
+    first: tuple[int, ...] | None = None
+    for rows, columns in _blocks(outer, length, inner, m):
+        block = stored[rows, columns]
+        nonzero = block != (0 if zeros is None else zeros[rows, columns])
+        if negative_zero is not None:
+            negative = block == negative_zero
+            nonzero &= ~negative
+            negative_zeros += int(np.count_nonzero(negative))
+        elif floating:
+            negative_zeros += _negative_zeros(block)
+        too_many = _group_sums(nonzero, m) > n
+        count = int(np.count_nonzero(too_many))
+        if count and first is None:
+            a, g, b = (int(i) for i in np.argwhere(too_many)[0])
+            flat = ((rows.start + a) * length + columns.start + g * m) * inner + b
+            first = tuple(int(i) for i in np.unravel_index(flat, shape))
+        violating += count
+    return GroupCounts(values.size // m, violating, negative_zeros, first)
+
+
+def _blocks(outer: int, length: int, inner: int, m: int) -> Iterator[tuple[slice, slice]]:
+    """Cut (outer, length, inner) into blocks of about `_BLOCK` elements, in storage order, groups kept whole."""
+    if length * inner <= _BLOCK:
+        step = max(_BLOCK // max(length * inner, 1), 1)
+        for start in range(0, outer, step):
+            yield slice(start, min(start + step, outer)), slice(0, length)
+        return
+    step = max(_BLOCK // (inner * m), 1) * m
+    for row in range(outer):
+        for start in range(0, length, step):
+            yield slice(row, row + 1), slice(start, min(start + step, length))
+
+
+def _group_sums(nonzero: npt.NDArray[np.bool_], m: int) -> npt.NDArray[np.uint8]:
+    """Non-zeros a group, (rows, groups, inner)."""
+    rows, length, inner = nonzero.shape
+    bits = nonzero.view(np.uint8)
+    if inner == 1 and m in (2, 4, 8) and bits.flags.c_contiguous:
+        # A group's flags are neighbours in memory: count the set bits of one word.
+        words = bits.reshape(rows, length).view(f"u{m}")
+        return np.bitwise_count(words)[..., None]
+    grouped = bits.reshape(rows, length // m, m, inner)
+    sums = grouped[:, :, 0] + grouped[:, :, 1] if m > 1 else grouped[:, :, 0].copy()
+    for i in range(2, m):
+        sums += grouped[:, :, i]
+    return sums
+
+
+def _negative_zeros(block: npt.NDArray[np.floating]) -> int:
+    kind = f"u{block.dtype.itemsize}"
+    sign = np.array(1 << (8 * block.dtype.itemsize - 1), dtype=kind)
+    return int(np.count_nonzero(block.view(kind) == sign))
