@@ -161,11 +161,10 @@ def _judge(
                 hint = hint or _other_layout(values, use, pattern, zero)
         else:
             reason = DTYPE
+    allowed = any(fnmatch.fnmatchcase(use.name, glob) for glob in allow_dense)
     if reason is not None:
         verdict = INELIGIBLE
-    elif (demanded is not None and use.name not in demanded) or (
-        counts.violating and any(fnmatch.fnmatchcase(use.name, glob) for glob in allow_dense)
-    ):
+    elif (demanded is not None and use.name not in demanded) or (counts.violating and allowed):
         verdict = DENSE_BY_CHOICE
     else:
         verdict = VIOLATING if counts.violating else CONFORMING
@@ -221,13 +220,15 @@ def _violation(values: StoredValues, index: tuple[int, ...], axis: int, m: int) 
 def _other_layout(values: StoredValues, use: WeightUse, pattern: Pattern, zero: Array | None) -> str | None:
     """Whether a violating weight is N:M in a layout that TensorRT does not accept."""
     array = values.array
-    if zero is not None or (use.axis == 0 and array.ndim != 2):
+    if zero is not None and zero.ndim:
         return None
-    if use.op == "Conv" and array[0].size % pattern.m == 0 and array[0, 0].size > 1:
-        flat = array.reshape(array.shape[0], -1)
-        if count_groups(flat, 1, pattern.n, pattern.m, None, values.negative_zero).violating == 0:
-            return f"{pattern} along the flattened C*R*S axis, which TensorRT does not accept: make the masks along C"
-    if array.shape[0] % pattern.m == 0 and array.ndim in (2, 4) and use.axis == 1:
-        if count_groups(array, 0, pattern.n, pattern.m, None, values.negative_zero).violating == 0:
-            return f"{pattern} along the output axis, where TensorRT wants the reduction axis"
+
+    def conforms(candidate: Array, axis: int) -> bool:
+        fits = candidate.shape[axis] % pattern.m == 0
+        return fits and not count_groups(candidate, axis, pattern.n, pattern.m, zero, values.negative_zero).violating
+
+    if use.op == "Conv" and array[0, 0].size > 1 and conforms(array.reshape(array.shape[0], -1), 1):
+        return f"{pattern} along the flattened C*R*S axis, which TensorRT does not accept: make the masks along C"
+    if array.ndim in (2, 4) and use.axis in (0, 1) and conforms(array, 1 - use.axis):
+        return f"{pattern} along the output axis, where TensorRT wants the reduction axis"
     return None

@@ -87,7 +87,8 @@ def _group_sums(nonzero: npt.NDArray[np.bool_], m: int) -> npt.NDArray[np.uint8]
     if inner == 1 and m in (2, 4, 8) and bits.flags.c_contiguous:
         # A group's flags are neighbours in memory: count the set bits of one word.
         words = bits.reshape(rows, length).view(f"u{m}")
-        return np.bitwise_count(words)[..., None]
+        counts: npt.NDArray[np.uint8] = np.bitwise_count(words)[..., None]
+        return counts
     grouped = bits.reshape(rows, length // m, m, inner)
     sums = grouped[:, :, 0] + grouped[:, :, 1] if m > 1 else grouped[:, :, 0].copy()
     for i in range(2, m):

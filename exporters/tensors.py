@@ -67,7 +67,7 @@ class StoredValues:
 def dtype_name(data_type: int) -> str:
     """`float16` for `TensorProto.FLOAT16`; unknown numbers stay numbers."""
     try:
-        return TensorProto.DataType.Name(data_type).lower()
+        return str(TensorProto.DataType.Name(data_type)).lower()
     except ValueError:
         return f"type {data_type}"
 
@@ -81,8 +81,7 @@ def read_values(tensor: TensorProto, folder: Path | None) -> StoredValues:
     """A tensor's values; external data is mapped, not read, and only from below `folder`.
 
     Raises:
-        TensorError: The tensor's size does not match its data, its external data lies elsewhere or is too short, or it is not
-            numeric.
+        TensorError: The size does not match the data, external data lies elsewhere or is too short, or it is not numeric.
     """
     shape = tuple(tensor.dims)
     if any(d < 0 for d in shape):

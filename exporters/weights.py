@@ -25,7 +25,7 @@ UNBAKED = "the weight is multiplied by a mask in the graph: bake the mask into t
 
 @dataclass(frozen=True)
 class ZeroPoint:
-    """What means zero in a quantised tensor: a stored tensor, and the axis along which its values lie if there are several."""
+    """What means zero in a quantised tensor: a stored tensor, and the axis along which its values lie."""
 
     tensor: onnx.TensorProto
     axis: int

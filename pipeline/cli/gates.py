@@ -120,6 +120,8 @@ def _show_conformance(report: ConformanceReport) -> None:
         if weight.first_violation is not None and weight.verdict == "violating":
             first = ", ".join(map(str, weight.first_violation.index))
             why = f"{weight.violating_groups} of {weight.groups} groups, first at [{first}]"
+        if weight.hint is not None:
+            why = f"{why}; {weight.hint}" if why else weight.hint
         table.add_row(weight.name, weight.op, " x ".join(map(str, weight.shape)), weight.verdict.replace("_", " "), why)
     console = Console(highlight=False)
     console.print(table)
