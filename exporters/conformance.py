@@ -92,19 +92,19 @@ def check_2to4(model: onnx.ModelProto | Path | str, options: CheckOptions | None
     verdicts, unreadable = [], []
     for use in weight_uses(proto, pattern.m):
         try:
-            verdicts.append(_judge(use, pattern, demanded, options.allow_dense, path.parent if path else None))
+            verdicts.append(_judge(use, pattern, demanded, options, path.parent if path else None))
         except TensorError as error:
             unreadable.append(f"{use.name}: {error}")
     if unreadable:
         raise InputError(
-            f"{len(unreadable)} weights cannot be read",
+            "a weight cannot be read" if len(unreadable) == 1 else f"{len(unreadable)} weights cannot be read",
             where=path,
             found=listed(unreadable, 3),
             fix="the file may be truncated or damaged: export it again",
         )
     counts = Counter(v.verdict for v in verdicts)
     return ConformanceReport(
-        *_verdict(verdicts, masked, counts),
+        *_verdict(verdicts, [name for name in masked if not _allowed(name, options)], counts),
         pattern=str(pattern),
         eligible=counts[CONFORMING] + counts[VIOLATING] + counts[DENSE_BY_CHOICE],
         conforming=counts[CONFORMING],
@@ -146,7 +146,7 @@ def _judge(
     use: WeightUse,
     pattern: Pattern,
     demanded: Collection[str] | None,
-    allow_dense: Collection[str],
+    options: CheckOptions,
     folder: Path | None,
 ) -> WeightVerdict:
     tensor, reason, hint, first = use.tensor, use.reason, use.hint, None
@@ -161,10 +161,9 @@ def _judge(
                 hint = hint or _other_layout(values, use, pattern, zero)
         else:
             reason = DTYPE
-    allowed = any(fnmatch.fnmatchcase(use.name, glob) for glob in allow_dense)
     if reason is not None:
         verdict = INELIGIBLE
-    elif (demanded is not None and use.name not in demanded) or (counts.violating and allowed):
+    elif (demanded is not None and use.name not in demanded) or (counts.violating and _allowed(use.name, options)):
         verdict = DENSE_BY_CHOICE
     else:
         verdict = VIOLATING if counts.violating else CONFORMING
@@ -186,6 +185,10 @@ def _judge(
         likely_to_win=eligible and min(shape[-2:] if use.op == "MatMul" else shape[:2]) >= _WIN_CHANNELS,
         hint=hint,
     )
+
+
+def _allowed(name: str, options: CheckOptions) -> bool:
+    return any(fnmatch.fnmatchcase(name, glob) for glob in options.allow_dense)
 
 
 def _zero(use: WeightUse, values: StoredValues, folder: Path | None) -> Array | None:

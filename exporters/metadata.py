@@ -39,8 +39,9 @@ def load_onnx(path: Path) -> onnx.ModelProto:
         raise InputError(
             "not an ONNX file", where=path, found=str(error).partition("\n")[0], fix="give a .onnx file"
         ) from error
-    if not model.graph.node:
-        raise InputError("not an ONNX file", where=path, found="no nodes", fix="give a whole .onnx file")
+    missing = "no nodes" if not model.graph.node else "no opset" if not model.opset_import else None
+    if missing:
+        raise InputError("not a whole ONNX file", where=path, found=missing, fix="export or copy it again")
     return model
 
 
