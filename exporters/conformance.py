@@ -12,7 +12,8 @@ import numpy as np
 import onnx
 
 from exporters.counting import GroupCounts, count_groups
-from exporters.metadata import load_onnx, read_provenance
+from exporters.mapped import load_mapped
+from exporters.metadata import read_provenance
 from exporters.tensors import Array, StoredValues, TensorError, dtype_name, is_numeric, read_values
 from exporters.weights import WeightUse, weight_uses
 from pipeline.artifacts import Pattern
@@ -83,7 +84,7 @@ def check_2to4(model: onnx.ModelProto | Path | str, options: CheckOptions | None
     options = options or CheckOptions()
     pattern = parse_pattern(options.pattern)
     path = None if isinstance(model, onnx.ModelProto) else Path(model)
-    proto = model if isinstance(model, onnx.ModelProto) else load_onnx(Path(model))
+    proto = model if isinstance(model, onnx.ModelProto) else load_mapped(Path(model))
     masked = options.masked
     if masked is None:
         provenance = read_provenance(proto, path or "the model")

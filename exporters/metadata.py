@@ -32,16 +32,25 @@ def load_onnx(path: Path) -> onnx.ModelProto:
     Raises:
         InputError: The file is missing or is not ONNX.
     """
-    data = read_bytes(path)
+    return parse_onnx(read_bytes(path), path)
+
+
+def parse_onnx(data: bytes, path: Path) -> onnx.ModelProto:
+    """Parse the bytes of an ONNX file.
+
+    Raises:
+        InputError: They are not ONNX.
+    """
     try:
         model = onnx.load_model_from_string(data)
     except Exception as error:  # protobuf's own errors differ between its implementations
         raise InputError(
             "not an ONNX file", where=path, found=str(error).partition("\n")[0], fix="give a .onnx file"
         ) from error
-    missing = "no nodes" if not model.graph.node else "no opset" if not model.opset_import else None
-    if missing:
-        raise InputError("not a whole ONNX file", where=path, found=missing, fix="export or copy it again")
+    if not model.graph.node:
+        raise InputError("not an ONNX file", where=path, found="no nodes", fix="give a whole .onnx file")
+    if not model.opset_import:
+        raise InputError("not a whole ONNX file", where=path, found="no opset", fix="export or copy it again")
     return model
 
 

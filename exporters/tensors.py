@@ -77,6 +77,11 @@ def is_numeric(tensor: TensorProto) -> bool:
     return tensor.data_type in _PLAIN or tensor.data_type in _AS_BITS or tensor.data_type in _PACKED_BITS
 
 
+def is_addressable(tensor: TensorProto) -> bool:
+    """Whether the type is numeric and its elements are whole bytes."""
+    return tensor.data_type in _PLAIN or tensor.data_type in _AS_BITS
+
+
 def read_values(tensor: TensorProto, folder: Path | None) -> StoredValues:
     """A tensor's values; external data is mapped, not read, and only from below `folder`.
 

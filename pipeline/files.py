@@ -57,7 +57,7 @@ def sha256_of(path: Path) -> str:
     Raises:
         InputError: The file is missing or cannot be read.
     """
-    with _readable(path), path.open("rb") as file:
+    with readable(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -67,12 +67,13 @@ def read_bytes(path: Path) -> bytes:
     Raises:
         InputError: The file is missing or cannot be read.
     """
-    with _readable(path):
+    with readable(path):
         return path.read_bytes()
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
+    """Turn the `OSError` of a file that cannot be read into an `InputError`."""
     try:
         yield
     except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""`check` and `compare`: the commands that say yes or no."""
+"""`check`, `prune` and `compare`: the commands that say yes or no."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def register(app: typer.Typer) -> None:
         epilog="Examples:\n\n  maskplan check sparse.onnx\n\n"
         "  maskplan check other.onnx --masks masks.safetensors --report check.json"
     )(check)
+    app.command(epilog="Example:\n\n  maskplan prune model.onnx -o sparse.onnx")(prune)
     app.command(
         epilog="Examples:\n\n  maskplan compare build/r50/dense_engine.onnx build/r50/engine.onnx --data imagenet\n\n"
         "  maskplan compare dense.onnx sparse.onnx --min-agreement 99"
@@ -55,6 +56,34 @@ def check(
     _show_conformance(verdict)
     if not verdict.passed:
         raise GateError(f"{model}: {verdict.reason}")
+
+
+def prune(
+    model: Annotated[Path, typer.Argument(help="An ONNX file of any tool.", show_default=False)],
+    out: options.Out = Path("sparse.onnx"),
+    pattern: Annotated[str, typer.Option(help="N:M.")] = "2:4",
+    allow_dense: Annotated[
+        list[str] | None, typer.Option(help="Pattern of weight names to leave alone; repeatable.")
+    ] = None,
+    report: options.Report = None,
+) -> None:
+    """Make the weights of an ONNX file 2:4 by magnitude, in the file itself; then check it."""
+    from exporters.conformance import CheckOptions, check_2to4
+    from exporters.prune import prune_onnx
+    from pipeline.files import write_json
+    from pipeline.masking.patterns import parse_pattern
+    from pipeline.records import encode
+
+    left = tuple(allow_dense or ())
+    done = prune_onnx(model, out, parse_pattern(pattern), left)
+    verdict = check_2to4(out, CheckOptions(pattern, strict=True, allow_dense=left))
+    if report is not None:
+        write_json(report, encode(verdict))
+    print(
+        f"{out}: {done.changed} of {done.weights} weights changed, {done.zeroed:,} elements set to zero; {verdict.verdict}"
+    )
+    if not verdict.passed:
+        raise GateError(f"{out}: {verdict.reason}")
 
 
 def compare(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import cast
+import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.artifacts import Pattern
-from pipeline.masking.patterns import CHANNEL, FLAT, group, ungroup
+from pipeline.masking.patterns import CHANNEL
+
+# Elements a block: small enough that a block's magnitudes and ranks stay in the cache.
+_BLOCK = 1 << 16
 
 
 def magnitude_mask(weight: npt.NDArray[np.floating], pattern: Pattern, layout: str = CHANNEL) -> npt.NDArray[np.bool_]:
@@ -17,20 +21,48 @@ def magnitude_mask(weight: npt.NDArray[np.floating], pattern: Pattern, layout: s
     Args:
         weight: (K, C, R, S) or (K, C); finite.
         pattern: N:M.
-        layout: See `patterns.group`.
+        layout: See `patterns.group`; the flat layout is padded with virtual zeros where it needs to be.
 
     Returns:
         Bool mask shaped like `weight`, exactly N true in each group. Ties keep the lower index.
+
+    Raises:
+        ValueError: The channels are not a multiple of M.
     """
-    groups = group(np.abs(weight), pattern.m, layout, pad=layout == FLAT)
-    # An element's rank is how many of its group come before it; counting pairs beats sorting for so few.
-    rank = np.zeros(groups.shape, dtype=np.uint8)
-    for i in range(pattern.m):
-        for j in range(i + 1, pattern.m):
-            later_wins = groups[..., j] > groups[..., i]
-            rank[..., i] += later_wins
-            rank[..., j] += ~later_wins
-    return cast(npt.NDArray[np.bool_], ungroup(rank < pattern.n, weight.shape, layout))
+    magnitude = np.abs(weight)
+    if layout == CHANNEL:
+        return largest(magnitude, 1, pattern)
+    flat = magnitude.reshape(len(weight), -1)
+    padded = np.pad(flat, ((0, 0), (0, -flat.shape[1] % pattern.m)))
+    return np.ascontiguousarray(largest(padded, 1, pattern)[:, : flat.shape[1]]).reshape(weight.shape)
+
+
+def largest(scores: npt.NDArray[Any], axis: int, pattern: Pattern) -> npt.NDArray[np.bool_]:
+    """Keep the N largest of each aligned group of M along an axis of any contiguous array; ties keep the lower index.
+
+    Raises:
+        ValueError: The axis is not a multiple of M.
+    """
+    n, m = pattern.n, pattern.m
+    if scores.shape[axis] % m:
+        raise ValueError(f"{scores.shape[axis]} along axis {axis} is not a multiple of {m}")
+    inner = math.prod(scores.shape[axis + 1 :])
+    groups = np.ascontiguousarray(scores).reshape(-1, m, inner)
+    kept = np.empty(groups.shape, np.bool_)
+    step = max(_BLOCK // (m * inner), 1)
+    for start in range(0, len(groups), step):
+        block = groups[start : start + step]
+        members = [np.ascontiguousarray(block[:, i]) for i in range(m)]
+        # An element's rank is how many of its group come before it; counting pairs beats sorting for so few.
+        ranks = np.zeros((m, *members[0].shape), np.uint8)
+        for i in range(m):
+            for j in range(i + 1, m):
+                later_wins = members[j] > members[i]
+                ranks[i] += later_wins
+                ranks[j] += ~later_wins
+        for i in range(m):
+            np.less(ranks[i], n, out=kept[start : start + step, i])
+    return kept.reshape(scores.shape)
 
 
 def kept_magnitude(weight: npt.NDArray[np.floating], mask: npt.NDArray[np.bool_]) -> float:
