@@ -73,7 +73,8 @@ def _slim_tensor(view: mmap.mmap, start: int, end: int, name: str) -> bytes | by
     raw = [(content, last) for number, _, content, last in fields if number == _TENSOR_RAW_DATA]
     placed = any(abs(number) in (_TENSOR_EXTERNAL_DATA, _TENSOR_DATA_LOCATION) for number, *_ in fields)
     if placed or len(raw) != 1 or raw[0][1] - raw[0][0] < _SMALLEST:
-        return bytes(view[start:end])
+        whole: bytes = view[start:end]
+        return whole
     slim = bytearray()
     for number, first, _, last in fields:
         if number != _TENSOR_RAW_DATA:
@@ -84,7 +85,8 @@ def _slim_tensor(view: mmap.mmap, start: int, end: int, name: str) -> bytes | by
         entry = reference.external_data.add()
         entry.key, entry.value = key, value
     # Messages that follow each other merge.
-    return slim + reference.SerializeToString()
+    merged: bytearray = slim + reference.SerializeToString()
+    return merged
 
 
 def _fields(view: mmap.mmap, start: int, end: int) -> Iterator[_Field]:

@@ -7,24 +7,27 @@ import hashlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
 from exporters.metadata import describe_onnx, write_provenance
 from exporters.precision import to_fp16
 from pipeline import __version__
-from pipeline.artifacts import OnnxModel, Provenance
-from pipeline.errors import InputError
+from pipeline.artifacts import OnnxModel, Preprocessing, Provenance
+from pipeline.errors import InputError, listed
 from pipeline.files import write_atomically
-from pipeline.layers import sample_input
+from pipeline.layers import sample_input, survey
 
 if TYPE_CHECKING:
+    import onnxruntime
     from torch import nn
 
 OPSET = 20
@@ -66,6 +69,8 @@ def export_onnx(
     model = trace(module, provenance)
     contents = {}
     for precision, path in outs.items():
+        if precision == "fp16":
+            _require_half_range(model, provenance, path)
         proto = model if precision == "fp32" else to_fp16(model)
         data = proto.SerializeToString(deterministic=True)
         tolerance = options.tolerance_fp32 if precision == "fp32" else options.tolerance_fp16
@@ -109,7 +114,7 @@ def trace(module: nn.Module, provenance: Provenance) -> onnx.ModelProto:
     assert program is not None
     model: onnx.ModelProto = program.model_proto
     _strip(model)
-    _rename(model, module)
+    _rename(model, module, provenance.preprocessing)
     _positive_zeros(model)
     model.producer_name, model.producer_version = "maskplan", __version__
     write_provenance(model, provenance)
@@ -119,43 +124,79 @@ def trace(module: nn.Module, provenance: Provenance) -> onnx.ModelProto:
 
 def _strip(model: onnx.ModelProto) -> None:
     """Remove the exporter's notes: stack traces with this host's paths, scopes, versions."""
-    graph = model.graph
-    for described in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
-        del described.metadata_props[:]
-        described.doc_string = ""
     del model.metadata_props[:]
     model.doc_string = ""
+    for function in model.functions:
+        _strip_nodes(function.node)
+        del function.metadata_props[:]
+        function.doc_string = ""
+        del function.value_info[:]
+    _strip_graph(model.graph)
+    model.graph.name = "main"
+
+
+def _strip_graph(graph: onnx.GraphProto) -> None:
+    for described in (graph, *graph.input, *graph.output, *graph.initializer):
+        del described.metadata_props[:]
+        described.doc_string = ""
     # Shapes of inner tensors follow from the graph; the exporter's hold names of symbols.
     del graph.value_info[:]
-    graph.name = "main"
+    _strip_nodes(graph.node)
 
 
-def _rename(model: onnx.ModelProto, module: nn.Module) -> None:
-    """Name transposed weights after their parameter, and weight-bearing nodes after their module."""
-    parameters = dict(module.named_parameters())
-    transposed = {
-        (tuple(p.T.shape), hashlib.sha256(p.detach().T.contiguous().numpy().tobytes()).digest()): name
-        for name, p in parameters.items()
-        if p.ndim == 2
-    }
-    taken = {tensor.name for tensor in model.graph.initializer}
-    names: dict[str, str] = {}
-    for tensor in model.graph.initializer:
-        if tensor.name in parameters or len(tensor.dims) != 2:
-            continue
-        name = transposed.get((tuple(tensor.dims), hashlib.sha256(numpy_helper.to_array(tensor).tobytes()).digest()))
-        if name is not None and name not in taken:
-            names[tensor.name] = name
-            tensor.name = name
-            taken.add(name)
-    used: dict[str, int] = {}
+def _strip_nodes(nodes: Sequence[onnx.NodeProto]) -> None:
+    for node in nodes:
+        del node.metadata_props[:]
+        node.doc_string = ""
+        for attribute in node.attribute:
+            for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                _strip_graph(graph)
+
+
+def _rename(model: onnx.ModelProto, module: nn.Module, how: Preprocessing) -> None:
+    """Name weights after their parameter and weight-bearing nodes after their module.
+
+    The exporter stores a linear layer's weight transposed under a name of its own, and equal weights once.
+    """
+    names: dict[tuple[tuple[int, ...], bytes], list[str]] = {}
+    for name, parameter in module.named_parameters():
+        weight = parameter.detach().cpu()
+        if weight.ndim > 1 and weight.is_floating_point():
+            for form in (weight, weight.T) if weight.ndim == 2 else (weight,):
+                group = names.setdefault(_content(form.contiguous().numpy()), [])
+                if name not in group:
+                    group.append(name)
+    if any(len(group) > 1 for group in names.values()):
+        # Equal weights are told apart by the order in which the model, and so the graph, uses them.
+        order = {layer.name: layer.position or 0 for layer in survey(module, how)[0]}
+        for group in names.values():
+            group.sort(key=lambda name: order.get(name, 0))
+    twins = {name: group for group in names.values() for name in group}
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    users: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
     for node in model.graph.node:
-        node.input[:] = [names.get(name, name) for name in node.input]
-        weight = next((name for name in node.input[:2] if name in parameters), None)
-        if node.op_type in _WEIGHTED and weight is not None:
-            path = weight.removesuffix(".weight")
-            used[path] = used.get(path, 0) + 1
-            node.name = path if used[path] == 1 else f"{path}_{used[path]}"
+        if node.op_type in _WEIGHTED:
+            for i, name in enumerate(node.input[:2]):
+                if name in stored and len(stored[name].dims) > 1:
+                    users.setdefault(name, []).append((node, i))
+    for name, nodes in users.items():
+        group = twins.get(name) or names.get(_content(numpy_helper.to_array(stored[name])), [])
+        if len(group) == len(nodes) and group != [name]:
+            tensors = [stored[name], *(model.graph.initializer.add() for _ in group[1:])]
+            for tensor, own, (node, i) in zip(tensors, group, nodes, strict=True):
+                tensor.CopyFrom(stored[name])
+                tensor.name = node.input[i] = own
+    count: Counter[str] = Counter()
+    for node in model.graph.node:
+        weight_name = next((name for name in node.input[:2] if name in twins), None)
+        if node.op_type in _WEIGHTED and weight_name is not None:
+            path = weight_name.removesuffix(".weight")
+            count[path] += 1
+            node.name = path if count[path] == 1 else f"{path}_{count[path]}"
+
+
+def _content(values: npt.NDArray[Any]) -> tuple[tuple[int, ...], bytes]:
+    return values.shape, hashlib.sha256(values.tobytes()).digest()
 
 
 def _positive_zeros(model: onnx.ModelProto) -> None:
@@ -169,19 +210,18 @@ def _positive_zeros(model: onnx.ModelProto) -> None:
 
 def _require_same(module: nn.Module, provenance: Provenance, data: bytes, tolerance: float, path: Path) -> None:
     """Run one image and three through ONNX Runtime and the eager module; the traced batch was two."""
-    import onnxruntime
     import torch
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    session = _session(data, path)
     for batch in (1, 3):
         x = sample_input(provenance.preprocessing, batch, seed=batch)
         with torch.no_grad():
             expected = module(x).float().numpy()
         (found,) = session.run([OUTPUT], {INPUT: x.numpy()})
         scale = max(float(np.abs(expected).max()), 1e-6)
-        difference = float(np.abs(found - expected).max()) / scale
+        # NaN and infinity fail the comparison below; NumPy need not warn of them as well.
+        with np.errstate(all="ignore"):
+            difference = float(np.abs(found - expected).max()) / scale
         if not difference <= tolerance:
             raise InputError(
                 "the exported model computes something else than the module",
@@ -191,20 +231,62 @@ def _require_same(module: nn.Module, provenance: Provenance, data: bytes, tolera
             )
 
 
+def _require_half_range(model: onnx.ModelProto, provenance: Provenance, path: Path) -> None:
+    """See that no activation exceeds FP16 on a sample; a CPU would compute FP16 in FP32 and not show it."""
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    del probe.graph.output[:]
+    probe.graph.output.extend(
+        onnx.ValueInfoProto(name=name) for node in probe.graph.node for name in node.output if name
+    )
+    x = sample_input(provenance.preprocessing, 1)
+    values = _session(probe.SerializeToString(), path).run(None, {INPUT: x.numpy()})
+    largest = float(np.finfo(np.float16).max)
+    over = [
+        f"{output.name} (largest {float(np.abs(value).max()):.4g})"
+        for output, value in zip(probe.graph.output, values, strict=True)
+        if value.dtype == np.float32 and value.size and not np.abs(value).max() <= largest
+    ]
+    if over:
+        raise InputError(
+            "activations exceed the range of FP16 (65504)",
+            where=path.name,
+            found=listed(over),
+            fix="keep FP32 for this model",
+        )
+
+
+def _session(data: bytes, path: Path) -> onnxruntime.InferenceSession:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions have no common base but this
+        raise InputError(
+            "ONNX Runtime does not run the exported model",
+            where=path.name,
+            found=str(error).partition("\n")[0],
+            fix="use operators and types that ONNX Runtime has; float32 is always one",
+        ) from error
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter prints progress and warns of its own internals; neither is for our users."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
 
 
 def _gist(error: BaseException) -> str:
