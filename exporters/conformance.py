@@ -229,7 +229,10 @@ def _other_layout(values: StoredValues, use: WeightUse, pattern: Pattern, zero: 
 
     def conforms(candidate: Array, axis: int) -> bool:
         fits = candidate.shape[axis] % pattern.m == 0
-        return fits and not count_groups(candidate, axis, pattern.n, pattern.m, zero, values.negative_zero).violating
+        if not fits:
+            return False
+        n, m, negative_zero = pattern.n, pattern.m, values.negative_zero
+        return not count_groups(candidate, axis, n, m, zero, negative_zero, until_violation=True).violating
 
     if use.op == "Conv" and array[0, 0].size > 1 and conforms(array.reshape(array.shape[0], -1), 1):
         return f"{pattern} along the flattened C*R*S axis, which TensorRT does not accept: make the masks along C"

@@ -30,6 +30,8 @@ def count_groups(
     m: int,
     zero: npt.NDArray[Any] | None = None,
     negative_zero: int | None = None,
+    *,
+    until_violation: bool = False,
 ) -> GroupCounts:
     """Count the groups of `m` along `axis` that have more than `n` non-zeros.
 
@@ -40,6 +42,7 @@ def count_groups(
         m: Elements of a group.
         zero: What means zero, broadcast against `values`; 0 by default. NaN is never zero, -0.0 always.
         negative_zero: The bits of -0.0, where `values` holds bits.
+        until_violation: Stop at the first block with a violation, for callers who only ask whether there is one.
     """
     shape = values.shape
     outer, length, inner = int(np.prod(shape[:axis])), shape[axis], int(np.prod(shape[axis + 1 :]))
@@ -64,6 +67,8 @@ def count_groups(
             flat = ((rows.start + a) * length + columns.start + g * m) * inner + b
             first = tuple(int(i) for i in np.unravel_index(flat, shape))
         violating += count
+        if count and until_violation:
+            break
     return GroupCounts(values.size // m, violating, negative_zeros, first)
 
 
