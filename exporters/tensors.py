@@ -42,6 +42,7 @@ _PACKED_BITS = {
     for name, bits in (("INT4", 4), ("UINT4", 4), ("FLOAT4E2M1", 4), ("INT2", 2), ("UINT2", 2))
     if hasattr(TensorProto, name)
 }
+_LARGEST_RANK = 32
 _TYPED_FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
 
 
@@ -89,6 +90,8 @@ def read_values(tensor: TensorProto, folder: Path | None) -> StoredValues:
         TensorError: The size does not match the data, external data lies elsewhere or is too short, or it is not numeric.
     """
     shape = tuple(tensor.dims)
+    if len(shape) > _LARGEST_RANK:
+        raise TensorError(f"{len(shape)} dimensions")
     if any(d < 0 for d in shape):
         raise TensorError(f"negative dimensions {shape}")
     size = math.prod(shape)
@@ -188,5 +191,5 @@ def external_path(location: str, folder: Path | None) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, TensorError):
             raise
-        raise TensorError(f"external data at {location[:200]!r}: {error}") from error
+        raise TensorError(f"external data at {location[:200]!r}: {getattr(error, 'strerror', None) or 'no path'}") from error
     return path

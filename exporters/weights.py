@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
+from exporters.tensors import TensorError, read_values
 from pipeline.masking.eligibility import NOT_CONSTANT, ineligible_reason
 
 _CONVS = {"Conv", "ConvTranspose"}
@@ -19,6 +20,7 @@ _QUANTIZE = {"QuantizeLinear", "TRT_FP8QuantizeLinear"}
 _SAME_SHAPE = {"Identity", "Cast", *_DEQUANTIZE, *_QUANTIZE}
 _RESHAPING = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
 _DEEPEST = 32
+_LARGEST_RANK = 32
 
 UNBAKED = "the weight is multiplied by a mask in the graph: bake the mask into the weight"
 
@@ -307,6 +309,10 @@ def _constant(name: str, scope: _Scope) -> onnx.TensorProto | None:
 
 def _integers(name: str, scope: _Scope) -> list[int] | None:
     tensor = _constant(name, scope)
-    if tensor is None or tensor.data_type != onnx.TensorProto.INT64 or math.prod(tensor.dims) > 64:
+    if tensor is None or tensor.data_type != onnx.TensorProto.INT64:
         return None
-    return [int(v) for v in numpy_helper.to_array(tensor).reshape(-1)]
+    try:
+        values = read_values(tensor, None).array
+    except TensorError:
+        return None
+    return [int(v) for v in values.reshape(-1)] if values.size <= _LARGEST_RANK else None
