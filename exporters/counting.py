@@ -63,7 +63,7 @@ def count_groups(
         too_many = _group_sums(nonzero, m) > n
         count = int(np.count_nonzero(too_many))
         if count and first is None:
-            a, g, b = (int(i) for i in np.argwhere(too_many)[0])
+            a, g, b = (int(i) for i in np.unravel_index(np.argmax(too_many), too_many.shape))
             flat = ((rows.start + a) * length + columns.start + g * m) * inner + b
             first = tuple(int(i) for i in np.unravel_index(flat, shape))
         violating += count

@@ -169,7 +169,9 @@ def _external(tensor: TensorProto, dtype: np.dtype[Any], size: int, folder: Path
         raise TensorError(f"external data ends at byte {offset + needed} of {path.name}, which has {available}")
     if size == 0:
         return np.empty(0, dtype)
-    return np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=(needed,)).view(dtype)
+    mapped = np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=(needed,))
+    # A plain array over the same bytes: every slice of a memmap costs a call into Python.
+    return mapped.view(np.ndarray).view(dtype)
 
 
 def external_path(location: str, folder: Path | None) -> Path:
@@ -191,5 +193,7 @@ def external_path(location: str, folder: Path | None) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, TensorError):
             raise
-        raise TensorError(f"external data at {location[:200]!r}: {getattr(error, 'strerror', None) or 'no path'}") from error
+        raise TensorError(
+            f"external data at {location[:200]!r}: {getattr(error, 'strerror', None) or 'no path'}"
+        ) from error
     return path

@@ -42,10 +42,12 @@ def check(
     ] = None,
     pattern: Annotated[str, typer.Option(help="N:M.")] = "2:4",
     report: options.Report = None,
+    junit: Annotated[Path | None, typer.Option(help="Write a JUnit XML file, a test case for each weight.")] = None,
 ) -> None:
     """Say whether the weights of an ONNX file are 2:4 along their reduction axis. Exit code 1 if not."""
     from exporters.conformance import CheckOptions, check_2to4
-    from pipeline.files import write_json
+    from pipeline.files import write_atomically, write_json
+    from pipeline.junit import conformance_junit
     from pipeline.masking.maskset import load_masks
     from pipeline.records import encode
 
@@ -53,6 +55,8 @@ def check(
     verdict = check_2to4(model, CheckOptions(pattern, names, strict, tuple(allow_dense or ())))
     if report is not None:
         write_json(report, encode(verdict))
+    if junit is not None:
+        write_atomically(junit, conformance_junit(verdict, str(model)))
     _show_conformance(verdict)
     if not verdict.passed:
         raise GateError(f"{model}: {verdict.reason}")

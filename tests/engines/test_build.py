@@ -1,0 +1,252 @@
+"""The engine contract, the same for every backend, and the choice among them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from engines.build import (
+    BACKENDS,
+    DEFAULT_PROFILES,
+    SUFFIX,
+    BuildOptions,
+    build_engine,
+    choose_backend,
+    open_engine,
+    parse_profile,
+)
+from engines.sidecar import read_engine, sidecar_path
+from exporters.metadata import describe_onnx, write_provenance
+from pipeline.artifacts import Preprocessing, Profile, Provenance
+from pipeline.errors import HostError, InputError
+
+Array = npt.NDArray[Any]
+
+HOW = Preprocessing(3, 8, 8, 0, "bilinear", (0.0,) * 3, (1.0,) * 3)
+MADE = Provenance("net", False, "random, seed 0", "0" * 64, 5, (), HOW, ("mix",), "2:4", "channel", "magnitude")
+HAS_TENSORRT = importlib.util.find_spec("tensorrt") is not None
+HAS_GPU = Path("/proc/driver/nvidia/version").exists() or Path("/dev/dxg").exists()
+MARKS = {
+    "tensorrt": [
+        pytest.mark.tensorrt,
+        pytest.mark.skipif(not HAS_TENSORRT, reason="TensorRT is not installed"),
+        pytest.mark.skipif(not HAS_GPU, reason="TensorRT needs an NVIDIA driver, and there is none"),
+    ]
+}
+EVERY_BACKEND = pytest.mark.parametrize("backend", [pytest.param(name, marks=MARKS.get(name, [])) for name in BACKENDS])
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """An ONNX file of ours, with a masked convolution."""
+    generator = np.random.default_rng(0)
+    mix = generator.normal(size=(16, 16, 3, 3)).astype(np.float32)
+    mix[:, ::2] = 0
+    tensors = {
+        "stem": generator.normal(size=(16, 3, 3, 3)).astype(np.float32),
+        "mix": mix,
+        "head": generator.normal(size=(5, 16)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Conv", ["input", "stem"], ["a"], "stem", pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("Conv", ["b", "mix"], ["c"], "mix", pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["c"], ["d"]),
+        helper.make_node("GlobalAveragePool", ["d"], ["e"]),
+        helper.make_node("Flatten", ["e"], ["f"]),
+        helper.make_node("Gemm", ["f", "head"], ["logits"], "head", transB=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "net",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 5])],
+        [numpy_helper.from_array(value, name) for name, value in tensors.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    write_provenance(model, MADE)
+    path = tmp_path / "net.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def images(batch: int) -> npt.NDArray[np.float32]:
+    return np.random.default_rng(batch).normal(size=(batch, 3, 8, 8)).astype(np.float32)
+
+
+def expected(source: Path, x: Array) -> Array:
+    session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
+    return session.run(None, {"input": x})[0]
+
+
+def test_every_backend_has_a_suffix_and_the_contract_covers_them_all() -> None:
+    assert set(SUFFIX) == set(BACKENDS)
+    assert {mark.values[0] for mark in EVERY_BACKEND.args[1]} == set(BACKENDS)
+
+
+@EVERY_BACKEND
+def test_an_engine_computes_what_its_onnx_file_does_at_every_batch(backend: str, source: Path, tmp_path: Path) -> None:
+    record = build_engine(describe_onnx(source), BuildOptions(backend), tmp_path / f"engine{SUFFIX[backend]}")
+    engine = open_engine(record)
+    assert [(t.name, t.dtype, t.shape[1:]) for t in engine.inputs] == [("input", "float32", (3, 8, 8))]
+    assert [(t.name, t.dtype, t.shape[1:]) for t in engine.outputs] == [("logits", "float32", (5,))]
+    for batch in (1, 2, 8, 1):
+        found = engine.infer({"input": images(batch)})
+        assert set(found) == {"logits"}
+        assert found["logits"].shape == (batch, 5)
+        assert np.allclose(found["logits"], expected(source, images(batch)), atol=1e-2)
+    engine.close()
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("sparse_weights", [True, False])
+def test_the_record_says_what_was_built_from_what(
+    backend: str, sparse_weights: bool, source: Path, tmp_path: Path
+) -> None:
+    profiles = (Profile(1, 2, 4),)
+    described = describe_onnx(source)
+    out = tmp_path / "deep" / "er" / f"engine{SUFFIX[backend]}"
+    record = build_engine(described, BuildOptions(backend, profiles, sparse_weights), out)
+    assert (record.path, record.backend, record.profiles) == (out, backend, profiles)
+    assert (record.onnx_sha256, record.provenance) == (described.sha256, MADE)
+    assert (record.precision, record.typing) == ("fp32", "strong")
+    assert record.bytes == out.stat().st_size
+    assert record.sparse_weights == (sparse_weights and backend == "tensorrt")
+    assert bool(record.notes) == sparse_weights
+    assert read_engine(out) == record
+    assert sorted(p.name for p in out.parent.iterdir()) == sorted([out.name, sidecar_path(out).name])
+
+
+@EVERY_BACKEND
+def test_an_engine_opens_from_its_path_alone(backend: str, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / f"engine{SUFFIX[backend]}"
+    build_engine(describe_onnx(source), BuildOptions(backend), out)
+    engine = open_engine(out)
+    assert engine.infer({"input": images(1)})["logits"].shape == (1, 5)
+    engine.close()
+
+
+@EVERY_BACKEND
+def test_two_engines_of_one_file_run_side_by_side(backend: str, source: Path, tmp_path: Path) -> None:
+    records = [
+        build_engine(describe_onnx(source), BuildOptions(backend), tmp_path / f"{name}{SUFFIX[backend]}")
+        for name in ("a", "b")
+    ]
+    first, second = (open_engine(record) for record in records)
+    outputs = [engine.infer({"input": images(2)})["logits"] for engine in (first, second, first)]
+    assert np.array_equal(outputs[0], outputs[2])
+    assert np.allclose(outputs[0], outputs[1], atol=1e-2)
+    first.close()
+    assert np.array_equal(second.infer({"input": images(2)})["logits"], outputs[1])
+    second.close()
+
+
+@EVERY_BACKEND
+def test_a_model_that_the_backend_does_not_accept_leaves_nothing(backend: str, source: Path, tmp_path: Path) -> None:
+    described = describe_onnx(source)
+    source.write_bytes(b"no model any more")
+    out = tmp_path / "built" / f"engine{SUFFIX[backend]}"
+    with pytest.raises(InputError):
+        build_engine(described, BuildOptions(backend), out)
+    assert not out.parent.exists()
+
+
+def test_what_was_asked_for_is_taken() -> None:
+    for name in BACKENDS:
+        assert choose_backend(name) == (name, "asked for")
+
+
+def test_auto_takes_tensorrt_only_where_it_and_a_gpu_are_and_says_why() -> None:
+    chosen, why = choose_backend("auto")
+    assert chosen == ("tensorrt" if HAS_TENSORRT and HAS_GPU else "onnxruntime")
+    assert ("not installed" in why) == (not HAS_TENSORRT)
+
+
+def test_an_unknown_backend_is_refused_with_the_names_of_all() -> None:
+    with pytest.raises(InputError) as caught:
+        choose_backend("tensorflow")
+    for name in ("auto", *BACKENDS):
+        assert name in str(caught.value)
+
+
+def test_auto_looks_for_tensorrt_without_loading_it(tmp_path: Path) -> None:
+    """A package of that name that would tell if it were imported; pycuda likewise."""
+    for package in ("tensorrt", "pycuda"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text(f"open({str(tmp_path / 'loaded')!r}, 'a').write({package!r})\n")
+    code = (
+        "import json, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from engines.build import choose_backend\n"
+        "import pipeline.run\n"
+        "print(json.dumps([*choose_backend('auto'), 'tensorrt' in sys.modules, 'pycuda' in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    chosen, why, *loaded = json.loads(done.stdout)
+    assert loaded == [False, False]
+    assert not (tmp_path / "loaded").exists()
+    assert chosen == ("tensorrt" if HAS_GPU else "onnxruntime")
+    assert HAS_GPU or "driver" in why
+
+
+@pytest.mark.skipif(HAS_TENSORRT, reason="TensorRT is installed here")
+def test_asking_for_tensorrt_where_there_is_none_says_so_and_leaves_nothing(
+    source: Path, cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(HostError, match="TensorRT is not here"):
+        build_engine(describe_onnx(source), BuildOptions("tensorrt"), tmp_path / "engine.plan")
+    ran = cli("build", source, "--backend", "tensorrt", "-o", tmp_path / "engine.plan")
+    assert (ran.code, ran.out) == (3, "")
+    assert ran.err.startswith("error: TensorRT is not here")
+    assert [p.name for p in tmp_path.iterdir()] == ["net.onnx"]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 512), min_size=3, max_size=3).map(sorted))
+def test_a_profile_reads_as_it_prints(sizes: list[int]) -> None:
+    profile = parse_profile(":".join(map(str, sizes)))
+    assert (profile.min, profile.opt, profile.max) == tuple(sizes)
+    assert parse_profile(str(profile)) == profile
+    assert parse_profile(str(sizes[0])) == Profile(sizes[0], sizes[0], sizes[0])
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "2:1:4", "1:8:4", "1:2", "1:2:3:4", "a:b:c", "-1:1:1", "1.5", "1: 2:3", "0:1:2"]
+)
+def test_what_is_no_profile_is_refused(text: str, source: Path, cli: Callable[..., Any]) -> None:
+    with pytest.raises(InputError, match="not a profile"):
+        parse_profile(text)
+    ran = cli("build", source, "--backend", "onnxruntime", f"--profile={text}")
+    assert ran.code == 3
+    assert [p.name for p in source.parent.iterdir()] == ["net.onnx"]
+
+
+def test_the_command_builds_with_the_profiles_and_flags_given(
+    source: Path, cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    ran = cli("build", source, "--backend", "onnxruntime", "--profile", "1:2:4", "--profile", "8", "--no-sparse")
+    assert ran.code == 0, ran.err
+    record = read_engine(tmp_path / "net.engine.onnx")
+    assert record.profiles == (Profile(1, 2, 4), Profile(8, 8, 8))
+    assert (record.sparse_weights, record.notes) == (False, ())
+    ran = cli("build", source, "--backend", "onnxruntime", "-o", tmp_path / "other.onnx")
+    assert "no sparse kernels" in ran.out
+    assert read_engine(tmp_path / "other.onnx").profiles == DEFAULT_PROFILES
+
+
+def test_the_command_refuses_an_unknown_backend(source: Path, cli: Callable[..., Any]) -> None:
+    ran = cli("build", source, "--backend", "openvino")
+    assert ran.code == 3
+    assert "onnxruntime" in ran.err
