@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from polygraphy.backend.base import BaseRunner
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+
+_FLOATS = ("float32", "float16", "float64")
 
 
 class Engine(Protocol):
@@ -50,12 +52,12 @@ class Classifier:
         self.name = name
         self._profiles = profiles
         self._engine = engine
-        if len(engine.inputs) != 1 or len(engine.outputs) != 1 or len(engine.inputs[0].shape) != 4:
+        if not (_is_float(engine.inputs, rank=4) and _is_float(engine.outputs, rank=2)):
             raise InputError(
                 "not an image classifier",
                 where=name,
-                found=f"inputs {[(i.name, i.shape) for i in engine.inputs]}, outputs {[o.name for o in engine.outputs]}",
-                fix="give a model with one input (N, channels, H, W) and one output (N, classes)",
+                found=f"inputs {_told(engine.inputs)}, outputs {_told(engine.outputs)}",
+                fix="give a model with one input (N, channels, H, W) and one output (N, classes), both of floats",
             )
         self.input = engine.inputs[0]
         self.output = engine.outputs[0]
@@ -67,11 +69,23 @@ class Classifier:
 
     @property
     def largest_batch(self) -> int:
-        """The most images that one call takes; unbounded where the engine has no profiles."""
-        return max((p.max for p in self._profiles), default=sys.maxsize)
+        """The most images that one call of the engine takes; unbounded where it has no profiles."""
+        return self.fixed_batch or max((p.max for p in self._profiles), default=sys.maxsize)
 
     def logits(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Images (N, channels, H, W) to logits (N, classes), float32."""
+        """Images (N, channels, H, W) to logits (N, classes), float32; N > 0, in as many calls as the engine needs."""
+        step = min(self.largest_batch, len(images))
+        if step == len(images) == (self.fixed_batch or step):
+            return self._infer(images)
+        parts = [self._infer(self._filled(images[i : i + step])) for i in range(0, len(images), step)]
+        return np.concatenate(parts)[: len(images)]
+
+    def _filled(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Repeat the last image up to a graph's fixed batch."""
+        missing = (self.fixed_batch or len(images)) - len(images)
+        return np.concatenate([images, np.repeat(images[-1:], missing, axis=0)]) if missing else images
+
+    def _infer(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         feeds = {self.input.name: images.astype(np.dtype(self.input.dtype), copy=False)}
         output = self._engine.infer(feeds)[self.output.name]
         return output.astype(np.float32, copy=False)
@@ -87,6 +101,14 @@ class Classifier:
         self.close()
 
 
+def _is_float(specs: Sequence[TensorSpec], rank: int) -> bool:
+    return len(specs) == 1 and len(specs[0].shape) == rank and specs[0].dtype in _FLOATS
+
+
+def _told(specs: Sequence[TensorSpec]) -> str:
+    return ", ".join(f"{s.name} {s.dtype} {s.shape}" for s in specs) or "none"
+
+
 def polygraphy_runner(classifier: Classifier, name: str) -> BaseRunner:
     """Wrap a classifier for Polygraphy's comparator under common names; closing it stays with the caller."""
     from polygraphy.backend.base import BaseRunner
@@ -97,7 +119,7 @@ def polygraphy_runner(classifier: Classifier, name: str) -> BaseRunner:
             pass
 
         def get_input_metadata_impl(self) -> Any:
-            shape = [d if d is not None else -1 for d in classifier.input.shape]
+            shape = [-1, *(d if d is not None else -1 for d in classifier.input.shape[1:])]
             return TensorMetadata().add("input", np.dtype(np.float32), shape)
 
         def infer_impl(self, feed_dict: Arrays) -> dict[str, npt.NDArray[Any]]:

@@ -98,6 +98,13 @@ def open_engine(engine: EngineFile | Path) -> Engine:
         HostError: Its runtime is not here.
     """
     record = read_engine(engine.path if isinstance(engine, EngineFile) else engine)
+    if record.backend not in _OPENERS:
+        raise InputError(
+            "the engine's sidecar cannot be read",
+            where=record.path,
+            found=f"backend {record.backend!r}",
+            fix="build the engine again",
+        )
     return _OPENERS[record.backend](record)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy.typing as npt
 
 from engines.base import Arrays
-from exporters.metadata import describe_onnx
+from exporters.external import bring_inside, external_tensors
+from exporters.metadata import describe_onnx, parse_onnx
 from pipeline.artifacts import EngineFile, OnnxModel, Profile, TensorSpec
 from pipeline.errors import InputError
 from pipeline.files import read_bytes, write_atomically
@@ -78,19 +79,22 @@ class OrtEngine:
 
 
 def build_ort(onnx_model: OnnxModel, profiles: tuple[Profile, ...], sparse_weights: bool, out: Path) -> EngineFile:
-    """Copy the ONNX file to its place and see that ONNX Runtime loads and runs it.
+    """Copy the ONNX file to its place, external weights included, and see that ONNX Runtime loads it.
 
     The copy is not optimised ahead: an optimised graph would be tied to this host's CPU and this release of ONNX Runtime.
 
     Raises:
-        InputError: ONNX Runtime does not accept the file.
+        InputError: ONNX Runtime does not accept the file, or its weights do not fit into one file.
     """
     import onnxruntime
 
     started = time.perf_counter()
-    engine = OrtEngine(onnx_model.path)
-    engine.close()
     data = read_bytes(onnx_model.path)
+    model = parse_onnx(data, onnx_model.path)
+    if external_tensors(model):
+        bring_inside(model, onnx_model.path.parent, where=onnx_model.path)
+        data = model.SerializeToString()
+    OrtEngine(onnx_model.path).close()
     sha256 = write_atomically(out, data)
     described = describe_onnx(out)
     return EngineFile(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -14,8 +13,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from exporters.external import external_tensors, place_of
 from exporters.metadata import load_onnx
-from exporters.tensors import Array, StoredValues, TensorError, external_path, is_addressable, read_values
+from exporters.tensors import Array, StoredValues, TensorError, is_addressable, read_values
 from exporters.weights import WeightUse, weight_uses
 from pipeline.artifacts import Pattern
 from pipeline.errors import InputError, host_error, listed
@@ -54,7 +54,7 @@ def prune_onnx(path: Path, out: Path, pattern: Pattern, allow_dense: tuple[str, 
     """
     model = load_onnx(path)
     chosen = _choose(model, pattern, allow_dense, path)
-    external = [t for t in _tensors(model) if t.data_location == TensorProto.EXTERNAL]
+    external = external_tensors(model)
     if external:
         return _prune_external(model, chosen, external, path, out, pattern)
     pruned = prune_model(model, pattern, allow_dense, where=path)
@@ -150,25 +150,6 @@ def _store(tensor: TensorProto, values: Array) -> None:
     tensor.raw_data = values.tobytes()
 
 
-def _tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
-    """Every tensor of a model, in initializers and attributes, subgraphs and functions."""
-
-    def of_nodes(nodes: object) -> Iterator[TensorProto]:
-        for node in nodes:  # type: ignore[attr-defined]
-            for attribute in node.attribute:
-                if attribute.HasField("t"):
-                    yield attribute.t
-                yield from attribute.tensors
-                for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                    yield from graph.initializer
-                    yield from of_nodes(graph.node)
-
-    yield from model.graph.initializer
-    yield from of_nodes(model.graph.node)
-    for function in model.functions:
-        yield from of_nodes(function.node)
-
-
 def _prune_external(
     model: onnx.ModelProto,
     chosen: dict[int, WeightUse],
@@ -219,13 +200,7 @@ def _prune_external(
 
 
 def _copy(tensor: TensorProto, folder: Path, file: BinaryIO) -> None:
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    try:
-        source = external_path(entries.get("location", ""), folder)
-        offset = int(entries.get("offset", 0))
-        left = int(entries.get("length", source.stat().st_size - offset))
-    except (TensorError, ValueError) as error:
-        raise InputError("external data cannot be read", where=tensor.name, found=error) from error
+    source, offset, left = place_of(tensor, folder)
     with source.open("rb") as stream:
         stream.seek(offset)
         while left > 0 and (chunk := stream.read(min(_CHUNK, left))):

@@ -154,7 +154,7 @@ def fixed_images(how: Preprocessing, val: Split | None, count: int) -> npt.NDArr
 
 def run_side_by_side(models: Sequence[Classifier], images: npt.NDArray[np.float32]) -> list[npt.NDArray[np.float32]]:
     """Logits of each model, an image at a time."""
-    return [np.concatenate([_padded(m, images[i : i + 1]) for i in range(len(images))]) for m in models]
+    return [np.concatenate([m.logits(images[i : i + 1]) for i in range(len(images))]) for m in models]
 
 
 def closeness(
@@ -167,7 +167,7 @@ def closeness(
     from polygraphy.comparator import Comparator, CosineSimilarityCompareFunc, SimpleCompareFunc
 
     quiet_polygraphy()
-    feeds = [{"input": _to_batch(reference, images[i : i + 1])} for i in range(len(images))]
+    feeds = [{"input": images[i : i + 1]} for i in range(len(images))]
     # Overflow in a diverged model shows as None in the report; NumPy need not warn of it as well.
     with np.errstate(all="ignore"):
         results = Comparator.run(
@@ -187,24 +187,11 @@ def _per_image(accuracy: Any) -> list[Any]:
     return [result["logits"] for result in results]
 
 
-def _to_batch(model: Classifier, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Repeat the last image up to a graph's fixed batch."""
-    missing = (model.fixed_batch or len(images)) - len(images)
-    return np.concatenate([images, np.repeat(images[-1:], missing, axis=0)]) if missing > 0 else images
-
-
-def _padded(model: Classifier, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    size = model.fixed_batch or len(images)
-    parts = [model.logits(_to_batch(model, images[i : i + size])) for i in range(0, len(images), size)]
-    return np.concatenate(parts)[: len(images)]
-
-
 def _count(models: Mapping[str, Classifier], how: Preprocessing, val: Split) -> tuple[dict[str, Tally], bool]:
     tallies = {name: Tally() for name in models}
     finite = True
-    size = min(_BATCH, *(m.largest_batch for m in models.values()))
-    for x, labels in track(batches(val, how, size), "compare", -(-len(val) // size)):
-        logits = {name: _padded(m, x) for name, m in models.items()}
+    for x, labels in track(batches(val, how, _BATCH), "compare", -(-len(val) // _BATCH)):
+        logits = {name: m.logits(x) for name, m in models.items()}
         finite = finite and all(bool(np.isfinite(v).all()) for v in logits.values())
         for name, tally in tallies.items():
             tally.add(logits[name], logits["dense"], labels)

@@ -31,4 +31,5 @@ def conformance_junit(report: ConformanceReport, model: str) -> bytes:
         elif weight.verdict in (DENSE_BY_CHOICE, INELIGIBLE):
             ElementTree.SubElement(case, "skipped", message=weight.reason or weight.verdict)
     ElementTree.indent(suite)
-    return ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True)
+    xml: bytes = ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True)
+    return xml

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -92,8 +93,15 @@ def shared_preprocessing(sides: Sequence[Side], mean: str | None, std: str | Non
             fix="export with fixed image sizes",
         )
     return Preprocessing(
-        channels, height, width, 0, "bilinear", _numbers(mean, channels, 0.0), _numbers(std, channels, 1.0)
+        channels, height, width, 0, "bilinear", _numbers(mean, channels, 0.0), _deviations(std, channels)
     )
+
+
+def _deviations(text: str | None, count: int) -> tuple[float, ...]:
+    values = _numbers(text, count, 1.0)
+    if min(values) <= 0:
+        raise InputError("not a deviation", found=repr(text), fix="deviations are above zero")
+    return values
 
 
 def _numbers(text: str | None, count: int, default: float) -> tuple[float, ...]:
@@ -103,7 +111,7 @@ def _numbers(text: str | None, count: int, default: float) -> tuple[float, ...]:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         values = ()
-    if len(values) != count:
+    if len(values) != count or not all(map(math.isfinite, values)):
         raise InputError(
             "not one number a channel",
             found=repr(text),

@@ -33,7 +33,7 @@ def select_layers(layers: Sequence[Layer], pattern: Pattern) -> Selection:
     stem = min(convolutions, key=lambda layer: layer.position or 0, default=None)
     masked: list[Layer] = []
     dense: list[DenseLayer] = []
-    for layer in layers:
+    for layer in sorted(layers, key=lambda layer: (layer.position is None, layer.position or 0)):
         reason = ineligible_reason(layer.op, layer.shape[1], layer.groups, pattern.m)
         if reason is None and layer.position is None:
             reason = UNUSED

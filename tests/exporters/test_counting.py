@@ -19,7 +19,7 @@ def slow(values: np.ndarray, axis: int, n: int, m: int) -> tuple[int, tuple[int,
         for step in range(m):
             element = list(at)
             element[axis] += step
-            nonzero += not (values[tuple(element)] == 0)
+            nonzero += values[tuple(element)] != 0
         if nonzero > n:
             violating += 1
             place = int(np.ravel_multi_index(tuple(at), values.shape))

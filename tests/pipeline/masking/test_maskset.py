@@ -225,7 +225,7 @@ def test_non_bool_tensors_are_named_with_their_type(file: Callable[..., Path], m
     path = file({**masks, "a": np.ones(4, np.int8), "b": np.ones(4, np.float32)})
     with pytest.raises(InputError, match="not a mask file") as raised:
         load_masks(path)
-    assert set(str(raised.value.found).split(", ")) == {"a is int8", "b is float32"}
+    assert set(str(raised.value.found).split(", ")) == {"a is I8", "b is F32"}
 
 
 def test_a_file_without_tensors_is_refused(file: Callable[..., Path]) -> None:
