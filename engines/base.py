@@ -52,13 +52,8 @@ class Classifier:
         self.name = name
         self._profiles = profiles
         self._engine = engine
-        if not (_is_float(engine.inputs, rank=4) and _is_float(engine.outputs, rank=2)):
-            raise InputError(
-                "not an image classifier",
-                where=name,
-                found=f"inputs {_told(engine.inputs)}, outputs {_told(engine.outputs)}",
-                fix="give a model with one input (N, channels, H, W) and one output (N, classes), both of floats",
-            )
+        if not (_is_one_of(engine.inputs, ranks=(4,)) and _is_one_of(engine.outputs, ranks=(2, 0))):
+            raise _not_a_classifier(name, f"inputs {_told(engine.inputs)}, outputs {_told(engine.outputs)}")
         self.input = engine.inputs[0]
         self.output = engine.outputs[0]
 
@@ -88,6 +83,8 @@ class Classifier:
     def _infer(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         feeds = {self.input.name: images.astype(np.dtype(self.input.dtype), copy=False)}
         output = self._engine.infer(feeds)[self.output.name]
+        if output.ndim != 2:
+            raise _not_a_classifier(self.name, f"an output of shape {output.shape}")
         return output.astype(np.float32, copy=False)
 
     def close(self) -> None:
@@ -101,8 +98,18 @@ class Classifier:
         self.close()
 
 
-def _is_float(specs: Sequence[TensorSpec], rank: int) -> bool:
-    return len(specs) == 1 and len(specs[0].shape) == rank and specs[0].dtype in _FLOATS
+def _is_one_of(specs: Sequence[TensorSpec], ranks: Sequence[int]) -> bool:
+    """Whether there is one tensor of floats of such a rank; 0 is that of a shape that the graph does not tell."""
+    return len(specs) == 1 and len(specs[0].shape) in ranks and specs[0].dtype in _FLOATS
+
+
+def _not_a_classifier(name: str, found: str) -> InputError:
+    return InputError(
+        "not an image classifier",
+        where=name,
+        found=found,
+        fix="give a model with one input (N, channels, H, W) and one output (N, classes), both of floats",
+    )
 
 
 def _told(specs: Sequence[TensorSpec]) -> str:

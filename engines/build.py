@@ -66,11 +66,18 @@ def choose_backend(asked: str) -> tuple[str, str]:
         return asked, "asked for"
     if asked != AUTO:
         raise InputError(f"unknown backend {asked!r}", fix=f"choose one of {', '.join([AUTO, *BACKENDS])}")
-    if importlib.util.find_spec("tensorrt") is None:
+    if not _is_installed("tensorrt"):
         return ONNXRUNTIME, "TensorRT is not installed"
     if not _has_gpu():
         return ONNXRUNTIME, "TensorRT is installed, but there is no NVIDIA driver"
     return TENSORRT, "TensorRT and an NVIDIA driver are here"
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):  # finders may raise
+        return False
 
 
 def _has_gpu() -> bool:

@@ -22,6 +22,15 @@ def write_sidecar(engine: EngineFile) -> None:
     write_json(sidecar_path(engine.path), encode(engine, engine.path.parent))
 
 
+def has_sidecar(engine: EngineFile) -> bool:
+    """Whether the sidecar says what the record does."""
+    try:
+        stored = decode(EngineFile, json.loads(read_bytes(sidecar_path(engine.path))), engine.path.parent)
+    except (InputError, ValueError):
+        return False
+    return stored == engine
+
+
 def read_engine(path: Path) -> EngineFile:
     """The record of an engine file, after its bytes have been held against it.
 

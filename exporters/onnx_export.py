@@ -22,6 +22,7 @@ from exporters.metadata import describe_onnx, write_provenance
 from exporters.precision import to_fp16
 from pipeline import __version__
 from pipeline.artifacts import OnnxModel, Preprocessing, Provenance
+from pipeline.bounds import above
 from pipeline.errors import InputError, listed
 from pipeline.files import write_atomically
 from pipeline.layers import sample_input, survey
@@ -47,6 +48,9 @@ class ExportOptions:
 
     tolerance_fp32: float = 1e-3
     tolerance_fp16: float = 5e-2
+
+    def __post_init__(self) -> None:
+        above(0, tolerance_fp32=self.tolerance_fp32, tolerance_fp16=self.tolerance_fp16)
 
 
 def export_onnx(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.artifacts import Checkpoint, Provenance
+from pipeline.bounds import at_least
 from pipeline.bundled import weights_path as bundled_weights
 from pipeline.errors import HostError, InputError
 from pipeline.files import sha256_of, write_atomically
@@ -39,6 +40,10 @@ class ModelOptions:
     weights: str = "auto"
     classes: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(1, classes=self.classes)
+        at_least(0, seed=self.seed)
 
 
 def load_checkpoint(options: ModelOptions, out: Path) -> Checkpoint:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from engines.base import Classifier, polygraphy_runner, quiet_polygraphy
 from pipeline.artifacts import Preprocessing, Provenance
+from pipeline.bounds import at_least
 from pipeline.data import Split, batches
 from pipeline.errors import InputError
 from pipeline.intervals import PairedCounts, drop_interval
@@ -35,6 +36,11 @@ class CompareOptions:
     max_top1_drop: float = 1.0
     min_agreement: float | None = None
     fixed_images: int = 32
+
+    def __post_init__(self) -> None:
+        at_least(-100, max_top1_drop=self.max_top1_drop)
+        at_least(0, min_agreement=self.min_agreement)
+        at_least(1, fixed_images=self.fixed_images)
 
 
 @dataclass

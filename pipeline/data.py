@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from pipeline.artifacts import ImageSet, Preprocessing
 from pipeline.errors import InputError, listed
+from pipeline.files import read_bytes
 from pipeline.preprocessing import decode, is_whole, normalise
 
 SKETCH_SIZE = 512
@@ -249,10 +250,17 @@ def _walk(folder: Path, part: str) -> tuple[list[tuple[str, str]], set[str]]:
     return found, {name for name, _ in found}
 
 
+def _lines(path: Path) -> list[str]:
+    try:
+        return read_bytes(path).decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError("not a text file", where=path, found=error, fix="save it as UTF-8") from error
+
+
 def _class_order(folder: Path, names: set[str], labels: Sequence[str], outputs: int) -> tuple[str, ...]:
     listing = folder / "classes.txt"
     if listing.is_file():
-        order = tuple(line.strip() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip())
+        order = tuple(line.strip() for line in _lines(listing) if line.strip())
         if set(order) != names or len(order) != len(names):
             unlisted, absent = sorted(names - set(order)), sorted(set(order) - names)
             raise InputError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from pipeline.files import TEMPORARY_SUFFIX, read_bytes, write_atomically
 
 _PLATFORMS = {"onnxruntime": ("onnxruntime_onnx", "model.onnx"), "tensorrt": ("tensorrt_plan", "model.plan")}
 _TRITON_TYPES = {
+    "float64": "TYPE_FP64",
     "float32": "TYPE_FP32",
     "float16": "TYPE_FP16",
     "bfloat16": "TYPE_BF16",
@@ -24,6 +27,8 @@ _TRITON_TYPES = {
     "bool": "TYPE_BOOL",
 }
 _LABELS = "labels.txt"
+_TENSOR_FIELDS = re.compile(r"(?:input|output) \[|\bname: \"[^\"]*\"|data_type: \w+|dims: \[[^\]]*\]")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,12 @@ def deploy(engine_path: Path, options: DeployOptions) -> Deployment:
             found=engine.provenance.origin,
             fix="deploy a trained model, or pass --allow-untrained to serve it for timing",
         )
+    if not _NAME.fullmatch(options.name):
+        raise InputError(
+            "not a name for a model in a repository",
+            found=repr(options.name),
+            fix="use letters, digits, '-', '_' and '.', and begin with a letter or digit",
+        )
     platform, file_name = _PLATFORMS[engine.backend]
     folder = options.repository / options.name
     text = config_text(engine, options.name, platform)
@@ -64,6 +75,7 @@ def deploy(engine_path: Path, options: DeployOptions) -> Deployment:
     version = 1 + max((int(p.name) for p in folder.glob("[1-9]*") if p.name.isdecimal()), default=0)
     staged = folder / f".{version}.{os.getpid()}{TEMPORARY_SUFFIX}"
     final = folder / str(version)
+    is_new = not folder.exists()
     try:
         staged.mkdir(parents=True)
         write_atomically(staged / file_name, read_bytes(engine.path))
@@ -73,6 +85,10 @@ def deploy(engine_path: Path, options: DeployOptions) -> Deployment:
         raise host_error(error, where=folder) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+        if is_new and not final.exists():
+            # A server that finds a model without a version does not start.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
     files = [final / file_name, folder / "config.pbtxt"]
     if engine.provenance is not None and engine.provenance.labels:
         write_atomically(folder / _LABELS, ("\n".join(engine.provenance.labels) + "\n").encode())
@@ -113,13 +129,13 @@ def _tensor(kind: str, spec: TensorSpec, max_batch: int, labels: str | None = No
 def _require_same_io(config: Path, text: str) -> None:
     if not config.is_file():
         return
-    served = config.read_text(encoding="utf-8")
+    served = read_bytes(config).decode(errors="replace")
 
-    def io(of: str) -> str:
-        start = of.find("input [")
-        return of[start : of.rfind("]") + 1]
+    def tensors(of: str) -> list[str]:
+        """What clients depend on: names, types and dims, in order; `{`, `}` and other fields are left out."""
+        return [re.sub(r"\s", "", found) for found in _TENSOR_FIELDS.findall(of[of.find("input [") :])]
 
-    if io(served) != io(text):
+    if tensors(served) != tensors(text):
         raise InputError(
             "the repository serves other inputs and outputs under this name",
             where=config,

@@ -35,11 +35,12 @@ def survey(module: nn.Module, how: Preprocessing) -> tuple[tuple[Layer, ...], in
 
     used: dict[nn.Module, tuple[int, int]] = {}
 
-    def note(layer: nn.Module, _: Any, output: Any) -> None:
+    def note(layer: nn.Module, inputs: Any, output: Any) -> None:
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
-        # Every output element of a layer costs one filter's weights.
-        macs = output.numel() * weight[0].numel()
+        # Every output element of a layer costs one filter's weights; of a transposed one, every input element.
+        elements = inputs[0] if isinstance(layer, _ConvTransposeNd) else output
+        macs = elements.numel() * weight[0].numel()
         position, before = used.get(layer, (len(used), 0))
         used[layer] = (position, before + macs)
 
@@ -49,7 +50,7 @@ def survey(module: nn.Module, how: Preprocessing) -> tuple[tuple[Layer, ...], in
     try:
         with torch.no_grad():
             output = module.eval()(sample_input(how, 1))
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except Exception as error:  # the model's own code, which may raise anything
         raise InputError(
             "the model cannot run on its own input",
             where=f"input (1, {how.channels}, {how.height}, {how.width})",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 LEARNED, MAGNITUDE = "learned", "magnitude"
 METHODS = (LEARNED, MAGNITUDE)
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,31 @@ class MaskOptions:
     """How masks are chosen.
 
     Attributes:
-        method: `learned` or `magnitude`.
+        method: `learned`, `magnitude`, or `auto`: learned where there are images.
         pattern: N:M.
         layout: `channel` (TensorRT's) or `flat` (for comparison only).
         learn: For learned masks.
     """
 
-    method: str = MAGNITUDE
+    method: str = AUTO
     pattern: str = "2:4"
     layout: str = CHANNEL
     learn: LearnOptions = field(default_factory=LearnOptions)
+
+    def __post_init__(self) -> None:
+        parse_pattern(self.pattern)
+        if self.layout not in LAYOUTS:
+            raise InputError(f"unknown layout {self.layout!r}", fix=f"choose one of {', '.join(LAYOUTS)}")
+        if self.method not in (AUTO, *METHODS):
+            raise InputError(
+                f"unknown mask method {self.method!r}",
+                fix=f"choose one of {', '.join((AUTO, *METHODS))}, or give a mask file",
+            )
+
+
+def method_for(asked: str, has_images: bool) -> str:
+    """What `auto` means: learned masks where there are images to learn from."""
+    return asked if asked != AUTO else LEARNED if has_images else MAGNITUDE
 
 
 def choose_masks(
@@ -65,8 +81,7 @@ def choose_masks(
     Raises:
         InputError: Nothing can be masked, or learned masks without data.
     """
-    if options.layout not in LAYOUTS:
-        raise InputError(f"unknown layout {options.layout!r}", fix=f"choose one of {', '.join(LAYOUTS)}")
+    method = method_for(options.method, data is not None)
     pattern = parse_pattern(options.pattern)
     layers, _ = survey(module, provenance.preprocessing)
     selection = select_layers(layers, pattern)
@@ -75,7 +90,7 @@ def choose_masks(
     weights = {layer.name: state[layer.name].detach().cpu().float().numpy() for layer in chosen}
     masks = {name: magnitude_mask(weight, pattern, options.layout) for name, weight in weights.items()}
     learning = None
-    if options.method == LEARNED:
+    if method == LEARNED:
         if data is None:
             raise InputError(
                 "learned masks need images",
@@ -86,11 +101,6 @@ def choose_masks(
         from pipeline.learning.trainer import learn_masks
 
         masks, learning = learn_masks(module, masks, pattern, provenance.preprocessing, data, options.learn)
-    elif options.method != MAGNITUDE:
-        raise InputError(
-            f"unknown mask method {options.method!r}",
-            fix=f"choose one of {', '.join(METHODS)}, or give a mask file",
-        )
     return write_masks(
         out,
         masks,
@@ -100,7 +110,7 @@ def choose_masks(
         model=provenance.model,
         pattern=pattern,
         layout=options.layout,
-        method=options.method,
+        method=method,
         weights_sha256=tensors_sha256(state),
         learning=learning,
         image_sets=image_sets if learning else (),

@@ -35,7 +35,9 @@ def decode(data: bytes, how: Preprocessing) -> npt.NDArray[np.uint8]:
         One of `UNREADABLE`: The bytes are not a whole image.
     """
     with Image.open(io.BytesIO(data)) as opened:
-        image = opened.convert("RGB" if how.channels == 3 else "L")
+        # Pillow warns of transparency in a palette unless it is made a channel first; the colours are the same.
+        whole = opened.convert("RGBA") if opened.mode == "P" and "transparency" in opened.info else opened
+        image = whole.convert("RGB" if how.channels == 3 else "L")
     return fit(image, how)
 
 
@@ -49,10 +51,14 @@ def fit(image: Image.Image, how: Preprocessing) -> npt.NDArray[np.uint8]:
         scaled = int(how.resize * long / short)
         size = (how.resize, scaled) if image.width <= image.height else (scaled, how.resize)
         image = image if image.size == size else image.resize(size, resampling)
-        # Rounds half to even, and crops beyond the border with black, as torchvision's CenterCrop does.
-        left, top = round((image.width - how.width) / 2), round((image.height - how.height) / 2)
+        left, top = _margin(image.width, how.width), _margin(image.height, how.height)
         image = image.crop((left, top, left + how.width, top + how.height))
     return np.asarray(image, dtype=np.uint8).reshape(how.height, how.width, how.channels)
+
+
+def _margin(size: int, crop: int) -> int:
+    """Where a centred crop starts; beyond the border it is black. Rounded as torchvision's CenterCrop does."""
+    return -((crop - size) // 2) if crop > size else round((size - crop) / 2)
 
 
 def normalise(images: npt.NDArray[np.uint8], how: Preprocessing) -> npt.NDArray[np.float32]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.artifacts import Checkpoint, ImageSet, Preprocessing, Provenance
+from pipeline.bounds import at_least
 from pipeline.checkpoint import save_checkpoint
 from pipeline.data import Split, batches
 
@@ -32,6 +33,10 @@ class RecalibrateOptions:
     images: int = 10_000
     batch: int = 128
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(0, images=self.images, seed=self.seed)
+        at_least(1, batch=self.batch)
 
 
 def recalibrate(

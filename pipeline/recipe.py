@@ -77,6 +77,8 @@ def read_recipe(path: Path | None, seed: int) -> Recipe:
             try:
                 # Every option has a default, so a table with one key is whole.
                 decode(kind, {key: value})
+            except InputError as error:
+                problems.append(f"[{name}] {error.what}")
             except ValueError as error:
                 problems.append(f"[{name}] {error}")
             else:

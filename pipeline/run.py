@@ -14,10 +14,12 @@ from pipeline.checkpoint import ModelOptions
 from pipeline.data import Dataset, open_folder
 from pipeline.deploy import DeployOptions, deploy
 from pipeline.errors import InputError
-from pipeline.mask import LEARNED, MAGNITUDE, METHODS
+from pipeline.mask import AUTO, LEARNED, METHODS, method_for
+from pipeline.masking.patterns import CHANNEL
 from pipeline.models import BUNDLED, folder_name
 from pipeline.recipe import Recipe
 from pipeline.report import ReportFiles, RunReport
+from pipeline.reports import FAIL
 from pipeline.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ class LineOptions:
     Attributes:
         model: The model and its weights.
         data: Class folders; the bundled digits for the bundled model.
-        masks: A method, a mask file, or None: learned where there is data, else magnitude.
+        masks: A method, a mask file, or None: as the recipe says.
         precision: `fp32`, `fp16`, or None: what can run sparse on the backend.
         backend: `auto`, `tensorrt` or `onnxruntime`.
         recipe: Options of the stages.
@@ -67,6 +69,9 @@ def run(options: LineOptions) -> Finished:
         PipelineError: Bad input or environment, in one message.
         ConformanceError: The check found weights that are not N:M.
     """
+    if options.recipe.mask.layout != CHANNEL:
+        fix = "TensorRT takes groups along C: leave the layout at 'channel'"
+        raise InputError(f"masks in the layout {options.recipe.mask.layout!r} cannot be deployed", fix=fix)
     backend, why = choose_backend(options.backend)
     log.info("backend: %s (%s)", backend, why)
     precision = options.precision or ("fp16" if backend == TENSORRT else "fp32")
@@ -75,14 +80,14 @@ def run(options: LineOptions) -> Finished:
         dense = stages.load(job)
         data = _data(options, dense)
         images = stages.look_at_images(job, data, dense) if data is not None else None
-        method, file = _method(options.masks, data)
+        method, file = _method(options.masks, options.recipe.mask.method, data)
         # The dense model first: one that cannot be exported is found out before masks are learned for it.
         dense_onnx = stages.export(job, dense, "dense")
         masks = stages.choose(job, dense, method, file, images)
         ws.keep()
         sparse = stages.prune(job, dense, masks, "sparse", ws.path("sparse.safetensors"), images)
         sparse_onnx = stages.export(job, sparse, "sparse")
-        conformance = stages.check(job, sparse_onnx, str(masks.pattern), precision)
+        conformance = stages.check(job, sparse_onnx, str(masks.pattern)).of(precision)
         others = stages.baselines(job, dense, masks, images)
         own_onnx = sparse_onnx.of(precision)
         engines = stages.build(job, backend, dense_onnx.of(precision), own_onnx)
@@ -105,7 +110,7 @@ def run(options: LineOptions) -> Finished:
         files = stages.report(job, found)
         reused = tuple(ws.reused)
     deployment = None
-    if options.repository is not None:
+    if options.repository is not None and found.parity.verdict != FAIL:
         name = folder_name(options.model.model)
         deployment = deploy(engines.sparse.path, DeployOptions(options.repository, name, options.allow_untrained))
     return Finished(found, files, deployment, reused)
@@ -120,19 +125,18 @@ def _data(options: LineOptions, dense: Checkpoint) -> Dataset | None:
     return None
 
 
-def _method(asked: str | None, data: Dataset | None) -> tuple[str, Path | None]:
+def _method(asked: str | None, by_recipe: str, data: Dataset | None) -> tuple[str, Path | None]:
     """The mask method, or `file` and the file."""
-    if asked is None:
-        if data is None:
-            log.warning("no images: magnitude masks; give --data DIR for learned ones")
-        return (LEARNED if data is not None else MAGNITUDE), None
-    if asked in METHODS:
-        if asked == LEARNED and data is None:
-            fix = "give --data DIR with train/ and val/, or choose --masks magnitude"
-            raise InputError("learned masks need images", fix=fix)
-        return asked, None
-    path = Path(asked)
-    if not path.suffix and not path.exists():
-        fix = f"choose one of {', '.join(METHODS)}, or give a mask file"
-        raise InputError(f"unknown mask method {asked!r}", fix=fix)
-    return "file", path
+    if asked is not None and asked not in (AUTO, *METHODS):
+        path = Path(asked)
+        if not path.suffix and not path.exists():
+            fix = f"choose one of {', '.join((AUTO, *METHODS))}, or give a mask file"
+            raise InputError(f"unknown mask method {asked!r}", fix=fix)
+        return "file", path
+    chosen = asked or by_recipe
+    if chosen == LEARNED and data is None:
+        fix = "give --data DIR with train/ and val/, or choose --masks magnitude"
+        raise InputError("learned masks need images", fix=fix)
+    if chosen == AUTO and data is None:
+        log.warning("no images: magnitude masks; give --data DIR for learned ones")
+    return method_for(chosen, data is not None), None

@@ -10,8 +10,9 @@ from pathlib import Path
 from engines.base import Classifier
 from engines.build import ONNXRUNTIME, SUFFIX, TENSORRT, BuildOptions, build_engine, open_engine
 from engines.ort import NO_SPARSE_KERNELS, OrtEngine
+from engines.sidecar import has_sidecar
 from exporters.conformance import CheckOptions, check_2to4
-from exporters.onnx_export import PRECISIONS, export_onnx
+from exporters.onnx_export import export_onnx
 from pipeline.artifacts import Checkpoint, EngineFile, ImageSet, MaskSet, OnnxModel
 from pipeline.bake import bake
 from pipeline.checkpoint import ModelOptions, load_checkpoint, module_of, weights_file
@@ -69,6 +70,17 @@ class Exported:
     fp16: OnnxModel
 
     def of(self, precision: str) -> OnnxModel:
+        return {"fp32": self.fp32, "fp16": self.fp16}[precision]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The verdicts on one model in both precisions."""
+
+    fp32: ConformanceReport
+    fp16: ConformanceReport
+
+    def of(self, precision: str) -> ConformanceReport:
         return {"fp32": self.fp32, "fp16": self.fp16}[precision]
 
 
@@ -189,22 +201,21 @@ def prune(job: Job, dense: Checkpoint, masks: MaskSet, name: str, out: Path, ima
     )
 
 
-def check(job: Job, exported: Exported, pattern: str, precision: str) -> ConformanceReport:
-    """Check both precisions; the report is of the one that the engine is built from.
+def check(job: Job, exported: Exported, pattern: str) -> Checked:
+    """Check both precisions, so that the engine can be built from either elsewhere.
 
     Raises:
         ConformanceError: One of them is not N:M.
     """
 
-    def work() -> ConformanceReport:
-        reports = {p: check_2to4(exported.of(p).path, CheckOptions(pattern=pattern)) for p in PRECISIONS}
-        for p, report in reports.items():
-            if not report.passed:
-                raise ConformanceError(f"{exported.of(p).path.name} is not {pattern}: {report.reason}")
-        return reports[precision]
+    def one(model: OnnxModel) -> ConformanceReport:
+        report = check_2to4(model.path, CheckOptions(pattern=pattern))
+        if not report.passed:
+            raise ConformanceError(f"{model.path.name} is not {pattern}: {report.reason}")
+        return report
 
-    inputs = {"onnx": [exported.of(p).sha256 for p in PRECISIONS], "pattern": pattern, "precision": precision}
-    return job.ws.stage("check", ConformanceReport, inputs, work)
+    inputs = {"onnx": [exported.fp32.sha256, exported.fp16.sha256], "pattern": pattern}
+    return job.ws.stage("check", Checked, inputs, lambda: Checked(one(exported.fp32), one(exported.fp16)))
 
 
 def build(job: Job, backend: str, dense: OnnxModel, sparse: OnnxModel) -> Engines:
@@ -213,7 +224,9 @@ def build(job: Job, backend: str, dense: OnnxModel, sparse: OnnxModel) -> Engine
     def engine(name: str, model: OnnxModel, out: Path, sparse_weights: bool) -> EngineFile:
         options = BuildOptions(backend, sparse_weights=sparse_weights)
         inputs = {"onnx": model.sha256, "options": options}
-        return job.ws.stage(f"build-{name}", EngineFile, inputs, lambda: build_engine(model, options, out))
+        return job.ws.stage(
+            f"build-{name}", EngineFile, inputs, lambda: build_engine(model, options, out), intact=has_sidecar
+        )
 
     suffix = SUFFIX[backend]
     sparse_engine = engine("sparse", sparse, job.ws.path(f"engine{suffix}"), True)

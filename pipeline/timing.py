@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from engines.base import Classifier, polygraphy_runner, quiet_polygraphy
+from pipeline.bounds import at_least
+from pipeline.errors import InputError
 from pipeline.progress import track
 from pipeline.reports import BatchTiming, Latency, TimingReport
 
@@ -40,6 +42,15 @@ class TimeOptions:
     seconds: float = 5.0
     least: int = 5
     most: int = 2000
+
+    def __post_init__(self) -> None:
+        if not self.batches:
+            raise InputError("no batch sizes to time", fix="give at least one")
+        for batch in self.batches:
+            at_least(1, batches=batch)
+        at_least(0, warm_up=self.warm_up, seconds=self.seconds)
+        at_least(1, least=self.least)
+        at_least(self.least, most=self.most)
 
 
 def time_engines(

@@ -36,7 +36,8 @@ class Workspace:
     are the same and every file that it names is still what it was. Keys hold no paths, hosts, devices or library versions:
     the folder can be copied and go on elsewhere.
 
-    An `InputError` before `keep()` undoes a folder that this run made, so that bad input leaves nothing behind.
+    An `InputError` before `keep()`, or a `HostError` before the first stage, undoes a folder that this run made, so that
+    bad input leaves nothing behind.
 
     Raises:
         HostError: The folder cannot be written, or another run holds it.
@@ -82,7 +83,9 @@ class Workspace:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         assert self._lock is not None
-        if isinstance(error, InputError) and not self._kept:
+        # A host's fault may be gone tomorrow: stages that are done are kept for then.
+        nothing_done = isinstance(error, HostError) and not self.seconds
+        if not self._kept and (isinstance(error, InputError) or nothing_done):
             self._undo()
         self._lock.close()
 
@@ -98,7 +101,14 @@ class Workspace:
         """A file between two stages."""
         return self.folder / STATE / name
 
-    def stage(self, name: str, kind: type[T], inputs: Mapping[str, object], work: Callable[[], T]) -> T:
+    def stage(
+        self,
+        name: str,
+        kind: type[T],
+        inputs: Mapping[str, object],
+        work: Callable[[], T],
+        intact: Callable[[T], bool] | None = None,
+    ) -> T:
         """Run `work`, or take its record from an earlier run with the same inputs.
 
         Args:
@@ -106,10 +116,11 @@ class Workspace:
             kind: The record's type.
             inputs: Digests and options that decide the outcome, and nothing else.
             work: Makes the files and returns the record.
+            intact: Asked of a known record whose files are as they were; False has them made again.
         """
         key = _key(name, inputs)
         known = self._recall(name, kind, key)
-        if known is not None:
+        if known is not None and (intact is None or intact(known)):
             log.info("%s: unchanged", name)
             self.reused.append(name)
             return known

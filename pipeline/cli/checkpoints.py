@@ -28,14 +28,16 @@ def mask(
     model: options.Model,
     out: options.Out = Path("masks.safetensors"),
     method: Annotated[
-        str | None, typer.Option(help="learned or magnitude; by default learned where there are images.")
+        str | None, typer.Option(help="auto (learned where there are images), learned or magnitude.")
     ] = None,
     weights: options.Weights = "auto",
     data: options.Data = None,
-    pattern: Annotated[str, typer.Option(help="N:M, at most N non-zeros in each group of M.")] = "2:4",
+    pattern: Annotated[
+        str | None, typer.Option(help="N:M, at most N non-zeros in each group of M; 2:4 by default.")
+    ] = None,
     layout: Annotated[
-        str, typer.Option(help="channel (TensorRT's) or flat (for comparison; cannot be deployed).")
-    ] = "channel",
+        str | None, typer.Option(help="channel (TensorRT's, the default) or flat (for comparison; cannot be deployed).")
+    ] = None,
     budget_minutes: Annotated[float | None, typer.Option(min=0, help="Stop learning after this long.")] = None,
     classes: options.Classes = None,
     seed: options.Seed = 0,
@@ -46,17 +48,22 @@ def mask(
     from pipeline.checkpoint import ModelOptions, open_checkpoint
     from pipeline.data import identify
     from pipeline.files import write_json
-    from pipeline.mask import LEARNED, MAGNITUDE, choose_masks
+    from pipeline.mask import LEARNED, choose_masks, method_for
     from pipeline.recipe import read_recipe
     from pipeline.report import masks_values
 
     chosen = read_recipe(recipe, seed)
     module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed))
     dataset = _dataset(model, data, provenance.labels, provenance.classes, seed)
-    method = method or (LEARNED if dataset is not None else MAGNITUDE)
     learn = replace(chosen.learn, budget_minutes=budget_minutes) if budget_minutes is not None else chosen.learn
-    how = replace(chosen.mask, method=method, pattern=pattern, layout=layout, learn=learn)
-    sets = (identify(dataset.train), identify(dataset.select)) if dataset is not None and method == LEARNED else ()
+    how = replace(
+        chosen.mask,
+        method=method_for(method or chosen.mask.method, dataset is not None),
+        pattern=pattern or chosen.mask.pattern,
+        layout=layout or chosen.mask.layout,
+        learn=learn,
+    )
+    sets = (identify(dataset.train), identify(dataset.select)) if dataset is not None and how.method == LEARNED else ()
     masks = choose_masks(module, provenance, how, out, dataset, sets)
     if report is not None:
         write_json(report, masks_values(masks, out.parent))

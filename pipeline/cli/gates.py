@@ -156,7 +156,7 @@ def _show_conformance(report: ConformanceReport) -> None:
         if weight.hint is not None:
             why = f"{why}; {weight.hint}" if why else weight.hint
         table.add_row(weight.name, weight.op, " x ".join(map(str, weight.shape)), weight.verdict.replace("_", " "), why)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(table)
     console.print(
         f"{report.verdict}: {report.conforming} conforming, {report.violating} violating, {report.dense_by_choice} dense by"

@@ -34,7 +34,7 @@ def engine(
     data: options.Data = None,
     masks: Annotated[
         str | None,
-        typer.Option(help="learned, magnitude, or a mask file; by default learned where there are images."),
+        typer.Option(help="auto (learned where there are images), learned, magnitude, or a mask file."),
     ] = None,
     precision: Annotated[
         str | None,
@@ -105,7 +105,8 @@ def show(finished: Finished, folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    # Paths may hold what rich would take for markup.
+    console = Console(highlight=False, markup=False)
     report = finished.report
     table = Table(
         box=SIMPLE_HEAD,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.bounds import above, at_least
+
 
 @dataclass(frozen=True)
 class LearnOptions:
@@ -30,3 +32,8 @@ class LearnOptions:
     softness: float = 2.0
     budget_minutes: float | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(0, epochs=self.epochs, prior=self.prior, budget_minutes=self.budget_minutes, seed=self.seed)
+        at_least(1, batch=self.batch)
+        above(0, rate=self.rate, tau_start=self.tau_start, tau_end=self.tau_end, softness=self.softness)

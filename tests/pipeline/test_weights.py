@@ -120,7 +120,8 @@ def test_a_file_cut_anywhere_is_an_error_that_names_it(tmp_path: Path, kind: str
     path = tmp_path / ("cut.safetensors" if kind == "safetensors" else "cut.pth")
     for length in range(0, len(whole) - 1, 7):
         path.write_bytes(whole[:length])
-        with pytest.raises(InputError, match="cannot be read") as raised:
+        # Half the name of a type is a name that nobody knows.
+        with pytest.raises(InputError, match=r"cannot be read|wants to run code") as raised:
             read_weights(path)
         assert raised.value.where == path
         assert raised.value.found
