@@ -80,10 +80,10 @@ def run(options: LineOptions) -> Finished:
         dense = stages.load(job)
         data = _data(options, dense)
         images = stages.look_at_images(job, data, dense) if data is not None else None
-        method, file = _method(options.masks, options.recipe.mask.method, data)
+        how = _method(options.masks, options.recipe.mask.method, data)
         # The dense model first: one that cannot be exported is found out before masks are learned for it.
         dense_onnx = stages.export(job, dense, "dense")
-        masks = stages.choose(job, dense, method, file, images)
+        masks = stages.choose(job, dense, how, images)
         ws.keep()
         sparse = stages.prune(job, dense, masks, "sparse", ws.path("sparse.safetensors"), images)
         sparse_onnx = stages.export(job, sparse, "sparse")
@@ -125,18 +125,18 @@ def _data(options: LineOptions, dense: Checkpoint) -> Dataset | None:
     return None
 
 
-def _method(asked: str | None, by_recipe: str, data: Dataset | None) -> tuple[str, Path | None]:
-    """The mask method, or `file` and the file."""
+def _method(asked: str | None, by_recipe: str, data: Dataset | None) -> str | Path:
+    """A mask method, or a mask file."""
     if asked is not None and asked not in (AUTO, *METHODS):
         path = Path(asked)
         if not path.suffix and not path.exists():
             fix = f"choose one of {', '.join((AUTO, *METHODS))}, or give a mask file"
             raise InputError(f"unknown mask method {asked!r}", fix=fix)
-        return "file", path
+        return path
     chosen = asked or by_recipe
     if chosen == LEARNED and data is None:
         fix = "give --data DIR with train/ and val/, or choose --masks magnitude"
         raise InputError("learned masks need images", fix=fix)
     if chosen == AUTO and data is None:
         log.warning("no images: magnitude masks; give --data DIR for learned ones")
-    return method_for(chosen, data is not None), None
+    return method_for(chosen, data is not None)

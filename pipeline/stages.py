@@ -19,7 +19,7 @@ from pipeline.checkpoint import ModelOptions, load_checkpoint, module_of, weight
 from pipeline.compare import compare, fidelity
 from pipeline.data import Dataset, ImageFiles, identify, listing_sha256, require_disjoint
 from pipeline.files import read_bytes, sha256_of, write_atomically
-from pipeline.mask import LEARNED, MAGNITUDE, METHODS, choose_masks, given_masks
+from pipeline.mask import LEARNED, MAGNITUDE, choose_masks, given_masks
 from pipeline.models import model_identity
 from pipeline.recalibrate import recalibrate
 from pipeline.recipe import Recipe
@@ -149,30 +149,28 @@ def export(job: Job, checkpoint: Checkpoint, name: str) -> Exported:
     )
 
 
-def choose(job: Job, dense: Checkpoint, method: str, file: Path | None, images: Images | None) -> MaskSet:
+def choose(job: Job, dense: Checkpoint, how: str | Path, images: Images | None) -> MaskSet:
     """Masks by a method, or those of a file."""
-    options = replace(job.recipe.mask, method=method)
     out = job.ws.path("masks.safetensors")
-
-    def work() -> MaskSet:
-        module = module_of(job.model, dense)
-        if file is not None:
-            given = given_masks(module, dense.provenance, file)
-            return replace(given, path=out, sha256=write_atomically(out, read_bytes(file)))
-        data, sets = (images.data, images.sets.shaping) if images else (None, ())
-        return choose_masks(module, dense.provenance, options, out, data, sets)
-
+    if isinstance(how, Path):
+        return job.ws.stage(
+            "mask",
+            MaskSet,
+            {"checkpoint": dense.sha256, "file": sha256_of(how)},
+            lambda: _copied(given_masks(module_of(job.model, dense), dense.provenance, how), out),
+        )
+    options = replace(job.recipe.mask, method=how)
+    data, sets = (images.data, images.sets.shaping) if images and how == LEARNED else (None, ())
     return job.ws.stage(
         "mask",
         MaskSet,
-        {
-            "checkpoint": dense.sha256,
-            "options": options if method in METHODS else None,
-            "file": sha256_of(file) if file else None,
-            "images": [s.sha256 for s in images.sets.shaping] if images and method == LEARNED else None,
-        },
-        work,
+        {"checkpoint": dense.sha256, "options": options, "images": [s.sha256 for s in sets]},
+        lambda: choose_masks(module_of(job.model, dense), dense.provenance, options, out, data, sets),
     )
+
+
+def _copied(masks: MaskSet, out: Path) -> MaskSet:
+    return replace(masks, path=out, sha256=write_atomically(out, read_bytes(masks.path)))
 
 
 def prune(job: Job, dense: Checkpoint, masks: MaskSet, name: str, out: Path, images: Images | None) -> Checkpoint:

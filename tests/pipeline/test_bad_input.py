@@ -409,7 +409,7 @@ def none_at_all(mask: np.ndarray[Any, Any]) -> Masks:
         (of_another_shape, ("shape (12, 4, 3, 3) where the weight has (12, 8, 3, 3)",)),
         (not_2_to_4, ("wide.weight: 1 groups keep more than 2 of 4",)),
         (of_a_depthwise_layer, ("depthwise.weight", "grouped")),
-        (of_floats, ("not a mask file", "wide.weight is float32")),
+        (of_floats, ("not a mask file", "wide.weight is F32")),
         (none_at_all, ("not a mask file", "no tensors")),
     ],
 )
