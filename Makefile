@@ -3,7 +3,11 @@ MODEL ?= digits_resnet
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 BIN := .venv/bin
 REPOSITORY ?= build/models
-DIR = build/$(notdir $(subst /,_,$(MODEL)))
+# As the command names it: timm/x in timm_x, nets/mine.py:build in mine_build.
+NAME = $(if $(findstring .py:,$(MODEL)),$(notdir $(subst .py:,_,$(MODEL))),$(subst /,_,$(MODEL)))
+DIR = $(or $(OUT),build/$(NAME))
+ENGINE = $(or $(wildcard $(DIR)/engine.plan),$(DIR)/engine.onnx)
+DENSE_ENGINE = $(or $(wildcard $(DIR)/dense_engine.plan),$(DIR)/dense_engine.onnx)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup engine parity deploy test test-all lint bench clean
@@ -24,11 +28,10 @@ engine: .venv/.ready ## Checkpoint to engine: MODEL= WEIGHTS= DATA= MASKS= PRECI
 	  $(if $(BACKEND),--backend $(BACKEND)) $(if $(OUT),--out $(OUT))
 
 parity: .venv/.ready ## Compare the engines of MODEL= once more, over DATA=; fails when accuracy is not kept
-	$(BIN)/maskplan compare $(firstword $(wildcard $(DIR)/dense_engine.plan $(DIR)/dense_engine.onnx)) \
-	  $(firstword $(wildcard $(DIR)/engine.plan $(DIR)/engine.onnx)) $(if $(DATA),--data $(DATA))
+	$(BIN)/maskplan compare $(DENSE_ENGINE) $(ENGINE) $(if $(DATA),--data $(DATA))
 
 deploy: .venv/.ready ## Add the engine of MODEL= to the Triton model repository REPOSITORY=
-	$(BIN)/maskplan deploy $(firstword $(wildcard $(DIR)/engine.plan $(DIR)/engine.onnx)) --repository $(REPOSITORY)
+	$(BIN)/maskplan deploy $(ENGINE) --repository $(REPOSITORY)
 
 test: .venv/.ready ## The tests, but for the slow ones
 	$(BIN)/python -m pytest -m 'not slow'

@@ -468,6 +468,7 @@ def test_masks_in_the_flat_layout_violate_on_3x3_kernels_and_hold_on_1x1() -> No
                 group[np.argsort(np.abs(group))[:2]] = 0
         report = check_2to4(convolutions(w=weight))
         assert report.weights[0].verdict == verdict
+        assert ("flat" in str(report.weights[0].hint)) == (kernel == 3)
         assert_as(report.weights[0], reference_of(weight, 1, 2, 4))
 
 

@@ -140,7 +140,7 @@ def go_through(name: str, folder: Path) -> None:
         how = checkpoint.provenance.preprocessing
         x = torch.randn(2, how.channels, how.height, how.width, generator=torch.Generator().manual_seed(1))
         dense, masked = expected_reasons(module_of(job.model, checkpoint), x[:1])
-        masks = stages.choose(job, checkpoint, MAGNITUDE, None, None)
+        masks = stages.choose(job, checkpoint, MAGNITUDE, None)
         assert_masks(name, masks, dense, masked)
         sparse = stages.prune(job, checkpoint, masks, "sparse", ws.path("sparse.safetensors"), None)
         assert set(sparse.provenance.masked) == masked

@@ -1,0 +1,209 @@
+"""Gates, against a search over the patterns of every group and against finite differences."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from pipeline.artifacts import Pattern
+from pipeline.learning.gates import Gates
+
+PATTERNS = [(1, 2), (1, 4), (2, 4), (3, 4), (2, 6), (4, 8)]
+KERNELS: list[tuple[int, ...]] = [(), (1, 1), (3, 2)]
+
+
+def distinct(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    """Whole numbers of both signs, no two of one size: their sums are exact."""
+    rng = np.random.default_rng(seed)
+    sizes = 1 + rng.permutation(math.prod(shape))
+    return torch.from_numpy((sizes * rng.choice([-1, 1], sizes.shape)).reshape(shape).astype(np.float32))
+
+
+def groups_of(shape: tuple[int, ...], m: int) -> list[tuple[int | slice, ...]]:
+    """Where in a weight each group lies, in the order (k, r, s, group)."""
+    starts = range(0, shape[1], m)
+    ranges = [range(shape[0]), *map(range, shape[2:]), starts]
+    return [(k, slice(start, start + m), *tap) for k, *tap, start in itertools.product(*ranges)]
+
+
+def kept_sums(weight: torch.Tensor, n: int, m: int) -> npt.NDArray[np.float64]:
+    """(groups, patterns): the magnitude that each pattern keeps of each group, patterns in lexicographic order."""
+    sizes = weight.abs().double().numpy()
+    chosen = [list(c) for c in itertools.combinations(range(m), n)]
+    return np.array([[sizes[at][c].sum() for c in chosen] for at in groups_of(tuple(weight.shape), m)])
+
+
+def mask_of(choices: npt.NDArray[np.int64], shape: tuple[int, ...], n: int, m: int) -> npt.NDArray[np.bool_]:
+    """The mask in which the group number g has the pattern number `choices[g]`."""
+    kept = list(itertools.combinations(range(m), n))
+    mask = np.zeros(shape, np.bool_)
+    for at, choice in zip(groups_of(shape, m), choices, strict=True):
+        mask[at] = np.isin(np.arange(m), kept[choice])
+    return mask
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_gates_start_at_the_magnitude_mask(n: int, m: int, kernel: tuple[int, ...]) -> None:
+    weight = distinct((3, 2 * m, *kernel), seed=n * m)
+    mask = Gates(weight, Pattern(n, m), 3.0).mask()
+    assert mask.dtype == np.bool_
+    assert np.array_equal(mask, mask_of(kept_sums(weight, n, m).argmax(axis=1), tuple(weight.shape), n, m))
+
+
+@pytest.mark.parametrize("prior", [0.5, 3.0])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_first_logits_are_what_patterns_keep_scaled_to_the_prior(prior: float, kernel: tuple[int, ...]) -> None:
+    weight = distinct((3, 8, *kernel))
+    logits = Gates(weight, Pattern(2, 4), prior).logits.detach().double().numpy()
+    assert logits.shape == (3, *kernel, 2, 6)
+    centred = (sums := kept_sums(weight, 2, 4)) - sums.mean(axis=1, keepdims=True)
+    assert logits.reshape(-1, 6) == pytest.approx(prior * centred / centred.std(ddof=1), rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [0.0, 0.3, 1.7])
+@pytest.mark.parametrize(("n", "m"), [*PATTERNS, (5, 8)])
+def test_weights_of_one_size_leave_the_gates_undecided(size: float, n: int, m: int) -> None:
+    gates = Gates(torch.full((2, 24), -size), Pattern(n, m), 3.0)
+    assert gates.logits.detach().numpy() == pytest.approx(0, abs=1e-4)
+    kept = gates.mask().reshape(-1, m)
+    assert kept[:, :n].all()
+    assert not kept[:, n:].any()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_ties_keep_the_lower_index_as_in_the_magnitude_mask(n: int) -> None:
+    weight = np.random.default_rng(0).choice([0.1, -0.3, 0.3, 0.7, -0.9], (64, 64)).astype(np.float32)
+    order = np.argsort(-np.abs(weight.reshape(-1, 4)), axis=1, kind="stable")[:, :n]
+    expected = np.zeros((1024, 4), np.bool_)
+    np.put_along_axis(expected, order, True, axis=1)
+    found = Gates(torch.from_numpy(weight), Pattern(n, 4), 3.0).mask().reshape(-1, 4)
+    assert np.flatnonzero((found != expected).any(axis=1)).tolist() == []
+
+
+def test_a_prior_of_zero_is_undecided() -> None:
+    gates = Gates(distinct((2, 8, 3, 3)), Pattern(2, 4), 0.0)
+    assert torch.count_nonzero(gates.logits) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_type_of_the_weights_does_not_matter(dtype: torch.dtype) -> None:
+    weight = distinct((4, 8))
+    gates = Gates(weight.to(dtype), Pattern(2, 4), 3.0)
+    assert gates.logits.dtype == torch.float32
+    assert torch.equal(gates.logits, Gates(weight, Pattern(2, 4), 3.0).logits)
+
+
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_mask_is_the_likeliest_pattern_of_each_group(n: int, m: int, kernel: tuple[int, ...]) -> None:
+    weight = distinct((3, 2 * m, *kernel))
+    gates = Gates(weight, Pattern(n, m), 3.0)
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal(gates.logits.shape).astype(np.float32)
+    with torch.no_grad():
+        gates.logits.copy_(torch.from_numpy(logits))
+    choices = logits.reshape(-1, logits.shape[-1]).argmax(axis=1)
+    assert np.array_equal(gates.mask(), mask_of(choices, tuple(weight.shape), n, m))
+
+
+@pytest.mark.parametrize("tau", [0.01, 0.5, 5.0])
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_sample_keeps_n_of_each_group_at_any_temperature(tau: float, n: int, m: int, kernel: tuple[int, ...]) -> None:
+    weight = distinct((5, 2 * m, *kernel))
+    sample = Gates(weight, Pattern(n, m), 1.0).sample(tau, generator()).detach()
+    assert sample.shape == weight.shape
+    kept = sample.numpy() > 0.5
+    assert all(kept[at].sum() == n for at in groups_of(tuple(weight.shape), m))
+
+
+@pytest.mark.parametrize("tau", [0.1, 1.0, 5.0])
+def test_a_sample_is_made_of_exact_zeros_and_ones(tau: float) -> None:
+    """Else what is trained is a network with other weights than the one that is baked."""
+    sample = Gates(distinct((16, 16, 3, 3)), Pattern(2, 4), 1.0).sample(tau, generator()).detach()
+    assert set(sample.unique().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (1, 2)])
+@pytest.mark.parametrize("tau", [0.2, 2.0])
+def test_patterns_are_drawn_as_often_as_the_softmax_of_the_logits_says(tau: float, n: int, m: int) -> None:
+    """The temperature softens the gradient, not the draw. 20,000 draws; the bound is 1 in 10 million by chance."""
+    draws = 20_000
+    gates = Gates(distinct((1, m)).expand(draws, m), Pattern(n, m), 1.0)
+    one = gates.logits[0, 0].detach().double().numpy()
+    expected = draws * np.exp(one) / np.exp(one).sum()
+    kept = gates.sample(tau, generator(1)).detach().numpy() > 0.5
+    table = [np.isin(np.arange(m), c) for c in itertools.combinations(range(m), n)]
+    found = np.array([(kept == row).all(axis=1).sum() for row in table])
+    assert found.sum() == draws
+    assert expected.min() > 100
+    assert ((found - expected) ** 2 / expected).sum() < 42  # chi-square, at most 5 degrees of freedom
+    assert ((found - draws / len(table)) ** 2).sum() > 10 * ((found - expected) ** 2).sum()
+
+
+def soft_sum(
+    logits: npt.NDArray[np.float64], gumbel: npt.NDArray[np.float64], tau: float, by_pattern: npt.NDArray[np.float64]
+) -> float:
+    """Sum of coefficients times the soft sample; `by_pattern` is what each pattern of each group would add."""
+    z = (logits + gumbel) / tau
+    p = np.exp(z - z.max(axis=1, keepdims=True))
+    return float((p / p.sum(axis=1, keepdims=True) * by_pattern).sum())
+
+
+@pytest.mark.parametrize("tau", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize(("shape", "n"), [((2, 8), 2), ((2, 4, 2, 1), 2), ((3, 4), 1), ((2, 4, 1, 2), 3)])
+def test_the_gradient_is_that_of_the_soft_sample_by_finite_differences(
+    tau: float, shape: tuple[int, ...], n: int
+) -> None:
+    gates = Gates(distinct(shape), Pattern(n, 4), 1.0)
+    coefficient = np.random.default_rng(0).standard_normal(shape)
+    sample = gates.sample(tau, generator(3))
+    (sample * torch.from_numpy(coefficient)).sum().backward()
+    found = gates.logits.grad
+    assert found is not None
+
+    exponential = torch.empty_like(gates.logits).exponential_(generator=generator(3))
+    patterns = math.comb(4, n)
+    gumbel = -np.log(exponential.double().numpy()).reshape(-1, patterns)
+    logits = gates.logits.detach().double().numpy().reshape(-1, patterns)
+    chosen = [list(c) for c in itertools.combinations(range(4), n)]
+    by_pattern = np.array([[coefficient[at][c].sum() for c in chosen] for at in groups_of(shape, 4)])
+    expected = np.zeros(logits.shape)
+    for at in np.ndindex(*logits.shape):
+        step = np.zeros(logits.shape)
+        step[at] = 1e-5
+        up, down = (soft_sum(logits + s, gumbel, tau, by_pattern) for s in (step, -step))
+        expected[at] = (up - down) / 2e-5
+    assert np.abs(expected).max() > 1e-2
+    assert found.numpy().reshape(-1, patterns) == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert np.array_equal(sample.detach().numpy() > 0.5, mask_of((logits + gumbel).argmax(axis=1), shape, n, 4))
+
+
+def test_samples_depend_on_the_generator_and_on_nothing_else() -> None:
+    gates = Gates(distinct((8, 8)), Pattern(2, 4), 0.0)
+    first = gates.sample(1.0, generator(0))
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    assert torch.equal(gates.sample(1.0, generator(0)), first)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(gates.sample(1.0, generator(1)), first)
+
+
+def test_only_the_logits_are_learned_and_the_weight_is_left_alone() -> None:
+    weight = distinct((4, 8)).requires_grad_()
+    before = weight.detach().clone()
+    gates = Gates(weight, Pattern(2, 4), 1.0)
+    assert [name for name, p in gates.named_parameters() if p.requires_grad] == ["logits"]
+    gates.sample(1.0, generator()).sum().backward()
+    assert weight.grad is None
+    assert torch.equal(weight, before)

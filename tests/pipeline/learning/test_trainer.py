@@ -1,0 +1,358 @@
+"""Learned masks: what comes out, what stays as it was, and that the best mask is found where it is known."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import itertools
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from pipeline.artifacts import Learning, Pattern, Preprocessing
+from pipeline.data import Dataset, Images, Split
+from pipeline.errors import InputError
+from pipeline.learning.recipes import LearnOptions
+from pipeline.learning.trainer import Masks, learn_masks
+
+HOW = Preprocessing(1, 2, 4, 0, "bilinear", (0.5,), (0.25,))
+TWO_FOUR = Pattern(2, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class InMemory:
+    """Grey images of 2x4 that were never files."""
+
+    pixels: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int64]
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+    def read(self, index: int) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(self.pixels[index].reshape(2, 4)).save(buffer, "PPM")
+        return buffer.getvalue()
+
+
+class Net(nn.Module):
+    """Two convolutions and a head that can be masked, with and without biases, BatchNorm between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.wide = nn.Conv2d(8, 12, (1, 3), bias=False)
+        self.bn2 = nn.BatchNorm2d(12)
+        self.narrow = nn.Conv2d(12, 4, 1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.bn1(self.stem(x)))
+        x = torch.relu(self.bn2(self.wide(x)))
+        return self.head(self.narrow(x).mean((2, 3)))
+
+
+NAMES = ("wide.weight", "narrow.weight", "head.weight")
+
+
+def pixels(count: int, seed: int = 0) -> npt.NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (count, 8), dtype=np.uint8)
+
+
+def dataset(images: Images, train: int) -> Dataset:
+    """The first `train` images to learn from, all the rest for `select`."""
+    everything = np.arange(len(images.labels))
+    select = Split("select", images, everything[train:])
+    return Dataset(
+        ("a", "b", "c"), Split("train", images, everything[:train]), select, Split("val", images, select.indices)
+    )
+
+
+def any_images(count: int) -> InMemory:
+    return InMemory(pixels(count), np.arange(count) % 3)
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    made = Net()
+    for norm in (made.bn1, made.bn2):
+        nn.init.uniform_(norm.running_mean, -0.5, 0.5)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+    return made.eval()
+
+
+def magnitude(module: nn.Module, names: tuple[str, ...], pattern: Pattern = TWO_FOUR) -> Masks:
+    """Keep the N largest of each group along C, by sorting."""
+    masks = {}
+    for name in names:
+        moved = np.moveaxis(np.abs(module.state_dict()[name].numpy()), 1, -1)
+        ranks = np.argsort(np.argsort(-moved.reshape(-1, pattern.m), axis=1, kind="stable"), axis=1)
+        masks[name] = np.ascontiguousarray(np.moveaxis((ranks < pattern.n).reshape(moved.shape), -1, 1))
+    return masks
+
+
+def fingerprint(module: nn.Module) -> dict[str, bytes]:
+    """All bytes of all parameters and buffers, also those that a state dict leaves out."""
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {name: tensor.detach().contiguous().numpy().tobytes() for name, tensor in named}
+
+
+def same(a: Masks, b: Masks) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def groups(mask: npt.NDArray[Any], m: int) -> npt.NDArray[Any]:
+    """(all groups, M), by hand."""
+    rows = [mask[k, :, *tap] for k in range(len(mask)) for tap in np.ndindex(*mask.shape[2:])]
+    return np.concatenate([np.stack([row[i : i + m] for i in range(0, len(row), m)]) for row in rows])
+
+
+# A problem whose best mask is known -----------------------------------------------------------------------------------
+
+
+def cancelling() -> tuple[nn.Module, InMemory]:
+    """Eight pixels into three logits, where the largest weights do nothing.
+
+    Pixels 0 and 1 are nearly the same and their weights nearly cancel; 4 and 6 are always near the mean, which is taken off.
+    The labels are the dense model's own.
+    """
+    rng = np.random.default_rng(5)
+    values = rng.integers(0, 256, (160, 8))
+    values[:, 1] = values[:, 0] + rng.integers(-3, 4, 160)
+    values[:, [4, 6]] = rng.integers(125, 131, (160, 2))
+    values = values.clip(0, 255).astype(np.uint8)
+    module = nn.Sequential(nn.Flatten(), nn.Linear(8, 3))
+    weight = [
+        [2.0, -2.1, 0.9, 0.6, 1.5, -0.8, 1.2, 0.5],
+        [-1.9, 1.8, -0.5, 1.0, -1.4, 0.4, 1.6, 0.9],
+        [1.7, -1.6, 0.3, -0.8, 1.1, 0.7, -1.3, -0.6],
+    ]
+    with torch.no_grad():
+        module[1].weight.copy_(torch.tensor(weight))
+        module[1].bias.copy_(torch.tensor([0.1, -0.2, 0.0]))
+        labels = module((torch.from_numpy(values).float() / 255 - 0.5) / 0.25).argmax(dim=1).numpy()
+    return module.eval(), InMemory(values, labels)
+
+
+def logits_of(weight: npt.NDArray[Any], module: nn.Module, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+    x = (images.astype(np.float64) / 255 - 0.5) / 0.25
+    return np.asarray(np.einsum("...kc,nc->...nk", weight, x) + module.state_dict()["1.bias"].double().numpy())
+
+
+def divergence(student: npt.NDArray[np.float64], teacher: npt.NDArray[np.float64], softness: float) -> Any:
+    """Kullback-Leibler divergence from the teacher's softened probabilities, mean over images, times softness squared."""
+
+    def log_softmax(z: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        z = z / softness
+        return np.asarray(z - np.log(np.exp(z).sum(axis=-1, keepdims=True)))
+
+    p, q = log_softmax(student), log_softmax(teacher)
+    return softness**2 * (np.exp(q) * (q - p)).sum(axis=-1).mean(axis=-1)
+
+
+def every_mask() -> npt.NDArray[np.bool_]:
+    """All 46,656 masks of a weight (3, 8)."""
+    table = np.array([[i in kept for i in range(4)] for kept in itertools.combinations(range(4), 2)])
+    choices = np.array(list(itertools.product(range(6), repeat=6)))
+    return table[choices].reshape(-1, 3, 8)
+
+
+def learn(module: nn.Module, **options: Any) -> tuple[Masks, Learning]:
+    """Learn on 24 images, from the magnitude masks."""
+    start = magnitude(module, NAMES)
+    return learn_masks(module, start, TWO_FOUR, HOW, dataset(any_images(36), 24), LearnOptions(batch=8, **options))
+
+
+def test_learning_finds_the_best_of_all_masks_where_the_magnitude_mask_is_not() -> None:
+    module, images = cancelling()
+    data = dataset(images, 96)
+    weight = module.state_dict()["1.weight"].double().numpy()
+    shown = images.pixels[data.select.indices]
+    masks = every_mask()
+    dense = logits_of(weight, module, shown)
+    found = np.concatenate([divergence(logits_of(m * weight, module, shown), dense, 2.0) for m in np.split(masks, 24)])
+    best, second = np.argsort(found)[:2]
+    start = magnitude(module, ("1.weight",))
+    at_start = int(np.flatnonzero((masks == start["1.weight"]).all(axis=(1, 2)))[0])
+    assert found[at_start] > 20 * found[best]
+    assert found[second] > 1.2 * found[best]
+
+    options = LearnOptions(epochs=40, batch=16, rate=0.1, prior=0.5)
+    learned, _ = learn_masks(module, start, TWO_FOUR, HOW, data, options)
+    assert np.array_equal(learned["1.weight"], masks[best])
+
+
+def test_the_figures_are_those_of_the_masks_on_select() -> None:
+    module, images = cancelling()
+    data = dataset(images, 96)
+    options = LearnOptions(epochs=10, batch=16, rate=0.1, prior=0.5, softness=1.5)
+    start = magnitude(module, ("1.weight",))
+    learned, learning = learn_masks(module, start, TWO_FOUR, HOW, data, options)
+    weight = module.state_dict()["1.weight"].double().numpy()
+    dense = logits_of(weight, module, images.pixels[96:])
+    for masks, divergent, top1 in (
+        (start, learning.select_divergence_start, learning.select_top1_start),
+        (learned, learning.select_divergence_end, learning.select_top1_end),
+    ):
+        logits = logits_of(masks["1.weight"] * weight, module, images.pixels[96:])
+        assert divergent == pytest.approx(divergence(logits, dense, 1.5), rel=1e-4)
+        assert top1 == pytest.approx(100 * (logits.argmax(axis=1) == images.labels[96:]).mean())
+    changed = (groups(start["1.weight"], 4) != groups(learned["1.weight"], 4)).any(axis=1)
+    assert learning.groups_changed == pytest.approx(changed.mean())
+    assert learning.groups_changed > 0
+    assert learning.select_divergence_end < learning.select_divergence_start
+    assert learning.images == 96
+    assert (learning.epochs, learning.steps) == (10, 60)
+
+
+def test_masks_are_judged_with_the_statistics_of_the_masked_network(net: Net) -> None:
+    """All 24 training images are one batch, so that its mean and variance are the statistics."""
+    images, start = any_images(36), magnitude(net, NAMES)
+    _, learning = learn_masks(net, start, TWO_FOUR, HOW, dataset(images, 24), LearnOptions(epochs=0))
+    x = ((torch.from_numpy(images.pixels).float() / 255 - 0.5) / 0.25).reshape(-1, 1, 2, 4)
+    masked = copy.deepcopy(net)
+    with torch.no_grad():
+        for name, mask in start.items():
+            dict(masked.named_parameters())[name].mul_(torch.from_numpy(mask))
+        for norm in (masked.bn1, masked.bn2):
+            norm.momentum = 1.0
+        masked.train()(x[:24])
+        logits, dense = (m.eval()(x[24:]).double().numpy() for m in (masked, net))
+    assert learning.select_divergence_start == pytest.approx(divergence(logits, dense, 2.0), rel=1e-3)
+
+
+# What comes out -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (1, 2)])
+def test_the_masks_have_the_weights_shapes_and_keep_n_of_each_group(net: Net, n: int, m: int) -> None:
+    start = magnitude(net, NAMES, Pattern(n, m))
+    options = LearnOptions(epochs=4, batch=8, rate=1.0, prior=0.1)
+    masks, learning = learn_masks(net, start, Pattern(n, m), HOW, dataset(any_images(36), 24), options)
+    assert masks.keys() == start.keys()
+    for name, mask in masks.items():
+        assert mask.dtype == np.bool_
+        assert mask.shape == net.state_dict()[name].shape
+        assert (groups(mask, m).sum(axis=1) == n).all()
+    assert learning.groups_changed > 0
+
+
+def test_without_epochs_the_masks_are_those_that_were_given(net: Net) -> None:
+    start = {name: np.ascontiguousarray(mask[::-1]) for name, mask in magnitude(net, NAMES).items()}
+    masks, learning = learn_masks(net, start, TWO_FOUR, HOW, dataset(any_images(36), 24), LearnOptions(epochs=0))
+    assert same(masks, {name: mask[::-1] for name, mask in magnitude(net, NAMES).items()})
+    assert (learning.epochs, learning.steps, learning.groups_changed) == (0, 0, 0)
+    assert learning.select_divergence_start == learning.select_divergence_end
+    assert learning.select_top1_start == learning.select_top1_end
+
+
+def test_masks_that_are_no_closer_to_the_dense_network_are_not_taken() -> None:
+    """The given masks are the best of all, and learning is far too coarse to find them."""
+    module, images = cancelling()
+    best = {"1.weight": np.tile(np.array([0, 0, 1, 1, 0, 1, 0, 1], np.bool_), (3, 1))}
+    options = LearnOptions(epochs=3, batch=16, rate=5.0)
+    masks, learning = learn_masks(module, best, TWO_FOUR, HOW, dataset(images, 96), options)
+    assert same(masks, best)
+    assert learning.groups_changed == 0
+    assert learning.select_divergence_end == learning.select_divergence_start
+
+
+def test_the_same_seed_gives_the_same_masks_whatever_ran_before(net: Net) -> None:
+    options = {"epochs": 4, "rate": 0.5, "prior": 0.1}
+    torch.manual_seed(1)
+    masks, learning = learn(net, **options, seed=7)
+    torch.manual_seed(2)
+    again, learning_again = learn(net, **options, seed=7)
+    assert same(masks, again)
+    assert dataclasses.replace(learning, seconds=0) == dataclasses.replace(learning_again, seconds=0)
+    other, _ = learn(net, **options, seed=8)
+    assert not same(masks, other)
+
+
+@pytest.mark.parametrize("budget", [1e-9, 0.0])
+def test_a_spent_budget_ends_learning_with_masks_that_can_be_used(net: Net, budget: float) -> None:
+    masks, learning = learn(net, epochs=1000, budget_minutes=budget)
+    assert learning.steps < 10
+    assert learning.epochs <= learning.steps
+    assert all((groups(mask, 4).sum(axis=1) == 2).all() for mask in masks.values())
+
+
+@pytest.mark.parametrize(("train", "batch", "steps"), [(24, 8, 3), (23, 8, 2), (5, 8, 1), (2, 64, 1)])
+def test_any_number_of_images_will_do(net: Net, train: int, batch: int, steps: int) -> None:
+    options = LearnOptions(epochs=2, batch=batch, budget_minutes=60)
+    data = dataset(any_images(train + 3), train)
+    _, learning = learn_masks(net, magnitude(net, NAMES), TWO_FOUR, HOW, data, options)
+    assert (learning.epochs, learning.steps, learning.images) == (2, 2 * steps, train)
+
+
+@pytest.mark.parametrize("train", [0, 1])
+def test_too_few_images_are_an_error(net: Net, train: int) -> None:
+    with pytest.raises(InputError, match="too few images") as raised:
+        learn_masks(net, magnitude(net, NAMES), TWO_FOUR, HOW, dataset(any_images(9), train), LearnOptions(epochs=1))
+    assert str(train) in str(raised.value.found)
+
+
+def test_a_weight_under_two_names_has_one_mask() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(1, 8, 1), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten())
+    module[3].weight = module[1].weight
+    start = magnitude(module, ("1.weight", "3.weight"))
+    options = LearnOptions(epochs=4, batch=8, rate=1.0, prior=0.1)
+    masks, _ = learn_masks(module, start, TWO_FOUR, HOW, dataset(any_images(36), 24), options)
+    assert np.array_equal(masks["1.weight"], masks["3.weight"])
+
+
+# What stays as it was -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_the_model_is_bit_identical_after_learning(net: Net, mode: bool) -> None:
+    net.train(mode)
+    before = fingerprint(net)
+    _, learning = learn(net, epochs=3, rate=1.0, prior=0.1)
+    assert learning.steps == 9
+    assert fingerprint(net) == before
+    assert all(p.requires_grad and p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")], ids=["interrupt", "failure"])
+@pytest.mark.parametrize(("after", "in_backward"), [(0, False), (3, False), (9, False), (0, True), (9, True)])
+def test_the_model_is_bit_identical_after_learning_that_broke_off(
+    net: Net, error: BaseException, after: int, in_backward: bool
+) -> None:
+    """The error comes in a forward pass, or in the first backward pass after it; copies of the model share the count."""
+    passed = itertools.count()
+
+    def stop(*_: Any) -> None:
+        raise error
+
+    def note(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        if next(passed) >= after:
+            if not in_backward:
+                stop()
+            if output.requires_grad:
+                output.register_hook(stop)
+
+    net.register_forward_hook(note)
+    before = fingerprint(net)
+    with pytest.raises(type(error)):
+        learn(net, epochs=5, rate=1.0, prior=0.1)
+    assert fingerprint(net) == before
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_a_loss_that_is_not_a_number_is_an_error_and_changes_nothing(net: Net) -> None:
+    with torch.no_grad():
+        net.head.weight.fill_(3e38)
+    before = fingerprint(net)
+    with pytest.raises(InputError, match="not a number"):
+        learn(net, epochs=3)
+    assert fingerprint(net) == before
