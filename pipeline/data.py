@@ -106,14 +106,7 @@ def open_folder(folder: Path, labels: Sequence[str], outputs: int, seed: int) ->
             fix="give every class a folder, with images, in both",
         )
     classes = _class_order(folder, train_classes, labels, outputs)
-    everything = _files(folder / "train", train, classes)
-    select, rest = _cut(everything.labels, seed)
-    return Dataset(
-        classes,
-        train=Split("train", everything, rest),
-        select=Split("select", everything, select),
-        val=_whole("val", _files(folder / "val", val, classes)),
-    )
+    return dataset_of(_files(folder / "train", train, classes), _files(folder / "val", val, classes), classes, seed)
 
 
 def open_val(folder: Path, labels: Sequence[str], outputs: int) -> Split:
@@ -124,6 +117,13 @@ def open_val(folder: Path, labels: Sequence[str], outputs: int) -> Split:
     """
     found, names = _walk(folder, "val")
     return _whole("val", _files(folder / "val", found, _class_order(folder, names, labels, outputs)))
+
+
+def dataset_of(train: Images, val: Images, classes: tuple[str, ...], seed: int) -> Dataset:
+    """Cut the seeded `select` part from a collection that has a held-out part of its own."""
+    share = min(SELECT_SHARE, SELECT_MOST / len(train.labels))
+    rest, select = _stratified(train.labels, np.arange(len(train.labels)), share, seed)
+    return Dataset(classes, Split("train", train, rest), Split("select", train, select), _whole("val", val))
 
 
 def split_arrays(images: Images, classes: tuple[str, ...], val_share: float, seed: int) -> Dataset:
@@ -290,12 +290,6 @@ def _files(root: Path, found: list[tuple[str, str]], classes: tuple[str, ...]) -
 
 def _whole(role: str, images: Images) -> Split:
     return Split(role, images, np.arange(len(images.labels)))
-
-
-def _cut(labels: npt.NDArray[np.int64], seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    share = min(SELECT_SHARE, SELECT_MOST / len(labels))
-    rest, select = _stratified(labels, np.arange(len(labels)), share, seed)
-    return select, rest
 
 
 def _stratified(

@@ -26,6 +26,7 @@ from pipeline.data import (
     ImageFiles,
     Split,
     batches,
+    dataset_of,
     identify,
     listing_sha256,
     open_folder,
@@ -127,9 +128,8 @@ def test_select_keeps_the_share_of_each_class_and_leaves_each_an_image(
 def test_select_is_a_few_thousand_images_of_a_large_set() -> None:
     labels = np.repeat(np.arange(100), 1300)
     images = ImageFiles(Path(), tuple(map(str, range(len(labels)))), labels)
-    from pipeline.data import _cut
-
-    select, rest = _cut(images.labels, 0)
+    data = dataset_of(images, images, tuple(map(str, range(100))), 0)
+    select, rest = data.select.indices, data.train.indices
     assert len(select) == SELECT_MOST
     assert np.bincount(labels[select]).tolist() == [SELECT_MOST // 100] * 100
     assert len(np.union1d(select, rest)) == len(labels) == len(select) + len(rest)

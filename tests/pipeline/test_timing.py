@@ -69,9 +69,16 @@ def engine(bench: Bench, name: str, ms: float | Sequence[float], **kind: Any) ->
     return Classifier(Timed(bench, name, (d / 1000 for d in endless), **kind), name)
 
 
-def timed(bench: Bench, *engines: Classifier | None, same_file: bool = False, **options: Any) -> TimingReport:
-    dense, sparse, pruned = engines
-    return time_engines(dense, sparse, pruned, TimeOptions(**options), same_file=same_file, clock=bench.clock)  # type: ignore[arg-type]
+def timed(
+    bench: Bench,
+    dense: Classifier,
+    sparse: Classifier,
+    pruned: Classifier | None = None,
+    *,
+    same_file: bool = False,
+    **options: Any,
+) -> TimingReport:
+    return time_engines(dense, sparse, pruned, TimeOptions(**options), same_file=same_file, clock=bench.clock)
 
 
 def test_figures_are_those_of_the_clock() -> None:
@@ -120,7 +127,7 @@ def test_the_noise_is_what_two_loads_of_one_file_differ_by() -> None:
 )
 def test_repeats_fill_the_time_within_their_bounds(options: dict[str, Any], repeats: int) -> None:
     bench = Bench()
-    report = timed(bench, engine(bench, "dense", 10), engine(bench, "sparse", 1), None, batches=(1,), **options)
+    report = timed(bench, engine(bench, "dense", 10), engine(bench, "sparse", 1), batches=(1,), **options)
     assert report.batches[0].repeats == pytest.approx(repeats, abs=1 if options == {"seconds": 1.0} else 0)
     assert report.batches[0].pruned is None
     timed_runs = bench.order[2 * 2 : -2 * BY_POLYGRAPHY]
@@ -131,12 +138,12 @@ def test_runs_that_warm_up_do_not_count() -> None:
     bench = Bench()
     cold = [900.0, 500.0, 300.0]
     engines = engine(bench, "dense", [*cold, 4]), engine(bench, "sparse", [*cold, 2])
-    (batch,) = timed(bench, *engines, None, batches=(1,), warm_up=3, least=20, seconds=0.0).batches
+    (batch,) = timed(bench, *engines, batches=(1,), warm_up=3, least=20, seconds=0.0).batches
     assert (batch.dense.p99_ms, batch.sparse.p99_ms) == pytest.approx((4, 2))
     assert (batch.dense.host_ms, batch.sparse.host_ms) == pytest.approx((4, 2))
     again = Bench()
     engines = engine(again, "dense", [*cold, 4]), engine(again, "sparse", [*cold, 2])
-    (batch,) = timed(again, *engines, None, batches=(1,), warm_up=1, least=20, seconds=0.0).batches
+    (batch,) = timed(again, *engines, batches=(1,), warm_up=1, least=20, seconds=0.0).batches
     assert batch.dense.p99_ms > 100
 
 
@@ -156,7 +163,7 @@ def test_a_host_that_slows_down_does_not_change_the_ratio() -> None:
     bench = Bench()
     slowing = [1 + 0.05 * i for i in range(200)]
     engines = engine(bench, "dense", [3 * s for s in slowing]), engine(bench, "sparse", [2 * s for s in slowing])
-    (batch,) = timed(bench, *engines, None, batches=(1,), least=100, most=100, seconds=0.0).batches
+    (batch,) = timed(bench, *engines, batches=(1,), least=100, most=100, seconds=0.0).batches
     assert batch.speedup == pytest.approx(1.5)
     assert batch.ratio_ci95 == pytest.approx((1.5, 1.5))
 
@@ -179,10 +186,10 @@ def test_all_engines_see_the_same_images_of_the_size_asked_for() -> None:
 
 def test_batches_that_an_engine_cannot_take_are_left_out() -> None:
     bench = Bench()
-    engines = engine(bench, "dense", 1), engine(bench, "sparse", 1, batch=4), None
+    engines = engine(bench, "dense", 1), engine(bench, "sparse", 1, batch=4)
     report = timed(bench, *engines, batches=(1, 4, 8), least=3, seconds=0.0)
     assert [b.batch for b in report.batches] == [4]
-    engines = engine(bench, "dense", 1, batch=2), engine(bench, "sparse", 1, batch=4), None
+    engines = engine(bench, "dense", 1, batch=2), engine(bench, "sparse", 1, batch=4)
     assert timed(bench, *engines, batches=(1, 2, 4), least=3, seconds=0.0).batches == ()
 
 

@@ -1,0 +1,97 @@
+"""Train a dense network on CIFAR-10 until more epochs gain nothing.
+
+`python benchmarks/dense.py resnet20 --data DIR --out resnet20.safetensors [--epochs 30] [--more 20]` writes the weights and,
+beside them, a JSON of what was reached and what the further epochs gained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks import models
+from benchmarks.cifar import load_cifar10, normalised, pixels, shifted_and_flipped
+from pipeline.files import write_atomically, write_json
+from pipeline.progress import track
+from pipeline.report import versions
+from pipeline.timing import cpu_name
+from pipeline.weights import serialise
+
+BATCH, DECAY, SMOOTHING = 128, 5e-4, 0.0
+
+
+def accuracy(net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
+    """Top-1 in percent."""
+    net.eval()
+    right = 0
+    with torch.no_grad():
+        for at in range(0, len(images), 512):
+            right += int((net(normalised(images[at : at + 512])).argmax(1) == labels[at : at + 512]).sum())
+    return 100 * right / len(images)
+
+
+def train(
+    net: nn.Module, images: torch.Tensor, labels: torch.Tensor, epochs: int, peak: float, seed: int, name: str
+) -> None:
+    """SGD with momentum, the rate rising over the first fifth and then falling to zero."""
+    generator = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.SGD(net.parameters(), peak, momentum=0.9, weight_decay=DECAY, nesterov=True)
+    steps = epochs * (len(images) // BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, total_steps=steps, pct_start=0.2)
+    net.train()
+    orders = (torch.randperm(len(images), generator=generator) for _ in range(epochs))
+    batches = (order[at : at + BATCH] for order in orders for at in range(0, len(order) - BATCH + 1, BATCH))
+    for batch in track(batches, name, steps):
+        x = normalised(shifted_and_flipped(images[batch], generator))
+        loss = F.cross_entropy(net(x), labels[batch], label_smoothing=SMOOTHING)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+
+
+def main() -> None:
+    """Train, write, and go on for `--more` epochs from a copy to see what they gain."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a function of models.py")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--more", type=int, default=0)
+    parser.add_argument("--rate", type=float, default=0.2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    data = load_cifar10(args.data)
+    images, labels = pixels(data.train), torch.from_numpy(data.train.labels)
+    select, select_labels = pixels(data.select), torch.from_numpy(data.select.labels)
+    torch.manual_seed(args.seed)
+    net: nn.Module = getattr(models, args.model)().to(memory_format=torch.channels_last)
+    started = time.monotonic()
+    train(net, images, labels, args.epochs, args.rate, args.seed, f"train {args.model}")
+    reached = accuracy(net, select, select_labels)
+    write_atomically(args.out, serialise(net.state_dict(), {}))
+    result = {
+        "command": f"python benchmarks/dense.py {args.model} --epochs {args.epochs} --rate {args.rate} --seed {args.seed}",
+        "device": cpu_name(),
+        "versions": versions(),
+        "epochs": args.epochs,
+        "minutes": round((time.monotonic() - started) / 60, 1),
+        "select_top1": reached,
+    }
+    write_json(args.out.with_suffix(".json"), result)
+    if args.more:
+        longer = copy.deepcopy(net)
+        train(longer, images, labels, args.more, args.rate / 4, args.seed + 1, f"{args.more} more epochs")
+        result |= {"more_epochs": args.more, "select_top1_after_more": accuracy(longer, select, select_labels)}
+        write_json(args.out.with_suffix(".json"), result)
+    print(result)
+
+
+if __name__ == "__main__":
+    main()
