@@ -11,12 +11,12 @@ import copy
 import time
 from pathlib import Path
 
+import models
 import torch
+from cifar import load_cifar10, normalised, pixels, shifted_and_flipped
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks import models
-from benchmarks.cifar import load_cifar10, normalised, pixels, shifted_and_flipped
 from pipeline.files import write_atomically, write_json
 from pipeline.progress import track
 from pipeline.report import versions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +37,8 @@ class RecalibrateOptions:
 
     def __post_init__(self) -> None:
         at_least(0, images=self.images, seed=self.seed)
-        at_least(1, batch=self.batch)
+        # Statistics of one image are none.
+        at_least(2, batch=self.batch)
 
 
 def recalibrate(
@@ -53,7 +55,8 @@ def recalibrate(
     """
     images = update_statistics(module, train, provenance.preprocessing, options)
     if images == 0:
-        log.info("recalibration is not applicable: the model has no BatchNorm")
+        why = "there are fewer than two images" if norms(module) else "the model has no BatchNorm"
+        log.info("recalibration is not applicable: %s", why)
     added = tuple(s for s in image_sets if images and s not in provenance.image_sets)
     changed = replace(provenance, recalibrated_images=images, image_sets=(*provenance.image_sets, *added))
     return save_checkpoint(module.state_dict(), changed, out)
@@ -86,7 +89,7 @@ def update_statistics(module: nn.Module, train: Split, how: Preprocessing, optio
     before = []
     for layer in layers:
         assert isinstance(layer, _BatchNorm)
-        before.append(layer.momentum)
+        before.append((layer.momentum, copy.deepcopy(layer.state_dict())))
         layer.reset_running_stats()
         layer.momentum = None
         layer.train()
@@ -100,8 +103,11 @@ def update_statistics(module: nn.Module, train: Split, how: Preprocessing, optio
             for x, _ in batches(train, how, size, order):
                 module(torch.from_numpy(x).to(device))
     finally:
-        for layer, momentum in zip(layers, before, strict=True):
+        for layer, (momentum, state) in zip(layers, before, strict=True):
             assert isinstance(layer, _BatchNorm)
             layer.momentum = momentum
+            # Heads that run only in training see no image here.
+            if layer.num_batches_tracked == 0:
+                layer.load_state_dict(state)
         module.eval()
     return len(order)

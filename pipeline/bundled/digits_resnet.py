@@ -1,4 +1,4 @@
-"""The bundled model: a residual network of six 3x3 convolutions for 8x8 grey images."""
+"""The bundled model: a stem and six 3x3 convolutions in residual blocks, for 8x8 grey images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Block(nn.Module):
 
 
 class DigitsResNet(nn.Module):
-    """Stem and three blocks of 16, 32 and 64 channels; 75 thousand parameters."""
+    """Stem and three blocks of 16, 32 and 64 channels; 78 thousand parameters."""
 
     def __init__(self, classes: int = 10) -> None:
         super().__init__()

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
 from pipeline.artifacts import Pattern
-from pipeline.masking.patterns import group, patterns, ungroup
+from pipeline.masking.patterns import patterns
 
 
 class Gates(nn.Module):
     """The choice among the patterns of every group of one weight, in TensorRT's layout.
 
-    `logits` has the shape (K, R, S, C/M, P), or (K, C/M, P) for a linear layer, with P = M choose N patterns. The table of
-    patterns is a buffer: it is not learned.
+    `logits` has the shape (P, K, C/M, R*S): the P = M choose N patterns first, a weight's own memory order behind them, so
+    that every step of a sample runs over contiguous slabs. The table of patterns is a buffer: it is not learned.
 
     Args:
         weight: The frozen weight (K, C, ...); its magnitudes are the prior.
@@ -27,34 +29,109 @@ class Gates(nn.Module):
 
     def __init__(self, weight: torch.Tensor, pattern: Pattern, prior: float) -> None:
         super().__init__()
-        table = patterns(pattern)
         self.pattern = pattern
         self.shape = tuple(weight.shape)
-        self.register_buffer("table", torch.from_numpy(table).to(torch.float32), persistent=False)
-        magnitude = np.abs(weight.detach().cpu().float().numpy())
-        kept = torch.from_numpy(np.ascontiguousarray(group(magnitude, pattern.m))) @ self.table.T
-        centred = kept - kept.mean(dim=-1, keepdim=True)
+        table = torch.from_numpy(patterns(pattern)).to(weight.device)
+        self.register_buffer("table", table, persistent=False)
+        # In double, so that patterns that keep the same magnitude come out equal, and the first wins as by magnitude.
+        kept = _by_pattern(_slabs(weight.detach().double().abs().contiguous(), pattern.m), table)
+        centred = kept - kept.mean(dim=0, keepdim=True)
         spread = centred.std()
-        self.logits = nn.Parameter(centred * (prior / spread) if spread > 0 else centred)
+        self.logits = nn.Parameter((centred * (prior / spread) if spread > 0 else centred).float())
 
-    def sample(self, tau: float, generator: torch.Generator) -> torch.Tensor:
-        """A hard Gumbel-softmax sample with straight-through gradients (Jang et al. 2017; Maddison et al. 2017).
+    def start_from(self, mask: npt.NDArray[np.bool_], lead: float) -> None:
+        """Raise the pattern of a mask by `lead` above the others, in place; groups of fewer than N keep what they have."""
+        kept = torch.from_numpy(np.ascontiguousarray(mask)).to(self.logits.device)
+        members = _by_pattern(_slabs(kept.float(), self.pattern.m), self.table)
+        with torch.no_grad():
+            self.logits.add_(members == members.amax(dim=0, keepdim=True), alpha=lead)
+
+    def sample(self, weight: torch.Tensor, tau: float, seed: int, *, hard: bool = True) -> torch.Tensor:
+        """The weight under a Gumbel-softmax sample (Jang et al. 2017; Maddison et al. 2017).
+
+        Args:
+            weight: The frozen weight (K, C, ...), contiguous.
+            tau: Temperature of the soft sample, whose gradient the gates receive.
+            seed: Of the noise; the same seed gives the same sample on one kind of device.
+            hard: Zeros and ones in the forward pass (straight-through); else the soft sample itself.
 
         Returns:
-            A mask of zeros and ones shaped like the weight; its gradient is that of the soft sample at temperature `tau`.
+            Mask times weight, shaped like the weight.
         """
-        noise = torch.empty_like(self.logits).exponential_(generator=generator).log_()
-        soft = torch.softmax((self.logits - noise) / tau, dim=-1)
-        chosen = soft.argmax(dim=-1)
-        soft_mask = soft @ self.table
-        return self._shaped(self.table[chosen] + soft_mask - soft_mask.detach())
+        masked: torch.Tensor = _Sample.apply(self.logits, weight, self.table, tau, seed, hard)  # type: ignore[no-untyped-call]
+        return masked
 
     def mask(self) -> npt.NDArray[np.bool_]:
         """The likeliest pattern of each group, bool, shaped like the weight; ties keep the first pattern."""
-        chosen = self.table[self.logits.detach().argmax(dim=-1)]
-        mask = ungroup(chosen.cpu().numpy().astype(np.bool_), self.shape)
-        return mask.astype(np.bool_, copy=False)
+        return mask_of(self.logits.detach(), self.table, self.shape)
 
-    def _shaped(self, grouped: torch.Tensor) -> torch.Tensor:
-        # (K, R, S, C/M, M) -> (K, R, S, C) -> (K, C, R, S)
-        return grouped.flatten(-2).movedim(-1, 1)
+    def entropy(self) -> float:
+        """Mean entropy of the choice in a group, in units of that of an even choice: 1 undecided, 0 decided."""
+        log_p = torch.log_softmax(self.logits.detach(), dim=0)
+        total = -(log_p.exp() * log_p).sum(dim=0).mean()
+        return float(total / np.log(len(self.table))) if len(self.table) > 1 else 0.0
+
+
+def mask_of(logits: torch.Tensor, table: torch.Tensor, shape: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+    """The mask of each group's largest logit."""
+    # NumPy's argmax keeps the first of equals, as the magnitude mask does; torch's may keep any.
+    chosen = torch.from_numpy(logits.cpu().numpy().argmax(axis=0))
+    members = [table.cpu()[:, j][chosen] for j in range(table.shape[1])]
+    return torch.stack(members, dim=2).reshape(shape).numpy()
+
+
+class _Sample(torch.autograd.Function):
+    """Samples forward; draws the same noise again backward, so that nothing of the gates' size is kept in between."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, tau: float, seed: int, hard: bool
+    ) -> torch.Tensor:
+        ctx.save_for_backward(logits, weight, table)
+        ctx.tau, ctx.seed = tau, seed
+        noisy = _noisy(logits, seed)
+        source = _slabs(weight, table.shape[1])
+        masked = torch.empty_like(weight)
+        target = _slabs(masked, table.shape[1])
+        if hard:
+            chosen, nothing = noisy.max(dim=0).indices, weight.new_zeros(())
+            for j in range(table.shape[1]):
+                torch.where(table[:, j][chosen], source[:, :, j], nothing, out=target[:, :, j])
+        else:
+            soft = torch.softmax(noisy.div_(tau), dim=0)
+            for j in range(table.shape[1]):
+                torch.mul(source[:, :, j], soft[table[:, j]].sum(dim=0), out=target[:, :, j])
+        return masked
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        logits, weight, table = ctx.saved_tensors
+        soft = torch.softmax(_noisy(logits, ctx.seed).div_(ctx.tau), dim=0)
+        # What the loss would change by if an element were kept, and so if a pattern were.
+        elements = _slabs(gradients[0].contiguous() * weight, table.shape[1])
+        gains = _by_pattern(elements, table)
+        gains -= (soft * gains).sum(dim=0, keepdim=True)
+        return gains.mul_(soft).div_(ctx.tau), None, None, None, None, None
+
+
+def _noisy(logits: torch.Tensor, seed: int) -> torch.Tensor:
+    """Logits plus Gumbel noise; a new tensor."""
+    generator = torch.Generator(logits.device).manual_seed(seed)
+    noise = torch.empty_like(logits).uniform_(generator=generator)
+    # -log(-log(u)); a u of 0 gives minus infinity, which is never chosen.
+    return noise.log_().neg_().log_().neg_().add_(logits)
+
+
+def _slabs(weight: torch.Tensor, m: int) -> torch.Tensor:
+    """A contiguous weight (K, C, ...) as (K, C/M, M, R*S), a view."""
+    return weight.view(weight.shape[0], weight.shape[1] // m, m, -1)
+
+
+def _by_pattern(elements: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """(K, C/M, M, R*S) to (P, K, C/M, R*S): the sum over what each pattern keeps."""
+    out = elements.new_zeros((len(table), *elements.shape[:2], elements.shape[3]))
+    for p, row in enumerate(table.tolist()):
+        for j, keeps in enumerate(row):
+            if keeps:
+                out[p] += elements[:, :, j]
+    return out

@@ -35,5 +35,6 @@ class LearnOptions:
 
     def __post_init__(self) -> None:
         at_least(0, epochs=self.epochs, prior=self.prior, budget_minutes=self.budget_minutes, seed=self.seed)
-        at_least(1, batch=self.batch)
+        # BatchNorm needs two images for statistics.
+        at_least(2, batch=self.batch)
         above(0, rate=self.rate, tau_start=self.tau_start, tau_end=self.tau_end, softness=self.softness)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -62,11 +63,13 @@ def learn_masks(
     started = time.monotonic()
     teacher = module.eval()
     student = copy.deepcopy(module).requires_grad_(False)
-    weights = {name: dict(student.named_parameters())[name] for name in magnitude}
+    # A weight under two names is one weight: it has one gate, and its mask every name.
+    parameters = dict(student.named_parameters(remove_duplicate=False))
+    owners = {name: next(n for n in magnitude if parameters[n] is parameters[name]) for name in magnitude}
+    weights = {name: parameters[name].contiguous() for name in dict.fromkeys(owners.values())}
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     gates = {name: Gates(weight, pattern, options.prior) for name, weight in weights.items()}
     optimiser = torch.optim.Adam([g.logits for g in gates.values()], lr=options.rate)
-    generator = torch.Generator().manual_seed(options.seed)
 
     best_masks: Masks = dict(magnitude)
     first = best = _judge(module, best_masks, how, data, options)
@@ -81,7 +84,11 @@ def learn_masks(
         images = torch.from_numpy(x)
         with torch.no_grad():
             target = teacher(images)
-        masked = {name: weights[name] * gate.sample(tau, generator) for name, gate in gates.items()}
+        drawn = {
+            name: gate.sample(weights[name], tau, _seed(options.seed, steps, i))
+            for i, (name, gate) in enumerate(gates.items())
+        }
+        masked = {name: drawn[owner] for name, owner in owners.items()}
         loss = _distillation(functional_call(student, masked, (images,)), target, options.softness)
         if not bool(loss.isfinite()):
             raise InputError(
@@ -96,7 +103,7 @@ def learn_masks(
         spent = options.budget_minutes is not None and _minutes(started) > options.budget_minutes
         if ends_epoch or spent:
             epochs += 1
-            masks = {name: gate.mask() for name, gate in gates.items()}
+            masks = {name: gates[owner].mask() for name, owner in owners.items()}
             found = _judge(module, masks, how, data, options)
             log.info("epoch %d/%d: %s", epochs, options.epochs, found)
             if found.divergence < best.divergence:
@@ -137,7 +144,7 @@ def _judge(module: nn.Module, masks: Masks, how: Preprocessing, data: Dataset, o
     Divergence chooses, for it tells masks apart where a small `select` part gives all of them the same top-1.
     """
     candidate = copy.deepcopy(module)
-    parameters = dict(candidate.named_parameters())
+    parameters = dict(candidate.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, mask in masks.items():
             parameters[name].masked_fill_(~torch.from_numpy(mask), 0.0)
@@ -149,7 +156,18 @@ def _judge(module: nn.Module, masks: Masks, how: Preprocessing, data: Dataset, o
             logits = candidate(images)
             divergence += float(_distillation(logits, module(images), options.softness)) * len(x)
             right += int((logits.argmax(dim=1).numpy() == labels).sum())
+    if not math.isfinite(divergence):
+        raise InputError(
+            "the loss is not a number",
+            where="the select part",
+            fix="check the weights and the images' normalisation",
+        )
     return Judgement(divergence / len(data.select), 100 * right / len(data.select))
+
+
+def _seed(*parts: int) -> int:
+    """One seed from several numbers."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _prepare(student: nn.Module) -> None:
@@ -178,7 +196,7 @@ def _fraction(step: int, total: int, started: float, options: LearnOptions) -> f
     """How much of the learning is done, 0 to 1, by steps or by the budget of time, whichever is further."""
     fraction = step / max(total - 1, 1)
     if options.budget_minutes is not None:
-        fraction = max(fraction, _minutes(started) / options.budget_minutes)
+        fraction = max(fraction, _minutes(started) / options.budget_minutes if options.budget_minutes else 1.0)
     return min(fraction, 1.0)
 
 

@@ -239,9 +239,9 @@ def small(folder: Path, states: tuple[str, ...] = (), number: float = 0.5) -> Ru
     made = Provenance("net", False, "random, seed 1", "d" * 64, 2, (), how, ("w",), "2:4", "channel", "m", 0, seen)
     layer = MaskedLayer("w", (4, 8, 3, 3), 72, 600, 0.75, 0.8)
     other = replace(layer, name="v", shape=(8, 4, 1, 1), kept=0.5)
-    pattern = Pattern(2, 4)
+    pattern, rest = Pattern(2, 4), (DenseLayer("u", (2, 8), 300, "linear"),)
     masks = MaskSet(
-        folder / "sub/m", "1" * 64, "net", pattern, "channel", "m", "d" * 64, (layer, other), (), None, seen
+        folder / "sub/m", "1" * 64, "net", pattern, "channel", "m", "d" * 64, (layer, other), rest, None, seen
     )
     told = tuple(LayerSparsity(f"layer {i}", None, state, None, 8) for i, state in enumerate(states))
     image = (TensorSpec("input", "float32", (None, 1, 8, 8)),)
@@ -275,8 +275,8 @@ def test_means_are_weighted_by_parameters_and_samples_of_digests_left_out(tmp_pa
     values = report_values(small(tmp_path))
     assert values["masks"]["masked_parameters"] == 4 * 8 * 9 + 8 * 4
     assert values["masks"]["kept_magnitude_percent"] == pytest.approx(100 * (0.75 * 288 + 0.5 * 32) / 320)
-    assert values["masks"]["masked_macs_percent"] == 100
-    assert values["masks"]["path"] == "sub/m"
+    assert values["masks"]["masked_macs_percent"] == pytest.approx(100 * 1200 / 1500)
+    assert [values[n]["path"] for n in ("masks", "engine", "dense_engine")] == ["sub/m", "engine.plan", "engine.plan"]
     assert values["model"]["trained"] is False
     for part in ("model", "masks"):
         assert values[part]["image_sets"] == [{"role": "train", "images": 9, "sha256": "3" * 64}]

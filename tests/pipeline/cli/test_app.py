@@ -129,7 +129,7 @@ def test_every_example_is_one_that_the_parser_takes(helped: dict[str, Any]) -> N
         (["check"], "Missing argument"),
         (["check", "a.onnx", "--strikt"], "--strikt"),
         (["check", "a.onnx", "b.onnx"], "unexpected"),
-        (["engine", "--seed", "many"], "many"),
+        (["engine", "--seed", "many"], "--seed"),
         (["engine", "--budget-minutes", "-1"], "--budget-minutes"),
         (["bake", "digits_resnet"], "--masks"),
         (["--loud"], "--loud"),

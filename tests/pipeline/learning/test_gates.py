@@ -47,8 +47,22 @@ def mask_of(choices: npt.NDArray[np.int64], shape: tuple[int, ...], n: int, m: i
     return mask
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def rows(logits: torch.Tensor) -> npt.NDArray[np.float64]:
+    """(groups, patterns), in the order of `groups_of`: the gates hold (patterns, k, group, r * s)."""
+    return logits.detach().permute(1, 3, 2, 0).reshape(-1, len(logits)).double().numpy()
+
+
+def set_rows(gates: Gates, values: npt.NDArray[np.floating]) -> None:
+    """The inverse of `rows`, in place."""
+    p, k, g, t = gates.logits.shape
+    shaped = torch.from_numpy(values.astype(np.float32)).reshape(k, t, g, p).permute(3, 0, 2, 1)
+    with torch.no_grad():
+        gates.logits.copy_(shaped)
+
+
+def drawn(gates: Gates, tau: float, seed: int = 0) -> torch.Tensor:
+    """A sample as a mask: of a weight of ones."""
+    return gates.sample(torch.ones(gates.shape), tau, seed)
 
 
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
@@ -64,10 +78,10 @@ def test_the_gates_start_at_the_magnitude_mask(n: int, m: int, kernel: tuple[int
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_first_logits_are_what_patterns_keep_scaled_to_the_prior(prior: float, kernel: tuple[int, ...]) -> None:
     weight = distinct((3, 8, *kernel))
-    logits = Gates(weight, Pattern(2, 4), prior).logits.detach().double().numpy()
-    assert logits.shape == (3, *kernel, 2, 6)
+    logits = Gates(weight, Pattern(2, 4), prior).logits
+    assert logits.shape == (6, 3, 2, math.prod(kernel))
     centred = (sums := kept_sums(weight, 2, 4)) - sums.mean(axis=1, keepdims=True)
-    assert logits.reshape(-1, 6) == pytest.approx(prior * centred / centred.std(ddof=1), rel=1e-5, abs=1e-5)
+    assert rows(logits) == pytest.approx(prior * centred / centred.std(ddof=1), rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("size", [0.0, 0.3, 1.7])
@@ -109,10 +123,9 @@ def test_the_mask_is_the_likeliest_pattern_of_each_group(n: int, m: int, kernel:
     weight = distinct((3, 2 * m, *kernel))
     gates = Gates(weight, Pattern(n, m), 3.0)
     rng = np.random.default_rng(0)
-    logits = rng.standard_normal(gates.logits.shape).astype(np.float32)
-    with torch.no_grad():
-        gates.logits.copy_(torch.from_numpy(logits))
-    choices = logits.reshape(-1, logits.shape[-1]).argmax(axis=1)
+    logits = rng.standard_normal((gates.logits[0].numel(), len(gates.logits)))
+    set_rows(gates, logits)
+    choices = logits.argmax(axis=1)
     assert np.array_equal(gates.mask(), mask_of(choices, tuple(weight.shape), n, m))
 
 
@@ -121,7 +134,7 @@ def test_the_mask_is_the_likeliest_pattern_of_each_group(n: int, m: int, kernel:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_sample_keeps_n_of_each_group_at_any_temperature(tau: float, n: int, m: int, kernel: tuple[int, ...]) -> None:
     weight = distinct((5, 2 * m, *kernel))
-    sample = Gates(weight, Pattern(n, m), 1.0).sample(tau, generator()).detach()
+    sample = drawn(Gates(weight, Pattern(n, m), 1.0), tau).detach()
     assert sample.shape == weight.shape
     kept = sample.numpy() > 0.5
     assert all(kept[at].sum() == n for at in groups_of(tuple(weight.shape), m))
@@ -130,7 +143,7 @@ def test_a_sample_keeps_n_of_each_group_at_any_temperature(tau: float, n: int, m
 @pytest.mark.parametrize("tau", [0.1, 1.0, 5.0])
 def test_a_sample_is_made_of_exact_zeros_and_ones(tau: float) -> None:
     """Else what is trained is a network with other weights than the one that is baked."""
-    sample = Gates(distinct((16, 16, 3, 3)), Pattern(2, 4), 1.0).sample(tau, generator()).detach()
+    sample = drawn(Gates(distinct((16, 16, 3, 3)), Pattern(2, 4), 1.0), tau).detach()
     assert set(sample.unique().tolist()) == {0.0, 1.0}
 
 
@@ -140,9 +153,9 @@ def test_patterns_are_drawn_as_often_as_the_softmax_of_the_logits_says(tau: floa
     """The temperature softens the gradient, not the draw. 20,000 draws; the bound is 1 in 10 million by chance."""
     draws = 20_000
     gates = Gates(distinct((1, m)).expand(draws, m), Pattern(n, m), 1.0)
-    one = gates.logits[0, 0].detach().double().numpy()
+    one = rows(gates.logits)[0]
     expected = draws * np.exp(one) / np.exp(one).sum()
-    kept = gates.sample(tau, generator(1)).detach().numpy() > 0.5
+    kept = drawn(gates, tau, 1).detach().numpy() > 0.5
     table = [np.isin(np.arange(m), c) for c in itertools.combinations(range(m), n)]
     found = np.array([(kept == row).all(axis=1).sum() for row in table])
     assert found.sum() == draws
@@ -167,15 +180,15 @@ def test_the_gradient_is_that_of_the_soft_sample_by_finite_differences(
 ) -> None:
     gates = Gates(distinct(shape), Pattern(n, 4), 1.0)
     coefficient = np.random.default_rng(0).standard_normal(shape)
-    sample = gates.sample(tau, generator(3))
+    weight = distinct(shape)
+    sample = gates.sample(weight, tau, 3)
     (sample * torch.from_numpy(coefficient)).sum().backward()
-    found = gates.logits.grad
-    assert found is not None
+    assert gates.logits.grad is not None
+    found = rows(gates.logits.grad)
 
-    exponential = torch.empty_like(gates.logits).exponential_(generator=generator(3))
-    patterns = math.comb(4, n)
-    gumbel = -np.log(exponential.double().numpy()).reshape(-1, patterns)
-    logits = gates.logits.detach().double().numpy().reshape(-1, patterns)
+    uniform = torch.empty_like(gates.logits).uniform_(generator=torch.Generator().manual_seed(3))
+    gumbel, logits = -np.log(-np.log(rows(uniform))), rows(gates.logits)
+    coefficient *= weight.numpy()
     chosen = [list(c) for c in itertools.combinations(range(4), n)]
     by_pattern = np.array([[coefficient[at][c].sum() for c in chosen] for at in groups_of(shape, 4)])
     expected = np.zeros(logits.shape)
@@ -185,18 +198,18 @@ def test_the_gradient_is_that_of_the_soft_sample_by_finite_differences(
         up, down = (soft_sum(logits + s, gumbel, tau, by_pattern) for s in (step, -step))
         expected[at] = (up - down) / 2e-5
     assert np.abs(expected).max() > 1e-2
-    assert found.numpy().reshape(-1, patterns) == pytest.approx(expected, rel=1e-3, abs=1e-4)
-    assert np.array_equal(sample.detach().numpy() > 0.5, mask_of((logits + gumbel).argmax(axis=1), shape, n, 4))
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
+    assert np.array_equal(sample.detach().numpy() != 0, mask_of((logits + gumbel).argmax(axis=1), shape, n, 4))
 
 
 def test_samples_depend_on_the_generator_and_on_nothing_else() -> None:
     gates = Gates(distinct((8, 8)), Pattern(2, 4), 0.0)
-    first = gates.sample(1.0, generator(0))
+    first = drawn(gates, 1.0, 0)
     torch.manual_seed(99)
     state = torch.get_rng_state()
-    assert torch.equal(gates.sample(1.0, generator(0)), first)
+    assert torch.equal(drawn(gates, 1.0, 0), first)
     assert torch.equal(torch.get_rng_state(), state)
-    assert not torch.equal(gates.sample(1.0, generator(1)), first)
+    assert not torch.equal(drawn(gates, 1.0, 1), first)
 
 
 def test_only_the_logits_are_learned_and_the_weight_is_left_alone() -> None:
@@ -204,6 +217,6 @@ def test_only_the_logits_are_learned_and_the_weight_is_left_alone() -> None:
     before = weight.detach().clone()
     gates = Gates(weight, Pattern(2, 4), 1.0)
     assert [name for name, p in gates.named_parameters() if p.requires_grad] == ["logits"]
-    gates.sample(1.0, generator()).sum().backward()
+    gates.sample(weight, 1.0, 0).sum().backward()
     assert weight.grad is None
     assert torch.equal(weight, before)
