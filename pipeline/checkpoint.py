@@ -95,14 +95,27 @@ def _load(options: ModelOptions) -> tuple[Architecture, Provenance]:
     if written is not None:
         return architecture, written
     _, outputs = survey(architecture.module, architecture.preprocessing)
-    labels = architecture.labels if len(architecture.labels) == outputs else ()
+    if options.classes not in (None, outputs):
+        raise InputError(
+            "the model has another number of classes",
+            where=options.model,
+            found=f"{outputs} outputs, --classes {options.classes}",
+            fix="leave --classes out, and make the change where the model is built",
+        )
+    if architecture.labels and len(architecture.labels) != outputs:
+        raise InputError(
+            "LABELS does not name the model's classes",
+            where=options.model,
+            found=f"{len(architecture.labels)} names, {outputs} outputs",
+            fix="name each class once, in the order of the outputs",
+        )
     provenance = Provenance(
         model=architecture.name,
         trained=trained,
         origin=origin,
         dense_sha256=tensors_sha256(architecture.module.state_dict()),
         classes=outputs,
-        labels=labels,
+        labels=architecture.labels,
         preprocessing=architecture.preprocessing,
     )
     return architecture, provenance

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
+import math
 import os
 import socket
+import sys
 import urllib.request
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +21,12 @@ from pipeline.artifacts import Preprocessing
 from pipeline.errors import HostError, InputError, did_you_mean, listed
 from pipeline.files import sha256_of
 from pipeline.preprocessing import IMAGENET, INTERPOLATIONS, from_transforms
+from pipeline.records import decode, encode
 
 if TYPE_CHECKING:
     from torch import nn
+
+log = logging.getLogger(__name__)
 
 BUNDLED = "digits_resnet"
 
@@ -108,7 +116,8 @@ def _bundled(classes: int | None, pretrained: bool) -> Architecture:
             found=f"--classes {classes}",
             fix="give --weights FILE or random",
         )
-    return Architecture("", DigitsResNet(classes or len(CLASSES)), PREPROCESSING, CLASSES)
+    labels = CLASSES if classes in (None, len(CLASSES)) else ()
+    return Architecture("", DigitsResNet(classes or len(CLASSES)), PREPROCESSING, labels)
 
 
 def _torchvision(name: str, classes: int | None, pretrained: bool) -> Architecture:
@@ -176,6 +185,10 @@ def _timm(name: str, classes: int | None, pretrained: bool) -> Architecture:
     try:
         module = timm.create_model(name, pretrained=pretrained, **options)
     except (OSError, RuntimeError) as error:
+        if "tag" in str(error):
+            raise InputError(
+                f"timm has no model {name!r}", found=error, fix=f"see timm.list_pretrained({base!r}) for its tags"
+            ) from error
         raise HostError(
             f"timm cannot make {name}" + (" with pretrained weights" if pretrained else ""),
             found=str(error).partition("\n")[0],
@@ -184,7 +197,13 @@ def _timm(name: str, classes: int | None, pretrained: bool) -> Architecture:
     data = resolve_model_data_config(module)
     channels, height, width = data["input_size"]
     interpolation = data["interpolation"] if data["interpolation"] in INTERPOLATIONS else "bilinear"
-    resize = int(min(height, width) / data["crop_pct"])
+    crop, mode = data["crop_pct"], data.get("crop_mode") or "center"
+    if mode == "center" and height == width:
+        resize = int(height / crop)
+    else:
+        resize = 0
+        if (mode, crop) != ("squash", 1.0):
+            log.warning("timm crops for %s in a way (%s, %g) that is not ours: images are squashed", name, mode, crop)
     how = Preprocessing(channels, height, width, resize, interpolation, tuple(data["mean"]), tuple(data["std"]))
     return Architecture("", module, how, ())
 
@@ -209,13 +228,15 @@ def _from_file(file: Path, factory: str) -> Architecture:
     if imported is None or imported.loader is None:
         raise InputError("not a Python file", where=file)
     source = importlib.util.module_from_spec(imported)
+    # Data classes look for their own module while they are made.
+    sys.modules[imported.name] = source
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _beside(file):
             warnings.simplefilter("ignore")
             imported.loader.exec_module(source)
             build = getattr(source, factory, None)
             module = build() if callable(build) else None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(
             "the model's file fails",
             where=f"{file}:{factory}",
@@ -230,30 +251,55 @@ def _from_file(file: Path, factory: str) -> Architecture:
             found=f"{type(module).__name__}; the file offers {listed(functions) or 'nothing'}",
             fix="name a function without arguments that returns a torch.nn.Module",
         )
-    return Architecture("", module, _own_preprocessing(source, file), tuple(getattr(source, "LABELS", ())))
+    return Architecture("", module, _own_preprocessing(source, file), _own_labels(source, file))
+
+
+@contextmanager
+def _beside(file: Path) -> Iterator[None]:
+    """A model's file may import its neighbours, as it can where Python runs it."""
+    sys.path.insert(0, str(file.resolve().parent))
+    try:
+        yield
+    finally:
+        with suppress(ValueError):
+            sys.path.remove(str(file.resolve().parent))
+
+
+def _own_labels(source: Any, file: Path) -> tuple[str, ...]:
+    labels = getattr(source, "LABELS", ())
+    if not isinstance(labels, list | tuple) or not all(isinstance(label, str) for label in labels):
+        raise InputError(
+            "LABELS is no list of names", where=file, found=repr(labels)[:200], fix="list the classes' names"
+        )
+    return tuple(labels)
 
 
 def _own_preprocessing(source: Any, file: Path) -> Preprocessing:
     given = getattr(source, "PREPROCESSING", {})
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(given).items()}
     try:
-        how = replace(IMAGENET, **fields)
-    except TypeError as error:
+        own = {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
+        how = decode(Preprocessing, encode(IMAGENET) | own)
+    except (AttributeError, ValueError) as error:
         raise InputError(
-            "PREPROCESSING has unknown keys",
+            "PREPROCESSING cannot be read",
             where=file,
-            found=listed(fields),
-            fix=f"its keys are {', '.join(Preprocessing.__dataclass_fields__)}",
+            found=error if isinstance(given, dict) else repr(given)[:200],
+            fix=f"give a table; its keys are {', '.join(Preprocessing.__dataclass_fields__)}",
         ) from error
     if (
         how.channels not in (1, 3)
         or not len(how.mean) == len(how.std) == how.channels
+        or min(how.height, how.width) < 1
+        or how.resize < 0
+        or not all(map(math.isfinite, (*how.mean, *how.std)))
+        or min(how.std) <= 0
         or how.interpolation not in INTERPOLATIONS
     ):
         raise InputError(
             "PREPROCESSING does not fit together",
             where=file,
             found=how,
-            fix=f"1 or 3 channels, a mean and a std for each, interpolation one of {', '.join(INTERPOLATIONS)}",
+            fix="give 1 or 3 channels, with a mean and a std above zero for each, height and width above zero, and an"
+            f" interpolation out of {', '.join(INTERPOLATIONS)}",
         )
     return how

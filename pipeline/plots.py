@@ -18,11 +18,11 @@ _BLUE, _ORANGE, _GREY = "#3566b0", "#d9722e", "#8a8f98"
 def accuracy(rows: tuple[MethodRow, ...]) -> str:
     """Top-1 by method; the whiskers are the paired interval of the drop against dense."""
     figure, axes = _figure(height=0.6 + 0.42 * len(rows))
-    names = [row.name for row in rows][::-1]
     values = [row.top1 for row in rows][::-1]
     dense = rows[0].top1
     colours = [_GREY if row.name == "dense" else _BLUE for row in rows][::-1]
-    axes.barh(names, values, color=colours, height=0.6)
+    axes.barh(range(len(rows)), values, color=colours, height=0.6)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows][::-1])
     for y, row in enumerate(rows[::-1]):
         low, high = dense - row.drop_ci95[1], dense - row.drop_ci95[0]
         if row.name != "dense":
@@ -58,19 +58,19 @@ def latency(timing: TimingReport) -> str:
 
 def kept_magnitude(masks: MaskSet) -> str:
     """Share of each masked layer's magnitude that its mask keeps, beside the most that the pattern allows."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _figure(height=2.8)
-    positions = list(range(len(masks.masked)))
-    axes.plot(
-        positions,
-        [100 * m.kept_best for m in masks.masked],
-        ".",
-        color=_ORANGE,
-        label="most that 2:4 allows" if str(masks.pattern) == "2:4" else f"most that {masks.pattern} allows",
-    )
-    axes.plot(positions, [100 * m.kept for m in masks.masked], ".-", color=_BLUE, linewidth=0.8, label=masks.method)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    positions = list(range(1, len(masks.masked) + 1))
+    axes.plot(positions, [100 * m.kept_best for m in masks.masked], ".", color=_ORANGE, label="best")
+    axes.plot(positions, [100 * m.kept for m in masks.masked], ".-", color=_BLUE, linewidth=0.8, label="own")
     axes.set_xlabel("masked layer, from input to output")
     axes.set_ylabel("magnitude kept, %")
-    axes.legend(frameon=False, fontsize=9)
+    # Written into the legend afterwards: it would leave out a label that begins with an underscore.
+    best, own = axes.legend(frameon=False, fontsize=9).get_texts()
+    best.set_text(f"most that {masks.pattern} allows")
+    own.set_text(masks.method)
     return _svg(figure)
 
 
@@ -85,10 +85,14 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
 def _svg(figure: Any) -> str:
     import matplotlib as mpl
+    from matplotlib.text import Text
 
+    for text in figure.findobj(Text):
+        # A dollar sign in a name is no formula.
+        text.set_parse_math(False)
     buffer = io.StringIO()
     # Letters stay letters (searchable, small), and ids do not change from run to run.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "maskplan", "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :]

@@ -68,6 +68,7 @@ def read_recipe(path: Path | None, seed: int) -> Recipe:
         if not isinstance(given, dict):
             continue
         good = {"seed": seed} if "seed" in fields else {}
+        out_of_range = []
         for key, value in given.items():
             if key not in fields:
                 problems.append(
@@ -78,18 +79,26 @@ def read_recipe(path: Path | None, seed: int) -> Recipe:
                 # Every option has a default, so a table with one key is whole.
                 decode(kind, {key: value})
             except InputError as error:
-                problems.append(f"[{name}] {error.what}")
+                # Perhaps only beside the default of another option.
+                out_of_range.append(f"[{name}] {_told(error)}")
             except ValueError as error:
                 problems.append(f"[{name}] {error}")
-            else:
-                good[key] = value
-        records[name] = decode(kind, good)
+                continue
+            good[key] = value
+        try:
+            records[name] = decode(kind, good)
+        except InputError as error:
+            problems += out_of_range or [f"[{name}] {_told(error)}"]
     if problems:
         raise InputError(
-            f"{len(problems)} problems in the recipe",
+            f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the recipe",
             where=path,
             found="; ".join(problems),
             fix="correct them all",
         )
     records["mask"] = dataclasses.replace(records["mask"], learn=records["learn"])
     return Recipe(**records)
+
+
+def _told(error: InputError) -> str:
+    return ", ".join(str(part) for part in (error.what, error.found, error.fix) if part is not None)

@@ -13,7 +13,7 @@ from engines.ort import NO_SPARSE_KERNELS, OrtEngine
 from engines.sidecar import has_sidecar
 from exporters.conformance import CheckOptions, check_2to4
 from exporters.onnx_export import export_onnx
-from pipeline.artifacts import Checkpoint, EngineFile, ImageSet, MaskSet, OnnxModel
+from pipeline.artifacts import Checkpoint, EngineFile, ImageSet, MaskSet, OnnxModel, Provenance
 from pipeline.bake import bake
 from pipeline.checkpoint import ModelOptions, load_checkpoint, module_of, weights_file
 from pipeline.compare import compare, fidelity
@@ -28,8 +28,6 @@ from pipeline.report import ReportFiles, RunReport, write_report
 from pipeline.reports import ConformanceReport, Fidelity, ParityReport, TimingReport
 from pipeline.timing import time_engines
 from pipeline.workspace import Workspace
-
-_MAGNITUDE_ROW, _RECALIBRATED_ROW = "magnitude", "magnitude, recalibrated"
 
 
 @dataclass(frozen=True)
@@ -249,14 +247,24 @@ def baselines(job: Job, dense: Checkpoint, masks: MaskSet, images: Images | None
         {"checkpoint": dense.sha256, "options": options, "layers": names},
         lambda: choose_masks(module_of(job.model, dense), dense.provenance, options, out, only=names),
     )
-    rows: dict[str, tuple[str, Images | None]] = {_MAGNITUDE_ROW: ("magnitude", None)}
-    if masks.method != MAGNITUDE:
-        rows |= {_RECALIBRATED_ROW: ("magnitude-recalibrated", images)}
-    return {row: _baseline(job, dense, magnitude, name, used) for row, (name, used) in rows.items()}
+    found: dict[str, OnnxModel] = {}
+    for name, used in (("magnitude", None), ("magnitude-recalibrated", images)):
+        if used is not None and masks.method == MAGNITUDE:
+            continue
+        checkpoint = prune(job, dense, magnitude, name, job.ws.hidden(f"{name}.safetensors"), used)
+        row = _row(checkpoint.provenance)
+        # Without BatchNorm there is nothing to recalibrate, and one row is enough.
+        if row not in found:
+            found[row] = _export_baseline(job, checkpoint, name)
+    return found
 
 
-def _baseline(job: Job, dense: Checkpoint, masks: MaskSet, name: str, images: Images | None) -> OnnxModel:
-    checkpoint = prune(job, dense, masks, name, job.ws.hidden(f"{name}.safetensors"), images)
+def _row(made: Provenance) -> str:
+    """What the table of methods calls a pruned model."""
+    return str(made.method) + (", recalibrated" if made.recalibrated_images else "")
+
+
+def _export_baseline(job: Job, checkpoint: Checkpoint, name: str) -> OnnxModel:
     paths = {"fp32": job.ws.hidden(f"{name}.onnx")}
     return job.ws.stage(
         f"export-{name}",
@@ -292,7 +300,7 @@ def judge(
                 val,
                 options,
                 models,
-                sparse_name=str(made.method) + (", recalibrated" if made.recalibrated_images else ""),
+                sparse_name=_row(made),
             )
             reference = stack.enter_context(Classifier(OrtEngine(own_onnx.path, optimised=False), "its ONNX file"))
             return Compared(parity, fidelity(sparse_model, reference, made.preprocessing, val, options.fixed_images))

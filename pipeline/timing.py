@@ -133,7 +133,7 @@ def latency(seconds: Sequence[float], batch: int, polygraphy_host_ms: float) -> 
     """Percentiles of repeated runs of one engine."""
     ms = 1000 * np.asarray(seconds)
     p50, p90, p99 = (float(p) for p in np.percentile(ms, (50, 90, 99)))
-    return Latency(p50, p90, p99, 1000 * batch / p50, None, float(ms.mean()), polygraphy_host_ms)
+    return Latency(p50, p90, p99, 1000 * batch / max(p50, 1e-9), None, float(ms.mean()), polygraphy_host_ms)
 
 
 def ratio_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:

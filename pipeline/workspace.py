@@ -119,6 +119,7 @@ class Workspace:
             intact: Asked of a known record whose files are as they were; False has them made again.
         """
         key = _key(name, inputs)
+        log.debug("%s: its inputs' digest is %s", name, key[:12])
         known = self._recall(name, kind, key)
         if known is not None and (intact is None or intact(known)):
             log.info("%s: unchanged", name)

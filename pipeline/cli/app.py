@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"failed: {error}", file=sys.stderr)
         return GATE_FAILED
     except SystemExit as end:  # how typer ends, also after a command that went well
-        code = end.code if isinstance(end.code, int) else PASSED
+        code = end.code if isinstance(end.code, int) else PASSED if end.code is None else GATE_FAILED
         if code == INTERRUPTED:
             print(
                 "interrupted; finished stages are kept, and the same command goes on from there",

@@ -20,6 +20,7 @@ from onnx import numpy_helper
 from safetensors.numpy import load_file
 
 from pipeline.artifacts import (
+    DenseLayer,
     EngineFile,
     ImageSet,
     LayerSparsity,
