@@ -66,7 +66,7 @@ def test_every_maskplan_command_of_the_readme_exists() -> None:
     commands = set(re.findall(r"^\s*\$ maskplan ([a-z]+)", text, re.MULTILINE)) | set(
         re.findall(r"`maskplan ([a-z]+)", text)
     )
-    assert {"check", "deploy"} <= commands <= known
+    assert {"check", "compare", "engine"} <= commands <= known
 
 
 def test_the_readmes_links_lead_somewhere() -> None:

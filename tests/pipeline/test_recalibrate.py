@@ -120,7 +120,6 @@ def numbers(net: Net, source: InMemory) -> list[int]:
         (20, 13, 5, [5, 5]),
         (20, 4, 5, [4]),
         (21, 10_000, 20, [20]),
-        (20, 2, 1, [1, 1]),
     ],
 )
 def test_the_statistics_are_the_mean_over_full_batches(
