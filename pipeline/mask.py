@@ -66,6 +66,8 @@ def choose_masks(
     data: Dataset | None = None,
     image_sets: tuple[ImageSet, ...] = (),
     only: Collection[str] | None = None,
+    progress: Path | None = None,
+    log: Path | None = None,
 ) -> MaskSet:
     """Choose a mask for every layer that the policy selects; the module's weights stay as they are.
 
@@ -77,6 +79,8 @@ def choose_masks(
         data: Needed by learned masks.
         image_sets: Which images `data` holds, for the record.
         only: Names of the weights to mask, among those that the policy selects; all by default.
+        progress: Checkpoint of the learner, to go on from if it is there; removed when the masks are written.
+        log: Folder for the learner's metrics.
 
     Raises:
         InputError: Nothing can be masked, or learned masks without data.
@@ -98,10 +102,19 @@ def choose_masks(
             )
         if options.layout != CHANNEL:
             raise InputError("masks are learned along C only", found=f"layout {options.layout}")
-        from pipeline.learning.trainer import learn_masks
+        from pipeline.learning.trainer import LearnFiles, learn_masks
 
-        masks, learning = learn_masks(module, masks, pattern, provenance.preprocessing, data, options.learn)
-    return write_masks(
+        masks, learning = learn_masks(
+            module,
+            masks,
+            pattern,
+            provenance.preprocessing,
+            data,
+            options.learn,
+            images=tuple(s.sha256 for s in image_sets),
+            files=LearnFiles(progress, log),
+        )
+    written = write_masks(
         out,
         masks,
         weights,
@@ -115,6 +128,9 @@ def choose_masks(
         learning=learning,
         image_sets=image_sets if learning else (),
     )
+    if progress is not None:
+        progress.unlink(missing_ok=True)
+    return written
 
 
 def given_masks(module: nn.Module, provenance: Provenance, path: Path, *, deployable: bool = True) -> MaskSet:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
@@ -22,8 +22,15 @@ def narrator() -> Console:
     return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
-def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
-    """Yield from `items`, drawing a bar on stderr while a person is looking and `-q` was not given."""
+def track(items: Iterable[T], what: str | Callable[[], str], total: int, done: int = 0) -> Iterator[T]:
+    """Yield from `items`, drawing a bar on stderr while a person is looking and `-q` was not given.
+
+    Args:
+        items: What is worked on.
+        what: The bar's text; a function is asked anew for every item.
+        total: How many there are, those included that were done before.
+        done: How many of them were done before.
+    """
     if not sys.stderr.isatty() or not logging.getLogger("pipeline").isEnabledFor(logging.INFO):
         yield from items
         return
@@ -45,4 +52,8 @@ def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=narrator(), transient=True) as progress:
-        yield from progress.track(items, total=total, description=what)
+        text = what if callable(what) else lambda: what
+        task = progress.add_task(text(), total=total, completed=done)
+        for item in items:
+            yield item
+            progress.update(task, advance=1, description=text())

@@ -29,6 +29,8 @@ from pipeline.reports import ConformanceReport, Fidelity, ParityReport, TimingRe
 from pipeline.timing import time_engines
 from pipeline.workspace import Workspace
 
+_STATE = "learning.safetensors"
+
 
 @dataclass(frozen=True)
 class ImageSets:
@@ -163,7 +165,9 @@ def choose(job: Job, dense: Checkpoint, how: str | Path, images: Images | None) 
         "mask",
         MaskSet,
         {"checkpoint": dense.sha256, "options": options, "images": [s.sha256 for s in sets]},
-        lambda: choose_masks(module_of(job.model, dense), dense.provenance, options, out, data, sets),
+        lambda: choose_masks(
+            module_of(job.model, dense), dense.provenance, options, out, data, sets, None, job.ws.hidden(_STATE)
+        ),
     )
 
 

@@ -18,6 +18,7 @@ from typing import IO, Any, TypeVar
 
 from pipeline.errors import HostError, InputError, host_error
 from pipeline.files import remove_leftovers, sha256_of, write_json
+from pipeline.interrupts import INTERRUPTS
 from pipeline.records import decode, encode
 
 log = logging.getLogger(__name__)
@@ -118,6 +119,7 @@ class Workspace:
             work: Makes the files and returns the record.
             intact: Asked of a known record whose files are as they were; False has them made again.
         """
+        INTERRUPTS.heed()
         key = _key(name, inputs)
         log.debug("%s: its inputs' digest is %s", name, key[:12])
         known = self._recall(name, kind, key)

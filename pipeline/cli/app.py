@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -10,9 +11,11 @@ import typer
 
 from pipeline.cli import checkpoints, engines, gates, line
 from pipeline.errors import PipelineError
+from pipeline.interrupts import INTERRUPTS, listening
 from pipeline.progress import narrator
 
 PASSED, GATE_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 3, 130
+_SIGNALLED = 128
 
 _SUMMARY = """Take a CNN checkpoint to a 2:4-sparse engine that can be trusted.
 
@@ -64,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code. An error of ours (a bug) keeps its traceback.
     """
     try:
-        app(args=None if argv is None else list(argv), prog_name="maskplan")
+        with listening():
+            app(args=None if argv is None else list(argv), prog_name="maskplan")
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -74,9 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:  # how typer ends, also after a command that went well
         code = end.code if isinstance(end.code, int) else PASSED if end.code is None else GATE_FAILED
         if code == INTERRUPTED:
-            print(
-                "interrupted; finished stages are kept, and the same command goes on from there",
-                file=sys.stderr,
-            )
+            print("interrupted; finished stages are kept, and the same command goes on from there", file=sys.stderr)
+            return _SIGNALLED + (INTERRUPTS.came or signal.SIGINT)
         return code
     return PASSED

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.bounds import above, at_least
+from pipeline.errors import InputError
+
+AUGMENTATIONS = ("none", "shift", "shift+flip")
 
 
 @dataclass(frozen=True)
@@ -14,11 +17,19 @@ class LearnOptions:
     Attributes:
         epochs: Passes over the training images.
         batch: Images a step.
-        rate: Adam's learning rate for the gates.
+        rate: Adam's learning rate for the gates, at its highest; it falls to zero along a cosine.
         tau_start: Temperature of the Gumbel-softmax at the first step.
         tau_end: And at the last; it falls geometrically.
+        hard: Forward through zeros and ones (straight-through); else through the soft sample.
         prior: How strongly the gates start out for the magnitude mask: the standard deviation of a layer's gates.
-        softness: Temperature of the distillation from the dense network.
+        lead: How far the patterns of given masks (`--init`) start above the others.
+        distill: Weight of the distillation from the dense network; the rest is cross-entropy with the labels.
+        softness: Temperature of the distillation.
+        norm_reward: Weight of a reward for the share of squared magnitude that the masks keep.
+        ema: Decay of a running average of the gates, which then is what is judged; 0 judges the gates themselves.
+        augment: `none`, `shift` (by up to an eighth of the image) or `shift+flip`.
+        patience: Stop after so many epochs without gain on `select`; 0 never does.
+        save_every: Steps between two checkpoints of the learner; 0 saves at the end of epochs only.
         budget_minutes: Stop learning after this long; the schedule is shortened to fit. Not repeatable to the bit.
         seed: Of the noise and of the order of images.
     """
@@ -28,13 +39,28 @@ class LearnOptions:
     rate: float = 0.05
     tau_start: float = 1.0
     tau_end: float = 0.1
+    hard: bool = True
     prior: float = 3.0
+    lead: float = 3.0
+    distill: float = 1.0
     softness: float = 2.0
+    norm_reward: float = 0.0
+    ema: float = 0.0
+    augment: str = "none"
+    patience: int = 0
+    save_every: int = 500
     budget_minutes: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        at_least(0, epochs=self.epochs, prior=self.prior, budget_minutes=self.budget_minutes, seed=self.seed)
+        at_least(0, epochs=self.epochs, prior=self.prior, lead=self.lead, distill=self.distill, ema=self.ema)
+        at_least(0, norm_reward=self.norm_reward, patience=self.patience, save_every=self.save_every, seed=self.seed)
+        at_least(0, budget_minutes=self.budget_minutes)
         # BatchNorm needs two images for statistics.
         at_least(2, batch=self.batch)
         above(0, rate=self.rate, tau_start=self.tau_start, tau_end=self.tau_end, softness=self.softness)
+        for name, value in (("distill", self.distill), ("ema", self.ema)):
+            if value > 1:
+                raise InputError(f"{name} is {value}", fix="give a number from 0 to 1")
+        if self.augment not in AUGMENTATIONS:
+            raise InputError(f"augment is {self.augment!r}", fix=f"choose one of {', '.join(AUGMENTATIONS)}")

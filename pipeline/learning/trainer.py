@@ -4,221 +4,300 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.artifacts import Learning, Pattern, Preprocessing
-from pipeline.data import Dataset, batches
+from pipeline.data import Dataset
 from pipeline.errors import InputError
-from pipeline.learning.gates import Gates
+from pipeline.interrupts import INTERRUPTS
+from pipeline.learning.judge import Judge, Judgement, distillation, share_moved
+from pipeline.learning.masked_net import MaskedNet, Masks
+from pipeline.learning.metrics import MetricsLog, Row
+from pipeline.learning.processes import Process, process
 from pipeline.learning.recipes import LearnOptions
-from pipeline.masking.patterns import group
+from pipeline.learning.schedule import (
+    Batch,
+    fraction_done,
+    learning_rate,
+    seed_of,
+    steps_per_epoch,
+    temperature,
+    training_batches,
+)
+from pipeline.learning.state import LearnerState, Progress, load_state, save_state, state_key
 from pipeline.progress import track
-from pipeline.recalibrate import RecalibrateOptions, norms, update_statistics
+from pipeline.weights import tensors_sha256
 
 log = logging.getLogger(__name__)
 
-Masks = dict[str, npt.NDArray[np.bool_]]
+_LOG_EVERY = 50
+_ESTIMATE_AFTER = 10
+_SMOOTHING = 0.95
+
+
+@dataclass(frozen=True)
+class LearnFiles:
+    """Where the learner keeps what outlives it; None keeps nothing.
+
+    Attributes:
+        state: Its checkpoint. One of the same question is gone on from; it is removed when the masks are there.
+        log: Folder of its metrics.
+    """
+
+    state: Path | None = None
+    log: Path | None = None
 
 
 def learn_masks(
     module: nn.Module,
-    magnitude: Mapping[str, npt.NDArray[np.bool_]],
+    start: Mapping[str, npt.NDArray[np.bool_]],
     pattern: Pattern,
     how: Preprocessing,
     data: Dataset,
     options: LearnOptions,
+    *,
+    given: bool = False,
+    images: tuple[str, ...] = (),
+    files: LearnFiles | None = None,
+    device: str = "auto",
 ) -> tuple[Masks, Learning]:
     """Choose masks by gradient descent over the patterns of each group.
 
-    The magnitude masks are the prior and the candidate to beat: they are kept if no epoch comes closer to the dense network
-    on `select`. In learning, BatchNorm uses batch statistics; for every judgement it is recalibrated, as the final network
+    The masks to start from are the candidate to beat: they are kept if no epoch comes closer to the dense network on
+    `select`. In learning, BatchNorm uses batch statistics; for every judgement it is recalibrated, as the final network's
     will be.
 
     Args:
         module: The dense model; neither its parameters nor its buffers change.
-        magnitude: The starting masks by weight name.
+        start: Masks by weight name: those by magnitude, which the gates' prior follows, or given ones.
         pattern: N:M.
         how: Preprocessing of the images.
         data: `train` for the gradient, `select` for the choice of the epoch.
         options: Schedule and seed.
+        given: `start` is not by magnitude: raise its patterns by `options.lead`.
+        images: Digests of the image sets, for the key of the learner's checkpoint.
+        files: Where to keep checkpoint and metrics.
+        device: `auto`, `cpu` or `cuda`.
 
     Returns:
         Masks by weight name, and what it took.
 
     Raises:
         InputError: The loss is not a number, or there are fewer images than two.
+        HostError: The disk is full; the last whole checkpoint is still there.
+        KeyboardInterrupt: After SIGINT or SIGTERM; the state is saved.
     """
     if len(data.train) < 2:
         raise InputError("too few images to learn from", found=f"{len(data.train)} in train", fix="give more images")
-    started = time.monotonic()
-    teacher = module.eval()
-    student = copy.deepcopy(module).requires_grad_(False)
-    # A weight under two names is one weight: it has one gate, and its mask every name.
-    parameters = dict(student.named_parameters(remove_duplicate=False))
-    owners = {name: next(n for n in magnitude if parameters[n] is parameters[name]) for name in magnitude}
-    weights = {name: parameters[name].contiguous() for name in dict.fromkeys(owners.values())}
-    before = {name: weight.detach().clone() for name, weight in weights.items()}
-    gates = {name: Gates(weight, pattern, options.prior) for name, weight in weights.items()}
-    optimiser = torch.optim.Adam([g.logits for g in gates.values()], lr=options.rate)
-
-    best_masks: Masks = dict(magnitude)
-    first = best = _judge(module, best_masks, how, data, options)
-    log.info(
-        "learning masks for %d layers, %d groups; on select, magnitude masks have %s", len(gates), _size(gates), first
+    files = files or LearnFiles()
+    masks = {name: np.asarray(mask) for name, mask in start.items()}
+    before = tensors_sha256(module.state_dict())
+    with process(device) as here, INTERRUPTS.held():
+        learner = Learner(module, masks, pattern, how, data, options, here, files, given=given)
+        progress = learner.run(state_key(options, before, masks, images))
+    if tensors_sha256(module.state_dict()) != before:
+        raise AssertionError("learning masks changed a parameter or a buffer")
+    return progress.best_masks, Learning(
+        recipe="maskplan",
+        epochs=progress.epochs,
+        steps=progress.steps,
+        images=len(data.train),
+        seconds=round(60 * progress.minutes, 3),
+        groups_changed=share_moved(masks, progress.best_masks, pattern.m),
+        select_divergence_start=progress.first.divergence,
+        select_divergence_end=progress.best.divergence,
+        select_top1_start=progress.first.top1,
+        select_top1_end=progress.best.top1,
     )
-    steps = epochs = 0
-    total = options.epochs * _steps_per_epoch(data, options)
-    _prepare(student)
-    for x, ends_epoch in track(_steps(data, how, options), "learn masks", total):
-        tau = _temperature(_fraction(steps, total, started, options), options)
-        images = torch.from_numpy(x)
+
+
+class Learner:
+    """One run of learning; `run` does it all. Arguments as of `learn_masks`."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        start: Masks,
+        pattern: Pattern,
+        how: Preprocessing,
+        data: Dataset,
+        options: LearnOptions,
+        here: Process,
+        files: LearnFiles,
+        *,
+        given: bool,
+    ) -> None:
+        self.start, self.pattern, self.how, self.data = start, pattern, how, data
+        self.options, self.here, self.files = options, here, files
+        teacher = copy.deepcopy(module).eval().requires_grad_(False).to(here.device)
+        self.teacher = teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        student = copy.deepcopy(self.teacher)
+        self.net = MaskedNet(student, list(start), pattern, options.prior, hard=options.hard).to(here.device)
+        if given:
+            self.net.start_from(start, options.lead)
+        self.parallel = DistributedDataParallel(self.net) if here.count > 1 else self.net
+        self.adam = torch.optim.Adam(self.net.logits(), lr=options.rate, fused=True)
+        self.average = [p.detach().clone() for p in self.net.logits()] if options.ema else []
+        self.judge = Judge(self.teacher, how, data, softness=options.softness, batch=options.batch, seed=options.seed)
+        self.loss = self.top1 = float("nan")
+        self.row: Row | None = None
+
+    def run(self, key: str) -> Progress:
+        """Learn from the start or from where a checkpoint stands."""
+        per_epoch = steps_per_epoch(self.data.train, self.options, self.here.count)
+        total = self.options.epochs * per_epoch
+        progress = self._resumed(key) or self._fresh()
+        started = time.monotonic() - 60 * progress.minutes
+        metrics = MetricsLog(self.files.log) if self.files.log is not None and self.here.is_first else None
+        log.info(
+            "learning masks: %d layers, %d groups, %d steps; on select, the starting masks have %s",
+            len(self.start),
+            self.net.groups(),
+            total,
+            progress.first,
+        )
+        batches = training_batches(
+            self.data.train, self.how, self.options, progress.steps, self.here.rank, self.here.count
+        )
+        first_step, begun = progress.steps, time.monotonic()
+        try:
+            for batch in track(batches, self._told, total, progress.steps):
+                (progress.minutes,) = self.here.agreed((time.monotonic() - started) / 60)
+                fraction = fraction_done(progress.steps, total, progress.minutes, self.options)
+                self._step(batch, fraction, progress)
+                spent = self._is_spent(progress)
+                ends = batch.ends_epoch or spent
+                if progress.steps == first_step + _ESTIMATE_AFTER:
+                    minutes = (time.monotonic() - begun) / _ESTIMATE_AFTER * (total - progress.steps) / 60
+                    log.info("about %.1f minutes to go", minutes)
+                if ends or progress.steps % _LOG_EVERY == 0:
+                    found = self._end_epoch(progress) if ends else None
+                    self.row = self._row(progress, fraction, found)
+                    if metrics is not None:
+                        metrics.write(self.row)
+                asked = self.here.any(INTERRUPTS.came is not None)
+                if asked or ends or (self.options.save_every and progress.steps % self.options.save_every == 0):
+                    self._save(key, progress)
+                if asked:
+                    raise KeyboardInterrupt
+                if spent or (self.options.patience and progress.stale >= self.options.patience):
+                    log.info("stopped after %d epochs: %s", progress.epochs, "budget" if spent else "no gain on select")
+                    break
+        finally:
+            if metrics is not None:
+                metrics.close()
+        return progress
+
+    def _fresh(self) -> Progress:
+        first = self._judged(self.start)
+        return Progress(first, first, dict(self.start))
+
+    def _resumed(self, key: str) -> Progress | None:
+        state = load_state(self.files.state, key) if self.files.state is not None else None
+        if state is None:
+            return None
         with torch.no_grad():
-            target = teacher(images)
-        drawn = {
-            name: gate.sample(weights[name], tau, _seed(options.seed, steps, i))
-            for i, (name, gate) in enumerate(gates.items())
-        }
-        masked = {name: drawn[owner] for name, owner in owners.items()}
-        loss = _distillation(functional_call(student, masked, (images,)), target, options.softness)
+            for i, parameter in enumerate(self.net.logits()):
+                parameter.copy_(state.logits[i])
+                if state.adam:
+                    moments = {n: t.to(self.here.device) for n, t in state.adam[i].items()}
+                    self.adam.state[parameter] = moments
+                if state.average:
+                    self.average[i].copy_(state.average[i])
+        log.info("going on from step %d, after %.1f minutes of learning", state.progress.steps, state.progress.minutes)
+        return state.progress
+
+    def _step(self, batch: Batch, fraction: float, progress: Progress) -> None:
+        images = torch.from_numpy(batch.images).to(self.here.device).contiguous(memory_format=torch.channels_last)
+        labels = torch.from_numpy(batch.labels).to(self.here.device)
+        seeds = [seed_of(self.options.seed, self.here.rank, progress.steps, i) for i in range(len(self.net.logits()))]
+        for group in self.adam.param_groups:
+            group["lr"] = learning_rate(fraction, self.options)
+        with torch.autocast(self.here.device.type, torch.bfloat16, enabled=self.here.device.type == "cuda"):
+            with torch.no_grad():
+                target = self.teacher(images)
+            logits, kept = self.parallel(images, temperature(fraction, self.options), seeds)
+        loss = self._loss(logits.float(), target.float(), labels, kept)
         if not bool(loss.isfinite()):
             raise InputError(
                 "the loss is not a number",
-                where=f"epoch {epochs + 1}, step {steps + 1}",
+                where=f"epoch {progress.epochs + 1}, step {progress.steps + 1}",
                 fix="check the weights and the images' normalisation, or lower the learning rate",
             )
-        optimiser.zero_grad()
+        self.adam.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-        steps += 1
-        spent = options.budget_minutes is not None and _minutes(started) > options.budget_minutes
-        if ends_epoch or spent:
-            epochs += 1
-            masks = {name: gates[owner].mask() for name, owner in owners.items()}
-            found = _judge(module, masks, how, data, options)
-            log.info("epoch %d/%d: %s", epochs, options.epochs, found)
-            if found.divergence < best.divergence:
-                best_masks, best = masks, found
-        if spent:
-            log.info("the budget of %g minutes is spent", options.budget_minutes)
-            break
-    if any(not torch.equal(before[name], weight) for name, weight in weights.items()):
-        raise AssertionError("learning masks changed a weight")
-    return best_masks, Learning(
-        recipe="maskplan",
-        epochs=epochs,
-        steps=steps,
-        images=len(data.train),
-        seconds=round(time.monotonic() - started, 3),
-        groups_changed=_groups_changed(magnitude, best_masks, pattern),
-        select_divergence_start=first.divergence,
-        select_divergence_end=best.divergence,
-        select_top1_start=first.top1,
-        select_top1_end=best.top1,
-    )
+        self.adam.step()
+        for average, parameter in zip(self.average, self.net.logits(), strict=False):
+            average.lerp_(parameter.detach(), 1 - self.options.ema)
+        progress.steps += 1
+        self.loss = _running(self.loss, float(loss.detach()))
+        self.top1 = _running(self.top1, 100 * float((logits.detach().argmax(1) == labels).float().mean()))
 
+    def _loss(
+        self, logits: torch.Tensor, target: torch.Tensor, labels: torch.Tensor, kept: torch.Tensor
+    ) -> torch.Tensor:
+        share = self.options.distill
+        loss = share * distillation(logits, target, self.options.softness)
+        if share < 1:
+            loss = loss + (1 - share) * F.cross_entropy(logits, labels)
+        return loss - self.options.norm_reward * kept if self.options.norm_reward else loss
 
-@dataclass(frozen=True)
-class Judgement:
-    """Masks on the `select` part: divergence from the dense network, and top-1 in percent."""
+    def _is_spent(self, progress: Progress) -> bool:
+        budget = self.options.budget_minutes
+        return budget is not None and progress.minutes > budget
 
-    divergence: float
-    top1: float
+    def _judged(self, masks: Masks) -> Judgement:
+        found = self.judge(masks) if self.here.is_first else Judgement(0.0, 0.0)
+        return Judgement(*self.here.agreed(found.divergence, found.top1))
 
-    def __str__(self) -> str:
-        return f"divergence {self.divergence:.4f}, top-1 {self.top1:.2f}%"
+    def _end_epoch(self, progress: Progress) -> Judgement:
+        progress.epochs += 1
+        masks = self.net.masks(self.average or None)
+        found = self._judged(masks)
+        progress.stale += 1
+        if found.divergence < progress.best.divergence:
+            progress.best_masks, progress.best, progress.stale = masks, found, 0
+        log.info("epoch %d/%d: %s", progress.epochs, self.options.epochs, found)
+        return found
 
-
-def _judge(module: nn.Module, masks: Masks, how: Preprocessing, data: Dataset, options: LearnOptions) -> Judgement:
-    """Judge masks in a copy of the model whose statistics are recalibrated.
-
-    Divergence chooses, for it tells masks apart where a small `select` part gives all of them the same top-1.
-    """
-    candidate = copy.deepcopy(module)
-    parameters = dict(candidate.named_parameters(remove_duplicate=False))
-    with torch.no_grad():
-        for name, mask in masks.items():
-            parameters[name].masked_fill_(~torch.from_numpy(mask), 0.0)
-    update_statistics(candidate, data.train, how, RecalibrateOptions(seed=options.seed))
-    divergence, right = 0.0, 0
-    with torch.no_grad():
-        for x, labels in batches(data.select, how, options.batch):
-            images = torch.from_numpy(x)
-            logits = candidate(images)
-            divergence += float(_distillation(logits, module(images), options.softness)) * len(x)
-            right += int((logits.argmax(dim=1).numpy() == labels).sum())
-    if not math.isfinite(divergence):
-        raise InputError(
-            "the loss is not a number",
-            where="the select part",
-            fix="check the weights and the images' normalisation",
+    def _row(self, progress: Progress, fraction: float, found: Judgement | None) -> Row:
+        return Row(
+            step=progress.steps,
+            minutes=round(progress.minutes, 3),
+            loss=self.loss,
+            top1=self.top1,
+            tau=temperature(fraction, self.options),
+            rate=learning_rate(fraction, self.options),
+            entropy=self.net.entropy(),
+            moved=share_moved(self.start, self.net.masks(), self.pattern.m),
+            select_divergence=found.divergence if found else None,
+            select_top1=found.top1 if found else None,
         )
-    return Judgement(divergence / len(data.select), 100 * right / len(data.select))
+
+    def _told(self) -> str:
+        row = self.row
+        if row is None:
+            return "learn masks"
+        return (
+            f"learn masks: loss {row.loss:.4f}, top-1 {row.top1:.1f}%, entropy {row.entropy:.2f}, moved {row.moved:.0%}"
+        )
+
+    def _save(self, key: str, progress: Progress) -> None:
+        if self.files.state is None or not self.here.is_first:
+            return
+        adam = [dict(self.adam.state[p]) for p in self.net.logits()] if self.adam.state else []
+        save_state(LearnerState(key, progress, list(self.net.logits()), adam, self.average), self.files.state)
 
 
-def _seed(*parts: int) -> int:
-    """One seed from several numbers."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _prepare(student: nn.Module) -> None:
-    student.eval()
-    for norm in norms(student):
-        norm.train()
-
-
-def _steps_per_epoch(data: Dataset, options: LearnOptions) -> int:
-    return max(len(data.train) // options.batch, 1)
-
-
-def _steps(data: Dataset, how: Preprocessing, options: LearnOptions) -> Iterator[tuple[npt.NDArray[np.float32], bool]]:
-    """The images of every step, and whether it is its epoch's last.
-
-    Epochs are full batches in a fresh seeded order; a set smaller than a batch is one batch.
-    """
-    count = _steps_per_epoch(data, options)
-    for epoch in range(options.epochs):
-        order = np.random.default_rng((options.seed, epoch)).permutation(len(data.train))[: count * options.batch]
-        for step, (x, _) in enumerate(batches(data.train, how, options.batch, order), start=1):
-            yield x, step == count
-
-
-def _fraction(step: int, total: int, started: float, options: LearnOptions) -> float:
-    """How much of the learning is done, 0 to 1, by steps or by the budget of time, whichever is further."""
-    fraction = step / max(total - 1, 1)
-    if options.budget_minutes is not None:
-        fraction = max(fraction, _minutes(started) / options.budget_minutes if options.budget_minutes else 1.0)
-    return min(fraction, 1.0)
-
-
-def _minutes(started: float) -> float:
-    return (time.monotonic() - started) / 60
-
-
-def _temperature(fraction: float, options: LearnOptions) -> float:
-    return float(options.tau_start * (options.tau_end / options.tau_start) ** fraction)
-
-
-def _distillation(student: torch.Tensor, teacher: torch.Tensor, softness: float) -> torch.Tensor:
-    """KL divergence from the dense network's softened probabilities (Hinton et al. 2015)."""
-    log_p, log_q = F.log_softmax(student / softness, dim=1), F.log_softmax(teacher / softness, dim=1)
-    return softness**2 * F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
-
-
-def _size(gates: Mapping[str, Gates]) -> int:
-    return sum(gate.logits[..., 0].numel() for gate in gates.values())
-
-
-def _groups_changed(old: Mapping[str, npt.NDArray[np.bool_]], new: Masks, pattern: Pattern) -> float:
-    """Share of groups whose pattern differs, 0 to 1."""
-    changed = [(group(old[name], pattern.m) != group(new[name], pattern.m)).any(axis=-1) for name in new]
-    return float(sum(int(c.sum()) for c in changed) / max(sum(c.size for c in changed), 1))
+def _running(mean: float, value: float) -> float:
+    return value if mean != mean else _SMOOTHING * mean + (1 - _SMOOTHING) * value

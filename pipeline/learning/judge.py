@@ -1,0 +1,95 @@
+"""How good masks are, by the `select` part."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline.artifacts import Preprocessing
+from pipeline.data import Dataset, batches
+from pipeline.errors import InputError
+from pipeline.learning.masked_net import Masks
+from pipeline.recalibrate import RecalibrateOptions, update_statistics
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Masks on the `select` part: divergence from the dense network, and top-1 in percent."""
+
+    divergence: float
+    top1: float
+
+    def __str__(self) -> str:
+        return f"divergence {self.divergence:.4f}, top-1 {self.top1:.2f}%"
+
+
+def distillation(student: torch.Tensor, teacher: torch.Tensor, softness: float) -> torch.Tensor:
+    """KL divergence from the dense network's softened probabilities, mean over the images (Hinton et al. 2015)."""
+    log_p, log_q = F.log_softmax(student / softness, dim=1), F.log_softmax(teacher / softness, dim=1)
+    return softness**2 * F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+
+
+class Judge:
+    """Judges masks in a copy of the dense network whose statistics are recalibrated, as the final network's will be.
+
+    Divergence chooses, for it tells masks apart where a small `select` part gives all of them the same top-1.
+
+    Args:
+        dense: The dense network, in evaluation mode.
+        how: Preprocessing of the images.
+        data: `train` for the statistics, `select` for the verdict.
+        softness: Temperature of the divergence.
+        batch: Images a step.
+        seed: Which images the statistics are of.
+    """
+
+    def __init__(
+        self, dense: nn.Module, how: Preprocessing, data: Dataset, *, softness: float, batch: int, seed: int
+    ) -> None:
+        self._dense, self._how, self._data = dense, how, data
+        self._softness, self._batch, self._seed = softness, batch, seed
+        self._teacher: list[torch.Tensor] = []
+
+    def __call__(self, masks: Masks) -> Judgement:
+        """Judge masks by weight name.
+
+        Raises:
+            InputError: The outputs are not numbers.
+        """
+        candidate = copy.deepcopy(self._dense)
+        parameters = dict(candidate.named_parameters(remove_duplicate=False))
+        device = next(candidate.parameters()).device
+        with torch.no_grad():
+            for name, mask in masks.items():
+                parameters[name].masked_fill_(~torch.from_numpy(mask).to(device), 0.0)
+        update_statistics(candidate, self._data.train, self._how, RecalibrateOptions(seed=self._seed))
+        divergence, right, first = 0.0, 0, not self._teacher
+        with torch.no_grad():
+            for i, (x, labels) in enumerate(batches(self._data.select, self._how, self._batch)):
+                images = torch.from_numpy(x).to(device)
+                if first:
+                    self._teacher.append(self._dense(images))
+                logits = candidate(images)
+                divergence += float(distillation(logits, self._teacher[i], self._softness)) * len(x)
+                right += int((logits.argmax(dim=1).cpu().numpy() == labels).sum())
+        if not math.isfinite(divergence):
+            fix = "check the weights and the images' normalisation"
+            raise InputError("the loss is not a number", where="the select part", fix=fix)
+        count = len(self._data.select)
+        return Judgement(divergence / count, 100 * right / count)
+
+
+def share_moved(old: Masks, new: Masks, m: int) -> float:
+    """Share of groups of `m` along C whose choice differs, 0 to 1."""
+    moved = total = 0
+    for name, mask in new.items():
+        shape = (mask.shape[0], mask.shape[1] // m, m, -1)
+        differs = (old[name].reshape(shape) != mask.reshape(shape)).any(axis=2)
+        moved, total = moved + int(np.count_nonzero(differs)), total + differs.size
+    return moved / max(total, 1)

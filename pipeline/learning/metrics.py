@@ -1,0 +1,81 @@
+"""How learning goes, for people and for plots: a CSV file, and TensorBoard's where it is installed."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import host_error
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the log.
+
+    Attributes:
+        step: Steps done.
+        minutes: Spent.
+        loss: Running mean.
+        top1: Percent of training images right under sampled masks, running mean.
+        tau: Temperature.
+        rate: Learning rate.
+        entropy: Of the choice in a group; 1 undecided, 0 decided.
+        moved: Share of groups whose likeliest pattern is not the one at the start.
+        select_divergence: At the end of an epoch, else None.
+        select_top1: The same.
+    """
+
+    step: int
+    minutes: float
+    loss: float
+    top1: float
+    tau: float
+    rate: float
+    entropy: float
+    moved: float
+    select_divergence: float | None = None
+    select_top1: float | None = None
+
+
+class MetricsLog:
+    """Appends rows to `learning.csv` in a folder; and to TensorBoard's log there.
+
+    Raises:
+        HostError: The folder cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "learning.csv"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            is_new = not path.exists()
+            self._file = path.open("a", newline="", encoding="utf-8")
+        except OSError as error:
+            raise host_error(error, where=folder) from error
+        self._csv = csv.DictWriter(self._file, [f.name for f in fields(Row)])
+        if is_new:
+            self._csv.writeheader()
+        self._board: Any = None
+        if importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder))
+
+    def write(self, row: Row) -> None:
+        """Append one row; it is on disk when this returns."""
+        values = asdict(row)
+        self._csv.writerow({k: "" if v is None else v for k, v in values.items()})
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if name != "step" and value is not None:
+                    self._board.add_scalar(name, value, row.step)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
