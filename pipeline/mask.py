@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.artifacts import ImageSet, MaskSet, Provenance
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.artifacts import DenseLayer, ImageSet, Layer, MaskSet, Pattern, Provenance
+from pipeline.bounds import at_least
 from pipeline.data import Dataset
 from pipeline.errors import InputError
 from pipeline.layers import survey
-from pipeline.learning.recipes import LearnOptions
+from pipeline.learning.recipes import LearnFiles, LearnOptions
 from pipeline.masking.magnitude import magnitude_mask
-from pipeline.masking.maskset import read_masks, write_masks
+from pipeline.masking.maskset import load_masks, read_masks, require_fit, write_masks
 from pipeline.masking.patterns import CHANNEL, LAYOUTS, parse_pattern
-from pipeline.masking.policy import select_layers
+from pipeline.masking.policy import TOO_COSTLY, LayerPolicy, select_layers
 from pipeline.weights import tensors_sha256
 
 if TYPE_CHECKING:
@@ -34,16 +38,25 @@ class MaskOptions:
         method: `learned`, `magnitude`, or `auto`: learned where there are images.
         pattern: N:M.
         layout: `channel` (TensorRT's) or `flat` (for comparison only).
+        include_linear: Mask linear layers too.
+        layers: Patterns of names of the weights to mask; all eligible ones by default.
+        min_channels: Leave convolutions with fewer input channels dense.
+        keep_dense_budget: Percent of the maskable MACs that may stay dense: those of the layers whose masking costs most.
         learn: For learned masks.
     """
 
     method: str = AUTO
     pattern: str = "2:4"
     layout: str = CHANNEL
+    include_linear: bool = False
+    layers: tuple[str, ...] = ()
+    min_channels: int = 0
+    keep_dense_budget: float = 0.0
     learn: LearnOptions = field(default_factory=LearnOptions)
 
     def __post_init__(self) -> None:
         parse_pattern(self.pattern)
+        at_least(0, min_channels=self.min_channels, keep_dense_budget=self.keep_dense_budget)
         if self.layout not in LAYOUTS:
             raise InputError(f"unknown layout {self.layout!r}", fix=f"choose one of {', '.join(LAYOUTS)}")
         if self.method not in (AUTO, *METHODS):
@@ -66,8 +79,9 @@ def choose_masks(
     data: Dataset | None = None,
     image_sets: tuple[ImageSet, ...] = (),
     only: Collection[str] | None = None,
-    progress: Path | None = None,
-    log: Path | None = None,
+    init: Path | None = None,
+    files: LearnFiles | None = None,
+    device: str = "auto",
 ) -> MaskSet:
     """Choose a mask for every layer that the policy selects; the module's weights stay as they are.
 
@@ -79,8 +93,9 @@ def choose_masks(
         data: Needed by learned masks.
         image_sets: Which images `data` holds, for the record.
         only: Names of the weights to mask, among those that the policy selects; all by default.
-        progress: Checkpoint of the learner, to go on from if it is there; removed when the masks are written.
-        log: Folder for the learner's metrics.
+        init: Mask file to start learning from; it says which layers are masked.
+        files: The learner's own; its checkpoint is removed when the masks are written.
+        device: Where to learn: `auto`, `cpu` or `cuda`.
 
     Raises:
         InputError: Nothing can be masked, or learned masks without data.
@@ -88,11 +103,27 @@ def choose_masks(
     method = method_for(options.method, data is not None)
     pattern = parse_pattern(options.pattern)
     layers, _ = survey(module, provenance.preprocessing)
-    selection = select_layers(layers, pattern)
+    selection = select_layers(
+        layers, pattern, LayerPolicy(options.include_linear, options.layers, options.min_channels)
+    )
+    given = _start(init, layers, pattern) if init is not None else None
+    only = only if given is None else given.keys()
     chosen = [layer for layer in selection.masked if only is None or layer.name in only]
     state = module.state_dict()
     weights = {layer.name: state[layer.name].detach().cpu().float().numpy() for layer in chosen}
     masks = {name: magnitude_mask(weight, pattern, options.layout) for name, weight in weights.items()}
+    dense = selection.dense
+    if options.keep_dense_budget > 0:
+        if data is None:
+            raise InputError("--keep-dense-budget needs images", fix="give --data DIR with train/ and val/")
+        from pipeline.learning.sensitivity import costliest
+
+        left = costliest(
+            module, masks, chosen, provenance.preprocessing, data, options.keep_dense_budget, options.learn
+        )
+        dense += tuple(DenseLayer(x.name, x.shape, x.macs, TOO_COSTLY) for x in chosen if x.name in left)
+        chosen = [layer for layer in chosen if layer.name not in left]
+        weights, masks = ({k: v for k, v in d.items() if k not in left} for d in (weights, masks))
     learning = None
     if method == LEARNED:
         if data is None:
@@ -102,35 +133,43 @@ def choose_masks(
             )
         if options.layout != CHANNEL:
             raise InputError("masks are learned along C only", found=f"layout {options.layout}")
-        from pipeline.learning.trainer import LearnFiles, learn_masks
+        from pipeline.learning.trainer import learn_masks
 
         masks, learning = learn_masks(
             module,
-            masks,
+            masks if given is None else {name: given[name] for name in masks},
             pattern,
             provenance.preprocessing,
             data,
             options.learn,
             images=tuple(s.sha256 for s in image_sets),
-            files=LearnFiles(progress, log),
+            given=given is not None,
+            files=files,
+            device=device,
         )
     written = write_masks(
         out,
         masks,
         weights,
         chosen,
-        selection.dense,
+        dense,
         model=provenance.model,
         pattern=pattern,
         layout=options.layout,
         method=method,
         weights_sha256=tensors_sha256(state),
         learning=learning,
-        image_sets=image_sets if learning else (),
+        image_sets=image_sets if learning or options.keep_dense_budget > 0 else (),
     )
-    if progress is not None:
-        progress.unlink(missing_ok=True)
+    if files is not None and files.state is not None:
+        files.state.unlink(missing_ok=True)
     return written
+
+
+def _start(path: Path, layers: Sequence[Layer], pattern: Pattern) -> dict[str, npt.NDArray[np.bool_]]:
+    masks = load_masks(path)
+    require_fit(masks, layers, pattern, CHANNEL, where=path)
+    return masks
 
 
 def given_masks(module: nn.Module, provenance: Provenance, path: Path, *, deployable: bool = True) -> MaskSet:

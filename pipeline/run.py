@@ -39,6 +39,7 @@ class LineOptions:
         repository: Triton's, to deploy to.
         allow_untrained: Deploy even random weights.
         out: The folder to write.
+        device: Where masks are learned: `auto`, `cpu` or `cuda`.
     """
 
     model: ModelOptions
@@ -50,6 +51,7 @@ class LineOptions:
     repository: Path | None
     allow_untrained: bool
     out: Path
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def run(options: LineOptions) -> Finished:
     log.info("backend: %s (%s)", backend, why)
     precision = options.precision or ("fp16" if backend == TENSORRT else "fp32")
     with Workspace(options.out) as ws:
-        job = stages.Job(ws, options.model, options.recipe)
+        job = stages.Job(ws, options.model, options.recipe, options.device)
         dense = stages.load(job)
         data = _data(options, dense)
         images = stages.look_at_images(job, data, dense) if data is not None else None

@@ -19,6 +19,7 @@ from pipeline.checkpoint import ModelOptions, load_checkpoint, module_of, weight
 from pipeline.compare import compare, fidelity
 from pipeline.data import Dataset, ImageFiles, identify, listing_sha256, require_disjoint
 from pipeline.files import read_bytes, sha256_of, write_atomically
+from pipeline.learning.recipes import LearnFiles
 from pipeline.mask import LEARNED, MAGNITUDE, choose_masks, given_masks
 from pipeline.models import model_identity
 from pipeline.recalibrate import recalibrate
@@ -29,7 +30,7 @@ from pipeline.reports import ConformanceReport, Fidelity, ParityReport, TimingRe
 from pipeline.timing import time_engines
 from pipeline.workspace import Workspace
 
-_STATE = "learning.safetensors"
+_STATE, _LOG = "learning.safetensors", "learning"
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Job:
     ws: Workspace
     model: ModelOptions
     recipe: Recipe
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -160,13 +162,22 @@ def choose(job: Job, dense: Checkpoint, how: str | Path, images: Images | None) 
             lambda: _copied(given_masks(module_of(job.model, dense), dense.provenance, how), out),
         )
     options = replace(job.recipe.mask, method=how)
-    data, sets = (images.data, images.sets.shaping) if images and how == LEARNED else (None, ())
+    looks = how == LEARNED or options.keep_dense_budget > 0
+    data, sets = (images.data, images.sets.shaping) if images and looks else (None, ())
+    files = LearnFiles(job.ws.hidden(_STATE), log=job.ws.hidden(_LOG))
     return job.ws.stage(
         "mask",
         MaskSet,
         {"checkpoint": dense.sha256, "options": options, "images": [s.sha256 for s in sets]},
         lambda: choose_masks(
-            module_of(job.model, dense), dense.provenance, options, out, data, sets, None, job.ws.hidden(_STATE)
+            module_of(job.model, dense),
+            dense.provenance,
+            options,
+            out,
+            data,
+            sets,
+            files=files,
+            device=job.device,
         ),
     )
 

@@ -38,16 +38,35 @@ def mask(
     layout: Annotated[
         str | None, typer.Option(help="channel (TensorRT's, the default) or flat (for comparison; cannot be deployed).")
     ] = None,
+    include_linear: Annotated[bool, typer.Option(help="Mask linear layers too.")] = False,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Mask only weights whose name matches, such as 'layer3.*'; repeatable.")
+    ] = None,
+    min_channels: Annotated[int | None, typer.Option(help="Leave layers with fewer input channels dense.")] = None,
+    keep_dense_budget: Annotated[
+        float | None,
+        typer.Option(help="Percent of the MACs that may stay dense, in the layers that cost most accuracy."),
+    ] = None,
+    init: Annotated[Path | None, typer.Option(help="Mask file to start learning from.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from where an interrupted run of this command stood.")] = False,
+    log_dir: Annotated[
+        Path | None, typer.Option(help="Folder for learning.csv (and TensorBoard, if installed).")
+    ] = None,
     budget_minutes: Annotated[float | None, typer.Option(min=0, help="Stop learning after this long.")] = None,
     classes: options.Classes = None,
     seed: options.Seed = 0,
+    device: options.Device = "auto",
     recipe: options.RecipeFile = None,
     report: options.Report = None,
 ) -> None:
-    """Choose masks for MODEL; its weights stay as they are."""
+    """Choose masks for MODEL; its weights stay as they are.
+
+    Under `torchrun` all processes learn the same masks, each from its own share of the images.
+    """
     from pipeline.checkpoint import ModelOptions, open_checkpoint
     from pipeline.data import identify
     from pipeline.files import write_json
+    from pipeline.learning.recipes import LearnFiles
     from pipeline.mask import LEARNED, choose_masks, method_for
     from pipeline.recipe import read_recipe
     from pipeline.report import masks_values
@@ -61,10 +80,15 @@ def mask(
         method=method_for(method or chosen.mask.method, dataset is not None),
         pattern=pattern or chosen.mask.pattern,
         layout=layout or chosen.mask.layout,
+        include_linear=include_linear or chosen.mask.include_linear,
+        layers=tuple(layers) if layers else chosen.mask.layers,
+        min_channels=chosen.mask.min_channels if min_channels is None else min_channels,
+        keep_dense_budget=chosen.mask.keep_dense_budget if keep_dense_budget is None else keep_dense_budget,
         learn=learn,
     )
     sets = (identify(dataset.train), identify(dataset.select)) if dataset is not None and how.method == LEARNED else ()
-    masks = choose_masks(module, provenance, how, out, dataset, sets)
+    files = LearnFiles(out.with_name(f"{out.name}.learning"), resume, log_dir)
+    masks = choose_masks(module, provenance, how, out, dataset, sets, init=init, files=files, device=device)
     if report is not None:
         write_json(report, masks_values(masks, out.parent))
     print(

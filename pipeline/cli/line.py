@@ -50,6 +50,7 @@ def engine(
     out: Annotated[Path | None, typer.Option(help="Folder to write; build/MODEL by default.")] = None,
     classes: options.Classes = None,
     seed: options.Seed = 0,
+    device: options.Device = "auto",
     recipe: options.RecipeFile = None,
     report: options.Report = None,
 ) -> None:
@@ -88,6 +89,7 @@ def engine(
                 repository=repository,
                 allow_untrained=allow_untrained,
                 out=folder,
+                device=device,
             )
         )
     except ConformanceError as error:

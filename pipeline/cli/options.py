@@ -21,6 +21,7 @@ Data = Annotated[
     typer.Option(help="Folder with train/CLASS/* and val/CLASS/*; digits_resnet has its own images."),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of random weights, of learning, and of the select part.")]
+Device = Annotated[str, typer.Option(help="Where masks are learned: auto, cpu or cuda.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="TOML file with options of the stages.")]
 Report = Annotated[Path | None, typer.Option(help="Write the verdict as JSON.")]
 Out = Annotated[Path, typer.Option("--output", "-o", help="File to write.")]

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.bounds import above, at_least
 from pipeline.errors import InputError
 
 AUGMENTATIONS = ("none", "shift", "shift+flip")
+
+
+@dataclass(frozen=True)
+class LearnFiles:
+    """Where the learner keeps what outlives it; None keeps nothing.
+
+    Attributes:
+        state: Its checkpoint.
+        resume: Go on from a checkpoint of the same question.
+        log: Folder of its metrics.
+    """
+
+    state: Path | None = None
+    resume: bool = True
+    log: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ import copy
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +22,7 @@ from pipeline.learning.judge import Judge, Judgement, distillation, share_moved
 from pipeline.learning.masked_net import MaskedNet, Masks
 from pipeline.learning.metrics import MetricsLog, Row
 from pipeline.learning.processes import Process, process
-from pipeline.learning.recipes import LearnOptions
+from pipeline.learning.recipes import LearnFiles, LearnOptions
 from pipeline.learning.schedule import (
     Batch,
     fraction_done,
@@ -43,19 +41,6 @@ log = logging.getLogger(__name__)
 _LOG_EVERY = 50
 _ESTIMATE_AFTER = 10
 _SMOOTHING = 0.95
-
-
-@dataclass(frozen=True)
-class LearnFiles:
-    """Where the learner keeps what outlives it; None keeps nothing.
-
-    Attributes:
-        state: Its checkpoint. One of the same question is gone on from; it is removed when the masks are there.
-        log: Folder of its metrics.
-    """
-
-    state: Path | None = None
-    log: Path | None = None
 
 
 def learn_masks(
@@ -203,7 +188,9 @@ class Learner:
         return Progress(first, first, dict(self.start))
 
     def _resumed(self, key: str) -> Progress | None:
-        state = load_state(self.files.state, key) if self.files.state is not None else None
+        if self.files.state is None or not self.files.resume:
+            return None
+        state = load_state(self.files.state, key)
         if state is None:
             return None
         with torch.no_grad():

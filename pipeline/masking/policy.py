@@ -4,12 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from pipeline.artifacts import DenseLayer, Layer, Pattern
 from pipeline.errors import InputError, listed
 from pipeline.masking.eligibility import ineligible_reason
 
 STEM, LINEAR, UNUSED = "stem", "linear", "not_used_in_inference"
+NARROW, NOT_NAMED, TOO_COSTLY = "fewer_channels_than_asked", "not_named", "costs_too_much_accuracy"
+
+
+@dataclass(frozen=True)
+class LayerPolicy:
+    """Which of the eligible layers to mask.
+
+    Attributes:
+        include_linear: Mask linear layers too, the head among them.
+        names: Patterns of names (`layer3.*`); none means all.
+        min_channels: Leave convolutions with fewer input channels dense.
+    """
+
+    include_linear: bool = False
+    names: tuple[str, ...] = ()
+    min_channels: int = 0
 
 
 @dataclass(frozen=True)
@@ -20,11 +37,15 @@ class Selection:
     dense: tuple[DenseLayer, ...]
 
 
-def select_layers(layers: Sequence[Layer], pattern: Pattern) -> Selection:
+_USUAL = LayerPolicy()
+
+
+def select_layers(layers: Sequence[Layer], pattern: Pattern, policy: LayerPolicy = _USUAL) -> Selection:
     """Split a model's layers: every eligible convolution is masked, but for the stem.
 
     The stem (the first convolution) sees few channels and costs the most accuracy; linear layers are the head, or a
-    transformer's business. Both stay dense by choice; ineligible layers stay dense by necessity.
+    transformer's business. Both stay dense by choice, unless the policy says otherwise; ineligible layers stay dense by
+    necessity.
 
     Raises:
         InputError: Nothing is left to mask.
@@ -37,10 +58,14 @@ def select_layers(layers: Sequence[Layer], pattern: Pattern) -> Selection:
         reason = ineligible_reason(layer.op, layer.shape[1], layer.groups, pattern.m)
         if reason is None and layer.position is None:
             reason = UNUSED
-        elif reason is None and layer.op != "Conv":
+        elif reason is None and layer.op != "Conv" and not policy.include_linear:
             reason = LINEAR
         elif reason is None and layer is stem:
             reason = STEM
+        elif reason is None and policy.names and not any(fnmatchcase(layer.name, name) for name in policy.names):
+            reason = NOT_NAMED
+        elif reason is None and layer.shape[1] < policy.min_channels:
+            reason = NARROW
         if reason is None:
             masked.append(layer)
         else:

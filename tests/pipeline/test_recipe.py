@@ -22,6 +22,10 @@ OTHERS: dict[str, dict[str, tuple[str, Any]]] = {
         "method": ("'magnitude'", "magnitude"),
         "pattern": ("'1:4'", "1:4"),
         "layout": ("'flat'", "flat"),
+        "include_linear": ("true", True),
+        "layers": ("['layer3.*']", ("layer3.*",)),
+        "min_channels": ("64", 64),
+        "keep_dense_budget": ("5", 5.0),
     },
     "learn": {
         "epochs": ("7", 7),
