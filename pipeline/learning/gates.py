@@ -46,19 +46,22 @@ class Gates(nn.Module):
         with torch.no_grad():
             self.logits.add_(members == members.amax(dim=0, keepdim=True), alpha=lead)
 
-    def sample(self, weight: torch.Tensor, tau: float, seed: int, *, hard: bool = True) -> torch.Tensor:
+    def sample(
+        self, weight: torch.Tensor, tau: float, seed: int, *, noise: float = 1.0, hard: bool = True
+    ) -> torch.Tensor:
         """The weight under a Gumbel-softmax sample (Jang et al. 2017; Maddison et al. 2017).
 
         Args:
             weight: The frozen weight (K, C, ...), contiguous.
             tau: Temperature of the soft sample, whose gradient the gates receive.
             seed: Of the noise; the same seed gives the same sample on one kind of device.
+            noise: Scale of the Gumbel noise: 1 samples by the softmax of the logits, 0 takes the likeliest pattern.
             hard: Zeros and ones in the forward pass (straight-through); else the soft sample itself.
 
         Returns:
             Mask times weight, shaped like the weight.
         """
-        masked: torch.Tensor = _Sample.apply(self.logits, weight, self.table, tau, seed, hard)  # type: ignore[no-untyped-call]
+        masked: torch.Tensor = _Sample.apply(self.logits, weight, self.table, tau, seed, noise, hard)  # type: ignore[no-untyped-call]
         return masked
 
     def mask(self) -> npt.NDArray[np.bool_]:
@@ -85,11 +88,18 @@ class _Sample(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, tau: float, seed: int, hard: bool
+        ctx: Any,
+        logits: torch.Tensor,
+        weight: torch.Tensor,
+        table: torch.Tensor,
+        tau: float,
+        seed: int,
+        noise: float,
+        hard: bool,
     ) -> torch.Tensor:
         ctx.save_for_backward(logits, weight, table)
-        ctx.tau, ctx.seed = tau, seed
-        noisy = _noisy(logits, seed)
+        ctx.tau, ctx.seed, ctx.noise = tau, seed, noise
+        noisy = _noisy(logits, seed, noise)
         source = _slabs(weight, table.shape[1])
         masked = torch.empty_like(weight)
         target = _slabs(masked, table.shape[1])
@@ -106,20 +116,22 @@ class _Sample(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         logits, weight, table = ctx.saved_tensors
-        soft = torch.softmax(_noisy(logits, ctx.seed).div_(ctx.tau), dim=0)
+        soft = torch.softmax(_noisy(logits, ctx.seed, ctx.noise).div_(ctx.tau), dim=0)
         # What the loss would change by if an element were kept, and so if a pattern were.
         elements = _slabs(gradients[0].contiguous() * weight, table.shape[1])
         gains = _by_pattern(elements, table)
         gains -= (soft * gains).sum(dim=0, keepdim=True)
-        return gains.mul_(soft).div_(ctx.tau), None, None, None, None, None
+        return gains.mul_(soft).div_(ctx.tau), None, None, None, None, None, None
 
 
-def _noisy(logits: torch.Tensor, seed: int) -> torch.Tensor:
+def _noisy(logits: torch.Tensor, seed: int, scale: float) -> torch.Tensor:
     """Logits plus Gumbel noise; a new tensor."""
+    if scale == 0:
+        return logits.detach().clone()
     generator = torch.Generator(logits.device).manual_seed(seed)
     noise = torch.empty_like(logits).uniform_(generator=generator)
     # -log(-log(u)); a u of 0 gives minus infinity, which is never chosen.
-    return noise.log_().neg_().log_().neg_().add_(logits)
+    return noise.log_().neg_().log_().mul_(-scale).add_(logits)
 
 
 def _slabs(weight: torch.Tensor, m: int) -> torch.Tensor:

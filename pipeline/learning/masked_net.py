@@ -45,10 +45,12 @@ class MaskedNet(nn.Module):
         self._hard = hard
         self.gates = nn.ModuleList(Gates(weight, pattern, prior) for weight in self._weights.values())
 
-    def forward(self, images: torch.Tensor, tau: float, seeds: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, images: torch.Tensor, tau: float, noise: float, seeds: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of the images under one draw of all masks, and the share of squared magnitude that the draw keeps."""
         drawn = {
-            name: gates.sample(weight, tau, seed, hard=self._hard)
+            name: gates.sample(weight, tau, seed, noise=noise, hard=self._hard)
             for (name, weight), gates, seed in zip(self._weights.items(), self._each(), seeds, strict=True)
         }
         logits = functional_call(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.util
 from dataclasses import asdict, dataclass, fields
@@ -65,10 +66,17 @@ class MetricsLog:
             self._board = SummaryWriter(str(folder))
 
     def write(self, row: Row) -> None:
-        """Append one row; it is on disk when this returns."""
+        """Append one row; it is in the file when this returns.
+
+        Raises:
+            HostError: The disk is full.
+        """
         values = asdict(row)
-        self._csv.writerow({k: "" if v is None else v for k, v in values.items()})
-        self._file.flush()
+        try:
+            self._csv.writerow({k: "" if v is None else v for k, v in values.items()})
+            self._file.flush()
+        except OSError as error:
+            raise host_error(error, where=self._file.name) from error
         if self._board is not None:
             for name, value in values.items():
                 if name != "step" and value is not None:
@@ -76,6 +84,7 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the files."""
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
         if self._board is not None:
             self._board.close()

@@ -49,6 +49,11 @@ def temperature(fraction: float, options: LearnOptions) -> float:
     return float(options.tau_start * (options.tau_end / options.tau_start) ** fraction)
 
 
+def noise_scale(fraction: float, options: LearnOptions) -> float:
+    """Falls linearly from one to `options.noise_end`."""
+    return 1 + (options.noise_end - 1) * fraction
+
+
 def learning_rate(fraction: float, options: LearnOptions) -> float:
     """Falls along half a cosine, to a hundredth."""
     return options.rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * fraction)))

@@ -27,6 +27,7 @@ from pipeline.learning.schedule import (
     Batch,
     fraction_done,
     learning_rate,
+    noise_scale,
     seed_of,
     steps_per_epoch,
     temperature,
@@ -213,7 +214,8 @@ class Learner:
         with torch.autocast(self.here.device.type, torch.bfloat16, enabled=self.here.device.type == "cuda"):
             with torch.no_grad():
                 target = self.teacher(images)
-            logits, kept = self.parallel(images, temperature(fraction, self.options), seeds)
+            tau, noise = temperature(fraction, self.options), noise_scale(fraction, self.options)
+            logits, kept = self.parallel(images, tau, noise, seeds)
         loss = self._loss(logits.float(), target.float(), labels, kept)
         if not bool(loss.isfinite()):
             raise InputError(
