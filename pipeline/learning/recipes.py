@@ -36,8 +36,9 @@ class LearnOptions:
         rate: Adam's learning rate for the gates, at its highest; it falls to zero along a cosine.
         tau_start: Temperature of the Gumbel-softmax at the first step.
         tau_end: And at the last; it falls geometrically.
-        noise_end: Scale of the Gumbel noise at the last step, from 1 at the first: without noise, what is learned at the end
-            is what will be deployed.
+        noise_start: Scale of the Gumbel noise at the first step: 1 samples by the softmax of the gates, 0 not at all.
+        noise_end: And at the last; it falls in a straight line. Without noise, what is learned at the end is what will be
+            deployed.
         hard: Forward through zeros and ones (straight-through); else through the soft sample.
         prior: How strongly the gates start out for the magnitude mask: the standard deviation of a layer's gates.
         lead: How far the patterns of given masks (`--init`) start above the others.
@@ -56,7 +57,8 @@ class LearnOptions:
     batch: int = 64
     rate: float = 0.1
     tau_start: float = 1.0
-    tau_end: float = 0.3
+    tau_end: float = 1.0
+    noise_start: float = 0.3
     noise_end: float = 0.0
     hard: bool = True
     prior: float = 3.0
@@ -72,7 +74,8 @@ class LearnOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        at_least(0, epochs=self.epochs, noise_end=self.noise_end, prior=self.prior, lead=self.lead)
+        at_least(0, epochs=self.epochs, noise_start=self.noise_start, noise_end=self.noise_end)
+        at_least(0, prior=self.prior, lead=self.lead)
         at_least(0, distill=self.distill, ema=self.ema)
         at_least(0, norm_reward=self.norm_reward, patience=self.patience, save_every=self.save_every, seed=self.seed)
         at_least(0, budget_minutes=self.budget_minutes)

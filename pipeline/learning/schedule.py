@@ -50,8 +50,8 @@ def temperature(fraction: float, options: LearnOptions) -> float:
 
 
 def noise_scale(fraction: float, options: LearnOptions) -> float:
-    """Falls linearly from one to `options.noise_end`."""
-    return 1 + (options.noise_end - 1) * fraction
+    """Goes in a straight line."""
+    return options.noise_start + (options.noise_end - options.noise_start) * fraction
 
 
 def learning_rate(fraction: float, options: LearnOptions) -> float:

@@ -33,6 +33,7 @@ OTHERS: dict[str, dict[str, tuple[str, Any]]] = {
         "rate": ("0.25", 0.25),
         "tau_start": ("2", 2.0),
         "tau_end": ("0.5", 0.5),
+        "noise_start": ("0.75", 0.75),
         "noise_end": ("0.5", 0.5),
         "hard": ("false", False),
         "prior": ("1.5", 1.5),
