@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pipeline.artifacts import Pattern
+from pipeline.learning import gates as gates_module
 from pipeline.learning.gates import Gates
 
 PATTERNS = [(1, 2), (1, 4), (2, 4), (3, 4), (2, 6), (4, 8)]
@@ -186,7 +187,8 @@ def test_the_gradient_is_that_of_the_soft_sample_by_finite_differences(
     assert gates.logits.grad is not None
     found = rows(gates.logits.grad)
 
-    uniform = torch.empty_like(gates.logits).uniform_(generator=torch.Generator().manual_seed(3))
+    bits = np.random.Generator(np.random.SFC64(3))
+    uniform = torch.from_numpy(bits.random(gates.logits.shape, dtype=np.float32))
     gumbel, logits = -np.log(-np.log(rows(uniform))), rows(gates.logits)
     coefficient *= weight.numpy()
     chosen = [list(c) for c in itertools.combinations(range(4), n)]
@@ -220,3 +222,52 @@ def test_only_the_logits_are_learned_and_the_weight_is_left_alone() -> None:
     gates.sample(weight, 1.0, 0).sum().backward()
     assert weight.grad is None
     assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("cached", [1, 100, 5000, 10**9])
+@pytest.mark.parametrize("hard", [True, False])
+def test_pieces_that_fit_the_cache_make_one_sample_and_its_gradient(
+    cached: int, hard: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the written-out formula and autograd, with the noise that the pieces were given."""
+    monkeypatch.setattr("pipeline.learning.gates._CACHED", cached)
+    weight = distinct((7, 8, 3, 3))
+    gates = Gates(weight, Pattern(2, 4), 1.0)
+    noisy = torch.cat([piece.clone() for _, piece in gates_module._noisy(gates.logits.detach(), 5, 0.5)], dim=1)
+    noise = noisy - gates.logits.detach()
+    logits = gates.logits.detach().clone().requires_grad_()
+    soft = torch.softmax((logits + noise) / 0.7, dim=0)
+    shares = torch.stack([soft[gates.table[:, j]].sum(0) for j in range(4)], dim=2).reshape(weight.shape)
+    coefficient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    (shares * weight * coefficient).sum().backward()
+    sample = gates.sample(weight, 0.7, 5, noise=0.5, hard=hard)
+    (sample * coefficient).sum().backward()
+    expected = torch.from_numpy(mask_of(rows(noisy).argmax(axis=1), tuple(weight.shape), 2, 4)) * weight
+    assert torch.allclose(sample.detach(), expected if hard else (shares * weight).detach(), rtol=1e-4, atol=1e-4)
+    assert gates.logits.grad is not None
+    assert logits.grad is not None
+    assert torch.allclose(gates.logits.grad, logits.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_without_noise_the_likeliest_pattern_is_taken() -> None:
+    weight = distinct((4, 8, 3, 3))
+    gates = Gates(weight, Pattern(2, 4), 3.0)
+    sample = gates.sample(weight, 1.0, 0, noise=0.0).detach()
+    assert np.array_equal(sample.numpy() != 0, gates.mask())
+
+
+@pytest.mark.parametrize("choices", [6, 4])
+def test_entropy_is_one_for_an_even_choice_and_zero_for_a_certain_one(choices: int) -> None:
+    gates = Gates(distinct((2, 8)), Pattern(2 if choices == 6 else 1, 4), 0.0)
+    assert gates.entropy() == pytest.approx(1)
+    with torch.no_grad():
+        gates.logits[0] = 100
+    assert gates.entropy() == pytest.approx(0, abs=1e-6)
+
+
+def test_given_masks_lead() -> None:
+    weight = distinct((4, 8, 3, 3))
+    gates = Gates(weight, Pattern(2, 4), 1.0)
+    given = mask_of(np.random.default_rng(0).integers(0, 6, 4 * 2 * 9), tuple(weight.shape), 2, 4)
+    gates.start_from(given, 50.0)
+    assert np.array_equal(gates.mask(), given)
