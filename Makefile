@@ -44,8 +44,8 @@ lint: .venv/.ready ## Style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: .venv/.ready ## The benchmarks; they write JSON beside their scripts
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+bench: .venv/.ready ## The benchmarks that need no data of yours; they write JSON beside their scripts
+	for name in line conformance mask_step; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean: ## Remove what the line wrote
 	rm -rf build
