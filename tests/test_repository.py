@@ -30,7 +30,7 @@ def test_no_source_needs_a_table_of_contents() -> None:
 
 
 def test_no_file_names_a_path_of_somebodys_machine() -> None:
-    home = re.compile(r"(?<![\w.])/(?:home|Users|work)/\w")
+    home = re.compile(r"(?<![\w.])/(?:home|root|Users|work)/\w")
     found = []
     for path in tracked():
         if path.suffix in (".py", ".md", ".toml", ".txt", ".json", ".j2", ".yml", "") and path != Path(__file__):
