@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
@@ -12,6 +13,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 T = TypeVar("T")
+
+
+def speaks() -> bool:
+    """Whether this process tells people what it does: of those that torchrun started, the first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @cache

@@ -12,7 +12,7 @@ import typer
 from pipeline.cli import checkpoints, engines, gates, line
 from pipeline.errors import PipelineError
 from pipeline.interrupts import INTERRUPTS, listening
-from pipeline.progress import narrator
+from pipeline.progress import narrator, speaks
 
 PASSED, GATE_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 3, 130
 _SIGNALLED = 128
@@ -46,6 +46,8 @@ def common(
 ) -> None:
     """Options of every command."""
     level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
+    if not speaks():
+        level = logging.ERROR
     handler = _Narration()
     for package in ("pipeline", "exporters", "engines"):
         logger = logging.getLogger(package)

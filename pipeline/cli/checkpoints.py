@@ -68,6 +68,7 @@ def mask(
     from pipeline.files import write_json
     from pipeline.learning.recipes import LearnFiles
     from pipeline.mask import LEARNED, choose_masks, method_for
+    from pipeline.progress import speaks
     from pipeline.recipe import read_recipe
     from pipeline.report import masks_values
 
@@ -89,6 +90,8 @@ def mask(
     sets = (identify(dataset.train), identify(dataset.select)) if dataset is not None and how.method == LEARNED else ()
     files = LearnFiles(out.with_name(f"{out.name}.learning"), resume, log_dir)
     masks = choose_masks(module, provenance, how, out, dataset, sets, init=init, files=files, device=device)
+    if not speaks():
+        return
     if report is not None:
         write_json(report, masks_values(masks, out.parent))
     print(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,3 +169,25 @@ def test_an_interrupted_command_goes_on_with_resume(
     a, b = (safetensors.numpy.load_file(p) for p in (out, tmp_path / "whole.safetensors"))
     assert all(np.array_equal(a[name], b[name]) for name in b)
     assert not (tmp_path / "m.safetensors.learning").exists()
+
+
+def test_several_processes_write_one_mask_file_and_one_of_them_speaks(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text("[learn]\nepochs = 1\nbatch = 128\n")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29518"]
+    command = [
+        "-m",
+        "pipeline",
+        "mask",
+        "digits_resnet",
+        "--device",
+        "cpu",
+        "--recipe",
+        "r.toml",
+        "-o",
+        "m.safetensors",
+    ]
+    done = subprocess.run([*launcher, *command], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("masks (learned) for 8 layers") == 1
+    assert done.stderr.count("epoch 1/1:") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.safetensors", "r.toml"]

@@ -44,7 +44,9 @@ outers = st.builds(
     many=st.lists(inners, max_size=3).map(tuple),
     maybe=st.none() | inners,
     table=st.dictionaries(words, st.integers(), max_size=3),
-    path=st.sampled_from([Path("/somewhere/x/a.bin"), Path("/somewhere/x/b/c"), Path("/elsewhere/d"), Path("/somewhere/x")]),
+    path=st.sampled_from(
+        [Path("/somewhere/x/a.bin"), Path("/somewhere/x/b/c"), Path("/elsewhere/d"), Path("/somewhere/x")]
+    ),
     extra=st.lists(words, max_size=2).map(tuple),
 )
 GOOD: dict[str, Any] = {
