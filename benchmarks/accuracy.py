@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from pipeline.intervals import PairedCounts, drop_interval
 from pipeline.layers import survey
 from pipeline.learning.masked_net import Masks
 from pipeline.learning.recipes import LearnFiles, LearnOptions
+from pipeline.learning.report_recipe import ReportOptions, hits_of, learn_as_reported
 from pipeline.learning.trainer import learn_masks
 from pipeline.masking.magnitude import magnitude_mask
 from pipeline.masking.policy import select_layers
@@ -105,9 +106,15 @@ def paired(first: Hits, second: Hits) -> dict[str, Any]:
 
 
 def measure(
-    name: str, module: nn.Module, data: Dataset, options: LearnOptions, state: Path, command: str
+    name: str,
+    module: nn.Module,
+    data: Dataset,
+    options: LearnOptions,
+    reported: ReportOptions,
+    state: Path,
+    command: str,
 ) -> dict[str, Any]:
-    """All rows of one network and seed."""
+    """All rows of one network and seed; those of the report's recipe if it has epochs."""
     layers, _ = survey(module, HOW)
     chosen = select_layers(layers, PATTERN).masked
     weights = module.state_dict()
@@ -119,7 +126,13 @@ def measure(
     minutes = (time.monotonic() - started) / 60
     nets = {"dense": module, "magnitude": pruned(module, magnitude), "maskplan": pruned(module, learned)}
     nets |= {f"{row}, recalibrated": recalibrated(net, data) for row, net in nets.items()}
+    asp = by_asp(module, layers)
+    nets["magnitude, ASP's layers, recalibrated"] = recalibrated(pruned(module, asp), data)
     right = {row: hits(net, data.val) for row, net in nets.items()}
+    if reported.epochs:
+        report_net = learn_as_reported(module, HOW, data, reported, PATTERN)
+        for row, sampled in (("report, sampled", True), ("report, argmax", False)):
+            right[row] = np.array(hits_of(report_net, data.val, HOW, sampled=sampled))
     reference = max(("dense", "dense, recalibrated"), key=lambda row: right[row].mean())
     best_free = max(("magnitude", "magnitude, recalibrated"), key=lambda row: right[row].mean())
     rows = {
@@ -133,6 +146,8 @@ def measure(
         "device": cpu_name(),
         "versions": versions(),
         "masked_layers": len(chosen),
+        "asp_macs_percent": round(100 * share_of_macs([x for x in layers if x.name in asp], layers), 2),
+        "report": encode(reported) if reported.epochs else None,
         "masked_macs_percent": round(100 * share_of_macs(chosen, layers), 2),
         "epochs": learning.epochs,
         "images": learning.images,
@@ -146,7 +161,17 @@ def measure(
     }
 
 
-def share_of_macs(chosen: tuple[Layer, ...], layers: tuple[Layer, ...]) -> float:
+def by_asp(module: nn.Module, layers: Sequence[Layer]) -> Masks:
+    """Magnitude masks under the layer rules of Apex's ASP: tiles of 8 outputs and 16 inputs, linear layers included."""
+    weights = module.state_dict()
+    return {
+        layer.name: magnitude_mask(weights[layer.name].numpy(), PATTERN)
+        for layer in layers
+        if layer.groups == 1 and layer.shape[0] % 8 == 0 and layer.shape[1] % 16 == 0
+    }
+
+
+def share_of_macs(chosen: Sequence[Layer], layers: Sequence[Layer]) -> float:
     """Of all MACs, those in the chosen layers."""
     return sum(layer.macs for layer in chosen) / sum(layer.macs for layer in layers)
 
@@ -178,6 +203,8 @@ def main() -> None:
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--report-epochs", type=int, default=0, help="of the semester report's recipe; 0 leaves it out")
+    parser.add_argument("--report-rate", type=float, default=ReportOptions().rate)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=LearnOptions().rate)
@@ -187,7 +214,8 @@ def main() -> None:
     module = dense_network(args.model, args.weights, args.data)
     state = Path(tempfile.gettempdir()) / f"maskplan-{args.model}-{args.seed}-{args.epochs}" / "learning.safetensors"
     command = f"python benchmarks/accuracy.py {args.model} --epochs {args.epochs} --seed {args.seed} --rate {args.rate}"
-    found = measure(args.model, module, data, options, state, command)
+    reported = ReportOptions(epochs=args.report_epochs, batch=args.batch, rate=args.report_rate, seed=args.seed)
+    found = measure(args.model, module, data, options, reported, state, command)
     runs = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
     runs = [r for r in runs if (r["model"], r["seed"]) != (found["model"], found["seed"])] + [found]
     write_json(RESULTS, runs)
