@@ -34,10 +34,10 @@ deploy: .venv/.ready ## Add the engine of MODEL= to the Triton model repository 
 	$(BIN)/maskplan deploy $(ENGINE) --repository $(REPOSITORY)
 
 test: .venv/.ready ## The tests, but for the slow ones
-	$(BIN)/python -m pytest -m 'not slow'
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m 'not slow'
 
 test-all: .venv/.ready ## All tests
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 
 lint: .venv/.ready ## Style and types
 	$(BIN)/ruff format --check .

@@ -76,7 +76,7 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     return run
 
 
-def spawn(*args: object, cwd: Path | None = None, timeout: float = 300) -> Ran:
+def spawn(*args: object, cwd: Path | None = None, timeout: float = 550) -> Ran:
     """Run a command in a process of its own."""
     command = [sys.executable, "-m", "pipeline", *(str(a) for a in args)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
