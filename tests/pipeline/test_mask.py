@@ -173,7 +173,7 @@ def test_an_interrupted_command_goes_on_with_resume(
 
 def test_several_processes_write_one_mask_file_and_one_of_them_speaks(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text("[learn]\nepochs = 1\nbatch = 128\n")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29518"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [
         "-m",
         "pipeline",

@@ -222,7 +222,7 @@ print(rank, took.steps, took.select_divergence_end, took.select_divergence_start
 
 def test_two_processes_learn_the_same_masks(start: Masks, tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*command, str(tmp_path / "worker.py"), str(tmp_path)], capture_output=True, text=True, check=False, timeout=120
     )
