@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from cifar import HOW, load_cifar10
+from tables import results_option
 from torch import nn
 
 from pipeline.artifacts import Layer, Pattern
 from pipeline.data import Dataset, Split, batches
-from pipeline.files import write_atomically, write_json
 from pipeline.intervals import PairedCounts, drop_interval
 from pipeline.layers import survey
 from pipeline.learning.masked_net import Masks
 from pipeline.learning.recipes import LearnFiles, LearnOptions
-from pipeline.learning.report_recipe import ReportOptions, hits_of, learn_as_reported
 from pipeline.learning.trainer import learn_masks
 from pipeline.masking.magnitude import magnitude_mask
 from pipeline.masking.policy import select_layers
@@ -43,16 +42,8 @@ from pipeline.timing import cpu_name
 from pipeline.weights import fit_weights, read_weights
 
 HERE = Path(__file__).parent
-RESULTS, TABLE = HERE / "accuracy.json", HERE.parent / "docs" / "results.md"
 PATTERN = Pattern(2, 4)
 Hits = npt.NDArray[np.bool_]
-
-_HEAD = """# Accuracy of 2:4 masks on CIFAR-10
-
-Written by `benchmarks/accuracy.py` from `benchmarks/accuracy.json`. Every masked row keeps two of four weights along the
-input channels in every eligible convolution but the stem; weights are never changed. Recalibrated rows have BatchNorm
-statistics of 10,000 training images. Drops, in points of top-1 with paired 95% intervals, are against the better of dense
-and dense recalibrated, on the 10,000 test images, which nothing else has seen."""
 
 
 def dense_network(name: str, weights: Path | None, data: Path) -> nn.Module:
@@ -66,6 +57,12 @@ def dense_network(name: str, weights: Path | None, data: Path) -> nn.Module:
             subprocess.run([*command, "--more", "20"], check=True)
     fit_weights(module, read_weights(weights), where=weights)
     return module.eval()
+
+
+def dense_training(weights: Path | None) -> dict[str, Any] | None:
+    """What dense.py wrote beside the weights."""
+    beside = weights.with_suffix(".json") if weights else None
+    return dict(json.loads(beside.read_text())) if beside and beside.is_file() else None
 
 
 def pruned(module: nn.Module, masks: Masks) -> nn.Module:
@@ -110,11 +107,10 @@ def measure(
     module: nn.Module,
     data: Dataset,
     options: LearnOptions,
-    reported: ReportOptions,
     state: Path,
     command: str,
 ) -> dict[str, Any]:
-    """All rows of one network and seed; those of the report's recipe if it has epochs."""
+    """All rows of one network and seed."""
     layers, _ = survey(module, HOW)
     chosen = select_layers(layers, PATTERN).masked
     weights = module.state_dict()
@@ -129,10 +125,6 @@ def measure(
     asp = by_asp(module, layers)
     nets["magnitude, ASP's layers, recalibrated"] = recalibrated(pruned(module, asp), data)
     right = {row: hits(net, data.val) for row, net in nets.items()}
-    if reported.epochs:
-        report_net = learn_as_reported(module, HOW, data, reported, PATTERN)
-        for row, sampled in (("report, sampled", True), ("report, argmax", False)):
-            right[row] = np.array(hits_of(report_net, data.val, HOW, sampled=sampled))
     reference = max(("dense", "dense, recalibrated"), key=lambda row: right[row].mean())
     best_free = max(("magnitude", "magnitude, recalibrated"), key=lambda row: right[row].mean())
     rows = {
@@ -147,7 +139,6 @@ def measure(
         "versions": versions(),
         "masked_layers": len(chosen),
         "asp_macs_percent": round(100 * share_of_macs([x for x in layers if x.name in asp], layers), 2),
-        "report": encode(reported) if reported.epochs else None,
         "masked_macs_percent": round(100 * share_of_macs(chosen, layers), 2),
         "epochs": learning.epochs,
         "images": learning.images,
@@ -176,26 +167,6 @@ def share_of_macs(chosen: Sequence[Layer], layers: Sequence[Layer]) -> float:
     return sum(layer.macs for layer in chosen) / sum(layer.macs for layer in layers)
 
 
-def table(runs: list[Mapping[str, Any]]) -> str:
-    """Markdown of all runs."""
-    lines = [_HEAD]
-    for run in runs:
-        lines += [
-            "",
-            f"## {run['model']}, seed {run['seed']}",
-            "",
-            f"{run['masked_layers']} masked layers with {run['masked_macs_percent']}% of the MACs; {run['epochs']} epochs of"
-            f" {run['images']} images, {run['minutes']} minutes on {run['device']}. `{run['command']}`",
-            "",
-            "| weights | top-1 % | drop | 95% |",
-            "|---|---|---|---|",
-        ]
-        for name, row in run["rows"].items():
-            low, high = row["drop_ci95"]
-            lines.append(f"| {name} | {row['top1']:.2f} | {row['drop']:+.2f} | {low:+.2f} to {high:+.2f} |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     """Measure one network and add it to the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -203,23 +174,19 @@ def main() -> None:
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--report-epochs", type=int, default=0, help="of the semester report's recipe; 0 leaves it out")
-    parser.add_argument("--report-rate", type=float, default=ReportOptions().rate)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=LearnOptions().rate)
+    results_option(parser)
     args = parser.parse_args()
     options = LearnOptions(epochs=args.epochs, batch=args.batch, rate=args.rate, augment="shift+flip", seed=args.seed)
     data = load_cifar10(args.data)
     module = dense_network(args.model, args.weights, args.data)
     state = Path(tempfile.gettempdir()) / f"maskplan-{args.model}-{args.seed}-{args.epochs}" / "learning.safetensors"
     command = f"python benchmarks/accuracy.py {args.model} --epochs {args.epochs} --seed {args.seed} --rate {args.rate}"
-    reported = ReportOptions(epochs=args.report_epochs, batch=args.batch, rate=args.report_rate, seed=args.seed)
-    found = measure(args.model, module, data, options, reported, state, command)
-    runs = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
-    runs = [r for r in runs if (r["model"], r["seed"]) != (found["model"], found["seed"])] + [found]
-    write_json(RESULTS, runs)
-    write_atomically(TABLE, table(runs).encode())
+    found = measure(args.model, module, data, options, state, command)
+    found["dense_training"] = dense_training(args.weights)
+    args.results.add("accuracy", found)
     print(json.dumps(found["rows"], indent=2))
 
 

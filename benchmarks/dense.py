@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 import time
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from pipeline.files import write_atomically, write_json
 from pipeline.progress import track
 from pipeline.report import versions
 from pipeline.timing import cpu_name
-from pipeline.weights import serialise
+from pipeline.weights import fit_weights, read_weights, serialise
 
 BATCH, DECAY, SMOOTHING = 128, 5e-4, 0.0
 
@@ -56,12 +57,18 @@ def train(
         schedule.step()
 
 
+def given() -> list[str]:
+    """The command's arguments, without the folders of this machine."""
+    return [Path(argument).name if "/" in argument else argument for argument in sys.argv[1:]]
+
+
 def main() -> None:
     """Train, write, and go on for `--more` epochs from a copy to see what they gain."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a function of models.py")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, help="trained already: only see what --more epochs gain")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--more", type=int, default=0)
     parser.add_argument("--rate", type=float, default=0.2)
@@ -73,14 +80,17 @@ def main() -> None:
     torch.manual_seed(args.seed)
     net: nn.Module = getattr(models, args.model)().to(memory_format=torch.channels_last)
     started = time.monotonic()
-    train(net, images, labels, args.epochs, args.rate, args.seed, f"train {args.model}")
+    if args.weights:
+        fit_weights(net, read_weights(args.weights), where=args.weights)
+    else:
+        train(net, images, labels, args.epochs, args.rate, args.seed, f"train {args.model}")
+        write_atomically(args.out, serialise(net.state_dict(), {}))
     reached = accuracy(net, select, select_labels)
-    write_atomically(args.out, serialise(net.state_dict(), {}))
     result = {
-        "command": f"python benchmarks/dense.py {args.model} --epochs {args.epochs} --rate {args.rate} --seed {args.seed}",
+        "command": " ".join(["python benchmarks/dense.py", *given()]),
         "device": cpu_name(),
         "versions": versions(),
-        "epochs": args.epochs,
+        "epochs": 0 if args.weights else args.epochs,
         "minutes": round((time.monotonic() - started) / 60, 1),
         "select_top1": reached,
     }

@@ -18,15 +18,16 @@ from pipeline.layers import survey
 from pipeline.learning.recipes import LearnFiles, LearnOptions
 from pipeline.masking.magnitude import magnitude_mask
 from pipeline.masking.maskset import load_masks, read_masks, require_fit, write_masks
-from pipeline.masking.patterns import CHANNEL, LAYOUTS, parse_pattern
-from pipeline.masking.policy import TOO_COSTLY, LayerPolicy, select_layers
+from pipeline.masking.patterns import CHANNEL, FLAT, LAYOUTS, parse_pattern
+from pipeline.masking.policy import LINEAR, TOO_COSTLY, LayerPolicy, select_layers
 from pipeline.weights import tensors_sha256
 
 if TYPE_CHECKING:
     from torch import nn
 
-LEARNED, MAGNITUDE = "learned", "magnitude"
-METHODS = (LEARNED, MAGNITUDE)
+LEARNED, MAGNITUDE, REPORT = "learned", "magnitude", "report"
+DEPLOYABLE = (LEARNED, MAGNITUDE)
+METHODS = (*DEPLOYABLE, REPORT)
 AUTO = "auto"
 
 
@@ -35,7 +36,9 @@ class MaskOptions:
     """How masks are chosen.
 
     Attributes:
-        method: `learned`, `magnitude`, or `auto`: learned where there are images.
+        method: `learned`, `magnitude`, or `auto`: learned where there are images. `report` is the semester report's recipe,
+            for comparison only: every convolution, in the flat layout; of the other options only the pattern counts, and
+            the epochs, batch, rate and seed of `learn`.
         pattern: N:M.
         layout: `channel` (TensorRT's) or `flat` (for comparison only).
         include_linear: Mask linear layers too.
@@ -103,6 +106,8 @@ def choose_masks(
     method = method_for(options.method, data is not None)
     pattern = parse_pattern(options.pattern)
     layers, _ = survey(module, provenance.preprocessing)
+    if method == REPORT:
+        return _as_reported(module, provenance, layers, pattern, options.learn, out, data, image_sets)
     selection = select_layers(
         layers, pattern, LayerPolicy(options.include_linear, options.layers, options.min_channels)
     )
@@ -164,6 +169,47 @@ def choose_masks(
     if files is not None and files.state is not None:
         files.state.unlink(missing_ok=True)
     return written
+
+
+def _as_reported(
+    module: nn.Module,
+    provenance: Provenance,
+    layers: Sequence[Layer],
+    pattern: Pattern,
+    learn: LearnOptions,
+    out: Path,
+    data: Dataset | None,
+    image_sets: tuple[ImageSet, ...],
+) -> MaskSet:
+    if data is None:
+        raise InputError("the report's recipe needs images", fix="give --data DIR with train/ and val/")
+    from pipeline.learning.report_recipe import ReportOptions, report_masks
+
+    state = module.state_dict()
+    chosen = [layer for layer in layers if layer.op == "Conv"]
+    weights = {layer.name: state[layer.name].detach().cpu().float().numpy() for layer in chosen}
+    masks, learning = report_masks(
+        module,
+        {name: magnitude_mask(weight, pattern, FLAT) for name, weight in weights.items()},
+        provenance.preprocessing,
+        data,
+        ReportOptions(epochs=learn.epochs, batch=learn.batch, rate=learn.rate, seed=learn.seed),
+        pattern,
+    )
+    return write_masks(
+        out,
+        masks,
+        weights,
+        chosen,
+        [DenseLayer(x.name, x.shape, x.macs, LINEAR) for x in layers if x.op != "Conv"],
+        model=provenance.model,
+        pattern=pattern,
+        layout=FLAT,
+        method=REPORT,
+        weights_sha256=tensors_sha256(state),
+        learning=learning,
+        image_sets=image_sets,
+    )
 
 
 def _start(path: Path, layers: Sequence[Layer], pattern: Pattern) -> dict[str, npt.NDArray[np.bool_]]:

@@ -14,7 +14,7 @@ from pipeline.checkpoint import ModelOptions
 from pipeline.data import Dataset, open_folder
 from pipeline.deploy import DeployOptions, deploy
 from pipeline.errors import InputError
-from pipeline.mask import AUTO, LEARNED, METHODS, method_for
+from pipeline.mask import AUTO, DEPLOYABLE, LEARNED, REPORT, method_for
 from pipeline.masking.patterns import CHANNEL
 from pipeline.models import BUNDLED, folder_name
 from pipeline.recipe import Recipe
@@ -71,6 +71,9 @@ def run(options: LineOptions) -> Finished:
         PipelineError: Bad input or environment, in one message.
         ConformanceError: The check found weights that are not N:M.
     """
+    if REPORT in (options.masks, options.recipe.mask.method):
+        fix = "choose learned or magnitude; `maskplan mask --method report` makes masks for comparison"
+        raise InputError("masks by the report's recipe cannot be deployed: their groups do not run along C", fix=fix)
     if options.recipe.mask.layout != CHANNEL:
         fix = "TensorRT takes groups along C: leave the layout at 'channel'"
         raise InputError(f"masks in the layout {options.recipe.mask.layout!r} cannot be deployed", fix=fix)
@@ -129,10 +132,10 @@ def _data(options: LineOptions, dense: Checkpoint) -> Dataset | None:
 
 def _method(asked: str | None, by_recipe: str, data: Dataset | None) -> str | Path:
     """A mask method, or a mask file."""
-    if asked is not None and asked not in (AUTO, *METHODS):
+    if asked is not None and asked not in (AUTO, *DEPLOYABLE):
         path = Path(asked)
         if not path.suffix and not path.exists():
-            fix = f"choose one of {', '.join((AUTO, *METHODS))}, or give a mask file"
+            fix = f"choose one of {', '.join((AUTO, *DEPLOYABLE))}, or give a mask file"
             raise InputError(f"unknown mask method {asked!r}", fix=fix)
         return path
     chosen = asked or by_recipe

@@ -28,7 +28,10 @@ def mask(
     model: options.Model,
     out: options.Out = Path("masks.safetensors"),
     method: Annotated[
-        str | None, typer.Option(help="auto (learned where there are images), learned or magnitude.")
+        str | None,
+        typer.Option(
+            help="auto (learned where there are images), learned, magnitude, or report (for comparison only)."
+        ),
     ] = None,
     weights: options.Weights = "auto",
     data: options.Data = None,
@@ -67,7 +70,7 @@ def mask(
     from pipeline.data import identify
     from pipeline.files import write_json
     from pipeline.learning.recipes import LearnFiles
-    from pipeline.mask import LEARNED, choose_masks, method_for
+    from pipeline.mask import MAGNITUDE, choose_masks, method_for
     from pipeline.progress import speaks
     from pipeline.recipe import read_recipe
     from pipeline.report import masks_values
@@ -87,7 +90,9 @@ def mask(
         keep_dense_budget=chosen.mask.keep_dense_budget if keep_dense_budget is None else keep_dense_budget,
         learn=learn,
     )
-    sets = (identify(dataset.train), identify(dataset.select)) if dataset is not None and how.method == LEARNED else ()
+    sets = (
+        (identify(dataset.train), identify(dataset.select)) if dataset is not None and how.method != MAGNITUDE else ()
+    )
     files = LearnFiles(out.with_name(f"{out.name}.learning"), resume, log_dir)
     masks = choose_masks(module, provenance, how, out, dataset, sets, init=init, files=files, device=device)
     if not speaks():

@@ -15,6 +15,7 @@ from pipeline.artifacts import Preprocessing
 from pipeline.data import Dataset, batches
 from pipeline.errors import InputError
 from pipeline.learning.masked_net import Masks
+from pipeline.masking.patterns import CHANNEL, FLAT, group
 from pipeline.recalibrate import RecalibrateOptions, update_statistics
 
 
@@ -85,11 +86,10 @@ class Judge:
         return Judgement(divergence / count, 100 * right / count)
 
 
-def share_moved(old: Masks, new: Masks, m: int) -> float:
-    """Share of groups of `m` along C whose choice differs, 0 to 1."""
+def share_moved(old: Masks, new: Masks, m: int, layout: str = CHANNEL) -> float:
+    """Share of groups of `m` whose choice differs, 0 to 1."""
     moved = total = 0
     for name, mask in new.items():
-        shape = (mask.shape[0], mask.shape[1] // m, m, -1)
-        differs = (old[name].reshape(shape) != mask.reshape(shape)).any(axis=2)
+        differs = group(old[name] != mask, m, layout, pad=layout == FLAT).any(axis=-1)
         moved, total = moved + int(np.count_nonzero(differs)), total + differs.size
     return moved / max(total, 1)

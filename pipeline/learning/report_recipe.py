@@ -1,28 +1,33 @@
 """The semester report's way to learn masks, as it is written, to compare with (Danhofer 2024, sections III and IV).
 
-Groups run along the flattened matrix (c_out, c_in * h * w), which is padded to whole groups; every convolution is masked,
-stem and depthwise ones included; gate weights are Glorot's, biases nearly zero; SGD with decay on the gates; masks are
-sampled softly, in evaluation too. TensorRT does not accept these groups for kernels larger than 1x1.
+Groups run along the rows of the flattened matrix (c_out, c_in * h * w), to which columns are added until they are whole;
+every convolution is masked, stem and depthwise ones included; gate weights are Glorot's, biases nearly zero; SGD with decay
+on the gates; masks are sampled softly, in evaluation too. TensorRT does not accept these groups for kernels larger than 1x1.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from pipeline.artifacts import Pattern, Preprocessing
+from pipeline.artifacts import Learning, Pattern, Preprocessing
 from pipeline.data import Dataset, Split, batches
+from pipeline.errors import InputError
+from pipeline.learning.judge import Judge, share_moved
 from pipeline.learning.recipes import LearnOptions
 from pipeline.learning.schedule import seed_of, training_batches
-from pipeline.masking.patterns import patterns
+from pipeline.masking.patterns import FLAT, patterns
 from pipeline.progress import track
 
 
@@ -50,10 +55,10 @@ class ReportOptions:
 
 
 class FlatGates(nn.Module):
-    """Choices for the groups of one flattened weight; the last group is padded with virtual entries that are always zero.
+    """Choices for the groups of one flattened weight; the last of a row is padded with virtual entries, always zero.
 
     Args:
-        weight: Of any shape; groups run over its elements in storage order.
+        weight: (c_out, ...); groups run along the rest, in storage order.
         pattern: N:M.
         generator: Of the initial values.
     """
@@ -62,9 +67,9 @@ class FlatGates(nn.Module):
 
     def __init__(self, weight: torch.Tensor, pattern: Pattern, generator: torch.Generator) -> None:
         super().__init__()
-        self.shape, self.size, self.m = weight.shape, weight.numel(), pattern.m
+        self.shape, self.columns = weight.shape, weight[0].numel()
         self.register_buffer("table", torch.from_numpy(patterns(pattern)).float(), persistent=False)
-        groups, choices = math.ceil(self.size / pattern.m), len(self.table)
+        groups, choices = len(weight) * math.ceil(self.columns / pattern.m), len(self.table)
         bound = math.sqrt(6 / (groups + choices))
         self.weight = nn.Parameter((2 * torch.rand(groups, choices, generator=generator) - 1) * bound)
         self.bias = nn.Parameter(1e-6 * torch.randn(choices, generator=generator))
@@ -77,10 +82,11 @@ class FlatGates(nn.Module):
 
     def argmax(self) -> torch.Tensor:
         """The likeliest mask, of zeros and ones."""
-        return self._spread(F.one_hot((self.weight + self.bias).argmax(dim=-1), len(self.table)).float())
+        choice = (self.weight + self.bias).detach().argmax(dim=-1)
+        return self._spread(F.one_hot(choice, len(self.table)).float())
 
     def _spread(self, choice: torch.Tensor) -> torch.Tensor:
-        return (choice @ self.table).reshape(-1)[: self.size].reshape(self.shape)
+        return (choice @ self.table).reshape(self.shape[0], -1)[:, : self.columns].reshape(self.shape)
 
 
 class ReportNet(nn.Module):
@@ -114,6 +120,10 @@ class ReportNet(nn.Module):
         logits: torch.Tensor = functional_call(self._student[0], masked, (images,))
         return logits
 
+    def masks(self) -> dict[str, npt.NDArray[np.bool_]]:
+        """The likeliest masks by weight name."""
+        return {n: g.argmax().numpy() > 0 for n, g in zip(self._weights, self._each(), strict=True)}
+
     def entropy(self) -> float:
         """Mean entropy of the choices; 1 undecided, 0 decided."""
         found = []
@@ -141,12 +151,45 @@ def learn_as_reported(
     for step, batch in track(steps, "learn as reported", total):
         generator = torch.Generator().manual_seed(seed_of(options.seed, step))
         loss = F.cross_entropy(net(torch.from_numpy(batch.images), generator), torch.from_numpy(batch.labels))
+        if not bool(loss.isfinite()):
+            raise InputError("the loss is not a number", where=f"step {step + 1}", fix="lower the learning rate")
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         if batch.ends_epoch:
             schedule.step()
     return net.eval()
+
+
+def report_masks(
+    dense: nn.Module,
+    start: Mapping[str, npt.NDArray[np.bool_]],
+    how: Preprocessing,
+    data: Dataset,
+    options: ReportOptions,
+    pattern: Pattern,
+) -> tuple[dict[str, npt.NDArray[np.bool_]], Learning]:
+    """The likeliest masks of all convolutions, and how they stand against others (those by magnitude) on `select`.
+
+    Both are judged by our means: recalibrated, and against the dense network.
+    """
+    judge = Judge(dense, how, data, softness=LearnOptions().softness, batch=options.batch, seed=options.seed)
+    started = time.monotonic()
+    masks = learn_as_reported(dense, how, data, options, pattern).masks()
+    seconds = time.monotonic() - started
+    first, last = judge(dict(start)), judge(masks)
+    return masks, Learning(
+        recipe="report",
+        epochs=options.epochs,
+        steps=options.epochs * max(len(data.train) // options.batch, 1),
+        images=len(data.train),
+        seconds=round(seconds, 3),
+        groups_changed=share_moved(dict(start), masks, pattern.m, FLAT),
+        select_divergence_start=first.divergence,
+        select_divergence_end=last.divergence,
+        select_top1_start=first.top1,
+        select_top1_end=last.top1,
+    )
 
 
 def hits_of(net: ReportNet, split: Split, how: Preprocessing, *, sampled: bool, seed: int = 0) -> list[bool]:

@@ -17,7 +17,7 @@ from pipeline.errors import InputError, listed
 from pipeline.files import sha256_of, write_atomically
 from pipeline.masking.eligibility import ineligible_reason
 from pipeline.masking.magnitude import kept_magnitude, magnitude_mask
-from pipeline.masking.patterns import CHANNEL, FLAT, LAYOUTS, parse_pattern, violations
+from pipeline.masking.patterns import CHANNEL, FLAT, LAYOUTS, group, parse_pattern, violations
 from pipeline.masking.policy import UNUSED
 from pipeline.records import encode
 from pipeline.weights import METADATA_KEY, read_metadata
@@ -176,7 +176,8 @@ def require_fit(masks: Masks, layers: Sequence[Layer], pattern: Pattern, layout:
     wrong = []
     for name, mask in masks.items():
         layer = known[name]
-        reason = ineligible_reason(layer.op, layer.shape[1], layer.groups, pattern.m)
+        # The flat layout fits any weight: its rows are padded.
+        reason = ineligible_reason(layer.op, layer.shape[1], layer.groups, pattern.m) if layout == CHANNEL else None
         if mask.shape != layer.shape:
             wrong.append(f"{name}: shape {mask.shape} where the weight has {layer.shape}")
         elif reason is not None:
@@ -200,7 +201,7 @@ def describe(
     for layer in sorted(layers, key=lambda layer: (layer.position is None, layer.position or 0)):
         weight, mask = weights[layer.name], masks[layer.name]
         best = kept_magnitude(weight, magnitude_mask(weight, pattern, layout))
-        groups = -(-mask.size // pattern.m)
+        groups = group(mask, pattern.m, layout, pad=layout == FLAT).size // pattern.m
         described.append(MaskedLayer(layer.name, layer.shape, groups, layer.macs, kept_magnitude(weight, mask), best))
     return tuple(described)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ from torch.nn import functional as F
 from pipeline.artifacts import Pattern
 from pipeline.bundled.digits import PREPROCESSING, load_digits
 from pipeline.checkpoint import ModelOptions, open_checkpoint
+from pipeline.cli.app import main
+from pipeline.errors import InputError
+from pipeline.learning.recipes import LearnOptions
 from pipeline.learning.report_recipe import (
     FlatGates,
     ReportNet,
@@ -22,6 +26,8 @@ from pipeline.learning.report_recipe import (
     learn_as_reported,
     unfolded,
 )
+from pipeline.mask import MaskOptions, choose_masks, given_masks
+from pipeline.masking.maskset import load_masks
 
 TWO_FOUR = Pattern(2, 4)
 
@@ -40,10 +46,11 @@ def test_the_matrix_form_is_a_convolution(kernel: int, stride: int, padding: int
 
 @pytest.mark.parametrize("shape", [(8, 4, 3, 3), (4, 3, 3, 3), (6, 1, 3, 3), (5, 3)])
 def test_a_likeliest_mask_keeps_two_of_four_in_storage_order(shape: tuple[int, ...]) -> None:
-    mask = FlatGates(torch.zeros(shape), TWO_FOUR, generator()).argmax().flatten().numpy()
+    mask = FlatGates(torch.zeros(shape), TWO_FOUR, generator()).argmax().flatten(1).numpy()
     assert set(np.unique(mask)) <= {0, 1}
-    whole = mask[: len(mask) // 4 * 4].reshape(-1, 4)
-    assert (whole.sum(axis=1) == 2).all()
+    columns = mask.shape[1] // 4 * 4
+    assert (mask[:, :columns].reshape(-1, 4).sum(axis=1) == 2).all()
+    assert (mask[:, columns:].sum(axis=1) <= 2).all()
 
 
 def test_a_sample_sums_to_two_in_every_group_and_hardens_as_the_temperature_falls() -> None:
@@ -105,7 +112,7 @@ def test_every_convolution_is_masked_and_no_weight_is_a_parameter() -> None:
     net = ReportNet(Odd(), ReportOptions(), TWO_FOUR)
     assert list(net._weights) == ["stem.weight", "depthwise.weight"]
     assert {name.rpartition(".")[2] for name, _ in net.named_parameters()} == {"weight", "bias"}
-    assert sum(p.numel() for p in net.parameters()) == (21 + 7) * 6 + 2 * 6
+    assert sum(p.numel() for p in net.parameters()) == (3 * 7 + 3 * 3) * 6 + 2 * 6
 
 
 def test_learning_changes_gates_and_statistics_but_no_weight() -> None:
@@ -129,3 +136,41 @@ def test_learning_changes_gates_and_statistics_but_no_weight() -> None:
         assert torch.equal(net(x, None), net(x, None))
     val = load_digits().val
     assert len(hits_of(net, val, PREPROCESSING, sampled=True)) == len(val)
+
+
+def test_its_masks_go_to_a_file_that_says_what_it_is(tmp_path: Path) -> None:
+    module, provenance = open_checkpoint(ModelOptions("digits_resnet"))
+    learn = LearnOptions(epochs=1, batch=256, seed=3)
+    options = MaskOptions("report", include_linear=True, layers=("nothing.*",), learn=learn)
+    found = choose_masks(module, provenance, options, tmp_path / "m.safetensors", load_digits())
+    assert found.method == "report"
+    assert found.layout == "flat"
+    assert found.learning is not None
+    assert found.learning.recipe == "report"
+    assert found.learning.steps == len(load_digits().train) // 256
+    masks = load_masks(tmp_path / "m.safetensors")
+    convolutions = {f"{n}.weight" for n, m in module.named_modules() if isinstance(m, nn.Conv2d)}
+    assert set(masks) == convolutions
+    expected = learn_as_reported(module, PREPROCESSING, load_digits(), ReportOptions(1, 256, seed=3), TWO_FOUR).masks()
+    assert all(np.array_equal(masks[name], expected[name]) for name in masks)
+    again = given_masks(module, provenance, tmp_path / "m.safetensors", deployable=False)
+    assert again.layout == "flat"
+    with pytest.raises(InputError, match="cannot be deployed"):
+        given_masks(module, provenance, tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("given", [["--masks", "report"], ["--recipe", "r.toml"]])
+def test_the_line_refuses_it_before_it_learns(
+    tmp_path: Path, given: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.toml").write_text('[mask]\nmethod = "report"\n')
+    assert main(["engine", "digits_resnet", "--out", "out", *given]) == 3
+    assert "do not run along C" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_needs_images(tmp_path: Path) -> None:
+    module, provenance = open_checkpoint(ModelOptions("digits_resnet"))
+    with pytest.raises(InputError, match="needs images"):
+        choose_masks(module, provenance, MaskOptions("report"), tmp_path / "m.safetensors")
