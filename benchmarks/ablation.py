@@ -26,13 +26,14 @@ from pipeline.timing import cpu_name
 # What is changed of our recipe, by the name of its row.
 CHANGES: dict[str, dict[str, Any]] = {
     "maskplan": {},
+    "soft samples, tau to 0.1": {"hard": False, "tau_end": 0.1},
     "no magnitude prior": {"prior": 0.0},
     "labels, no distillation": {"distill": 0.0},
-    "soft samples": {"hard": False},
     "full noise to the end": {"noise_start": 1.0, "noise_end": 1.0},
     "no noise": {"noise_start": 0.0},
     "rate 0.02": {"rate": 0.02},
     "no augmentation": {"augment": "none"},
+    "soft samples": {"hard": False},
     "tau to 0.1": {"tau_end": 0.1},
     "labels and distillation": {"distill": 0.5},
     "running average of gates": {"ema": 0.99},
@@ -79,6 +80,7 @@ def main() -> None:
             "select_top1": learning.select_top1_end,
         }
         args.results.add("ablation", result, (*key, "row"))
+        args.results.write_page()
 
 
 if __name__ == "__main__":

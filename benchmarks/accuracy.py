@@ -26,7 +26,7 @@ from cifar import HOW, load_cifar10
 from tables import results_option
 from torch import nn
 
-from pipeline.artifacts import Layer, Pattern
+from pipeline.artifacts import Layer, Pattern, Preprocessing
 from pipeline.data import Dataset, Split, batches
 from pipeline.intervals import PairedCounts, drop_interval
 from pipeline.layers import survey
@@ -75,20 +75,30 @@ def pruned(module: nn.Module, masks: Masks) -> nn.Module:
     return sparse
 
 
-def recalibrated(module: nn.Module, data: Dataset) -> nn.Module:
+def recalibrated(module: nn.Module, data: Dataset, how: Preprocessing = HOW) -> nn.Module:
     """A copy whose statistics are of 10,000 training images."""
     changed = copy.deepcopy(module)
-    update_statistics(changed, data.train, HOW, RecalibrateOptions())
+    update_statistics(changed, data.train, how, RecalibrateOptions())
     return changed
 
 
-def hits(module: nn.Module, split: Split) -> Hits:
+def hits(module: nn.Module, split: Split, how: Preprocessing = HOW) -> Hits:
     """Which images are right."""
-    right = []
+    return hits_within(module, split, how, (1,))[1]
+
+
+def hits_within(module: nn.Module, split: Split, how: Preprocessing, ks: tuple[int, ...]) -> dict[int, Hits]:
+    """Which images have their label among the k likeliest, for several k."""
+    device = next(module.parameters()).device
+    ranks = []
     with torch.no_grad():
-        for x, labels in batches(split, HOW, 500):
-            right.append(module(torch.from_numpy(x)).argmax(1).numpy() == labels)
-    return np.concatenate(right)
+        for x, labels in batches(split, how, 500 if how.height < 64 else 64):
+            logits = module(torch.from_numpy(x).to(device)).cpu()
+            likeliest = logits.topk(min(max(ks), logits.shape[1]), dim=1).indices.numpy()
+            found = likeliest == labels[:, None]
+            ranks.append(np.where(found.any(axis=1), found.argmax(axis=1), likeliest.shape[1]))
+    rank = np.concatenate(ranks)
+    return {k: rank < k for k in ks}
 
 
 def paired(first: Hits, second: Hits) -> dict[str, Any]:
@@ -187,6 +197,7 @@ def main() -> None:
     found = measure(args.model, module, data, options, state, command)
     found["dense_training"] = dense_training(args.weights)
     args.results.add("accuracy", found)
+    args.results.write_page()
     print(json.dumps(found["rows"], indent=2))
 
 

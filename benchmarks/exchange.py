@@ -107,6 +107,7 @@ def main() -> None:
             }
         )
         args.results.add("exchange", result)
+        args.results.write_page()
 
 
 if __name__ == "__main__":

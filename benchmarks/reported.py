@@ -125,6 +125,7 @@ def main() -> None:
         },
     }
     args.results.add("reported", result)
+    args.results.write_page()
     print(json.dumps(result["rows"], indent=2))
 
 

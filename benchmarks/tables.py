@@ -26,11 +26,11 @@ class Results:
         path = self.folder / f"{name}.json"
         return list(json.loads(path.read_text())) if path.is_file() else []
 
-    def add(self, name: str, run: Mapping[str, Any], key: Sequence[str] = ("model", "seed")) -> None:
-        """Add a run, in the place of one that agrees with it in the key, and write the tables anew."""
-        others = [r for r in self.read(name) if any(r[k] != run[k] for k in key)]
-        write_json(self.folder / f"{name}.json", [*others, run])
-        self.write_page()
+    def add(self, name: str, run: Mapping[str, Any], key: Sequence[str] = ("model", "seed")) -> list[dict[str, Any]]:
+        """Add a run, in the place of one that agrees with it in the key; all runs that there are then."""
+        runs = [*(r for r in self.read(name) if any(r[k] != run[k] for k in key)), dict(run)]
+        write_json(self.folder / f"{name}.json", runs)
+        return runs
 
     def write_page(self) -> None:
         """Write the tables."""
@@ -98,7 +98,7 @@ def _accuracy(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             f" {run['images']} images, {run['minutes']} minutes on {run['device']}. `{run['command']}`",
         ]
         dense = run.get("dense_training")
-        if dense and "more_epochs" in dense:
+        if dense and "select_top1_after_more" in dense:
             lines += [
                 "",
                 f"The dense network has {dense['select_top1']:.2f}% of `select`; {dense['more_epochs']} more epochs bring"

@@ -1,0 +1,128 @@
+"""The benchmarks of accuracy run to the end where their data is tiny, and say the same as a count by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from torch import nn
+
+NET = "vgg16_bn_quarter"
+Bench = Callable[..., None]
+
+
+def written(folder: Path, name: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((folder / f"{name}.json").read_text())
+    return found
+
+
+@pytest.fixture
+def weights(bench: Bench, toy_cifar: Path, tmp_path: Path) -> Path:
+    out = tmp_path / "dense.safetensors"
+    bench("dense.py", NET, "--data", toy_cifar, "--out", out, "--epochs", 1)
+    return out
+
+
+def test_dense_goes_on_as_long_as_that_gains_and_says_what_it_gained(
+    bench: Bench, toy_cifar: Path, tmp_path: Path, weights: Path
+) -> None:
+    out = tmp_path / "longer.safetensors"
+    bench("dense.py", NET, "--data", toy_cifar, "--weights", weights, "--out", out, "--more", 1, "--rounds", 1)
+    found = json.loads(out.with_suffix(".json").read_text())
+    assert found["epochs"] in (0, 1)
+    same = all(
+        torch.equal(v, safetensors.torch.load_file(out)[k]) for k, v in safetensors.torch.load_file(weights).items()
+    )
+    assert same == (found["epochs"] == 0)
+    if same:
+        assert found["select_top1_after_more"] < found["select_top1"] + 0.2
+    assert "/" not in found["command"].removeprefix("python benchmarks/dense.py")
+
+
+def test_rows_of_accuracy_and_what_the_recipe_is_made_of(
+    bench: Bench, toy_cifar: Path, tmp_path: Path, weights: Path
+) -> None:
+    common = (NET, "--data", toy_cifar, "--weights", weights, "--results", tmp_path, "--epochs", 1)
+    bench("accuracy.py", *common)
+    (run,) = written(tmp_path, "accuracy")
+    assert run["masked_layers"] == 12
+    assert run["val_images"] == 50
+    assert set(run["rows"]) >= {"dense", "magnitude", "maskplan, recalibrated", "magnitude, ASP's layers, recalibrated"}
+    reference = run["rows"][run["reference"]]["top1"]
+    for row in run["rows"].values():
+        assert row["drop"] == pytest.approx(reference - row["top1"], abs=2e-3)
+        assert row["drop_ci95"][0] <= row["drop"] <= row["drop_ci95"][1]
+    bench("ablation.py", *common, "--rows", "maskplan", "no noise")
+    assert [row["row"] for row in written(tmp_path, "ablation")] == ["maskplan", "no noise"]
+    before = (tmp_path / "ablation.json").stat().st_mtime_ns
+    bench("ablation.py", *common, "--rows", "no noise")
+    assert (tmp_path / "ablation.json").stat().st_mtime_ns == before, "a row that is there is not run again"
+    page = (tmp_path / "results.md").read_text()
+    assert "| magnitude, recalibrated |" in page
+    assert "| no noise |" in page
+
+
+def test_the_reports_recipe(bench: Bench, toy_cifar: Path, tmp_path: Path, weights: Path) -> None:
+    bench("reported.py", NET, "--data", toy_cifar, "--weights", weights, "--results", tmp_path, "--epochs", 1)
+    (run,) = written(tmp_path, "reported")
+    assert run["layers"] == {"all convolutions": 13, "our layers": 12}
+    assert set(run["select_top1_by_rate"]) == {"0.1", "1", "10", "100"}
+    assert set(run["rows"]) >= {"report, sampled", "report, argmax", "report, untrained, argmax"}
+    assert "report's recipe" in (tmp_path / "results.md").read_text()
+
+
+def test_masks_that_stay_while_weights_change(bench: Bench, toy_cifar: Path, tmp_path: Path, weights: Path) -> None:
+    bench("exchange.py", NET, "--data", toy_cifar, "--weights", weights, "--results", tmp_path, "--epochs", 1)
+    (run,) = written(tmp_path, "exchange")
+    assert [row["rate"] for row in run["rows"]] == [0.001, 0.01, 0.1]
+    for row in run["rows"]:
+        assert 0 <= row["equal_groups_percent"] <= 100
+    assert "Old masks on new weights" in (tmp_path / "results.md").read_text()
+
+
+def by_hand(module: nn.Module, folder: Path, k: int) -> float:
+    """Top-k of the toy images, decoded and normalised by torchvision."""
+    how = torchvision.transforms.Compose(
+        [
+            torchvision.transforms.Resize(256),
+            torchvision.transforms.CenterCrop(224),
+            torchvision.transforms.ToTensor(),
+            torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    images = torchvision.datasets.ImageFolder(str(folder / "val"), how)
+    right = []
+    with torch.no_grad():
+        for image, label in images:
+            right.append(label in module(image[None])[0].topk(k).indices.tolist())
+    return 100 * float(np.mean(right))
+
+
+def test_the_reports_tables_of_imagenet(bench: Bench, toy_imagenet: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = torchvision.models.shufflenet_v2_x0_5(num_classes=6).eval()
+    torch.save(module.state_dict(), tmp_path / "shufflenet_v2_x0_5.pth")
+    common = ("--data", toy_imagenet, "--weights", tmp_path, "--results", tmp_path, "--models", "shufflenet_v2_x0_5")
+    for table in (1, 2, 3):
+        bench("imagenet.py", "--table", table, *common, "--epochs", 1)
+    first, second, third = written(tmp_path, "imagenet")
+    assert set(first["rows"]) == {"dense", "dense, recalibrated"}
+    assert set(second["rows"]) >= {"maskplan", "maskplan, recalibrated", "magnitude, recalibrated"}
+    assert "magnitude, ASP's layers" in third["rows"]
+    for k in (1, 5):
+        expected = by_hand(module, toy_imagenet, k)
+        # A prediction may change with the way of resizing; more than one in thirty would be another count.
+        assert first["rows"]["dense"][f"top{k}"] == pytest.approx(expected, abs=3.4)
+        assert first["rows"]["dense"]["top5"] >= first["rows"]["dense"]["top1"]
+    assert first["rows"]["dense"] == second["rows"]["dense"] | {}
+    assert "## Table 3" in (tmp_path / "imagenet.md").read_text()
+    before = (tmp_path / "imagenet.json").read_text()
+    bench("imagenet.py", "--table", 1, *common)
+    assert (tmp_path / "imagenet.json").read_text() == before
