@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,10 +10,8 @@ import torch
 from torch import nn
 
 from pipeline.artifacts import Pattern
+from pipeline.learning import fused
 from pipeline.masking.patterns import patterns
-
-# Numbers in a piece of work that a core's cache holds.
-_CACHED = 1 << 18
 
 
 class Gates(nn.Module):
@@ -103,63 +100,47 @@ class _Sample(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(logits, weight, table)
         ctx.tau, ctx.seed, ctx.noise = tau, seed, noise
-        source, nothing = _slabs(weight, table.shape[1]), weight.new_zeros(())
+        if _is_fused(logits, weight):
+            return fused.draw(logits, weight, table, tau, seed, noise, hard=hard)
+        noisy = _noisy(logits, seed, noise)
         masked = torch.empty_like(weight)
-        target = _slabs(masked, table.shape[1])
-        for rows, noisy in _noisy(logits, seed, noise):
-            if hard:
-                chosen = noisy.max(dim=0).indices
-                for j in range(table.shape[1]):
-                    torch.where(table[:, j][chosen], source[rows, :, j], nothing, out=target[rows, :, j])
-            else:
-                soft = torch.softmax(noisy.div_(tau), dim=0)
-                for j in range(table.shape[1]):
-                    torch.mul(source[rows, :, j], soft[table[:, j]].sum(dim=0), out=target[rows, :, j])
+        source, target = _slabs(weight, table.shape[1]), _slabs(masked, table.shape[1])
+        if hard:
+            chosen, nothing = noisy.argmax(dim=0), weight.new_zeros(())
+            for j in range(table.shape[1]):
+                torch.where(table[:, j][chosen], source[:, :, j], nothing, out=target[:, :, j])
+        else:
+            soft = torch.softmax(noisy.div_(tau), dim=0)
+            for j in range(table.shape[1]):
+                torch.mul(source[:, :, j], soft[table[:, j]].sum(dim=0), out=target[:, :, j])
         return masked
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         logits, weight, table = ctx.saved_tensors
-        gradient, out = gradients[0].contiguous(), torch.empty_like(logits)
-        for rows, noisy in _noisy(logits, ctx.seed, ctx.noise):
-            soft = torch.softmax(noisy.div_(ctx.tau), dim=0)
-            # What the loss would change by if an element were kept, and so if a pattern were.
-            elements = _slabs(gradient[rows] * weight[rows], table.shape[1])
-            gains = _by_pattern(elements, table)
-            gains -= (soft * gains).sum(dim=0, keepdim=True)
-            torch.mul(gains, soft.div_(ctx.tau), out=out[:, rows])
-        return out, None, None, None, None, None, None
+        gradient = gradients[0].contiguous()
+        nothing = (None,) * 6
+        if _is_fused(logits, weight):
+            return fused.differentiate(logits, weight, gradient, table, ctx.tau, ctx.seed, ctx.noise), *nothing
+        soft = torch.softmax(_noisy(logits, ctx.seed, ctx.noise).div_(ctx.tau), dim=0)
+        # What the loss would change by if an element were kept, and so if a pattern were.
+        gains = _by_pattern(_slabs(gradient.float() * weight.float(), table.shape[1]), table)
+        gains -= (soft * gains).sum(dim=0, keepdim=True)
+        return gains.mul_(soft.div_(ctx.tau)), *nothing
 
 
-def _noisy(logits: torch.Tensor, seed: int, scale: float) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Logits plus Gumbel noise, some filters (rows of K) at a time, so that on a CPU all of it stays in the cache.
-
-    What is yielded is overwritten by the next.
-    """
-    on_cpu = logits.device.type == "cpu"
-    filters = logits.shape[1]
-    most = max(_CACHED // (logits.numel() // filters), 1) if on_cpu else filters
-    buffer = torch.empty_like(logits[:, :most], memory_format=torch.contiguous_format)
-    uniform = _uniform(logits.device, seed)
-    for start in range(0, filters, most):
-        rows = slice(start, min(start + most, filters))
-        noise = buffer[:, : rows.stop - start] if rows.stop - start == most else torch.empty_like(logits[:, rows])
-        if scale == 0:
-            noise.copy_(logits[:, rows])
-        else:
-            uniform(noise)
-            # -log(-log(u)); a u of 0 gives minus infinity, which is never chosen.
-            noise.log_().neg_().log_().mul_(-scale).add_(logits[:, rows])
-        yield rows, noise
+def _is_fused(logits: torch.Tensor, weight: torch.Tensor) -> bool:
+    return logits.device.type == "cpu" and weight.dtype == torch.float32
 
 
-def _uniform(device: torch.device, seed: int) -> Callable[[torch.Tensor], object]:
-    """Fills a contiguous tensor with numbers from [0, 1). NumPy's generator takes half the time of torch's on a CPU."""
-    if device.type != "cpu":
-        generator = torch.Generator(device).manual_seed(seed)
-        return lambda out: out.uniform_(generator=generator)
-    bits = np.random.Generator(np.random.SFC64(seed))
-    return lambda out: bits.random(out=out.detach().numpy(), dtype=np.float32)
+def _noisy(logits: torch.Tensor, seed: int, scale: float) -> torch.Tensor:
+    """A copy of the logits with Gumbel noise."""
+    if scale == 0:
+        return logits.clone()
+    generator = torch.Generator(logits.device).manual_seed(seed)
+    noise = torch.empty_like(logits).uniform_(generator=generator)
+    # -log(-log(u)); a u of 0 gives minus infinity, which is never chosen.
+    return noise.log_().neg_().log_().mul_(-scale).add_(logits)
 
 
 def _slabs(weight: torch.Tensor, m: int) -> torch.Tensor:
