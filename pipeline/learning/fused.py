@@ -175,7 +175,7 @@ def _differentiate(
     taps = weight.shape[2]
     most = max(_BLOCK // taps, 1)
     soft, room = np.empty((patterns, most * taps), np.float32), np.empty((4, most * taps), np.float32)
-    elements, gain, mean = np.empty((m, most * taps), np.float32), room[0], room[1]
+    elements, gains, mean = np.empty((m, most * taps), np.float32), np.empty_like(soft), room[0]
     inverse = float32(1 / tau)
     for first in range(start, stop, most):
         slabs = min(most, stop - first)
@@ -190,17 +190,16 @@ def _differentiate(
                     elements[j, q * taps + t] = gradient[first + q, j, t] * weight[first + q, j, t]
         mean[:n] = 0
         for p in range(patterns):
-            gain[:n] = 0
+            gains[p, :n] = 0
             for j in range(m):
                 if table[p, j]:
                     for i in range(n):
-                        gain[i] += elements[j, i]
+                        gains[p, i] += elements[j, i]
             for i in range(n):
-                out[p, at + i] = gain[i]
-                mean[i] += soft[p, i] * gain[i]
+                mean[i] += soft[p, i] * gains[p, i]
         for p in range(patterns):
             for i in range(n):
-                out[p, at + i] = soft[p, i] * (out[p, at + i] - mean[i]) * inverse
+                out[p, at + i] = soft[p, i] * (gains[p, i] - mean[i]) * inverse
 
 
 @_compiled
@@ -273,9 +272,11 @@ def _soften(noisy: Floats, room: Floats, tau: float, n: int) -> None:
             e = (e * f + float32(1)) * power[i]
             noisy[p, i] = e
             total[i] += e
+    for i in range(n):
+        total[i] = float32(1) / total[i]
     for p in range(patterns):
         for i in range(n):
-            noisy[p, i] /= total[i]
+            noisy[p, i] *= total[i]
 
 
 @_compiled

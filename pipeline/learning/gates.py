@@ -35,10 +35,12 @@ class Gates(nn.Module):
         table = torch.from_numpy(patterns(pattern)).to(weight.device)
         self.register_buffer("table", table, persistent=False)
         # In double, so that patterns that keep the same magnitude come out equal, and the first wins as by magnitude.
-        kept = _by_pattern(_slabs(weight.detach().double().abs().contiguous(), pattern.m), table)
-        centred = kept - kept.mean(dim=0, keepdim=True)
-        spread = centred.std()
-        self.logits = nn.Parameter((centred * (prior / spread) if spread > 0 else centred).float())
+        centred = _by_pattern(_slabs(weight.detach().double().abs().contiguous(), pattern.m), table)
+        centred -= centred.mean(dim=0, keepdim=True)
+        spread = float(centred.std())
+        if spread > 0:
+            centred *= prior / spread
+        self.logits = nn.Parameter(centred.float())
 
     def start_from(self, mask: npt.NDArray[np.bool_], lead: float) -> None:
         """Raise the pattern of a mask by `lead` above the others, in place; groups of fewer than N keep what they have."""
