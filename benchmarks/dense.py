@@ -18,6 +18,7 @@ from cifar import load_cifar10, normalised, pixels, shifted_and_flipped
 from torch import nn
 from torch.nn import functional as F
 
+from pipeline.errors import InputError
 from pipeline.files import write_atomically, write_json
 from pipeline.progress import track
 from pipeline.report import versions
@@ -53,6 +54,8 @@ def train(
     for batch in track(batches, name, steps):
         x = normalised(shifted_and_flipped(images[batch], generator))
         loss = F.cross_entropy(net(x), labels[batch], label_smoothing=SMOOTHING)
+        if not bool(loss.isfinite()):
+            raise InputError("the loss is not a number", where=name, fix="lower --rate")
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -75,7 +78,6 @@ def main() -> None:
     parser.add_argument("--more", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3, help="go on so many times at most")
     parser.add_argument("--rate", type=float, default=0.2)
-    parser.add_argument("--bf16", action="store_true", help="mixed precision, faster on some processors")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     data = load_cifar10(args.data)
@@ -89,8 +91,7 @@ def main() -> None:
         fit_weights(net, read_weights(args.weights), where=args.weights)
     else:
         epochs = args.epochs
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            train(net, images, labels, epochs, args.rate, args.seed, f"train {args.model}")
+        train(net, images, labels, epochs, args.rate, args.seed, f"train {args.model}")
     result = {
         "command": " ".join(["python benchmarks/dense.py", *given()]),
         "device": cpu_name(),
@@ -107,8 +108,7 @@ def main() -> None:
     keep()
     for turn in range(args.rounds if args.more else 0):
         longer = copy.deepcopy(net)
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            train(longer, images, labels, args.more, args.rate / 4, args.seed + 1 + turn, f"{args.more} more epochs")
+        train(longer, images, labels, args.more, args.rate / 4, args.seed + 1 + turn, f"{args.more} more epochs")
         result["select_top1_after_more"] = accuracy(longer, select, select_labels)
         gain = result["select_top1_after_more"] - result["select_top1"]
         print(f"{args.more} more epochs: {gain:+.2f} points", flush=True)
