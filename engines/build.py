@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from engines.base import Engine
 from engines.ort import OrtEngine, build_ort
 from engines.sidecar import read_engine, write_sidecar
+from engines.trt.options import TrtOptions
 from pipeline.artifacts import EngineFile, OnnxModel, Profile
 from pipeline.errors import InputError
 
 AUTO, TENSORRT, ONNXRUNTIME = "auto", "tensorrt", "onnxruntime"
 DEFAULT_PROFILES = (Profile(1, 1, 1), Profile(1, 8, 8))
-
-_Builder = Callable[[OnnxModel, tuple[Profile, ...], bool, Path], EngineFile]
 
 
 @dataclass(frozen=True)
@@ -27,19 +26,26 @@ class BuildOptions:
         backend: `tensorrt` or `onnxruntime`.
         profiles: Batch sizes, the range and the tuned one; TensorRT tunes for `opt`.
         sparse_weights: Let the builder use sparse kernels where weights are 2:4.
+        trt: What only TensorRT has.
     """
 
     backend: str
     profiles: tuple[Profile, ...] = DEFAULT_PROFILES
     sparse_weights: bool = True
+    trt: TrtOptions = field(default_factory=TrtOptions)
 
 
-def _build_tensorrt(
-    onnx_model: OnnxModel, profiles: tuple[Profile, ...], sparse_weights: bool, out: Path
-) -> EngineFile:
+_Builder = Callable[[OnnxModel, BuildOptions, Path], EngineFile]
+
+
+def _build_onnxruntime(onnx_model: OnnxModel, options: BuildOptions, out: Path) -> EngineFile:
+    return build_ort(onnx_model, options.profiles, options.sparse_weights, out)
+
+
+def _build_tensorrt(onnx_model: OnnxModel, options: BuildOptions, out: Path) -> EngineFile:
     from engines.trt.build import build_trt
 
-    return build_trt(onnx_model, profiles, sparse_weights, out)
+    return build_trt(onnx_model, options.profiles, options.sparse_weights, options.trt, out)
 
 
 def _open_tensorrt(engine: EngineFile) -> Engine:
@@ -48,7 +54,7 @@ def _open_tensorrt(engine: EngineFile) -> Engine:
     return TrtEngine(engine)
 
 
-BACKENDS: dict[str, _Builder] = {ONNXRUNTIME: build_ort, TENSORRT: _build_tensorrt}
+BACKENDS: dict[str, _Builder] = {ONNXRUNTIME: _build_onnxruntime, TENSORRT: _build_tensorrt}
 _OPENERS: dict[str, Callable[[EngineFile], Engine]] = {
     ONNXRUNTIME: lambda engine: OrtEngine(engine.path),
     TENSORRT: _open_tensorrt,
@@ -92,7 +98,7 @@ def build_engine(onnx_model: OnnxModel, options: BuildOptions, out: Path) -> Eng
         InputError: The backend does not accept the model.
         HostError: The backend cannot run here.
     """
-    engine = BACKENDS[options.backend](onnx_model, options.profiles, options.sparse_weights, out)
+    engine = BACKENDS[options.backend](onnx_model, options, out)
     write_sidecar(engine)
     return engine
 

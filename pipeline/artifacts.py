@@ -219,13 +219,24 @@ class Profile:
 
 @dataclass(frozen=True)
 class LayerSparsity:
-    """Evidence for one engine layer; `state` is `sparse`, `dense` or `unknown`."""
+    """Evidence for one engine layer.
+
+    Attributes:
+        kernel: The tactic's name; None where the runtime tells none.
+        state: `sparse`, `dense` or `unknown`.
+        c: Input channels, over all groups; None where not told.
+        k: Output channels; None where not told.
+        nodes: The ONNX nodes fused into the layer; empty where not told.
+        reason: Why it runs dense, as `engines/evidence.py` lists; None for other states, and where nothing is known.
+    """
 
     name: str
     kernel: str | None
     state: str
     c: int | None
     k: int | None
+    nodes: tuple[str, ...] = ()
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -237,6 +248,8 @@ class EngineFile:
         sparse_weights: Whether the builder was allowed sparse kernels.
         typing: `strong` when tensor types come from the ONNX file alone.
         layers: Evidence of what runs sparse, where the runtime gives any.
+        version_compatible: Loads in later versions of the runtime too.
+        hardware_compatible: Runs on newer GPUs too, not only on the kind that it was built on.
         notes: What a reader should know, such as a backend without sparse kernels.
     """
 
@@ -258,6 +271,8 @@ class EngineFile:
     build_s: float
     provenance: Provenance | None
     layers: tuple[LayerSparsity, ...] = ()
+    version_compatible: bool = False
+    hardware_compatible: bool = False
     notes: tuple[str, ...] = ()
 
 

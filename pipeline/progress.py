@@ -6,11 +6,13 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
 T = TypeVar("T")
 
@@ -37,9 +39,43 @@ def track(items: Iterable[T], what: str | Callable[[], str], total: int, done: i
         total: How many there are, those included that were done before.
         done: How many of them were done before.
     """
-    if not sys.stderr.isatty() or not logging.getLogger("pipeline").isEnabledFor(logging.INFO):
+    if not _is_drawn():
         yield from items
         return
+    with _progress() as progress:
+        text = what if callable(what) else lambda: what
+        task = progress.add_task(text(), total=total, completed=done)
+        for item in items:
+            yield item
+            progress.update(task, advance=1, description=text())
+
+
+class Bar(Protocol):
+    """Draws how many steps are done, of how many where that is known anew."""
+
+    def __call__(self, done: int, total: int | None, /) -> None: ...
+
+
+@contextmanager
+def bar(what: str) -> Iterator[Bar]:
+    """A bar for work that reports its own steps, drawn where `track` would draw."""
+    if not _is_drawn():
+        yield lambda done, total: None
+        return
+    with _progress() as progress:
+        task = progress.add_task(what, total=None)
+
+        def draw(done: int, total: int | None) -> None:
+            progress.update(task, completed=done, total=total)
+
+        yield draw
+
+
+def _is_drawn() -> bool:
+    return sys.stderr.isatty() and logging.getLogger("pipeline").isEnabledFor(logging.INFO)
+
+
+def _progress() -> Progress:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -57,9 +93,4 @@ def track(items: Iterable[T], what: str | Callable[[], str], total: int, done: i
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=narrator(), transient=True) as progress:
-        text = what if callable(what) else lambda: what
-        task = progress.add_task(text(), total=total, completed=done)
-        for item in items:
-            yield item
-            progress.update(task, advance=1, description=text())
+    return Progress(*columns, console=narrator(), transient=True)

@@ -1,70 +1,238 @@
-"""A TensorRT plan behind the Engine protocol, through Polygraphy's runner."""
+"""A TensorRT plan behind the Engine protocol: buffers and a stream in the primary context, GPU time by events."""
 
 from __future__ import annotations
 
+import math
+import time
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from engines.base import Arrays
-from engines.trt.build import import_tensorrt
-from pipeline.artifacts import EngineFile, TensorSpec
-from pipeline.errors import InputError
+from engines.trt.cuda import Context, gpu, milliseconds
+from engines.trt.graph import Graph, capture
+from engines.trt.log import Heard
+from engines.trt.versions import import_tensorrt
+from pipeline.artifacts import EngineFile, Profile, TensorSpec
+from pipeline.errors import HostError, InputError
 from pipeline.files import read_bytes
 
 
+@dataclass(frozen=True)
+class Spent:
+    """Where the time of one call went, in milliseconds: the GPU's part and the copies by events, the whole on the host."""
+
+    gpu_ms: float
+    copy_in_ms: float
+    copy_out_ms: float
+    host_ms: float
+
+
+@dataclass
+class _Batch:
+    """Device and host memory for one batch size, and the graph that runs it."""
+
+    profile: int
+    inputs: dict[str, Any]
+    outputs: dict[str, Any]
+    host: dict[str, npt.NDArray[Any]]
+    graph: Graph | None = None
+    runs: int = 0
+
+
 class TrtEngine:
-    """A plan, deserialised after its digest was checked.
+    """A plan, deserialised after digest, TensorRT version and GPU were held against its sidecar.
+
+    Args:
+        engine: The sidecar's record; the caller has checked the digest.
+        graphs: Replay CUDA graphs where cuda-python is installed.
 
     Raises:
-        HostError: TensorRT is not here.
-        InputError: The plan was built by another TensorRT or for another GPU.
+        HostError: TensorRT or a GPU is not here, or memory does not suffice.
+        InputError: The plan was built by another TensorRT or for another GPU, or is damaged.
     """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
-    def __init__(self, engine: EngineFile) -> None:
+    def __init__(self, engine: EngineFile, *, graphs: bool = True) -> None:
         trt = import_tensorrt()
-        if str(trt.__version__) != engine.runtime_version:
-            raise InputError(
-                "the plan is of another TensorRT",
-                where=engine.path,
-                found=f"built by {engine.runtime_version}, here is {trt.__version__}",
-                fix="build it again on this host",
-            )
-        from polygraphy.backend.trt import EngineFromBytes, TrtRunner
-        from polygraphy.exception import PolygraphyException
-
-        self._profiles = engine.profiles
+        _require_same_host(trt, engine)
+        self._record, self._graphs = engine, graphs
         self.inputs, self.outputs = engine.inputs, engine.outputs
-        self._runner = TrtRunner(EngineFromBytes(read_bytes(engine.path)))
-        try:
-            self._runner.activate()
-        except PolygraphyException as error:
-            raise InputError(
-                "TensorRT cannot load the plan",
+        self._heard = Heard(trt)
+        self._cuda = Context()
+        self._batches: dict[int, _Batch] = {}
+        self._current: int | None = None
+        self.spent: Spent | None = None
+        with self._cuda.active():
+            self._runtime = trt.Runtime(self._heard.logger)
+            if engine.version_compatible:
+                self._runtime.engine_host_code_allowed = True
+            self._engine = self._runtime.deserialize_cuda_engine(read_bytes(engine.path))
+            if self._engine is None:
+                raise InputError(
+                    "TensorRT cannot load the plan",
+                    where=engine.path,
+                    found=self._heard.why(),
+                    fix="build it again on this host's GPU",
+                )
+            self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise HostError(
+                "the GPU's memory does not suffice for the engine",
                 where=engine.path,
-                found=str(error),
-                fix="build it again on this host's GPU",
-            ) from error
+                found=self._heard.why(),
+                fix="free the GPU, or build with smaller batches",
+            )
 
     def infer(self, feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
-        """Run once, in the profile tuned closest to the batch.
+        """Run once, in the profile tuned closest to the batch; `spent` then says where the time went.
 
         Raises:
-            InputError: The batch is outside every profile.
+            InputError: The batch is outside every profile, or a shape is refused.
+            HostError: The GPU fails.
         """
+        started = time.perf_counter()
         batch = next(iter(feeds.values())).shape[0]
-        fitting = [i for i, p in enumerate(self._profiles) if p.min <= batch <= p.max]
-        if not fitting:
-            raise InputError(
-                "the batch is outside every profile",
-                found=f"{batch}; profiles {', '.join(map(str, self._profiles))}",
-            )
-        self._runner.set_profile(min(fitting, key=lambda i: abs(self._profiles[i].opt - batch)))
-        return dict(self._runner.infer(dict(feeds)))
+        with self._cuda.active():
+            memory = self._batches.get(batch) or self._allocate(batch)
+            self._select(batch, memory)
+            first = self._cuda.mark()
+            for name, array in feeds.items():
+                self._cuda.copy_in(memory.inputs[name], np.ascontiguousarray(array))
+            second = self._cuda.mark()
+            self._launch(memory)
+            third = self._cuda.mark()
+            for name, array in memory.host.items():
+                self._cuda.copy_out(array, memory.outputs[name])
+            fourth = self._cuda.mark()
+            self._cuda.synchronise()
+            marks = (first, second, third, fourth)
+            copied_in, ran, copied_out = (milliseconds(a, b) for a, b in pairwise(marks))
+            found = {name: array.copy() for name, array in memory.host.items()}
+        self.spent = Spent(ran, copied_in, copied_out, 1000 * (time.perf_counter() - started))
+        return found
 
     def close(self) -> None:
-        """Free the engine."""
-        self._runner.deactivate()
+        """Free the engine and its memory."""
+        with self._cuda.active():
+            self._drop_graphs()
+            self._batches.clear()
+            del self._context, self._engine, self._runtime
+        self._cuda.close()
+
+    def _allocate(self, batch: int) -> _Batch:
+        profile = _closest(self._record.profiles, batch)
+        self._set_shapes(batch, profile)
+        shapes = {}
+        for spec in self.outputs:
+            shapes[spec.name] = tuple(self._context.get_tensor_shape(spec.name))
+            if any(d < 0 for d in shapes[spec.name]):
+                raise InputError(
+                    "an output's shape depends on the data",
+                    where=f"{self._record.path}: {spec.name}",
+                    found=shapes[spec.name],
+                    fix="export a graph whose output shapes follow from the batch",
+                )
+        memory = _Batch(
+            profile,
+            inputs={s.name: self._cuda.allocate(_bytes((batch, *_rest(s)), s.dtype)) for s in self.inputs},
+            outputs={s.name: self._cuda.allocate(_bytes(shapes[s.name], s.dtype)) for s in self.outputs},
+            host={s.name: self._cuda.pinned(shapes[s.name], s.dtype) for s in self.outputs},
+        )
+        self._batches[batch] = memory
+        return memory
+
+    def _select(self, batch: int, memory: _Batch) -> None:
+        """Give the context this batch's shapes and addresses, unless it has them."""
+        if self._current == batch:
+            return
+        self._set_shapes(batch, memory.profile)
+        for name, address in (memory.inputs | memory.outputs).items():
+            if not self._context.set_tensor_address(name, int(address)):
+                raise HostError("TensorRT refuses an address", where=name, found=self._heard.why())
+        self._current = batch
+
+    def _set_shapes(self, batch: int, profile: int) -> None:
+        if not self._context.set_optimization_profile_async(profile, self._cuda.stream_handle):
+            raise HostError("TensorRT refuses to change the profile", where=self._record.path, found=self._heard.why())
+        self._current = None
+        self._drop_graphs()
+        for spec in self.inputs:
+            shape = (batch, *_rest(spec))
+            if not self._context.set_input_shape(spec.name, shape):
+                raise InputError(
+                    "TensorRT refuses a shape",
+                    where=f"{self._record.path}: {spec.name}",
+                    found=f"{shape}; {self._heard.why()}",
+                    fix=f"the engine takes batches of {', '.join(map(str, self._record.profiles))}",
+                )
+
+    def _drop_graphs(self) -> None:
+        """A graph is of the context as it was; after a change its launch is undefined."""
+        for memory in self._batches.values():
+            if memory.graph is not None:
+                memory.graph.close()
+            memory.graph, memory.runs = None, 0
+
+    def _launch(self, memory: _Batch) -> None:
+        """Run on the stream: the first time by layers, as TensorRT asks before a capture, then by a graph."""
+        if self._graphs and memory.runs == 1:
+            memory.graph = capture(self._cuda.stream_handle, self._enqueue)
+        memory.runs += 1
+        if memory.graph is not None and memory.graph.launch():
+            return
+        if not self._enqueue():
+            raise HostError(
+                "TensorRT cannot run the engine",
+                where=self._record.path,
+                found=self._heard.why(),
+                fix="see TensorRT's messages above, and nvidia-smi",
+            )
+
+    def _enqueue(self) -> bool:
+        return bool(self._context.execute_async_v3(self._cuda.stream_handle))
+
+
+def _require_same_host(trt: Any, engine: EngineFile) -> None:
+    """Raise unless the plan can run here; all that differs is told at once."""
+    here = gpu()
+    problems = []
+    version = str(trt.__version__)
+    if version != engine.runtime_version and not engine.version_compatible:
+        problems.append(f"built by TensorRT {engine.runtime_version}, here is {version}")
+    capability = engine.compute_capability
+    if capability not in (None, here.compute_capability) and not engine.hardware_compatible:
+        problems.append(
+            f"built for compute capability {capability} ({engine.device}), here is {here.compute_capability}"
+        )
+    if problems:
+        raise InputError(
+            "the plan is not for this host",
+            where=engine.path,
+            found="; ".join(problems),
+            fix="build it again on this host",
+        )
+
+
+def _closest(profiles: tuple[Profile, ...], batch: int) -> int:
+    fitting = [i for i, p in enumerate(profiles) if p.min <= batch <= p.max]
+    if not fitting:
+        raise InputError(
+            "the batch is outside every profile",
+            found=f"{batch}; profiles {', '.join(map(str, profiles))}",
+            fix="build with a --profile that holds it",
+        )
+    return min(fitting, key=lambda i: abs(profiles[i].opt - batch))
+
+
+def _rest(spec: TensorSpec) -> tuple[int, ...]:
+    return tuple(d or 1 for d in spec.shape[1:])
+
+
+def _bytes(shape: tuple[int, ...], dtype: str) -> int:
+    return math.prod(shape) * np.dtype(dtype).itemsize

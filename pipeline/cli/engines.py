@@ -10,6 +10,12 @@ import typer
 
 from pipeline.cli import options
 
+_DEPLOY_EXAMPLES = """Examples:\n
+  maskplan deploy build/r50/engine.plan --repository models --name resnet50\n
+  maskplan deploy a100.plan h100.plan --repository models --name resnet50 --preferred-batch 8\n
+  maskplan deploy --rollback --repository models --name resnet50
+"""
+_TRT = "TensorRT"
 _Engine = Annotated[Path, typer.Argument(help="An engine with its sidecar.", show_default=False)]
 
 
@@ -22,9 +28,7 @@ def register(app: typer.Typer) -> None:
         time
     )
     app.command(epilog="Example:\n\n  maskplan inspect build/r50/engine.onnx")(inspect)
-    app.command(epilog="Example:\n\n  maskplan deploy build/r50/engine.plan --repository models --name resnet50")(
-        deploy
-    )
+    app.command(epilog=_DEPLOY_EXAMPLES)(deploy)
 
 
 def build(
@@ -35,22 +39,91 @@ def build(
     out: Annotated[
         Path | None, typer.Option("--output", "-o", help="The engine; MODEL.engine.plan or .onnx by default.")
     ] = None,
+    tf32: Annotated[bool, typer.Option(help="Let FP32 layers round to TF32.", rich_help_panel=_TRT)] = False,
+    optimization_level: Annotated[
+        int, typer.Option(min=0, max=5, help="Below 3 sparse kernels may be left out.", rich_help_panel=_TRT)
+    ] = 3,
+    workspace_mib: Annotated[
+        int | None, typer.Option(min=1, help="Scratch memory of a kernel at most.", rich_help_panel=_TRT)
+    ] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="File of measurements, kept between builds and shared.", rich_help_panel=_TRT)
+    ] = None,
+    version_compatible: Annotated[
+        bool, typer.Option(help="Load in later TensorRT versions too.", rich_help_panel=_TRT)
+    ] = False,
+    hardware_compatible: Annotated[
+        bool, typer.Option(help="Run on Ampere and newer, not only this GPU.", rich_help_panel=_TRT)
+    ] = False,
+    refittable: Annotated[bool, typer.Option(help="Weights can be changed later.", rich_help_panel=_TRT)] = False,
+    stripped: Annotated[bool, typer.Option(help="A plan without weights.", rich_help_panel=_TRT)] = False,
+    print_trtexec: Annotated[
+        int | None,
+        typer.Option(metavar="10|11", help="Print trtexec's command lines and build nothing.", rich_help_panel=_TRT),
+    ] = None,
+    import_: Annotated[
+        Path | None, typer.Option("--import", help="Take a plan that trtexec built.", rich_help_panel=_TRT)
+    ] = None,
+    layer_info: Annotated[
+        Path | None, typer.Option(help="With --import: what --exportLayerInfo wrote.", rich_help_panel=_TRT)
+    ] = None,
+    trt_version: Annotated[
+        str | None, typer.Option(help="With --import: TensorRT's version, as in 10.13.3.9.", rich_help_panel=_TRT)
+    ] = None,
+    compute_capability: Annotated[
+        str | None, typer.Option(help="With --import: of the GPU, as in 9.0.", rich_help_panel=_TRT)
+    ] = None,
 ) -> None:
     """Compile an ONNX file to an engine with a sidecar that describes it."""
     from engines.build import (
         DEFAULT_PROFILES,
         SUFFIX,
+        TENSORRT,
         BuildOptions,
         build_engine,
         choose_backend,
         parse_profile,
     )
+    from engines.sidecar import write_sidecar
+    from engines.trt.imported import import_plan
+    from engines.trt.options import TrtOptions
+    from engines.trt.trtexec import MAJORS, trtexec_lines
     from exporters.metadata import describe_onnx
+    from pipeline.errors import InputError
 
-    chosen, why = choose_backend(backend)
+    trt = TrtOptions(
+        tf32=tf32,
+        optimization_level=optimization_level,
+        workspace_bytes=workspace_mib * 2**20 if workspace_mib else None,
+        timing_cache=timing_cache,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+        refittable=refittable,
+        stripped=stripped,
+    )
     profiles = tuple(parse_profile(text) for text in profile) if profile else DEFAULT_PROFILES
-    path = out or model.with_name(f"{model.stem}.engine{SUFFIX[chosen]}")
-    engine = build_engine(describe_onnx(model), BuildOptions(chosen, profiles, sparse), path)
+    described = describe_onnx(model)
+    plan = out or model.with_name(f"{model.stem}.engine{SUFFIX[TENSORRT]}")
+    if print_trtexec is not None:
+        if print_trtexec not in MAJORS:
+            raise InputError(f"--print-trtexec {print_trtexec}", fix="give 10 or 11")
+        print("\n".join(trtexec_lines(described, profiles, sparse, trt, plan, print_trtexec)))
+        return
+    if import_ is not None:
+        if layer_info is None or trt_version is None:
+            raise InputError(
+                "--import needs to know what it takes in",
+                fix="give --layer-info (of trtexec --exportLayerInfo) and --trt-version too",
+            )
+        engine = import_plan(
+            described, import_, layer_info, profiles[-1:], sparse, trt, trt_version, compute_capability, plan
+        )
+        write_sidecar(engine)
+        why = "imported"
+    else:
+        chosen, why = choose_backend(backend)
+        path = out or model.with_name(f"{model.stem}.engine{SUFFIX[chosen]}")
+        engine = build_engine(described, BuildOptions(chosen, profiles, sparse, trt), path)
     print(
         f"{engine.path}: {engine.precision} on {engine.backend} {engine.runtime_version} ({why}), {engine.bytes:,} bytes"
     )
@@ -139,22 +212,75 @@ def inspect(engine: _Engine, report: options.Report = None) -> None:
 
 
 def deploy(
-    engine: _Engine,
+    engines: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="ENGINE",
+            help="An engine with its sidecar; or plans of one model, each for another GPU.",
+            show_default=False,
+        ),
+    ] = None,
+    *,
     repository: Annotated[Path, typer.Option(help="Triton model repository.")],
     name: Annotated[str | None, typer.Option(help="Name in the repository; the model's by default.")] = None,
+    rollback: Annotated[
+        bool, typer.Option("--rollback", help="Undo the last deployment of --name; takes no engine.")
+    ] = False,
+    queue_delay_us: Annotated[
+        int, typer.Option(min=0, help="Longest wait for a fuller batch, in microseconds.")
+    ] = 1000,
+    preferred_batch: Annotated[
+        list[int] | None, typer.Option(help="Batch size to send without waiting; repeatable.")
+    ] = None,
+    cuda_graphs: Annotated[
+        bool | None, typer.Option("--cuda-graphs/--no-cuda-graphs", help="TensorRT only, where they are on by default.")
+    ] = None,
+    warmup: Annotated[bool, typer.Option(help="Run each profile once at load, before clients do.")] = True,
+    keep_versions: Annotated[int, typer.Option(min=1, help="Newest versions to serve side by side.")] = 1,
+    instances: Annotated[int, typer.Option(min=1, help="Copies of the model on each GPU.")] = 1,
     allow_untrained: Annotated[bool, typer.Option(help="Deploy even random weights.")] = False,
 ) -> None:
-    """Add an engine to a Triton model repository as the model's next version."""
+    """Add an engine to a Triton model repository as the model's next version, or take the last one back.
+
+    A golden input and output lie beside it where the engine runs here, with a script that asks a server for the same.
+    """
     from engines.sidecar import read_engine
     from pipeline.deploy import DeployOptions
     from pipeline.deploy import deploy as deploy_stage
+    from pipeline.errors import PipelineError
+    from pipeline.golden import FOLDER, golden_pair
     from pipeline.models import folder_name
+    from pipeline.rollback import rollback as rollback_stage
+    from pipeline.triton_config import Serving
 
-    if name is None:
-        made = read_engine(engine).provenance
-        name = folder_name(made.model) if made is not None else engine.stem
-    done = deploy_stage(engine, DeployOptions(repository, name, allow_untrained))
+    if rollback:
+        if engines or name is None:
+            raise typer.BadParameter("--rollback takes --repository and --name, and no engine")
+        undone = rollback_stage(repository, name)
+        print(f"{undone.folder}: version {undone.version} is served again")
+        return
+    if not engines:
+        raise typer.BadParameter("Missing argument 'ENGINE'")
+    records = [read_engine(path) for path in engines]
+    made = records[0].provenance
+    name = name or (folder_name(made.model) if made is not None else engines[0].stem)
+    serving = Serving(queue_delay_us, tuple(preferred_batch or ()), cuda_graphs, warmup, instances)
+    golden, left_out = None, ""
+    for record in records:
+        try:
+            golden = golden_pair(record)
+            break
+        except PipelineError as error:
+            left_out = f"{error.what}{'' if error.found is None else f' ({error.found})'}"
+    options = DeployOptions(repository, name, allow_untrained, keep_versions, serving)
+    done = deploy_stage(engines, options, golden)
     print(f"{done.folder}: version {done.version}, {done.platform}")
+    if golden is None:
+        print(f"note: without a golden input and output: {left_out}")
+    else:
+        print(f"try it: python {done.folder / str(done.version) / FOLDER / 'smoke.py'} --url localhost:8000")
+    if any(record.version_compatible for record in records):
+        print("note: a version-compatible plan: start Triton with --backend-config=tensorrt,version-compatible=true")
 
 
 def _shape(shape: tuple[int | None, ...]) -> str:

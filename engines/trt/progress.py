@@ -1,0 +1,44 @@
+"""TensorRT's progress monitor to our progress bar; Ctrl-C ends a build between two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pipeline.interrupts import INTERRUPTS
+from pipeline.progress import Bar, bar
+
+
+@contextmanager
+def progress_monitor(trt: Any) -> Iterator[Any]:
+    """A monitor whose outermost phase is drawn, and which asks TensorRT to stop once a signal came.
+
+    Raises:
+        KeyboardInterrupt: A signal came within. It is not raised inside TensorRT's callbacks, which cannot let it through.
+    """
+    with bar("build") as drawn, INTERRUPTS.held():
+        yield _monitor_class(trt)(drawn)
+    INTERRUPTS.heed()
+
+
+def _monitor_class(trt: Any) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self, drawn: Bar) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._bar, self._outermost = drawn, ""
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if not parent_phase:
+                self._outermost = phase_name
+                self._bar(0, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name == self._outermost:
+                self._bar(step + 1, None)
+            return INTERRUPTS.came is None
+
+        def phase_finish(self, phase_name: str) -> None:
+            pass
+
+    return Monitor

@@ -1,0 +1,619 @@
+"""Which layers run sparse, read from what TensorRT says of an engine.
+
+No TensorRT ran for these tests. The JSON and the log lines are written by hand after the documented formats of TensorRT
+8.5, 10 and 11. Kernel names are those that users and NVIDIA's documentation quote; where only a pattern is quoted, the rest
+is filled in after related names.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engines.evidence import (
+    DENSE,
+    FEW_CHANNELS,
+    FLOAT_OUTPUT,
+    GROUPED,
+    LOW_OPTIMIZATION,
+    NO_FP32_KERNELS,
+    NOT_2TO4,
+    SPARSE,
+    UNKNOWN,
+    SparsityLog,
+    Totals,
+    kernel_state,
+    layers_of,
+    sparsity_log,
+    totals,
+    with_reasons,
+)
+from pipeline.artifacts import LayerSparsity
+from pipeline.errors import InputError
+
+SIMT = "sm70_xmma_fprop_conv1x1_i8f32_f32_f32_nchw_vect_c_4kcrs_vect_c_4_nchw_simt_small_batch_bias_relu"
+AVDT = "sm80_xmma_fprop_avdt_sparse_int8int8_tilesize64x64x64_tapsperload3_threadspercta128_r3s3_u1v1_scalebias_relu"
+SPARSE_CONV = (
+    "sm80_xmma_fprop_sparse_conv_f16f16_f16f16_f16_nhwckrsc_nhwc_tilesize128x128x64_stage3_warpsize2x2x1_g1"
+    "_sptensor16x8x32_t1r3s3"
+)
+IMPLICIT = (
+    "sm80_xmma_fprop_implicit_gemm_f16f16_f16f16_f16_nhwckrsc_nhwc_tilesize64x64x64_stage4_warpsize2x2x1_g1"
+    "_tensor16x8x16_t1r3s3"
+)
+INT8_OUT = (
+    "sm80_xmma_fprop_implicit_gemm_interleaved_i8i8_i8i32_f32_nchw_vect_c_32kcrs_vect_c_32_nchw_vect_c_32"
+    "_tilesize256x128x64_stage4_warpsize4x2x1_g1_tensor16x8x32_simple_t1r1s1_epifadd"
+)
+FLOAT_OUT = INT8_OUT.replace("i8i8_", "i8f32_")
+GEMM = "sm90_xmma_gemm_f16f16_f16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_execute_segment_k_off_kernel__5x_cublas"
+
+SPARSE_KERNELS = (
+    AVDT,
+    SPARSE_CONV,
+    "sm80_xmma_fprop_sparse_conv_interleaved_i8i8_i8i32_f32_nchw_vect_c_32kcrs_vect_c_32_nchw_vect_c_32"
+    "_tilesize128x128x128_stage3_warpsize2x2x1_g1_sptensor16x8x64_t1r3s3",
+    "sm80_xmma_sparse_gemm",
+    "sm80_xmma_sparse_gemm_f16f16_f16f32_f32_tt_t_tilesize128x128x64_stage3_warpsize2x2x1_sptensor16x8x32"
+    "_execute_kernel_5x_cusparselt",
+    "sm80_xmma_gemm_f16f16_f16f32_f32_tn_n_tilesize128x128x64_stage3_warpsize2x2x1_sptensor16x8x32",
+    "cutlass_tensorop_s16832spgemm_f16_256x128_64x3_tn_align8",
+    "cutlass3x_sm90_sptensorop_s64x128x32spgemm_f16_f16_f32_f16_f16_128x128x64_warpspecialized",
+)
+DENSE_KERNELS = (
+    SIMT,
+    IMPLICIT,
+    INT8_OUT,
+    FLOAT_OUT,
+    GEMM,
+    "sm80_xmma_fprop_avdt_dense_int8int8_tilesize64x64x64_tapsperload3_threadspercta128_r3s3_u1v1_scalebias_relu",
+    "sm75_xmma_fprop_implicit_gemm_indexed_wo_smem_f16f16_f16f16_f16_nhwckrsc_nhwc_tilesize128x16x32_stage1"
+    "_warpsize4x1x1_g1_tensor16x8x8_aligna4_alignc8",
+    "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64_warpgroupsize1x1x1_g1"
+    "_execute_segment_k_off_kernel__5x_cudnn",
+    "sm80_xmma_fprop_image_first_layer_f16f16_f32_f16_nhwckrsc_nhwc_hmma_k48c4r3",
+    "sm50_xmma_fprop_direct_group_f32f32_f32_f32_nchwkcrs_nchw",
+    "cutlass_80_tensorop_f16_s16816gemm_relu_f16_128x256_32x3_nn_align8",
+    "cutlass_80_simt_sgemm_128x128_8x4_nn_align1",
+    "trt_ampere_h16816cudnn_128x64_sliced1x2_ldg8_relu_exp_stages_64x4_small_nhwc_tn_v1",
+    "volta_scudnn_winograd_128x128_ldg1_ldg4_relu_tile148t_nt_v1",
+    "ampere_fp16_s16816gemm_fp16_64x64_sliced1x2_ldg8_relu_f2f_stages_64x6_tn",
+)
+STRANGE_KERNELS = (
+    "",
+    " ",
+    "0x00000000000003e8",
+    "foo_sparsely",
+    "nonsparse_conv",
+    "sparse",
+    "sparse_conv",
+    "sparse_to_dense_gather",
+    "foo_sparse_conv_f16f16_tilesize64x64x64",
+    "sparsemax_kernel",
+    "parse_gemm",
+    "__myl_FcCastAddErf_0x1234",
+    "generatedNativePointwise",
+    "sm50_xmma_pooling_fw_4d_FP16FP32NHWC_Average_FastDiv_GenericWindowWidth_CAlign4",
+    "void cutlass::Kernel2<cutlass_80_tensorop_f16_s16816gemm_relu_f16_128x256_32x3_nn_align8>(int)",
+    # Names of known families, changed or cut.
+    "sm80_xmma_fprop",
+    "sm80_xmma_fprop_avdt",
+    "sm80_xmma_fprop_avdt_sparse",
+    "sm80_xmma_fprop_avdt_sparse_",
+    "sm80_xmma_fprop_sparsely_conv_f16f16_f16f16_f16_tilesize128x128x64",
+    "sm80_xmma_fprop_implicit_gemm",
+    "sm80_xmma_fprop_implicit_gemm_f16f16_f16f16_f16_nhwckrsc_nhwc",
+    SPARSE_CONV.replace("_sparse_", "_nonsparse_"),
+    SPARSE_CONV.replace("_sparse_", "_non_sparse_"),
+    SPARSE_CONV.replace("_sparse_", "_sparsity_"),
+    SPARSE_CONV.replace("_sparse_", "_dense_sparse_"),
+    SPARSE_CONV.replace("sptensor", "nosptensor"),
+    SPARSE_CONV.upper(),
+    "x" + SPARSE_CONV,
+    SPARSE_CONV + "\n",
+    AVDT.replace("_sparse_", "_"),
+    AVDT.replace("_sparse_", "_spars_"),
+    AVDT.replace("_sparse_", "_sparse_dense_"),
+    IMPLICIT.replace("implicit", "explicit"),
+    IMPLICIT.replace("_tensor16", "_sparsetensor16"),
+    IMPLICIT.replace("_g1_", "_nonsparse_"),
+    IMPLICIT.replace("_g1_", "_sparse_"),
+    IMPLICIT.upper(),
+    "x" + IMPLICIT,
+    IMPLICIT + "\n",
+)
+
+
+def conv(name: str, kernel: str | None, c: int = 256, k: int = 256, groups: int = 1, **more: Any) -> dict[str, Any]:
+    """A 3x3 convolution as TensorRT 10 describes it."""
+    layer = {
+        "Name": name,
+        "LayerType": "CaskConvolution",
+        "Inputs": [tensor("x", [8, c, 14, 14])],
+        "Outputs": [tensor("y", [8, k, 14, 14])],
+        "ParameterType": "Convolution",
+        "Kernel": [3, 3],
+        "OutMaps": k,
+        "Groups": groups,
+        "Weights": {"Type": "Half", "Count": c * k * 9 // groups},
+        "HasSparseWeights": 1,
+        "TacticName": kernel,
+        "TacticValue": "0x11bde0e1d9f2f35d",
+        "Metadata": f"[ONNX Layer: {name}]",
+    }
+    return {key: value for key, value in (layer | more).items() if value is not None}
+
+
+def tensor(name: str, shape: list[int], kind: str = "Half") -> dict[str, Any]:
+    return {"Name": name, "Location": "Device", "Dimensions": shape, "Format/Datatype": kind}
+
+
+def text(*layers: Any) -> str:
+    return json.dumps({"Layers": list(layers), "Bindings": ["input", "logits"]})
+
+
+def only(*layers: Any, **options: Any) -> LayerSparsity:
+    (layer,) = layers_of(text(*layers), **options)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("kernels", "state"), [(SPARSE_KERNELS, SPARSE), (DENSE_KERNELS, DENSE), (STRANGE_KERNELS, UNKNOWN)]
+)
+def test_the_kernels_name_decides(kernels: tuple[str, ...], state: str) -> None:
+    assert {kernel: kernel_state(kernel) for kernel in kernels} == dict.fromkeys(kernels, state)
+    assert [only(conv("a", kernel)).state for kernel in kernels] == [state] * len(kernels)
+
+
+def test_no_kernel_is_unknown() -> None:
+    assert kernel_state(None) == UNKNOWN
+    assert [only(conv("a", kernel)).kernel for kernel in (None, "", AVDT)] == [None, None, AVDT]  # type: ignore[list-item]
+    assert only(conv("a", None)).state == UNKNOWN
+
+
+@pytest.mark.parametrize("key", ["HasSparseWeights", "AllowSparse"])
+@pytest.mark.parametrize("value", [0, 1, None, "1"])
+def test_what_is_said_of_weights_is_no_evidence(key: str, value: Any) -> None:
+    """Issue 4020: 1 beside a dense kernel and beside a sparse one."""
+    states = [only(conv("a", kernel) | {key: value}).state for kernel in (SIMT, AVDT, None)]
+    assert states == [DENSE, SPARSE, UNKNOWN]
+
+
+def test_tensorrt_8_json() -> None:
+    layer = conv("Conv_3 + Relu_4", INT8_OUT, 512, 256, AllowSparse=0, HasSparseWeights=None, Metadata=None)
+    layer |= {"Kernel": [1, 1], "Weights": {"Type": "Int8", "Count": 131072}}
+    layer["Inputs"][0]["Format/Datatype"] = "Thirty-two wide channel vectorized row major Int8 format."
+    layer["Outputs"][0]["Format/Datatype"] = "Thirty-two wide channel vectorized row major Int8 format."
+    assert only(layer) == LayerSparsity("Conv_3 + Relu_4", INT8_OUT, DENSE, 512, 256, ("Conv_3", "Relu_4"), None)
+
+
+def test_tensorrt_10_json_with_control_characters_in_the_metadata() -> None:
+    layer = conv("/c/Conv + /r/Relu", SPARSE_CONV, Metadata="[ONNX Layer: /c/Conv]\x1e[ONNX Layer: /r/Relu]")
+    expected = LayerSparsity("/c/Conv + /r/Relu", SPARSE_CONV, SPARSE, 256, 256, ("/c/Conv", "/r/Relu"))
+    assert only(layer) == expected
+    raw = text(layer).replace("\\u001e", "\x1e")
+    assert "\x1e" in raw
+    assert layers_of(raw) == layers_of(raw.encode()) == layers_of("\ufeff" + raw) == (expected,)
+
+
+def test_tensorrt_11_json() -> None:
+    layer = conv("/c/Conv", FLOAT_OUT)
+    for side, kind in (("Inputs", "Int8"), ("Outputs", "Half")):
+        del layer[side][0]["Format/Datatype"]
+        layer[side][0] |= {"Format": "Row major linear FP16 format (kLINEAR)", "DataType": kind}
+    io = [{"Name": "input", "IOMode": "Input", "DataType": "Half", "Dimensions": [8, 3, 224, 224]}]
+    found = layers_of(json.dumps({"Layers": [layer], "I/O Tensors": io, "Engine Metadata": {}}))
+    assert found == (LayerSparsity("/c/Conv", FLOAT_OUT, DENSE, 256, 256, ("/c/Conv",), FLOAT_OUTPUT),)
+
+
+def test_names_alone_tell_nothing_of_kernels() -> None:
+    """Verbosity below detailed gives strings, and `sparse` in a layer's own name is no kernel."""
+    names = ["Reformatting CopyNode for Input Tensor 0 to a", "a + b", "sparse_conv", AVDT, IMPLICIT]
+    found = layers_of(text(*names))
+    assert [(layer.name, layer.kernel, layer.state) for layer in found] == [(n, None, UNKNOWN) for n in names[1:]]
+    assert found[0].nodes == ("a", "b")
+
+
+def test_layers_that_cannot_hold_weights_are_left_out() -> None:
+    types = [
+        "Reformat", "NoOp", "Shuffle", "CaskPooling", "PointWiseV2", "SoftMax", "CaskSoftMaxV2", "Constant", "Quantize"
+    ]  # fmt: skip
+    layers = [{"Name": t, "LayerType": t, "TacticValue": "0x0"} for t in types]
+    layers += [{"Name": "p", "LayerType": "Pooling", "TacticName": "sm50_xmma_pooling_fw_4d_FP16FP32NHWC_Average"}]
+    assert [layer.name for layer in layers_of(text(*layers, conv("a", IMPLICIT)))] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        {"Name": "{ForeignNode[/a/MatMul.../b/Add]}", "LayerType": "Myelin"},
+        {"Name": "{ForeignNode[/a/MatMul.../b/Add]}", "LayerType": "Myelin", "TacticName": IMPLICIT},
+        {"Name": "__myl_MulAdd_myl0_3", "LayerType": "kgen", "TacticName": "__myl_MulAdd_0xabcdef"},
+        {"Name": "p", "LayerType": "PluginV2", "TacticValue": "0x0"},
+        {"Name": "r", "LayerType": "Reformat", "TacticName": AVDT},
+        {"Name": "r", "LayerType": "Reformat", "TacticName": IMPLICIT},
+        {"Name": "r", "LayerType": "Shuffle", "Weights": {"Type": "Half", "Count": 4}},
+        {"Name": "r", "LayerType": "Reformat", "ParameterType": "Convolution", "TacticName": IMPLICIT},
+        {"Name": "c", "TacticName": IMPLICIT},
+        {"Name": "c", "LayerType": "NonConvolution", "TacticName": IMPLICIT},
+        {"Name": "c", "LayerType": ["CaskConvolution"], "TacticName": IMPLICIT},
+        {"Name": "c", "LayerType": "CaskConvolution", "TacticName": [AVDT]},
+        {"Name": "c", "LayerType": "CaskConvolution", "TacticName": 7},
+        {},
+        None,
+        7,
+        ["a"],
+    ],
+)
+def test_opaque_and_contradictory_layers_are_unknown(layer: Any) -> None:
+    found = only(layer)
+    assert (found.state, found.reason) == (UNKNOWN, None)
+    assert found.name
+
+
+@pytest.mark.parametrize(
+    "layer_type", ["CaskConvolution", "CaskGemmConvolution", "CaskConvActPool", "correlation", "gemm", "fusion"]
+)
+def test_layers_that_convolve_or_multiply_can_be_dense(layer_type: str) -> None:
+    assert only({"Name": "a", "LayerType": layer_type, "TacticName": GEMM}).state == DENSE
+    assert only({"Name": "a", "ParameterType": "Convolution", "TacticName": GEMM}).state == DENSE
+
+
+@pytest.mark.parametrize(
+    ("change", "c", "k"),
+    [
+        ({}, 64, 128),
+        ({"Groups": 2, "Weights": {"Type": "Half", "Count": 64 * 128 * 9 // 2}}, 64, 128),
+        ({"Weights": None}, 64, 128),
+        ({"Weights": {"Type": "Half", "Count": 12345}}, 64, 128),
+        ({"Kernel": None}, 64, 128),
+        ({"Kernel": [3, "3"]}, 64, 128),
+        ({"Inputs": []}, 64, 128),
+        ({"Inputs": None, "Weights": None}, None, 128),
+        ({"Inputs": [tensor("x", [8, -1, 4, 4])], "Weights": None}, None, 128),
+        ({"Inputs": [tensor("x", [8, 64])], "Weights": None}, None, 128),
+        ({"Inputs": [tensor("x", [8, 64, 4, 4]), tensor("r", [8, 64, 4, 4])], "Weights": None}, 64, 128),
+        ({"Inputs": [tensor("x", [8, 64, 4, 4]), tensor("r", [8, 128, 4, 4])], "Weights": None}, None, 128),
+        ({"OutMaps": None}, 64, None),
+        ({"OutMaps": True}, 64, None),
+        ({"OutMaps": 0}, 64, None),
+    ],
+)
+def test_channels_come_from_the_weights_or_the_inputs(change: dict[str, Any], c: int | None, k: int | None) -> None:
+    found = only(conv("a", IMPLICIT, 64, 128, **change))
+    assert (found.c, found.k) == (c, k)
+
+
+def test_channels_that_the_json_leaves_out_come_from_the_masks() -> None:
+    gemm = {"Name": "fc_myl0_2", "LayerType": "gemm", "TacticName": GEMM, "Metadata": "[ONNX Layer: fc]"}
+    assert [(f.c, f.k) for f in [only(gemm), only(gemm, masked={"fc.weight": (512, 1000)})]] == [
+        (None, None),
+        (512, 1000),
+    ]
+    assert only(gemm, masked={"fc": (512, 1000), "fc.weight": (512, 1000), "other": (1, 2)}).k == 1000
+    assert only(conv("fc", GEMM, 64, 128), masked={"fc": (512, 1000)}).c == 64
+    merged = gemm | {"Metadata": "[ONNX Layer: a][ONNX Layer: b]"}
+    assert only(merged, masked={"a": (64, 8), "b": (64, 8)}).k is None
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "nodes"),
+    [
+        ("Conv_3 + Relu_4", None, ("Conv_3", "Relu_4")),
+        ("Conv_3 + Relu_4 [profile 1]", None, ("Conv_3", "Relu_4")),
+        ("/a/Conv || /b/Conv", None, ("/a/Conv", "/b/Conv")),
+        ("/a/Conv + PWN(PWN(/s/Sigmoid), PWN(/m/Mul))", None, ("/a/Conv", "/s/Sigmoid", "/m/Mul")),
+        ("/a/Conv", "[ONNX Layer: /a/Conv]\x1e[ONNX Layer: /r/Relu]", ("/a/Conv", "/r/Relu")),
+        ("x", "[ONNX Layer: a]\x1f[ONNX Layer: b]\x1e[ONNX Layer: c[0]]", ("a", "b", "c[0]", "x")),
+        ("a", "[ONNX Layer: a][ONNX Layer: b]", ("a", "b")),
+        ("a.weight + QuantizeLinear_7 + a", "[ONNX Layer: a]", ("a", "a.weight", "QuantizeLinear_7")),
+        ("/m_2+/m_1+/m_myl0_2", None, ("/m_2", "/m_1", "/m")),
+        ("__myl_MulAdd_myl0_3", "[ONNX Layer: /m/Mul]", ("/m/Mul",)),
+        ("{ForeignNode[a...b]}", None, ()),
+        ("(Unnamed Layer* 1) [Convolution]", "some words", ()),
+        ("a", 7, ("a",)),
+    ],
+)
+def test_fused_nodes_are_named(name: str, metadata: Any, nodes: tuple[str, ...]) -> None:
+    assert only(conv(name, IMPLICIT, Metadata=metadata)).nodes == nodes
+
+
+@pytest.mark.parametrize(
+    "wrong", ["", "{", "[", "Layers", "{'Layers': []}", b"\xff\xfe\xfa", "[" * 100000, text()[:-1]]
+)
+def test_what_is_no_json_is_refused(wrong: str | bytes) -> None:
+    with pytest.raises(InputError, match=r"expected a JSON object with a list of Layers(.|\n)*no JSON"):
+        layers_of(wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        ("[]", "a list and no object"),
+        ("7", "a int and no object"),
+        ("{}", "it has nothing"),
+        ('{"layers": [], "Bindings": []}', "it has 'layers', 'Bindings'"),
+        ('{"Layers": {}}', "Layers is a dict"),
+        ('{"Layers": "a"}', "Layers is a str"),
+    ],
+)
+def test_json_of_another_kind_is_refused_and_says_what_was_found(wrong: str, found: str) -> None:
+    with pytest.raises(InputError, match="expected a JSON object with a list of Layers") as error:
+        layers_of(wrong)
+    assert found in str(error.value)
+
+
+def test_an_engine_that_tells_no_layers_has_none() -> None:
+    assert layers_of('{"Layers": []}') == ()
+    assert totals(()) == Totals(0, 0, 0)
+
+
+def test_layers_are_counted_by_state() -> None:
+    kernels = [AVDT, SIMT, SIMT, None, None, None]
+    assert totals(layers_of(text(*(conv("a", kernel) for kernel in kernels)))) == Totals(1, 2, 3)
+
+
+def reason_of(
+    layer: dict[str, Any], conforming: tuple[str, ...] = ("a",), precision: str = "fp16", level: int = 3
+) -> str | None:
+    found = with_reasons(layers_of(text(layer)), conforming=conforming, precision=precision, optimization_level=level)
+    again = with_reasons(found, conforming=conforming, precision=precision, optimization_level=level)
+    assert again == found
+    return found[0].reason
+
+
+QUANTISED = [tensor("x", [8, 256, 14, 14], "Int8")]
+UNTOLD = [tensor("x", [-1, 256, 14, 14], "N/A due to dynamic shapes")]
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "reason"),
+    [
+        (conv("a", IMPLICIT), {}, None),
+        (conv("a", IMPLICIT, groups=2), {}, GROUPED),
+        (conv("a", IMPLICIT), {"conforming": ()}, NOT_2TO4),
+        (conv("a", IMPLICIT), {"precision": "fp32"}, NO_FP32_KERNELS),
+        (conv("a", IMPLICIT), {"level": 2}, LOW_OPTIMIZATION),
+        (conv("a", IMPLICIT), {"level": 5}, None),
+        (conv("a", IMPLICIT, Inputs=QUANTISED), {"precision": "int8"}, FLOAT_OUTPUT),
+        (conv("a", IMPLICIT, Inputs=QUANTISED, Outputs=QUANTISED), {"precision": "int8"}, None),
+        (conv("a", FLOAT_OUT, Inputs=UNTOLD, Outputs=UNTOLD), {"precision": "int8"}, FLOAT_OUTPUT),
+        (conv("a", INT8_OUT, Inputs=UNTOLD, Outputs=UNTOLD), {"precision": "int8"}, None),
+        (conv("a", IMPLICIT, 255, 256), {}, FEW_CHANNELS),
+        (conv("a", IMPLICIT, 256, 64), {}, FEW_CHANNELS),
+        (conv("a", IMPLICIT, 256, 64, OutMaps=None), {}, None),
+        # The earlier reason in the table wins.
+        (conv("a", IMPLICIT, 64, groups=2), {"conforming": (), "precision": "fp32", "level": 0}, GROUPED),
+        (conv("a", IMPLICIT, 64), {"conforming": (), "precision": "fp32", "level": 0}, NOT_2TO4),
+        (conv("a", IMPLICIT, 64), {"precision": "fp32", "level": 0}, NO_FP32_KERNELS),
+        (conv("a", IMPLICIT, 64, Inputs=QUANTISED), {"level": 0}, LOW_OPTIMIZATION),
+        (conv("a", IMPLICIT, 64, Inputs=QUANTISED), {}, FLOAT_OUTPUT),
+        # Only dense layers have one.
+        (conv("a", SPARSE_CONV, 64, groups=2), {"conforming": (), "level": 0}, None),
+        (conv("a", None, 64, groups=2), {"conforming": (), "level": 0}, None),
+    ],
+)
+def test_dense_layers_say_why(layer: dict[str, Any], options: dict[str, Any], reason: str | None) -> None:
+    assert reason_of(layer, **options) == reason
+
+
+def test_conforming_weights_are_found_by_any_fused_node_or_by_the_weights_name() -> None:
+    layers = layers_of(text(*(conv(f"relu{n} + conv{n}", IMPLICIT, Metadata=None) for n in range(3)), "b"))
+
+    def reasons(*conforming: str) -> list[str | None]:
+        found = with_reasons(layers, conforming=conforming, precision="fp16", optimization_level=3)
+        return [layer.reason for layer in found]
+
+    assert reasons("conv0", "conv1.weight") == [None, None, NOT_2TO4, None]
+    assert reasons() == [NOT_2TO4, NOT_2TO4, NOT_2TO4, None]
+    # Names that no layer knows are of another graph.
+    assert reasons("onnx::Conv_193") == [None] * 4
+
+
+def test_a_layer_whose_nodes_are_not_told_is_not_called_unpruned() -> None:
+    layers = layers_of(text(conv("(Unnamed Layer* 1) [Convolution]", IMPLICIT, Metadata=None), conv("a", IMPLICIT)))
+    found = with_reasons(layers, conforming=["a"], precision="fp16", optimization_level=3)
+    assert [layer.reason for layer in found] == [None, None]
+
+
+ELIGIBLE = "[I] [TRT] (Sparsity) Layers eligible for sparse math: Conv_3 + Relu_4, Gemm_725"
+PICKED = "[I] [TRT] (Sparsity) TRT inference plan picked sparse implementation for layers:"
+
+
+@pytest.mark.parametrize(
+    ("lines", "log"),
+    [
+        ([], SparsityLog((), (), (), 0)),
+        ([ELIGIBLE, PICKED], SparsityLog(("Conv_3 + Relu_4", "Gemm_725"), (), ((2, 0),), 0)),
+        (
+            [ELIGIBLE, f"{PICKED} Gemm_725\n"],
+            SparsityLog(("Conv_3 + Relu_4", "Gemm_725"), ("Gemm_725",), ((2, 1),), 0),
+        ),
+        (["[I] [TRT] (Sparsity) Layers eligible for sparse math:", PICKED], SparsityLog((), (), ((0, 0),), 0)),
+        (
+            [
+                "[03/23/2021-00:14:05] [I] [TRT] (Sparsity) Layers eligible for sparse math: conv1, conv2, conv3",
+                "[TensorRT] INFO: (Sparsity) TRT inference plan picked sparse implementation for layers: conv2, conv3",
+            ],
+            SparsityLog(("conv1", "conv2", "conv3"), ("conv2", "conv3"), ((3, 2),), 0),
+        ),
+        (
+            [
+                "(Sparsity) Found 39 layer(s) eligible to use sparse tactics",
+                "(Sparsity) Chose 0 layer(s) using sparse tactics",
+            ],
+            SparsityLog((), (), ((39, 0),), 0),
+        ),
+        (
+            [
+                "\x1b[0;33m[V] [TRT] (Sparsity) Found 2 layer(s) eligible to use sparse tactics: a + PWN(b, c), d\x1b[0m",
+                "[V] [TRT] (Sparsity) Chose 1 layer(s) using sparse tactics: d",
+            ],
+            SparsityLog(("a + PWN(b, c)", "d"), ("d",), ((2, 1),), 0),
+        ),
+        (
+            [
+                "(Sparsity) Found 0 layer(s) eligible to use sparse tactics:",
+                "(Sparsity) Chose 0 layer(s) using sparse tactics: ",
+            ],
+            SparsityLog((), (), ((0, 0),), 0),
+        ),
+    ],
+)
+def test_both_forms_of_log_lines_are_read(lines: list[str], log: SparsityLog) -> None:
+    assert sparsity_log(lines) == log
+    around = ["[I] Building", *lines, "sparse tactics", "Found 9 layer(s) eligible to use sparse tactics"]
+    assert sparsity_log(iter(around)) == log
+
+
+def test_every_pair_is_kept_in_order_and_every_name_once() -> None:
+    found, chose = "(Sparsity) Found {} layer(s) eligible to use sparse tactics: {}", "(Sparsity) Chose {} layer(s) "
+    lines = [
+        found.format(2, "b, a"),
+        chose.format(1) + "using sparse tactics: b",
+        found.format(196, ""),
+        chose.format(140) + "using sparse tactics",
+        found.format(2, "a, c"),
+        chose.format(2) + "using sparse tactics: c, b",
+    ]
+    assert sparsity_log(lines) == SparsityLog(("b", "a", "c"), ("b", "c"), ((2, 1), (196, 140), (2, 2)), 0)
+
+
+@pytest.mark.parametrize(
+    ("lines", "unread", "counts"),
+    [
+        (["(Sparsity) Found"], 1, ()),
+        (["(Sparsity) Found many layer(s) eligible to use sparse tactics"], 1, ()),
+        (["(Sparsity) Found -1 layer(s) eligible to use sparse tactics"], 1, ()),
+        (["(Sparsity) Found 3 layer(s) eligible to use sparse tactics: a, b"], 1, ()),
+        (["(Sparsity) Found 3 layer(s) eligible to use sparse tactics and more"], 1, ()),
+        (["(Sparsity) something new", "(Sparsity)"], 2, ()),
+        (["(Sparsity) Chose 3 layer(s) using sparse tactics"], 1, ()),
+        (["(Sparsity) Found 3 layer(s) eligible to use sparse tactics"], 1, ()),
+        (
+            ["(Sparsity) Found 3 layer(s) eligible to use sparse tactics"] * 2
+            + ["(Sparsity) Chose 1 layer(s) using sparse tactics"],
+            1,
+            ((3, 1),),
+        ),
+    ],
+)
+def test_malformed_lines_are_skipped_and_counted(
+    lines: list[str], unread: int, counts: tuple[tuple[int, int], ...]
+) -> None:
+    assert sparsity_log(lines) == SparsityLog((), (), counts, unread)
+
+
+# Properties: whatever is done to what TensorRT says, no state is claimed that it did not say.
+
+KNOWN = dict.fromkeys(SPARSE_KERNELS, SPARSE) | dict.fromkeys(DENSE_KERNELS, DENSE)
+kernels = st.sampled_from(sorted(KNOWN))
+characters = st.sampled_from("abcdefghijklmnopqrstuvwxyz0123456789_ -")
+NEAR_WORDS = ["sparsely", "nonsparse", "sparsity", "sparsemax", "unsparse", "sparser", "sparsed", "parse", "spars", "sparce", "sprse", "spare", "xsparse", "sparse1", "sp", "nosptensor16x8x32", "sptensor", "sptensor16x8", "spgemm", "notspgemm", "spmma", "SPARSE", "Sparse"]  # fmt: skip
+
+
+@given(kernels, st.integers(0, 200), characters, st.sampled_from(["replace", "insert", "delete"]))
+@settings(max_examples=1500, deadline=None)
+def test_one_wrong_character_never_turns_a_kernel_into_its_opposite(
+    kernel: str, at: int, character: str, how: str
+) -> None:
+    at %= len(kernel)
+    changed = kernel[:at] + (character if how != "delete" else "") + kernel[at + (how != "insert") :]
+    assert kernel_state(changed) in (KNOWN[kernel], UNKNOWN)
+
+
+@given(kernels, st.integers(0, 200))
+@settings(max_examples=500, deadline=None)
+def test_a_cut_name_never_turns_a_kernel_into_its_opposite(kernel: str, at: int) -> None:
+    assert kernel_state(kernel[:at]) in (KNOWN[kernel], UNKNOWN)
+    assert kernel_state(kernel[at:]) in (KNOWN[kernel], UNKNOWN)
+
+
+@given(kernels, st.sampled_from(NEAR_WORDS), st.integers(0, 40), st.booleans())
+@settings(max_examples=1500, deadline=None)
+def test_a_name_with_a_word_that_resembles_sparse_claims_nothing(
+    kernel: str, word: str, at: int, instead: bool
+) -> None:
+    words = kernel.split("_")
+    at %= len(words)
+    words[at : at + instead] = [word]
+    assert kernel_state("_".join(words)) == UNKNOWN
+
+
+@given(st.lists(st.sampled_from(["foo", "spars", "sparse", "sparsely", "conv", "gemm", "kernel", "64x64"]), max_size=8))
+@settings(max_examples=500, deadline=None)
+def test_an_unknown_family_claims_nothing(words: list[str]) -> None:
+    assert kernel_state("_".join(words)) == UNKNOWN
+
+
+@given(st.text(max_size=80))
+@settings(max_examples=300, deadline=None)
+def test_any_text_claims_nothing(anything: str) -> None:
+    assert kernel_state(anything) == UNKNOWN
+    assert all(layer.state == UNKNOWN for layer in layers_of(text(conv("a", anything), anything)))
+
+
+ENGINE = [
+    conv("conv1 + relu1", SPARSE_CONV, 64, 128),
+    conv("conv2", IMPLICIT, groups=32),
+    conv("conv3", AVDT, Inputs=QUANTISED),
+    {"Name": "pool", "LayerType": "CaskPooling", "ParameterType": "Pooling"},
+    {"Name": "fc_myl0_2", "LayerType": "gemm", "TacticName": GEMM, "Metadata": "[ONNX Layer: fc]"},
+    {"Name": "{ForeignNode[a...b]}", "LayerType": "Myelin", "Metadata": "[ONNX Layer: a]\x1e[ONNX Layer: b]"},
+    "conv4",
+]
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(STRANGE_KERNELS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.data())
+@settings(max_examples=600, deadline=None)
+def test_whatever_happens_to_the_json_no_state_is_made_up(data: st.DataObject) -> None:
+    """Keys are deleted, renamed or given other values, anywhere in the engine; kernels move to other layers."""
+    layers = copy.deepcopy(ENGINE)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(layers) - 1))
+        layer = layers[at]
+        if not isinstance(layer, dict) or data.draw(st.integers(0, 9)) == 0:
+            layers[at] = data.draw(json_values)
+            continue
+        if not layer:
+            continue
+        inner = [v[0] for v in layer.values() if isinstance(v, list) and v and isinstance(v[0], dict) and v[0]]
+        target = data.draw(st.sampled_from([layer, *inner]))
+        key = data.draw(st.sampled_from(sorted(target)))
+        what = data.draw(st.sampled_from(["delete", "rename", "replace"]))
+        value = target.pop(key)
+        if what == "rename":
+            target[key + data.draw(characters)] = value
+        elif what == "replace":
+            target[key] = data.draw(json_values | st.sampled_from([AVDT, IMPLICIT]))
+    found = layers_of(json.dumps({"Layers": layers}))
+    said = [layer.get("TacticName") if isinstance(layer, dict) else None for layer in layers]
+    assert len(found) <= len(layers)
+    for layer in found:
+        assert layer.state in (KNOWN.get(layer.kernel or "", UNKNOWN), UNKNOWN)
+        assert layer.kernel is None or layer.kernel in said
+        assert layer.reason is None or layer.state == DENSE
+        assert all(count is None or count > 0 for count in (layer.c, layer.k))
+    for reasoned in with_reasons(found, conforming=["conv1"], precision="int8", optimization_level=3):
+        assert reasoned.reason is None or reasoned.state == DENSE
+    counted = totals(found)
+    assert counted.sparse <= sum(KNOWN.get(k, UNKNOWN) == SPARSE for k in said if isinstance(k, str))
+    assert counted.sparse + counted.dense + counted.unknown == len(found)
+
+
+@given(st.integers(0, 5000))
+@settings(max_examples=200, deadline=None)
+def test_cut_json_is_refused(at: int) -> None:
+    whole = text(*ENGINE)
+    with pytest.raises(InputError):
+        layers_of(whole[: at % len(whole)])

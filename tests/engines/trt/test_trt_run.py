@@ -1,0 +1,205 @@
+"""Running a plan, against the stand-ins: results, GPU time, graphs, and what is told when something does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import fake_cuda
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import pytest
+from fake_cuda import World
+from fake_tensorrt import Control
+
+from engines.build import BuildOptions, build_engine, open_engine
+from engines.sidecar import sidecar_path, write_sidecar
+from engines.trt.options import TrtOptions
+from engines.trt.run import TrtEngine
+from exporters.metadata import describe_onnx
+from pipeline.artifacts import EngineFile, Profile
+from pipeline.errors import HostError, InputError
+
+PROFILES = (Profile(1, 1, 1), Profile(1, 8, 16))
+
+
+def images(batch: int) -> npt.NDArray[np.float32]:
+    return np.random.default_rng(batch).normal(size=(batch, 3, 8, 8)).astype(np.float32)
+
+
+def expected(source: Path, batch: int) -> npt.NDArray[np.float32]:
+    session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
+    return session.run(None, {"input": images(batch)})[0]
+
+
+@pytest.fixture
+def plan(trt: Control, source: Path) -> EngineFile:
+    return build_engine(describe_onnx(source), BuildOptions("tensorrt", PROFILES), source.with_name("engine.plan"))
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_results_are_the_graphs_own_at_every_batch(plan: EngineFile, source: Path, gpu: World, graphs: bool) -> None:
+    engine = TrtEngine(plan, graphs=graphs)
+    for batch in (1, 4, 16, 4, 4, 4, 1, 1, 1):
+        found = engine.infer({"input": images(batch)})
+        assert np.allclose(found["logits"], expected(source, batch), atol=1e-3)
+    assert (gpu.launches > 0) == graphs
+    engine.close()
+
+
+def test_a_graph_is_replayed_only_while_the_shapes_stay(plan: EngineFile, gpu: World) -> None:
+    engine = TrtEngine(plan)
+    for batch, launches in ((4, 0), (4, 1), (4, 2), (1, 2), (4, 2), (4, 3)):
+        engine.infer({"input": images(batch)})
+        assert gpu.launches == launches
+    engine.close()
+
+
+def test_without_cuda_python_the_engine_runs_all_the_same(
+    plan: EngineFile, source: Path, gpu: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("cuda.bindings.driver")
+    engine = TrtEngine(plan)
+    for _ in range(3):
+        assert np.allclose(engine.infer({"input": images(2)})["logits"], expected(source, 2), atol=1e-3)
+    assert gpu.launches == 0
+    engine.close()
+
+
+def test_time_is_told_by_events_and_on_the_host(plan: EngineFile) -> None:
+    engine = TrtEngine(plan)
+    engine.infer({"input": images(4)})
+    spent = engine.spent
+    assert spent is not None
+    # The stand-in's clock ticks once an event.
+    assert (spent.gpu_ms, spent.copy_in_ms, spent.copy_out_ms) == (1.0, 1.0, 1.0)
+    assert spent.host_ms > 0
+    engine.close()
+
+
+def test_the_primary_context_is_given_back_and_what_was_current_stays_so(plan: EngineFile, gpu: World) -> None:
+    others = fake_cuda.Context(gpu)
+    others.push()
+    engine = TrtEngine(plan)
+    engine.infer({"input": images(2)})
+    assert gpu.current == [others]
+    engine.close()
+    assert gpu.current == [others]
+    assert gpu.retained == 1
+    assert gpu.memory == {}
+
+
+def test_an_answer_outlives_the_next_call(plan: EngineFile, source: Path) -> None:
+    engine = TrtEngine(plan)
+    first = engine.infer({"input": images(2)})["logits"]
+    engine.infer({"input": 2 * images(2)})
+    assert np.allclose(first, expected(source, 2), atol=1e-3)
+    engine.close()
+
+
+def test_a_batch_outside_every_profile(plan: EngineFile) -> None:
+    engine = TrtEngine(plan)
+    with pytest.raises(InputError, match="outside every profile") as caught:
+        engine.infer({"input": images(17)})
+    assert "1:8:16" in str(caught.value)
+    assert np.isfinite(engine.infer({"input": images(16)})["logits"]).all()
+    engine.close()
+
+
+FAILURES = {
+    "select": (HostError, "refuses to change the profile"),
+    "input_shape": (InputError, "refuses a shape"),
+    "address": (HostError, "refuses an address"),
+    "execute": (HostError, "cannot run the engine"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_each_refusal_is_one_clear_error(plan: EngineFile, trt: Control, failure: str) -> None:
+    engine = TrtEngine(plan)
+    trt.failures.add(failure)
+    kind, message = FAILURES[failure]
+    with pytest.raises(kind, match=message):
+        engine.infer({"input": images(2)})
+    trt.failures.clear()
+    assert engine.infer({"input": images(2)})["logits"].shape == (2, 5)
+    engine.close()
+
+
+def test_a_plan_that_tensorrt_does_not_take(plan: EngineFile, trt: Control) -> None:
+    trt.failures.add("deserialize")
+    with pytest.raises(InputError, match="cannot load the plan") as caught:
+        open_engine(plan)
+    assert "magicTagRead" in str(caught.value)
+
+
+def test_no_memory_for_a_context(plan: EngineFile, trt: Control) -> None:
+    trt.failures.add("context")
+    with pytest.raises(HostError, match="memory does not suffice for the engine"):
+        open_engine(plan)
+
+
+def test_no_memory_for_a_batch(plan: EngineFile, gpu: World, source: Path) -> None:
+    engine = TrtEngine(plan)
+    engine.infer({"input": images(1)})
+    gpu.free_bytes = 1000
+    with pytest.raises(HostError, match="memory does not suffice"):
+        engine.infer({"input": images(16)})
+    assert np.allclose(engine.infer({"input": images(1)})["logits"], expected(source, 1), atol=1e-3)
+    engine.close()
+
+
+def test_a_gpu_that_fails_is_told(plan: EngineFile, gpu: World) -> None:
+    engine = TrtEngine(plan)
+    gpu.broken = True
+    with pytest.raises(HostError, match="illegal memory access"):
+        engine.infer({"input": images(2)})
+    gpu.broken = False
+    engine.close()
+
+
+def test_plans_of_another_tensorrt_and_of_another_gpu_are_refused_before_they_are_loaded(
+    plan: EngineFile, gpu: World, another: Callable[[str], Control]
+) -> None:
+    gpu.capability = (9, 0)
+    other = another("10.16.1.11")
+    other.failures.add("deserialize")
+    with pytest.raises(InputError, match="not for this host") as caught:
+        open_engine(plan)
+    assert plan.runtime_version in str(caught.value)
+    assert "10.16.1.11" in str(caught.value)
+    assert "compute capability 8.0 (Fake GPU), here is 9.0" in str(caught.value)
+
+
+def test_compatible_plans_are_not_refused(
+    trt: Control, gpu: World, source: Path, another: Callable[[str], Control]
+) -> None:
+    options = BuildOptions("tensorrt", PROFILES, True, TrtOptions(version_compatible=True, hardware_compatible=True))
+    record = build_engine(describe_onnx(source), options, source.with_name("engine.plan"))
+    gpu.capability = (9, 0)
+    another("10.16.1.11")
+    engine = open_engine(record)
+    assert np.allclose(engine.infer({"input": images(2)})["logits"], expected(source, 2), atol=1e-3)
+    engine.close()
+
+
+def test_truncated_and_changed_plans_never_reach_tensorrt(plan: EngineFile, trt: Control) -> None:
+    data = plan.path.read_bytes()
+    for changed in (data[: len(data) // 2], data[:-1] + bytes([data[-1] ^ 1]), b""):
+        plan.path.write_bytes(changed)
+        with pytest.raises(InputError, match="not the one that its sidecar describes"):
+            open_engine(plan)
+
+
+def test_a_truncated_plan_with_a_sidecar_of_its_own(plan: EngineFile) -> None:
+    """Whoever wrote the digest anew still meets TensorRT's own check."""
+    import hashlib
+
+    data = plan.path.read_bytes()[:200]
+    plan.path.write_bytes(data)
+    write_sidecar(replace(plan, sha256=hashlib.sha256(data).hexdigest()))
+    assert sidecar_path(plan.path).is_file()
+    with pytest.raises(InputError, match="cannot load the plan"):
+        open_engine(plan.path)

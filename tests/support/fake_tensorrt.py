@@ -1,0 +1,473 @@
+"""A stand-in for the parts of TensorRT that we use, of a version: it runs the ONNX with ONNX Runtime, and fails as told.
+
+Each class here has only members that the real package of that version has, under the same names and argument names;
+`test_fake_is_like_the_real_bindings` holds it against them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from fake_cuda import World
+
+VERSIONS = ("10.3.0", "10.13.3.9", "10.16.1.11", "11.4.0.106")
+
+_MAGIC = b"FAKEPLAN"
+# Names that people quoted (NVIDIA/TensorRT issue 4020).
+_SPARSE = "sm80_xmma_fprop_avdt_sparse_int8int8_tilesize64x64x64_tapsperload3_threadspercta128_r3s3_u1v1_scalebias_relu"
+_DENSE = "sm70_xmma_fprop_conv1x1_i8f32_f32_f32_nchw_vect_c_4kcrs_vect_c_4_nchw_simt_small_batch_bias_relu"
+
+
+@dataclass
+class Control:
+    """What goes wrong, and what was asked for.
+
+    Attributes:
+        failures: Of `builder`, `network`, `parse`, `profile`, `build`, `out_of_memory`, `deserialize`, `context`,
+            `select`, `input_shape`, `address`, `execute`, `cache`.
+        flags: Of the last configuration.
+        config: The last configuration itself.
+        builds: How many plans were made.
+        during_build: Called once within a build.
+    """
+
+    failures: set[str] = field(default_factory=set)
+    flags: set[str] = field(default_factory=set)
+    config: Any = None
+    builds: int = 0
+    during_build: Callable[[], None] = lambda: None
+
+
+def install(version: str, world: World, monkeypatch: pytest.MonkeyPatch) -> Control:
+    """Put `tensorrt` in place."""
+    control = Control()
+    monkeypatch.setitem(sys.modules, "tensorrt", make(version, world, control))
+    return control
+
+
+def make(version: str, world: World, control: Control) -> types.ModuleType:
+    """The module. Classes are made anew for each, so that versions differ as the real ones do."""
+    newer = int(version.partition(".")[0]) >= 11
+
+    def flags(*names: str) -> type[IntEnum]:
+        return IntEnum("BuilderFlag", {name: i for i, name in enumerate(names)})
+
+    older_only = () if newer else ("FP16", "BF16", "INT8", "FP8", "OBEY_PRECISION_CONSTRAINTS")
+    builder_flags = flags(
+        *older_only, "REFIT", "DISABLE_TIMING_CACHE", "TF32", "SPARSE_WEIGHTS", "VERSION_COMPATIBLE", "STRIP_PLAN"
+    )
+    network_flags = IntEnum("NetworkDefinitionCreationFlag", {"STRONGLY_TYPED": 0 if newer else 1})
+    verbosity = IntEnum("ProfilingVerbosity", {"LAYER_NAMES_ONLY": 0, "NONE": 1, "DETAILED": 2})
+    levels = IntEnum("HardwareCompatibilityLevel", {"NONE": 0, "AMPERE_PLUS": 1})
+    pools = IntEnum("MemoryPoolType", {"WORKSPACE": 0})
+    formats = IntEnum("LayerInformationFormat", {"ONELINE": 0, "JSON": 1})
+    severities = IntEnum("Severity", {"INTERNAL_ERROR": 0, "ERROR": 1, "WARNING": 2, "INFO": 3, "VERBOSE": 4})
+
+    class ILogger:
+        Severity = severities
+        INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = severities
+
+        def __init__(self) -> None: ...
+
+        def log(self, severity: Any, msg: str) -> None:
+            raise NotImplementedError
+
+    class IProgressMonitor:
+        def __init__(self) -> None: ...
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None: ...
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            return True
+
+        def phase_finish(self, phase_name: str) -> None: ...
+
+    class IHostMemory:
+        def __init__(self, data: bytes) -> None:
+            self._data = data
+
+        def __bytes__(self) -> bytes:
+            return self._data
+
+        @property
+        def nbytes(self) -> int:
+            return len(self._data)
+
+    class ITimingCache:
+        def __init__(self, data: bytes) -> None:
+            self._lines = set(data.split(b"\n")) - {b""}
+
+        def combine(self, input_cache: ITimingCache, ignore_mismatch: bool) -> bool:
+            self._lines |= input_cache._lines
+            return True
+
+        def serialize(self) -> IHostMemory:
+            return IHostMemory(b"\n".join(sorted(self._lines)))
+
+    class IOptimizationProfile:
+        def __init__(self) -> None:
+            self._shapes: dict[str, list[tuple[int, ...]]] = {}
+
+        def set_shape(self, input: str, min: Sequence[int], opt: Sequence[int], max: Sequence[int]) -> None:
+            shapes = [tuple(min), tuple(opt), tuple(max)]
+            if not all(a <= b <= c for a, b, c in zip(*shapes, strict=True)):
+                raise ValueError("shapes do not rise")
+            self._shapes[input] = shapes
+
+    class INetworkDefinition:
+        def __init__(self, logger: Any, strong: bool) -> None:
+            self._logger, self._strong = logger, strong
+            self._model: onnx.ModelProto | None = None
+
+    class IBuilderConfig:
+        def __init__(self) -> None:
+            # TensorRT's own default.
+            self._flags = {builder_flags["TF32"]}
+            self._profiles: list[IOptimizationProfile] = []
+            self._cache: ITimingCache | None = None
+            self._pools: dict[Any, int] = {}
+            self._level, self._verbosity = 3, verbosity["LAYER_NAMES_ONLY"]
+            self._hardware, self._monitor = levels["NONE"], None
+
+        def set_flag(self, flag: Any) -> None:
+            self._flags.add(builder_flags(flag))
+
+        def clear_flag(self, flag: Any) -> None:
+            self._flags.discard(builder_flags(flag))
+
+        def get_flag(self, flag: Any) -> bool:
+            return flag in self._flags
+
+        def set_memory_pool_limit(self, pool: Any, pool_size: int) -> None:
+            self._pools[pool] = pool_size
+
+        def get_memory_pool_limit(self, pool: Any) -> int:
+            return self._pools[pool]
+
+        def add_optimization_profile(self, profile: IOptimizationProfile) -> int:
+            if "profile" in control.failures:
+                return -1
+            self._profiles.append(profile)
+            return len(self._profiles) - 1
+
+        def create_timing_cache(self, serialized_timing_cache: bytes) -> ITimingCache | None:
+            return None if "cache" in control.failures else ITimingCache(bytes(serialized_timing_cache))
+
+        def set_timing_cache(self, cache: ITimingCache, ignore_mismatch: bool) -> bool:
+            mine = f"TensorRT {version} ".encode()
+            if any(not line.startswith(mine) for line in cache._lines) and not ignore_mismatch:
+                return False
+            self._cache = cache
+            return True
+
+        def get_timing_cache(self) -> ITimingCache | None:
+            return self._cache
+
+        @property
+        def builder_optimization_level(self) -> int:
+            return self._level
+
+        @builder_optimization_level.setter
+        def builder_optimization_level(self, value: int) -> None:
+            self._level = value
+
+        @property
+        def profiling_verbosity(self) -> Any:
+            return self._verbosity
+
+        @profiling_verbosity.setter
+        def profiling_verbosity(self, value: Any) -> None:
+            self._verbosity = verbosity(value)
+
+        @property
+        def hardware_compatibility_level(self) -> Any:
+            return self._hardware
+
+        @hardware_compatibility_level.setter
+        def hardware_compatibility_level(self, value: Any) -> None:
+            self._hardware = levels(value)
+
+        @property
+        def progress_monitor(self) -> Any:
+            return self._monitor
+
+        @progress_monitor.setter
+        def progress_monitor(self, value: Any) -> None:
+            assert isinstance(value, IProgressMonitor)
+            self._monitor = value
+
+    class Builder:
+        def __init__(self, logger: ILogger) -> None:
+            assert isinstance(logger, ILogger)
+            if "builder" in control.failures:
+                logger.log(severities.ERROR, "CUDA initialization failure with error: 35")
+                raise TypeError("pybind11::init(): factory function returned nullptr")
+            self._logger = logger
+
+        def create_network(self, flags: int = 0) -> INetworkDefinition | None:
+            if "network" in control.failures:
+                return None
+            strong = newer or bool(flags & (1 << network_flags["STRONGLY_TYPED"]))
+            return INetworkDefinition(self._logger, strong)
+
+        def create_builder_config(self) -> IBuilderConfig:
+            control.config = IBuilderConfig()
+            return control.config
+
+        def create_optimization_profile(self) -> IOptimizationProfile:
+            return IOptimizationProfile()
+
+        def build_serialized_network(self, network: INetworkDefinition, config: IBuilderConfig) -> IHostMemory | None:
+            control.flags = {flag.name for flag in config._flags}
+            for failure, message in (
+                ("build", "Could not find any implementation for node conv1."),
+                ("out_of_memory", "Requested amount of GPU memory (123 bytes) could not be allocated: out of memory"),
+            ):
+                if failure in control.failures:
+                    self._logger.log(severities.ERROR, message)
+                    return None
+            monitor = config._monitor
+            if monitor is not None:
+                monitor.phase_start("Building Engine", None, 2)
+                for step in range(2):
+                    control.during_build()
+                    if not monitor.step_complete("Building Engine", step):
+                        return None
+                monitor.phase_finish("Building Engine")
+            if config._cache is not None:
+                config._cache._lines.add(f"TensorRT {version} tactic {control.builds}".encode())
+            control.builds += 1
+            assert network._model is not None
+            header = {
+                "version": version,
+                "capability": world.capability,
+                "profiles": [p._shapes for p in config._profiles],
+                "layers": _layers(network._model, builder_flags["SPARSE_WEIGHTS"] in config._flags, newer),
+                "detailed": config._verbosity == verbosity["DETAILED"],
+            }
+            text = json.dumps(header).encode()
+            return IHostMemory(_MAGIC + len(text).to_bytes(8, "little") + text + network._model.SerializeToString())
+
+    class ParserError:
+        def __init__(self, number: int) -> None:
+            self._number = number
+
+        def desc(self) -> str:
+            return "no importer registered"
+
+        def node(self) -> int:
+            return self._number
+
+        def node_name(self) -> str:
+            return f"strange_{self._number}"
+
+        def node_operator(self) -> str:
+            return "Strange"
+
+    class OnnxParser:
+        def __init__(self, network: INetworkDefinition, logger: ILogger) -> None:
+            self._network, self._errors = network, 0
+
+        def parse_from_file(self, model: str) -> bool:
+            if "parse" in control.failures:
+                self._errors = 3
+                return False
+            self._network._model = onnx.load(model)
+            return True
+
+        @property
+        def num_errors(self) -> int:
+            return self._errors
+
+        def get_error(self, index: int) -> ParserError:
+            return ParserError(index)
+
+    class EngineInspector:
+        def __init__(self, header: dict[str, Any]) -> None:
+            self._header = header
+
+        def get_engine_information(self, format: Any) -> str:
+            assert format == formats["JSON"]
+            layers = self._header["layers"]
+            tensors = {"I/O Tensors": []} if newer else {"Bindings": []}
+            shown = layers if self._header["detailed"] else [layer["Name"] for layer in layers]
+            return json.dumps({"Layers": shown} | tensors)
+
+    class IExecutionContext:
+        def __init__(self, engine: ICudaEngine) -> None:
+            self._engine = engine
+            self._shapes: dict[str, tuple[int, ...]] = {}
+            self._addresses: dict[str, int] = {}
+            self._profile: int | None = None
+
+        def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+            if "select" in control.failures or profile_index >= len(self._engine._header["profiles"]):
+                return False
+            self._profile, self._shapes = profile_index, {}
+            return True
+
+        def set_input_shape(self, name: str, shape: Sequence[int]) -> bool:
+            assert self._profile is not None
+            low, _, high = self._engine._header["profiles"][self._profile][name]
+            if "input_shape" in control.failures or not all(
+                a <= b <= c for a, b, c in zip(low, shape, high, strict=True)
+            ):
+                self._engine._logger.log(severities.ERROR, "IExecutionContext::setInputShape: Error Code 3")
+                return False
+            self._shapes[name] = tuple(shape)
+            return True
+
+        def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+            batch = next(iter(self._shapes.values()))[0]
+            value = next(o for o in self._engine._model.graph.output if o.name == name)
+            dims = [d.dim_value or -1 for d in value.type.tensor_type.shape.dim]
+            return (batch, *dims[1:])
+
+        def set_tensor_address(self, name: str, memory: int) -> bool:
+            self._addresses[name] = memory
+            return "address" not in control.failures
+
+        def execute_async_v3(self, stream_handle: int) -> bool:
+            if "execute" in control.failures:
+                self._engine._logger.log(severities.ERROR, "enqueueV3 failed")
+                return False
+            world.require_context()
+            shapes, addresses = dict(self._shapes), dict(self._addresses)
+            world.streams[stream_handle].give(lambda: self._engine._run(shapes, addresses))
+            return True
+
+    class ICudaEngine:
+        def __init__(self, data: bytes, header: dict[str, Any], logger: Any) -> None:
+            import onnxruntime
+
+            self._header, self._logger = header, logger
+            self._model = onnx.load_from_string(data)
+            self._session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+
+        def create_engine_inspector(self) -> EngineInspector:
+            return EngineInspector(self._header)
+
+        def create_execution_context(self) -> IExecutionContext | None:
+            if "context" in control.failures:
+                self._logger.log(severities.ERROR, "createExecutionContext: out of memory")
+                return None
+            return IExecutionContext(self)
+
+        @property
+        def device_memory_size_v2(self) -> int:
+            return 4096
+
+        def _run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+            feeds = {}
+            for value in self._session.get_inputs():
+                dtype = np.dtype({"tensor(float)": "float32", "tensor(float16)": "float16"}[value.type])
+                nbytes = int(np.prod(shapes[value.name])) * dtype.itemsize
+                raw = world.at(addresses[value.name], nbytes)
+                feeds[value.name] = raw.view(dtype).reshape(shapes[value.name])
+            names = [o.name for o in self._session.get_outputs()]
+            for name, array in zip(names, self._session.run(names, feeds), strict=True):
+                raw = np.frombuffer(array.tobytes(), np.uint8)
+                np.copyto(world.at(addresses[name], raw.nbytes), raw)
+
+    class Runtime:
+        def __init__(self, logger: ILogger) -> None:
+            assert isinstance(logger, ILogger)
+            self._logger, self._host_code = logger, False
+
+        @property
+        def engine_host_code_allowed(self) -> bool:
+            return self._host_code
+
+        @engine_host_code_allowed.setter
+        def engine_host_code_allowed(self, value: bool) -> None:
+            self._host_code = value
+
+        def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
+            data = bytes(serialized_engine)
+            header = _header(data)
+            if "deserialize" in control.failures or header is None:
+                self._logger.log(severities.ERROR, "Serialization assertion magicTagRead == kMAGIC_TAG failed.")
+                return None
+            if header["version"] != version and not self._host_code:
+                self._logger.log(severities.ERROR, "The engine plan file is not compatible with this version")
+                return None
+            start = len(_MAGIC) + 8
+            length = int.from_bytes(data[len(_MAGIC) : start], "little")
+            return ICudaEngine(data[start + length :], header, self._logger)
+
+    module = types.ModuleType("tensorrt")
+    module.__version__ = version  # type: ignore[attr-defined]
+    for cls in (
+        ILogger,
+        IProgressMonitor,
+        IHostMemory,
+        ITimingCache,
+        IOptimizationProfile,
+        INetworkDefinition,
+        IBuilderConfig,
+        Builder,
+        ParserError,
+        OnnxParser,
+        EngineInspector,
+        IExecutionContext,
+        ICudaEngine,
+        Runtime,
+        builder_flags,
+        network_flags,
+        verbosity,
+        levels,
+        pools,
+        formats,
+    ):
+        setattr(module, cls.__name__, cls)
+    return module
+
+
+def _header(data: bytes) -> dict[str, Any] | None:
+    start = len(_MAGIC) + 8
+    if not data.startswith(_MAGIC) or len(data) < start:
+        return None
+    length = int.from_bytes(data[len(_MAGIC) : start], "little")
+    try:
+        found: dict[str, Any] = json.loads(data[start : start + length])
+        onnx.load_from_string(data[start + length :])
+    except Exception:
+        return None
+    return found
+
+
+def _layers(model: onnx.ModelProto, sparse: bool, newer: bool) -> list[dict[str, Any]]:
+    """What an inspector would tell, in the documented keys: convolutions of half precision run sparse where they are 2:4."""
+    weights = {i.name: onnx.numpy_helper.to_array(i) for i in model.graph.initializer}
+    layers = []
+    for node in model.graph.node:
+        if node.op_type != "Conv" or node.input[1] not in weights:
+            continue
+        weight = weights[node.input[1]]
+        k, c = weight.shape[:2]
+        grouped = weight.reshape(k, c // 4, 4, -1) if c % 4 == 0 else None
+        conforms = grouped is not None and int((grouped != 0).sum(axis=2).max()) <= 2
+        chosen = sparse and conforms and weight.dtype == np.float16
+        layer = {
+            "Name": node.name,
+            "LayerType": "CaskConvolution",
+            "Groups": next((a.i for a in node.attribute if a.name == "group"), 1),
+            "OutMaps": k,
+            "Weights": {"Type": "Half" if weight.dtype == np.float16 else "Float", "Count": int(weight.size)},
+            "HasSparseWeights": int(conforms),
+            "TacticName": _SPARSE if chosen else _DENSE,
+            "Metadata": f"[ONNX Layer: {node.name}]",
+        }
+        tensor = {"Name": node.input[0], "Dimensions": [1, c, 8, 8]}
+        tensor |= {"Format": "Channel major", "Datatype": "Half"} if newer else {"Format/Datatype": "Half NHWC"}
+        layers.append(layer | {"Inputs": [tensor], "Outputs": []})
+    return layers
