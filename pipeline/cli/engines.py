@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.cli import options
+
+if TYPE_CHECKING:
+    from pipeline.timing import TimeOptions
 
 _DEPLOY_EXAMPLES = """Examples:\n
   maskplan deploy build/r50/engine.plan --repository models --name resnet50\n
@@ -61,6 +64,13 @@ def build(
         int | None,
         typer.Option(metavar="10|11", help="Print trtexec's command lines and build nothing.", rich_help_panel=_TRT),
     ] = None,
+    three_way: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DENSE.onnx",
+            help="Build DENSE.onnx and MODEL with the sparse flag off and on, three times each, into the folder -o.",
+        ),
+    ] = None,
     import_: Annotated[
         Path | None, typer.Option("--import", help="Take a plan that trtexec built.", rich_help_panel=_TRT)
     ] = None,
@@ -109,6 +119,16 @@ def build(
             raise InputError(f"--print-trtexec {print_trtexec}", fix="give 10 or 11")
         print("\n".join(trtexec_lines(described, profiles, sparse, trt, plan, print_trtexec)))
         return
+    if three_way is not None:
+        from pipeline.three_way import build_three_way
+
+        chosen, why = choose_backend(backend)
+        folder = out or model.with_name(f"{model.stem}.three_way")
+        made = build_three_way(describe_onnx(three_way), described, BuildOptions(chosen, profiles, trt=trt), folder)
+        print(
+            f"{folder}: {sum(map(len, made.values()))} engines on {chosen} ({why}); maskplan time --three-way {folder}"
+        )
+        return
     if import_ is not None:
         if layer_info is None or trt_version is None:
             raise InputError(
@@ -132,25 +152,40 @@ def build(
 
 
 def time(
-    dense: _Engine,
-    sparse: _Engine,
+    dense: Annotated[Path | None, typer.Argument(help="An engine with its sidecar.", show_default=False)] = None,
+    sparse: Annotated[Path | None, typer.Argument(help="Another.", show_default=False)] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8",
     seconds: Annotated[float, typer.Option(help="Aim for this long a batch size.")] = 5.0,
+    three_way: Annotated[
+        Path | None, typer.Option(help="Time all engines of this folder of `build --three-way` instead.")
+    ] = None,
     report: options.Report = None,
 ) -> None:
-    """Time two engines in turn."""
-    from engines.build import ONNXRUNTIME
-    from engines.ort import NO_SPARSE_KERNELS
-    from engines.sidecar import read_engine
+    """Time engines in turn: two, or all builds of dense, pruned and sparse."""
     from pipeline.errors import InputError
-    from pipeline.files import write_json
-    from pipeline.records import encode
-    from pipeline.stages import opened
-    from pipeline.timing import TimeOptions, time_engines
+    from pipeline.timing import TimeOptions
 
     sizes = [part.strip() for part in batch.split(",")]
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):
         raise InputError("not a list of batch sizes", found=repr(batch), fix="write for example --batch 1,8,32")
+    how = TimeOptions(tuple(map(int, sizes)), seconds=seconds)
+    if three_way is not None:
+        _time_three_way(three_way, how, report)
+    elif dense is None or sparse is None:
+        raise InputError("nothing to time", fix="give two engines, or --three-way DIR")
+    else:
+        _time_two(dense, sparse, how, report)
+
+
+def _time_two(dense: Path, sparse: Path, how: TimeOptions, report: Path | None) -> None:
+    from engines.build import ONNXRUNTIME
+    from engines.ort import NO_SPARSE_KERNELS
+    from engines.sidecar import read_engine
+    from pipeline.files import write_json
+    from pipeline.records import encode
+    from pipeline.stages import opened
+    from pipeline.timing import time_engines
+
     records = [read_engine(path) for path in (dense, sparse)]
     on_cpu = records[1].backend == ONNXRUNTIME
     with contextlib.ExitStack() as stack:
@@ -160,7 +195,7 @@ def time(
             models[0],
             models[1],
             again,
-            TimeOptions(tuple(map(int, sizes)), seconds=seconds),
+            how,
             note=NO_SPARSE_KERNELS if on_cpu else "",
             same_file=on_cpu,
             device=None if on_cpu else records[1].device,
@@ -176,6 +211,24 @@ def time(
         )
     if timed.note:
         print(timed.note)
+
+
+def _time_three_way(folder: Path, how: TimeOptions, report: Path | None) -> None:
+    from pipeline.files import write_json
+    from pipeline.records import encode
+    from pipeline.stages import opened
+    from pipeline.three_way import KINDS, read_three_way, time_three_way
+
+    records = read_three_way(folder)
+    with contextlib.ExitStack() as stack:
+        engines = {kind: [stack.enter_context(opened(r)) for r in builds] for kind, builds in records.items()}
+        timed = time_three_way(engines, how)
+    if report is not None:
+        write_json(report, [encode(b) for b in timed])
+    for b in timed:
+        kinds = ", ".join(f"{kind} {min(b.p50_ms[kind]):.3g} to {max(b.p50_ms[kind]):.3g} ms" for kind in KINDS)
+        verdict = "faster" if b.is_faster else "no gain: builds of one graph differ by as much"
+        print(f"batch {b.batch}: {kinds}; sparse kernels {b.gain:+.1%}, builds differ by {b.spread:.1%}: {verdict}")
 
 
 def inspect(engine: _Engine, report: options.Report = None) -> None:
