@@ -116,6 +116,12 @@ def check_2to4(model: onnx.ModelProto | Path | str, options: CheckOptions | None
     )
 
 
+def conforming_nodes(model: Path) -> frozenset[str]:
+    """Names of the nodes whose weights are 2:4, whatever the file says of its own pattern."""
+    report = check_2to4(model, CheckOptions(pattern="2:4"))
+    return frozenset(weight.node for weight in report.weights if weight.verdict == CONFORMING)
+
+
 def require_2to4(model: onnx.ModelProto | Path | str, options: CheckOptions | None = None) -> ConformanceReport:
     """As `check_2to4`, for callers who cannot go on without.
 

@@ -6,6 +6,7 @@ from importlib import resources
 from typing import Any
 
 from pipeline import plots
+from pipeline.artifacts import LayerSparsity
 from pipeline.report import RunReport
 
 
@@ -48,11 +49,17 @@ def headline(report: RunReport) -> tuple[str, str]:
     )
 
 
+def _ran(layer: LayerSparsity | None) -> str:
+    if layer is None:
+        return "unknown"
+    return f"{layer.state}: {layer.reason.replace('_', ' ')}" if layer.reason else layer.state
+
+
 def layer_rows(report: RunReport) -> list[dict[str, Any]]:
     """One row a weight of the engine's ONNX file: conformance, and how much its mask keeps."""
     masked = {m.name: m for m in report.masks.masked}
     reasons = {d.name: d.reason for d in report.masks.dense}
-    states = {layer.name: layer.state for layer in report.engine.layers}
+    ran = {node: layer for layer in report.engine.layers for node in layer.nodes or (layer.name,)}
     rows = []
     for weight in report.conformance.weights:
         mask = masked.get(weight.name)
@@ -62,7 +69,7 @@ def layer_rows(report: RunReport) -> list[dict[str, Any]]:
                 "why": weight.reason or reasons.get(weight.name, ""),
                 "kept": mask.kept if mask else None,
                 "best": mask.kept_best if mask else None,
-                "ran": states.get(weight.node, "unknown") if states else "",
+                "ran": _ran(ran.get(weight.node)) if ran else "",
             }
         )
     return rows

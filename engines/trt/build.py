@@ -7,14 +7,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engines.evidence import layers_of
+from engines.evidence import layers_of, with_reasons
 from engines.trt.cuda import gpu
 from engines.trt.log import Heard
 from engines.trt.options import LEAST_LEVEL_FOR_SPARSE, TrtOptions
 from engines.trt.progress import progress_monitor
 from engines.trt.timing_cache import load_timing_cache, save_timing_cache
 from engines.trt.versions import import_tensorrt, member, network_flags
-from pipeline.artifacts import EngineFile, OnnxModel, Profile, TensorSpec
+from exporters.conformance import conforming_nodes
+from pipeline.artifacts import EngineFile, LayerSparsity, OnnxModel, Profile, TensorSpec
 from pipeline.errors import HostError, InputError, PipelineError, listed
 from pipeline.files import write_atomically
 
@@ -56,7 +57,13 @@ def build_trt(
     if options.timing_cache is not None:
         save_timing_cache(config, options.timing_cache, options.timing_cache_wait_s)
     build_s = round(time.perf_counter() - started, 3)
-    layers, device_memory_bytes = _inspect(trt, plan, heard, onnx_model)
+    found, device_memory_bytes = _inspect(trt, plan, heard)
+    layers = with_reasons(
+        found,
+        conforming=conforming_nodes(onnx_model.path),
+        precision=onnx_model.precision,
+        optimization_level=options.optimization_level,
+    )
     for note in notes:
         log.warning("%s", note)
     return EngineFile(
@@ -173,7 +180,7 @@ def _with_batch(spec: TensorSpec, batch: int) -> tuple[int, ...]:
     return (batch, *(d for d in rest if d is not None))
 
 
-def _inspect(trt: Any, plan: bytes, heard: Heard, onnx_model: OnnxModel) -> tuple[Any, int | None]:
+def _inspect(trt: Any, plan: bytes, heard: Heard) -> tuple[tuple[LayerSparsity, ...], int | None]:
     """What the plan says of its layers, and the device memory that one context takes."""
     engine = trt.Runtime(heard.logger).deserialize_cuda_engine(plan)
     if engine is None:

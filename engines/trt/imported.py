@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engines.evidence import layers_of
+from engines.evidence import layers_of, with_reasons
 from engines.trt.options import TrtOptions
+from exporters.conformance import conforming_nodes
 from pipeline.artifacts import EngineFile, OnnxModel, Profile
 from pipeline.errors import InputError
 from pipeline.files import read_bytes, write_atomically
@@ -44,7 +45,12 @@ def import_plan(
         if not path.is_file():
             raise InputError("file not found", where=path, fix="give the files that trtexec wrote")
     data = read_bytes(plan)
-    layers = layers_of(read_bytes(layer_info))
+    layers = with_reasons(
+        layers_of(read_bytes(layer_info)),
+        conforming=conforming_nodes(onnx_model.path),
+        precision=onnx_model.precision,
+        optimization_level=options.optimization_level,
+    )
     return EngineFile(
         path=out,
         sha256=write_atomically(out, data),

@@ -262,6 +262,10 @@ def inspect(engine: _Engine, report: options.Report = None) -> None:
     }
     for label, text in lines.items():
         print(f"{label:<10} {text}")
+    for layer in record.layers:
+        sizes = f"C {layer.c or '?'} K {layer.k or '?'}"
+        why = f" ({layer.reason})" if layer.reason else ""
+        print(f"  {layer.state:<8} {sizes:<16} {layer.name}: {layer.kernel or 'no kernel told'}{why}")
 
 
 def deploy(

@@ -269,7 +269,7 @@ def test_layers_are_counted_by_what_is_known_of_them(tmp_path: Path) -> None:
     assert sparsity["requested"] is True
     assert [sparsity[f"{s}_layers"] for s in ("sparse", "dense", "unknown")] == [3, 1, 2]
     assert [layer["state"] for layer in sparsity["layers"]] == list(states)
-    assert all(set(layer) == keys("name kernel state c k") for layer in sparsity["layers"])
+    assert all(set(layer) == keys("name kernel state c k nodes reason") for layer in sparsity["layers"])
 
 
 def test_means_are_weighted_by_parameters_and_samples_of_digests_left_out(tmp_path: Path) -> None:

@@ -295,11 +295,20 @@ def test_figures_stand_in_the_page(tmp_path: Path) -> None:
     assert "ran" not in text.partition("best %")[2].split()[0]
 
 
-def test_layers_that_the_engine_told_of_are_matched_by_name(tmp_path: Path) -> None:
-    told = (LayerSparsity("a", "sparse_kernel", "sparse", 4, 8),)
+@pytest.mark.parametrize("nodes", [(), ("relu", "a")])
+def test_layers_that_the_engine_told_of_are_matched_by_their_nodes_or_name(
+    tmp_path: Path, nodes: tuple[str, ...]
+) -> None:
+    told = (LayerSparsity("a" if not nodes else "a + relu", "sparse_kernel", "sparse", 4, 8, nodes),)
     text = Page(page_of(report_of(tmp_path, engine=engine(tmp_path, backend="tensorrt", layers=told)))).text
     assert "conforming 71.2 75.3 sparse" in text
     assert re.search(r"b\.weight Conv 8 x 4 x 3 x 3 ineligible channels not multiple of 4 unknown", text)
+
+
+def test_why_a_layer_ran_dense_is_told(tmp_path: Path) -> None:
+    told = (LayerSparsity("a", "dense_kernel", "dense", 4, 8, ("a",), "likely_few_channels"),)
+    text = Page(page_of(report_of(tmp_path, engine=engine(tmp_path, backend="tensorrt", layers=told)))).text
+    assert "conforming 71.2 75.3 dense: likely few channels" in text
 
 
 def test_plots_do_not_change_from_run_to_run_and_refer_to_themselves_only(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from engines.sidecar import read_engine
 from engines.trt.options import TrtOptions
 from exporters.metadata import describe_onnx
 from pipeline.artifacts import EngineFile, Profile
+from pipeline.cli.app import main
 from pipeline.errors import HostError, InputError, PipelineError
 from pipeline.interrupts import INTERRUPTS, listening
 
@@ -241,3 +243,15 @@ def test_missing_tensorrt_is_told_with_what_to_install(source: Path, monkeypatch
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
     with pytest.raises(PipelineError, match=r"pip install 'maskplan\[tensorrt\]'"):
         build(source)
+
+
+def test_why_a_layer_runs_dense_is_told_by_inspect(
+    trt: Control, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = build(source)
+    assert {layer.name: layer.reason for layer in record.layers} == {"stem": "not_2to4", "mix": None}
+    assert main(["inspect", str(record.path)]) == 0
+    text = capsys.readouterr().out
+    assert "1 layers sparse, 1 dense, 0 unknown" in text
+    assert re.search(r"dense +C 3 K 16 +stem: sm70_xmma\w+ \(not_2to4\)", text)
+    assert re.search(r"sparse +C 16 K 16 +mix: sm80_xmma_fprop_avdt_sparse\w+$", text, re.MULTILINE)
