@@ -33,12 +33,13 @@ class Spent:
 
 @dataclass
 class _Batch:
-    """Device and host memory for one batch size, and the graph that runs it."""
+    """Device and page-locked host memory for one batch size, and the graph that runs it."""
 
     profile: int
     inputs: dict[str, Any]
     outputs: dict[str, Any]
-    host: dict[str, npt.NDArray[Any]]
+    sent: dict[str, npt.NDArray[Any]]
+    received: dict[str, npt.NDArray[Any]]
     graph: Graph | None = None
     runs: int = 0
 
@@ -101,19 +102,21 @@ class TrtEngine:
         with self._cuda.active():
             memory = self._batches.get(batch) or self._allocate(batch)
             self._select(batch, memory)
-            first = self._cuda.mark()
             for name, array in feeds.items():
-                self._cuda.copy_in(memory.inputs[name], np.ascontiguousarray(array))
+                np.copyto(memory.sent[name], array, casting="no")
+            first = self._cuda.mark()
+            for name, array in memory.sent.items():
+                self._cuda.copy_in(memory.inputs[name], array)
             second = self._cuda.mark()
             self._launch(memory)
             third = self._cuda.mark()
-            for name, array in memory.host.items():
+            for name, array in memory.received.items():
                 self._cuda.copy_out(array, memory.outputs[name])
             fourth = self._cuda.mark()
             self._cuda.synchronise()
             marks = (first, second, third, fourth)
             copied_in, ran, copied_out = (milliseconds(a, b) for a, b in pairwise(marks))
-            found = {name: array.copy() for name, array in memory.host.items()}
+            found = {name: array.copy() for name, array in memory.received.items()}
         self.spent = Spent(ran, copied_in, copied_out, 1000 * (time.perf_counter() - started))
         return found
 
@@ -142,7 +145,8 @@ class TrtEngine:
             profile,
             inputs={s.name: self._cuda.allocate(_bytes((batch, *_rest(s)), s.dtype)) for s in self.inputs},
             outputs={s.name: self._cuda.allocate(_bytes(shapes[s.name], s.dtype)) for s in self.outputs},
-            host={s.name: self._cuda.pinned(shapes[s.name], s.dtype) for s in self.outputs},
+            sent={s.name: self._cuda.pinned((batch, *_rest(s)), s.dtype) for s in self.inputs},
+            received={s.name: self._cuda.pinned(shapes[s.name], s.dtype) for s in self.outputs},
         )
         self._batches[batch] = memory
         return memory
