@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import models
 import torch
@@ -89,16 +91,20 @@ def main() -> None:
     epochs = 0
     if args.weights:
         fit_weights(net, read_weights(args.weights), where=args.weights)
+        beside = args.weights.with_suffix(".json")
+        epochs = json.loads(beside.read_text())["epochs"] if beside.is_file() else 0
     else:
         epochs = args.epochs
         train(net, images, labels, epochs, args.rate, args.seed, f"train {args.model}")
-    result = {
+    gains: list[float] = []
+    result: dict[str, Any] = {
         "command": " ".join(["python benchmarks/dense.py", *given()]),
         "device": cpu_name(),
         "versions": versions(),
         "epochs": epochs,
         "more_epochs": args.more,
         "select_top1": accuracy(net, select, select_labels),
+        "gains": gains,
     }
 
     def keep() -> None:
@@ -109,16 +115,15 @@ def main() -> None:
     for turn in range(args.rounds if args.more else 0):
         longer = copy.deepcopy(net)
         train(longer, images, labels, args.more, args.rate / 4, args.seed + 1 + turn, f"{args.more} more epochs")
-        result["select_top1_after_more"] = accuracy(longer, select, select_labels)
-        gain = result["select_top1_after_more"] - result["select_top1"]
-        print(f"{args.more} more epochs: {gain:+.2f} points", flush=True)
-        if gain < CONVERGED:
-            keep()
-            break
-        net = longer
-        result["epochs"] += args.more
-        result["select_top1"] = result.pop("select_top1_after_more")
+        reached = accuracy(longer, select, select_labels)
+        gains.append(round(reached - result["select_top1"], 3))
+        print(f"{args.more} more epochs: {gains[-1]:+.2f} points", flush=True)
+        if gains[-1] >= CONVERGED:
+            net = longer
+            result |= {"epochs": result["epochs"] + args.more, "select_top1": reached}
         keep()
+        if gains[-1] < CONVERGED:
+            break
     print(result)
 
 

@@ -97,13 +97,11 @@ def _accuracy(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             f"{run['masked_layers']} masked layers with {run['masked_macs_percent']}% of the MACs; {run['epochs']} epochs of"
             f" {run['images']} images, {run['minutes']} minutes on {run['device']}. `{run['command']}`",
         ]
-        dense = run.get("dense_training")
-        if dense and "select_top1_after_more" in dense:
-            lines += [
-                "",
-                f"The dense network has {dense['select_top1']:.2f}% of `select`; {dense['more_epochs']} more epochs bring"
-                f" it to {dense['select_top1_after_more']:.2f}%.",
-            ]
+        dense = run.get("dense_training") or {}
+        if dense:
+            gains = ", ".join(f"{gain:+.2f}" for gain in dense.get("gains", ()))
+            more = f" {dense['more_epochs']} more epochs at a time gained {gains} points." if gains else ""
+            lines += ["", f"The dense network has {dense['select_top1']:.2f}% of `select`.{more}"]
         yield "\n".join([*lines, "", "| weights | top-1 % | drop | 95% |", "|---|---|---|---|", *_rows(run)])
 
 
