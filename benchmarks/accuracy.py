@@ -75,10 +75,10 @@ def pruned(module: nn.Module, masks: Masks) -> nn.Module:
     return sparse
 
 
-def recalibrated(module: nn.Module, data: Dataset, how: Preprocessing = HOW) -> nn.Module:
+def recalibrated(module: nn.Module, data: Dataset, how: Preprocessing = HOW, augment: str = "none") -> nn.Module:
     """A copy whose statistics are of 10,000 training images."""
     changed = copy.deepcopy(module)
-    update_statistics(changed, data.train, how, RecalibrateOptions())
+    update_statistics(changed, data.train, how, RecalibrateOptions(augment=augment))
     return changed
 
 
@@ -131,9 +131,13 @@ def measure(
     )
     minutes = (time.monotonic() - started) / 60
     nets = {"dense": module, "magnitude": pruned(module, magnitude), "maskplan": pruned(module, learned)}
-    nets |= {f"{row}, recalibrated": recalibrated(net, data) for row, net in nets.items()}
+    nets |= {
+        f"{row}, recalibrated": recalibrated(net, data, augment=options.judge_augment) for row, net in nets.items()
+    }
     asp = by_asp(module, layers)
-    nets["magnitude, ASP's layers, recalibrated"] = recalibrated(pruned(module, asp), data)
+    nets["magnitude, ASP's layers, recalibrated"] = recalibrated(
+        pruned(module, asp), data, augment=options.judge_augment
+    )
     right = {row: hits(net, data.val) for row, net in nets.items()}
     reference = max(("dense", "dense, recalibrated"), key=lambda row: right[row].mean())
     best_free = max(("magnitude", "magnitude, recalibrated"), key=lambda row: right[row].mean())
@@ -184,16 +188,32 @@ def main() -> None:
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--augment", default="shift+flip", help="of the images that masks are learned from")
+    parser.add_argument("--recalibrate-augment", default="none", help="of those that statistics are of, in every row")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=LearnOptions().rate)
     results_option(parser)
     args = parser.parse_args()
-    options = LearnOptions(epochs=args.epochs, batch=args.batch, rate=args.rate, augment="shift+flip", seed=args.seed)
+    options = LearnOptions(
+        epochs=args.epochs,
+        batch=args.batch,
+        rate=args.rate,
+        augment=args.augment,
+        judge_augment=args.recalibrate_augment,
+        seed=args.seed,
+    )
     data = load_cifar10(args.data)
     module = dense_network(args.model, args.weights, args.data)
-    state = Path(tempfile.gettempdir()) / f"maskplan-{args.model}-{args.seed}-{args.epochs}" / "learning.safetensors"
-    command = f"python benchmarks/accuracy.py {args.model} --epochs {args.epochs} --seed {args.seed} --rate {args.rate}"
+    state = (
+        Path(tempfile.gettempdir())
+        / f"maskplan-{args.model}-{args.seed}-{args.epochs}-{args.augment}"
+        / "learning.safetensors"
+    )
+    command = (
+        f"python benchmarks/accuracy.py {args.model} --epochs {args.epochs} --seed {args.seed} --rate {args.rate}"
+        f" --augment {args.augment} --recalibrate-augment {args.recalibrate_augment}"
+    )
     found = measure(args.model, module, data, options, state, command)
     found["dense_training"] = dense_training(args.weights)
     args.results.add("accuracy", found)

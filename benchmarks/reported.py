@@ -55,7 +55,7 @@ def search(module: nn.Module, data: Dataset, options: ReportOptions) -> dict[flo
 
 
 def rows_of(
-    name: str, net: ReportNet, module: nn.Module, data: Dataset, parts: Mapping[str, set[str]]
+    name: str, net: ReportNet, module: nn.Module, data: Dataset, parts: Mapping[str, set[str]], augment: str
 ) -> dict[str, list[bool]]:
     """Hits on `val` of gates as they are, and of their likeliest masks on more and fewer layers, recalibrated."""
     found = {
@@ -63,7 +63,7 @@ def rows_of(
         f"{name}, argmax": hits_of(net, data.val, HOW, sampled=False),
     }
     for part, names in parts.items():
-        sparse = recalibrated(pruned(module, only(net.masks(), names)), data)
+        sparse = recalibrated(pruned(module, only(net.masks(), names)), data, augment=augment)
         found[f"{name}, argmax, {part}, recalibrated"] = hits(sparse, data.val).tolist()
     return found
 
@@ -75,9 +75,11 @@ def main() -> None:
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--recalibrate-augment", default="none", help="of the images that statistics are of")
     parser.add_argument("--seed", type=int, default=0)
     results_option(parser)
     args = parser.parse_args()
+    augment = args.recalibrate_augment
     data = load_cifar10(args.data)
     module = dense_network(args.model, args.weights, args.data)
     layers, _ = survey(module, HOW)
@@ -95,23 +97,25 @@ def main() -> None:
     right = {"dense": hits(module, data.val).tolist()}
     for part, names in parts.items():
         flat = {n: magnitude_mask(weights[n].numpy(), PATTERN, FLAT) for n in names}
-        right[f"magnitude, {part}, recalibrated"] = hits(recalibrated(pruned(module, flat), data), data.val).tolist()
+        sparse = recalibrated(pruned(module, flat), data, augment=augment)
+        right[f"magnitude, {part}, recalibrated"] = hits(sparse, data.val).tolist()
     untrained = ReportNet(module, options, PATTERN).eval()
-    right |= rows_of("report, untrained", untrained, module, data, parts)
+    right |= rows_of("report, untrained", untrained, module, data, parts, augment)
     as_written = learn_as_reported(module, HOW, data, options, PATTERN)
-    right |= rows_of("report", as_written, module, data, parts)
+    right |= rows_of("report", as_written, module, data, parts, augment)
     searched = search(module, data, options)
     best = max(searched, key=lambda rate: searched[rate])
     entropy = {"as written": as_written.entropy()}
     if best != options.rate:
         tuned = learn_as_reported(module, HOW, data, dataclasses.replace(options, rate=best), PATTERN)
-        right |= rows_of(f"report, rate {best:g}", tuned, module, data, parts)
+        right |= rows_of(f"report, rate {best:g}", tuned, module, data, parts, augment)
         entropy[f"rate {best:g}"] = tuned.entropy()
     dense = np.array(right["dense"])
     result = {
         "model": args.model,
         "seed": args.seed,
-        "command": f"python benchmarks/reported.py {args.model} --epochs {args.epochs} --seed {args.seed}",
+        "command": f"python benchmarks/reported.py {args.model} --epochs {args.epochs} --seed {args.seed}"
+        f" --recalibrate-augment {augment}",
         "device": cpu_name(),
         "versions": versions(),
         "epochs": args.epochs,

@@ -1,144 +1,179 @@
-"""The deploy stage: an engine into a Triton model repository. The version folder appears whole, then the config."""
+"""The deploy stage: engines into a Triton model repository. The version folder appears whole, then the config names it."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import shutil
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from engines.sidecar import read_engine, sidecar_path
-from pipeline.artifacts import Deployment, EngineFile, TensorSpec
-from pipeline.errors import InputError, host_error
-from pipeline.files import TEMPORARY_SUFFIX, read_bytes, write_atomically
+from pipeline.artifacts import Deployment, EngineFile
+from pipeline.bounds import at_least
+from pipeline.errors import InputError, listed
+from pipeline.files import read_bytes, write_atomically
+from pipeline.golden import Golden, golden_files
+from pipeline.repository import PREVIOUS, add_version, held, model_folder, next_version, versions_in
+from pipeline.served_config import CONFIG, read_config, told_by
+from pipeline.triton_config import Serving, config_text, model_files, platform_of
 
-_PLATFORMS = {"onnxruntime": ("onnxruntime_onnx", "model.onnx"), "tensorrt": ("tensorrt_plan", "model.plan")}
-_TRITON_TYPES = {
-    "float64": "TYPE_FP64",
-    "float32": "TYPE_FP32",
-    "float16": "TYPE_FP16",
-    "bfloat16": "TYPE_BF16",
-    "int8": "TYPE_INT8",
-    "uint8": "TYPE_UINT8",
-    "int32": "TYPE_INT32",
-    "int64": "TYPE_INT64",
-    "bool": "TYPE_BOOL",
-}
 _LABELS = "labels.txt"
-_TENSOR_FIELDS = re.compile(r"(?:input|output) \[|\bname: \"[^\"]*\"|data_type: \w+|dims: \[[^\]]*\]")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_CAPABILITY = re.compile(r"\d+\.\d+")
 
 
 @dataclass(frozen=True)
 class DeployOptions:
-    """Where to deploy, and what to refuse.
+    """Where to deploy, how to serve, and what to refuse.
 
     Attributes:
         repository: Triton's model repository.
         name: Of the model in it.
         allow_untrained: Deploy an engine of random weights, for timing.
+        keep_versions: How many versions are served at a time, the new one included; older ones stay on disk.
+        serving: How Triton runs the model.
     """
 
     repository: Path
     name: str
     allow_untrained: bool = False
+    keep_versions: int = 1
+    serving: Serving = field(default_factory=Serving)
+
+    def __post_init__(self) -> None:
+        at_least(1, keep_versions=self.keep_versions)
 
 
-def deploy(engine_path: Path, options: DeployOptions) -> Deployment:
+def deploy(engine_paths: Path | Sequence[Path], options: DeployOptions, golden: Golden | None = None) -> Deployment:
     """Add an engine to a repository as the model's next version.
 
+    A config names the versions that it serves, and no file that it names is ever changed: until the new config stands, the
+    old one serves what it did.
+
+    Args:
+        engine_paths: One engine, or several plans of one model, each for the GPUs of another compute capability.
+        options: Where and how.
+        golden: An input (batch included) and the output that the engine gave for it, to lie beside the engine.
+
     Raises:
-        InputError: The engine is untrained, not what its sidecar says, or its inputs and outputs differ from those that the
-            repository serves under this name.
+        InputError: An engine is untrained or not what its sidecar says, the engines are not of one model, Triton cannot
+            serve them as asked, or their inputs and outputs differ from those that are served under this name.
         HostError: The repository cannot be written.
     """
-    engine = read_engine(engine_path)
-    if engine.provenance is not None and not engine.provenance.trained and not options.allow_untrained:
+    paths = [engine_paths] if isinstance(engine_paths, Path) else list(engine_paths)
+    engines = [read_engine(path) for path in paths]
+    _require_trained(engines, options)
+    _require_one_model(engines)
+    folder = model_folder(options.repository, options.name)
+    with held(folder):
+        return _deploy(engines, options, golden, folder)
+
+
+def _deploy(engines: Sequence[EngineFile], options: DeployOptions, golden: Golden | None, folder: Path) -> Deployment:
+    version = next_version(folder)
+    config, labels = folder / CONFIG, _labels(folder, version, engines[0])
+    versions = [*_kept(folder, engines, options), version]
+    text = config_text(engines, options.name, options.serving, versions=versions, labels=labels[0] if labels else None)
+    copies: dict[str, Path] = {}
+    for name, engine in model_files(engines).items():
+        copies[name] = engine.path
+        copies[sidecar_path(Path(name)).name] = sidecar_path(engine.path)
+    if config.is_file():
+        _require_same_io(config, text)
+        copies[PREVIOUS] = config
+    beside = golden_files(golden, engines[0], options.name, version) if golden is not None else {}
+    add_version(folder, version, copies, beside)
+    written = [*(folder / str(version) / name for name in model_files(engines)), config]
+    if labels:
+        write_atomically(folder / labels[0], labels[1])
+        written.append(folder / labels[0])
+    write_atomically(config, text.encode())
+    return Deployment(folder, version, platform_of(engines[0]), tuple(written))
+
+
+def _require_trained(engines: Sequence[EngineFile], options: DeployOptions) -> None:
+    random = {e.path: e.provenance.origin for e in engines if e.provenance is not None and not e.provenance.trained}
+    if random and not options.allow_untrained:
         raise InputError(
             "the engine's weights are random",
-            where=engine_path,
-            found=engine.provenance.origin,
+            where=listed(random),
+            found=listed(dict.fromkeys(random.values())),
             fix="deploy a trained model, or pass --allow-untrained to serve it for timing",
         )
-    if not _NAME.fullmatch(options.name):
+
+
+def _require_one_model(engines: Sequence[EngineFile]) -> None:
+    """Several engines must be plans that differ in the GPU alone."""
+    if not engines:
+        raise InputError("no engine to deploy", fix="name one, or several plans of one model")
+    if len(engines) == 1:
+        return
+    first, problems = engines[0], []
+    copies = Counter(e.compute_capability for e in engines)
+    for e in engines:
+        differs = {
+            f"for {e.backend}": e.backend != "tensorrt",
+            f"of another ONNX file, sha256 {e.onnx_sha256[:12]}": e.onnx_sha256 != first.onnx_sha256,
+            "other inputs or outputs": (e.inputs, e.outputs) != (first.inputs, first.outputs),
+            f"of TensorRT {e.runtime_version}, not {first.runtime_version}": e.runtime_version != first.runtime_version,
+            f"profiles {', '.join(map(str, e.profiles))}": e.profiles != first.profiles,
+            f"compute capability {e.compute_capability}": not _CAPABILITY.fullmatch(e.compute_capability or ""),
+            f"not the only one for compute capability {e.compute_capability}": copies[e.compute_capability] > 1,
+        }
+        wrong = [what for what, holds in differs.items() if holds]
+        if wrong:
+            problems.append(f"{e.path}: {'; '.join(wrong)}")
+    if problems:
         raise InputError(
-            "not a name for a model in a repository",
-            found=repr(options.name),
-            fix="use letters, digits, '-', '_' and '.', and begin with a letter or digit",
+            "not plans of one model for several GPUs",
+            found="\n         ".join(problems),
+            fix=f"build each from the ONNX file of {first.path} with the same TensorRT and profiles, one for each compute"
+            " capability; anything else has a model name of its own",
         )
-    platform, file_name = _PLATFORMS[engine.backend]
-    folder = options.repository / options.name
-    text = config_text(engine, options.name, platform)
-    _require_same_io(folder / "config.pbtxt", text)
-    version = 1 + max((int(p.name) for p in folder.glob("[1-9]*") if p.name.isdecimal()), default=0)
-    staged = folder / f".{version}.{os.getpid()}{TEMPORARY_SUFFIX}"
-    final = folder / str(version)
-    is_new = not folder.exists()
-    try:
-        staged.mkdir(parents=True)
-        write_atomically(staged / file_name, read_bytes(engine.path))
-        write_atomically(staged / sidecar_path(Path(file_name)).name, read_bytes(sidecar_path(engine.path)))
-        staged.rename(final)
-    except OSError as error:
-        raise host_error(error, where=folder) from error
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-        if is_new and not final.exists():
-            # A server that finds a model without a version does not start.
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-    files = [final / file_name, folder / "config.pbtxt"]
-    if engine.provenance is not None and engine.provenance.labels:
-        write_atomically(folder / _LABELS, ("\n".join(engine.provenance.labels) + "\n").encode())
-        files.append(folder / _LABELS)
-    write_atomically(folder / "config.pbtxt", text.encode())
-    return Deployment(folder, version, platform, tuple(files))
 
 
-def config_text(engine: EngineFile, name: str, platform: str) -> str:
-    """The model's config.pbtxt; with `max_batch_size` above 0 its dims leave the batch out, as Triton wants."""
-    dynamic = all(spec.shape and spec.shape[0] is None for spec in (*engine.inputs, *engine.outputs))
-    max_batch = max(p.max for p in engine.profiles) if dynamic else 0
-    labels = engine.provenance.labels if engine.provenance is not None else ()
-    blocks = [f'name: "{name}"', f'platform: "{platform}"', f"max_batch_size: {max_batch}"]
-    blocks += [_tensor("input", spec, max_batch) for spec in engine.inputs]
-    blocks += [_tensor("output", spec, max_batch, _LABELS if labels else None) for spec in engine.outputs]
-    if max_batch > 1:
-        blocks.append("dynamic_batching { max_queue_delay_microseconds: 1000 }")
-    return "\n".join(blocks) + "\n"
+def _labels(folder: Path, version: int, engine: EngineFile) -> tuple[str, bytes] | None:
+    """The label file's name and bytes; a file of other labels, which the served config may name, is left as it is."""
+    if engine.provenance is None or not engine.provenance.labels:
+        return None
+    data = ("\n".join(engine.provenance.labels) + "\n").encode()
+    common = folder / _LABELS
+    name = f"labels.{version}.txt" if common.is_file() and read_bytes(common) != data else _LABELS
+    return name, data
 
 
-def _tensor(kind: str, spec: TensorSpec, max_batch: int, labels: str | None = None) -> str:
-    if spec.dtype not in _TRITON_TYPES:
+def _kept(folder: Path, engines: Sequence[EngineFile], options: DeployOptions) -> list[int]:
+    """Earlier versions to go on serving; one config must fit them all."""
+    earlier = versions_in(folder)[-(options.keep_versions - 1) :] if options.keep_versions > 1 else []
+    files, problems = model_files(engines), []
+    for version in earlier:
+        for name, engine in files.items():
+            path = folder / str(version) / name
+            if not path.is_file():
+                problems.append(f"version {version} has no {name}")
+            elif engine.backend == "tensorrt" and read_engine(path).profiles != engine.profiles:
+                problems.append(f"version {version} has other profiles")
+    if problems:
         raise InputError(
-            "Triton has no such type",
-            where=spec.name,
-            found=spec.dtype,
-            fix="export with float inputs and outputs",
+            "the versions to keep need another config",
+            where=folder,
+            found=listed(problems),
+            fix="lower --keep-versions, or choose another --name",
         )
-    dims = ", ".join(str(-1 if d is None else d) for d in (spec.shape[1:] if max_batch else spec.shape))
-    lines = [f'name: "{spec.name}"', f"data_type: {_TRITON_TYPES[spec.dtype]}", f"dims: [ {dims} ]"]
-    if labels:
-        lines.append(f'label_filename: "{labels}"')
-    inner = "\n".join(f"    {line}" for line in lines)
-    return f"{kind} [\n  {{\n{inner}\n  }}\n]"
+    return earlier
 
 
 def _require_same_io(config: Path, text: str) -> None:
-    if not config.is_file():
-        return
-    served = read_bytes(config).decode(errors="replace")
-
-    def tensors(of: str) -> list[str]:
-        """What clients depend on: names, types and dims, in order; `{`, `}` and other fields are left out."""
-        return [re.sub(r"\s", "", found) for found in _TENSOR_FIELDS.findall(of[of.find("input [") :])]
-
-    if tensors(served) != tensors(text):
+    served, new = read_config(config).tensors, told_by(text, config).tensors
+    if served != new:
+        changed = [
+            f"{t}: {served.get(t, 'none')} becomes {new.get(t, 'none')}"
+            for t in {**served, **new}
+            if served.get(t) != new.get(t)
+        ]
         raise InputError(
             "the repository serves other inputs and outputs under this name",
             where=config,
-            found="clients of the served version would break",
+            found=f"{listed(changed)}; clients of the served version would break",
             fix="choose another --name",
         )

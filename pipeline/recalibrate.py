@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.artifacts import Checkpoint, ImageSet, Preprocessing, Provenance
+from pipeline.augment import augmented, require_augmentation
 from pipeline.bounds import at_least
 from pipeline.checkpoint import save_checkpoint
 from pipeline.data import Split, batches
@@ -29,14 +30,17 @@ class RecalibrateOptions:
         images: Training images to average over; 0 leaves the statistics alone.
         batch: Images a batch.
         seed: Which images, and their order.
+        augment: As of learning. A network whose own training saw black borders may lose points by statistics without them.
     """
 
     images: int = 10_000
     batch: int = 128
     seed: int = 0
+    augment: str = "none"
 
     def __post_init__(self) -> None:
         at_least(0, images=self.images, seed=self.seed)
+        require_augmentation(self.augment)
         # Statistics of one image are none.
         at_least(2, batch=self.batch)
 
@@ -72,7 +76,7 @@ def norms(module: nn.Module) -> list[nn.Module]:
 def update_statistics(module: nn.Module, train: Split, how: Preprocessing, options: RecalibrateOptions) -> int:
     """Replace a module's BatchNorm statistics, in place, by the average over batches of training images.
 
-    The average is cumulative (every batch counts the same), without augmentation; all else stays in evaluation mode. A last
+    The average is cumulative (every batch counts the same); all else stays in evaluation mode. A last
     batch that is not full is left out, for its statistics would count too much.
 
     Returns:
@@ -100,8 +104,8 @@ def update_statistics(module: nn.Module, train: Split, how: Preprocessing, optio
     device = next(module.parameters()).device
     try:
         with torch.no_grad():
-            for x, _ in batches(train, how, size, order):
-                module(torch.from_numpy(x).to(device))
+            for i, (x, _) in enumerate(batches(train, how, size, order)):
+                module(torch.from_numpy(augmented(x, options.augment, how, options.seed + i)).to(device))
     finally:
         for layer, (momentum, state) in zip(layers, before, strict=True):
             assert isinstance(layer, _BatchNorm)

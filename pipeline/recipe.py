@@ -64,7 +64,7 @@ def read_recipe(path: Path | None, seed: int) -> Recipe:
             problems.append(f"{name} is not a table")
     for name, kind in _TABLES.items():
         given = tables.get(name, {})
-        fields = {f.name for f in dataclasses.fields(kind)} - {"learn"}
+        fields = {f.name for f in dataclasses.fields(kind)} - {"learn", "judge_augment"}
         if not isinstance(given, dict):
             continue
         good = {"seed": seed} if "seed" in fields else {}
@@ -96,6 +96,8 @@ def read_recipe(path: Path | None, seed: int) -> Recipe:
             found="; ".join(problems),
             fix="correct them all",
         )
+    # Masks are judged with the statistics that the network will have.
+    records["learn"] = dataclasses.replace(records["learn"], judge_augment=records["recalibrate"].augment)
     records["mask"] = dataclasses.replace(records["mask"], learn=records["learn"])
     return Recipe(**records)
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engines.build import TENSORRT, choose_backend
 from pipeline import stages
-from pipeline.artifacts import Checkpoint, Deployment
+from pipeline.artifacts import Checkpoint, Deployment, EngineFile, MaskSet, OnnxModel
 from pipeline.bundled.digits import load_digits
 from pipeline.checkpoint import ModelOptions
 from pipeline.data import Dataset, open_folder
 from pipeline.deploy import DeployOptions, deploy
 from pipeline.errors import InputError
+from pipeline.golden import golden_of
 from pipeline.mask import AUTO, DEPLOYABLE, LEARNED, REPORT, method_for
 from pipeline.masking.patterns import CHANNEL
 from pipeline.models import BUNDLED, folder_name
 from pipeline.recipe import Recipe
+from pipeline.refine import FIRST, REFINED, better, figures, layers_to_restore, why_skip
 from pipeline.report import ReportFiles, RunReport
-from pipeline.reports import FAIL
+from pipeline.reports import FAIL, ConformanceReport, PassFigures, Refinement, TimingReport
 from pipeline.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ class LineOptions:
         allow_untrained: Deploy even random weights.
         out: The folder to write.
         device: Where masks are learned: `auto`, `cpu` or `cuda`.
+        refine: Give masked layers that the engine runs dense their weights back, build again, keep the better engine.
     """
 
     model: ModelOptions
@@ -52,6 +55,7 @@ class LineOptions:
     allow_untrained: bool
     out: Path
     device: str = "auto"
+    refine: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,35 +94,90 @@ def run(options: LineOptions) -> Finished:
         dense_onnx = stages.export(job, dense, "dense")
         masks = stages.choose(job, dense, how, images)
         ws.keep()
-        sparse = stages.prune(job, dense, masks, "sparse", ws.path("sparse.safetensors"), images)
-        sparse_onnx = stages.export(job, sparse, "sparse")
-        conformance = stages.check(job, sparse_onnx, str(masks.pattern)).of(precision)
-        others = stages.baselines(job, dense, masks, images)
-        own_onnx = sparse_onnx.of(precision)
-        engines = stages.build(job, backend, dense_onnx.of(precision), own_onnx)
-        compared = stages.judge(job, engines, own_onnx, others, sparse, images)
-        timing = stages.clock(job, engines)
+        line = _Line(dense, images, backend, precision, candidates=options.refine)
+        kept = _pass(job, line, masks, dense_onnx.of(precision))
+        engine, refinement = kept.engines.sparse, None
+        if options.refine:
+            kept, refinement = _refine(job, line, kept)
+            engine = stages.keep_engine(job, kept.engines.sparse)
         found = RunReport(
-            model=sparse.provenance,
+            model=kept.sparse.provenance,
             precision=precision,
             backend_reason=why,
             seed=options.model.seed,
             recipe=options.recipe,
-            masks=masks,
-            conformance=conformance,
-            engine=engines.sparse,
-            dense_engine=engines.dense,
-            fidelity=compared.fidelity,
-            parity=compared.parity,
-            timing=timing,
+            masks=kept.masks,
+            conformance=kept.conformance,
+            engine=engine,
+            dense_engine=kept.engines.dense,
+            fidelity=kept.compared.fidelity,
+            parity=kept.compared.parity,
+            timing=kept.timing,
+            refine=refinement,
         )
         files = stages.report(job, found)
         reused = tuple(ws.reused)
     deployment = None
     if options.repository is not None and found.parity.verdict != FAIL:
         name = folder_name(options.model.model)
-        deployment = deploy(engines.sparse.path, DeployOptions(options.repository, name, options.allow_untrained))
+        where = DeployOptions(options.repository, name, options.allow_untrained)
+        deployment = deploy(engine.path, where, golden_of([engine])[0])
     return Finished(found, files, deployment, reused)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """What both passes start from; `candidates` puts their engines aside, to keep one of them."""
+
+    dense: Checkpoint
+    images: stages.Images | None
+    backend: str
+    precision: str
+    candidates: bool
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What the line made of one set of masks."""
+
+    masks: MaskSet
+    sparse: Checkpoint
+    conformance: ConformanceReport
+    engines: stages.Engines
+    compared: stages.Compared
+    timing: TimingReport
+
+    def figures(self) -> PassFigures:
+        return figures(self.engines.sparse, self.masks, self.compared.parity, self.timing)
+
+
+def _pass(job: stages.Job, line: _Line, masks: MaskSet, dense: OnnxModel | EngineFile) -> _Pass:
+    """From masks to a checked, compared and timed engine."""
+    images = line.images
+    sparse = stages.prune(job, line.dense, masks, "sparse", job.ws.path("sparse.safetensors"), images)
+    sparse_onnx = stages.export(job, sparse, "sparse")
+    conformance = stages.check(job, sparse_onnx, str(masks.pattern)).of(line.precision)
+    others = stages.baselines(job, line.dense, masks, images)
+    own_onnx = sparse_onnx.of(line.precision)
+    engines = stages.build(job, line.backend, dense, own_onnx, candidate=line.candidates)
+    compared = stages.judge(job, engines, own_onnx, others, sparse, images)
+    return _Pass(masks, sparse, conformance, engines, compared, stages.clock(job, engines))
+
+
+def _refine(job: stages.Job, line: _Line, first: _Pass) -> tuple[_Pass, Refinement]:
+    """A second pass without the masks that bought nothing; the better of the two, and why."""
+    restored = layers_to_restore(first.engines.sparse, first.conformance, first.masks)
+    skipped = why_skip(first.engines.sparse, first.conformance, first.masks, restored)
+    if skipped is not None:
+        log.info("refine: nothing to do: %s", skipped)
+        return first, Refinement((), FIRST, skipped, first.figures(), None)
+    log.info("refine: %d of %d masked layers run dense", len(restored), len(first.masks.masked))
+    again = replace(job, ws=job.ws.apart(REFINED))
+    second = _pass(again, line, stages.restore(again, first.masks, restored), first.engines.dense)
+    choice = better(first.figures(), second.figures(), restored)
+    log.info("refine: the %s engine is kept: %s", choice.kept, choice.reason)
+    kept = second if choice.kept == REFINED else first
+    return kept, Refinement(restored, choice.kept, choice.reason, first.figures(), second.figures())
 
 
 def _data(options: LineOptions, dense: Checkpoint) -> Dataset | None:

@@ -94,7 +94,7 @@ print(report.weights[0].verdict, require_2to4({str(finished_digits / "engine.onn
         (("check", "--help"), set()),
         (("check", "engine.onnx"), set()),
         (("inspect", "engine.onnx"), set()),
-        (("deploy", "engine.onnx", "--repository", "models"), set()),
+        (("deploy", "engine.onnx", "--repository", "models"), {"onnxruntime"}),
         (("build", "sparse.onnx", "--backend", "onnxruntime", "-o", "b.onnx"), {"onnxruntime"}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,

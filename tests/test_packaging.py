@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pipeline", "exporters", "engines")
 # Import name to distribution name, where they differ.
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "google": "protobuf"}
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "google": "protobuf", "cuda": "cuda-python"}
 # Comes with another one that is declared.
 IMPLIED = {"ml_dtypes": "onnx", "rich": "typer"}
 
@@ -104,6 +104,6 @@ def test_data_files_are_part_of_the_package() -> None:
         f"{p.parent.relative_to(ROOT).as_posix().replace('/', '.')}:{p.name}"
         for package in PACKAGES
         for p in (ROOT / package).rglob("*")
-        if p.is_file() and p.suffix not in (".py", ".pyc")
+        if p.is_file() and p.suffix != ".py" and "__pycache__" not in p.parts
     }
     assert present == {f"{package}:{name}" for package, files in declared.items() for name in files}

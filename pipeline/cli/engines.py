@@ -304,8 +304,7 @@ def deploy(
     from engines.sidecar import read_engine
     from pipeline.deploy import DeployOptions
     from pipeline.deploy import deploy as deploy_stage
-    from pipeline.errors import PipelineError
-    from pipeline.golden import FOLDER, golden_pair
+    from pipeline.golden import FOLDER, golden_of
     from pipeline.models import folder_name
     from pipeline.rollback import rollback as rollback_stage
     from pipeline.triton_config import Serving
@@ -322,13 +321,7 @@ def deploy(
     made = records[0].provenance
     name = name or (folder_name(made.model) if made is not None else engines[0].stem)
     serving = Serving(queue_delay_us, tuple(preferred_batch or ()), cuda_graphs, warmup, instances)
-    golden, left_out = None, ""
-    for record in records:
-        try:
-            golden = golden_pair(record)
-            break
-        except PipelineError as error:
-            left_out = f"{error.what}{'' if error.found is None else f' ({error.found})'}"
+    golden, left_out = golden_of(records)
     options = DeployOptions(repository, name, allow_untrained, keep_versions, serving)
     done = deploy_stage(engines, options, golden)
     print(f"{done.folder}: version {done.version}, {done.platform}")

@@ -48,13 +48,23 @@ class Judge:
         softness: Temperature of the divergence.
         batch: Images a step.
         seed: Which images the statistics are of.
+        augment: What is done to these.
     """
 
     def __init__(
-        self, dense: nn.Module, how: Preprocessing, data: Dataset, *, softness: float, batch: int, seed: int
+        self,
+        dense: nn.Module,
+        how: Preprocessing,
+        data: Dataset,
+        *,
+        softness: float,
+        batch: int,
+        seed: int,
+        augment: str,
     ) -> None:
         self._dense, self._how, self._data = dense, how, data
-        self._softness, self._batch, self._seed = softness, batch, seed
+        self._softness, self._batch = softness, batch
+        self._recalibrate = RecalibrateOptions(seed=seed, augment=augment)
         self._teacher: list[torch.Tensor] = []
 
     def __call__(self, masks: Masks) -> Judgement:
@@ -69,7 +79,7 @@ class Judge:
         with torch.no_grad():
             for name, mask in masks.items():
                 parameters[name].masked_fill_(~torch.from_numpy(mask).to(device), 0.0)
-        update_statistics(candidate, self._data.train, self._how, RecalibrateOptions(seed=self._seed))
+        update_statistics(candidate, self._data.train, self._how, self._recalibrate)
         divergence, right, first = 0.0, 0, not self._teacher
         with torch.no_grad():
             for i, (x, labels) in enumerate(batches(self._data.select, self._how, self._batch)):

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.augment import require_augmentation
 from pipeline.bounds import above, at_least
 from pipeline.errors import InputError
-
-AUGMENTATIONS = ("none", "shift", "shift+flip")
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,9 @@ class LearnOptions:
         softness: Temperature of the distillation.
         norm_reward: Weight of a reward for the share of squared magnitude that the masks keep.
         ema: Decay of a running average of the gates, which then is what is judged; 0 judges the gates themselves.
-        augment: `none`, `shift` (by up to an eighth of the image) or `shift+flip`.
+        augment: `none`; `shift` moves images by up to an eighth of their size and repeats the edge, `crop` is black beyond
+            it; `shift+flip` and `crop+flip` mirror them too. Best as the network itself was trained.
+        judge_augment: The same for the statistics that masks are judged with: what `[recalibrate]` does, which sets it.
         patience: Stop after so many epochs without gain on `select`; 0 never does.
         save_every: Steps between two checkpoints of the learner; 0 saves at the end of epochs only.
         budget_minutes: Stop learning after this long; the schedule is shortened to fit. Not repeatable to the bit.
@@ -68,6 +69,7 @@ class LearnOptions:
     norm_reward: float = 0.0
     ema: float = 0.0
     augment: str = "none"
+    judge_augment: str = "none"
     patience: int = 0
     save_every: int = 500
     budget_minutes: float | None = None
@@ -85,5 +87,5 @@ class LearnOptions:
         for name, value in (("distill", self.distill), ("ema", self.ema)):
             if value > 1:
                 raise InputError(f"{name} is {value}", fix="give a number from 0 to 1")
-        if self.augment not in AUGMENTATIONS:
-            raise InputError(f"augment is {self.augment!r}", fix=f"choose one of {', '.join(AUGMENTATIONS)}")
+        require_augmentation(self.augment)
+        require_augmentation(self.judge_augment)

@@ -145,7 +145,7 @@ def learn_as_reported(
         net.parameters(), lr=options.rate, momentum=options.momentum, weight_decay=options.decay
     )
     schedule = torch.optim.lr_scheduler.StepLR(optimiser, 30, 0.1)
-    order = LearnOptions(epochs=options.epochs, batch=options.batch, augment="shift", seed=options.seed)
+    order = LearnOptions(epochs=options.epochs, batch=options.batch, augment="crop", seed=options.seed)
     total = options.epochs * max(len(data.train) // options.batch, 1)
     steps = enumerate(training_batches(data.train, how, order))
     for step, batch in track(steps, "learn as reported", total):
@@ -173,7 +173,16 @@ def report_masks(
 
     Both are judged by our means: recalibrated, and against the dense network.
     """
-    judge = Judge(dense, how, data, softness=LearnOptions().softness, batch=options.batch, seed=options.seed)
+    usual = LearnOptions()
+    judge = Judge(
+        dense,
+        how,
+        data,
+        softness=usual.softness,
+        batch=options.batch,
+        seed=options.seed,
+        augment=usual.judge_augment,
+    )
     started = time.monotonic()
     masks = learn_as_reported(dense, how, data, options, pattern).masks()
     seconds = time.monotonic() - started

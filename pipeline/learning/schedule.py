@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.artifacts import Preprocessing
+from pipeline.augment import augmented
 from pipeline.data import Split, batches
-from pipeline.learning.augment import augmented
 from pipeline.learning.recipes import LearnOptions
 
 
@@ -41,7 +41,7 @@ def training_batches(
         left = batches(train, how, options.batch, order[done * options.batch :])
         for step, (x, labels) in enumerate(left, start=done + 1):
             seed = seed_of(options.seed, process, epoch * count + step)
-            yield Batch(augmented(x, options.augment, seed), labels, step == count)
+            yield Batch(augmented(x, options.augment, how, seed), labels, step == count)
 
 
 def temperature(fraction: float, options: LearnOptions) -> float:

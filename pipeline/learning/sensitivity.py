@@ -38,7 +38,15 @@ def costliest(
         budget: Percent of the layers' MACs that may stay dense.
         options: Temperature of the divergence, batch and seed.
     """
-    judge = Judge(module.eval(), how, data, softness=options.softness, batch=options.batch, seed=options.seed)
+    judge = Judge(
+        module.eval(),
+        how,
+        data,
+        softness=options.softness,
+        batch=options.batch,
+        seed=options.seed,
+        augment=options.judge_augment,
+    )
     none = judge({}).divergence
     costs = {
         layer.name: judge({layer.name: np.asarray(masks[layer.name])}).divergence - none

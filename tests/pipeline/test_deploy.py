@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,16 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
-from onnx import TensorProto, helper, numpy_helper
+from deployable import LABELS, MADE, assert_served, built, contents, killed, plan, record
+from onnx import numpy_helper
+from triton_messages import kind_of, parsed
 
 from engines.build import BuildOptions, build_engine
 from engines.sidecar import read_engine, sidecar_path, write_sidecar
-from exporters.metadata import describe_onnx, write_provenance
-from pipeline.artifacts import EngineFile, Preprocessing, Profile, Provenance, TensorSpec
-from pipeline.deploy import DeployOptions, config_text, deploy
+from exporters.metadata import describe_onnx
+from pipeline.artifacts import Profile, TensorSpec
+from pipeline.deploy import DeployOptions, deploy
 from pipeline.errors import HostError, InputError
-
-HOW = Preprocessing(3, 8, 8, 0, "bilinear", (0.0,) * 3, (1.0,) * 3)
-LABELS = ("blue", "green", "red", "grün-ish", "5")
-MADE = Provenance("folder_less", True, "weights.pth", "0" * 64, 5, LABELS, HOW)
-
 
 # Runs a command that can write no file of more than a hundred kilobytes.
 LIMITED = """
@@ -37,94 +34,6 @@ import os, resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 os.execv(sys.argv[1], sys.argv[1:])
 """
-
-
-def model_config() -> Any:
-    """The part of Triton's model_config.proto that a deployment of ours may use; other fields do not parse."""
-    field = descriptor_pb2.FieldDescriptorProto
-    file = descriptor_pb2.FileDescriptorProto(name="model_config.proto", package="inference", syntax="proto3")
-    types = file.enum_type.add(name="DataType")
-    names = ["INVALID", "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64"]
-    for number, name in enumerate([*names, "FP16", "FP32", "FP64", "STRING", "BF16"]):
-        types.value.add(name=f"TYPE_{name}", number=number)
-
-    def message(name: str, fields: dict[str, tuple[int, Any, bool, str]]) -> None:
-        made = file.message_type.add(name=name)
-        for key, (number, kind, repeated, of) in fields.items():
-            label = field.LABEL_REPEATED if repeated else field.LABEL_OPTIONAL
-            made.field.add(name=key, number=number, type=kind, label=label, type_name=of or None)
-
-    text, whole = (field.TYPE_STRING, False, ""), (field.TYPE_INT64, True, "")
-    kind = (field.TYPE_ENUM, False, ".inference.DataType")
-    message("ModelInput", {"name": (1, *text), "data_type": (2, *kind), "dims": (4, *whole)})
-    message(
-        "ModelOutput", {"name": (1, *text), "data_type": (2, *kind), "dims": (3, *whole), "label_filename": (4, *text)}
-    )
-    message(
-        "ModelDynamicBatching",
-        {
-            "preferred_batch_size": (1, field.TYPE_INT32, True, ""),
-            "max_queue_delay_microseconds": (2, field.TYPE_UINT64, False, ""),
-        },
-    )
-    message(
-        "ModelConfig",
-        {
-            "name": (1, *text),
-            "platform": (2, *text),
-            "max_batch_size": (4, field.TYPE_INT32, False, ""),
-            "input": (5, field.TYPE_MESSAGE, True, ".inference.ModelInput"),
-            "output": (6, field.TYPE_MESSAGE, True, ".inference.ModelOutput"),
-            "dynamic_batching": (11, field.TYPE_MESSAGE, False, ".inference.ModelDynamicBatching"),
-        },
-    )
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("inference.ModelConfig"))()
-
-
-def parsed(text: str) -> Any:
-    return text_format.Parse(text, model_config())
-
-
-def kind_of(tensor: Any) -> str:
-    return tensor.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number[tensor.data_type].name
-
-
-def source(
-    path: Path, made: Provenance | None = MADE, *, batch: int | str = "batch", classes: int = 5, name: str = "logits"
-) -> Path:
-    weight = np.random.default_rng(classes).normal(size=(192, classes)).astype(np.float32)
-    graph = helper.make_graph(
-        [helper.make_node("Flatten", ["input"], ["f"]), helper.make_node("MatMul", ["f", "w"], [name])],
-        "net",
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, [batch, 3, 8, 8])],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, classes])],
-        [numpy_helper.from_array(weight, "w")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    if made is not None:
-        write_provenance(model, made)
-    path.write_bytes(model.SerializeToString())
-    return path
-
-
-def built(
-    folder: Path,
-    made: Provenance | None = MADE,
-    profiles: tuple[Profile, ...] = (Profile(1, 1, 1), Profile(1, 8, 32)),
-    **shape: Any,
-) -> Path:
-    """An engine with its sidecar."""
-    folder.mkdir(exist_ok=True)
-    options = BuildOptions("onnxruntime", profiles)
-    return build_engine(
-        describe_onnx(source(folder / "model.onnx", made, **shape)), options, folder / "engine.onnx"
-    ).path
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_the_repository_is_laid_out_as_triton_wants_it(tmp_path: Path) -> None:
@@ -187,65 +96,6 @@ def test_without_labels_there_is_no_label_file(tmp_path: Path) -> None:
         assert not (tmp_path / "models" / name / "labels.txt").exists()
 
 
-def record(**changed: Any) -> EngineFile:
-    values: dict[str, Any] = {
-        "path": Path("engine.plan"),
-        "sha256": "0" * 64,
-        "bytes": 1,
-        "backend": "tensorrt",
-        "precision": "fp16",
-        "runtime_version": "10.3.0",
-        "device": "GPU",
-        "compute_capability": "9.0",
-        "device_memory_bytes": None,
-        "sparse_weights": True,
-        "typing": "strong",
-        "profiles": (Profile(1, 8, 16),),
-        "inputs": (TensorSpec("input", "float32", (None, 3, 8, 8)),),
-        "outputs": (TensorSpec("logits", "float32", (None, 5)),),
-        "onnx_sha256": "0" * 64,
-        "build_s": 1.0,
-        "provenance": MADE,
-    }
-    return EngineFile(**{**values, **changed})
-
-
-@pytest.mark.parametrize(
-    ("dtype", "name"),
-    [
-        ("float16", "TYPE_FP16"),
-        ("float32", "TYPE_FP32"),
-        ("float64", "TYPE_FP64"),
-        ("bfloat16", "TYPE_BF16"),
-        ("int8", "TYPE_INT8"),
-        ("uint8", "TYPE_UINT8"),
-        ("int32", "TYPE_INT32"),
-        ("int64", "TYPE_INT64"),
-        ("bool", "TYPE_BOOL"),
-    ],
-)
-def test_types_have_tritons_names(dtype: str, name: str) -> None:
-    engine = record(inputs=(TensorSpec("input", dtype, (None, 3)),), outputs=(TensorSpec("y", dtype, (None, 5)),))
-    config = parsed(config_text(engine, "net", "tensorrt_plan"))
-    assert {kind_of(t) for t in (*config.input, *config.output)} == {name}
-
-
-def test_a_type_that_triton_lacks_is_refused() -> None:
-    with pytest.raises(InputError, match="Triton has no such type"):
-        config_text(record(outputs=(TensorSpec("y", "complex64", (None, 5)),)), "net", "tensorrt_plan")
-
-
-def test_several_inputs_and_inner_dynamic_axes_are_told() -> None:
-    engine = record(
-        inputs=(TensorSpec("image", "float16", (None, 3, None, None)), TensorSpec("gain", "float32", (None, 1))),
-        outputs=(TensorSpec("logits", "float32", (None, 5)), TensorSpec("features", "float16", (None, 7))),
-    )
-    config = parsed(config_text(engine, "net", "tensorrt_plan"))
-    assert [(t.name, list(t.dims)) for t in config.input] == [("image", [3, -1, -1]), ("gain", [1])]
-    assert [(t.name, list(t.dims)) for t in config.output] == [("logits", [5]), ("features", [7])]
-    assert (config.platform, config.max_batch_size) == ("tensorrt_plan", 16)
-
-
 def test_a_tensorrt_plan_is_served_as_one(tmp_path: Path) -> None:
     """Deploying needs no TensorRT: the plan is bytes, its sidecar tells the rest."""
     plan = tmp_path / "engine.plan"
@@ -292,10 +142,37 @@ def test_changed_inputs_or_outputs_under_an_old_name_are_refused(change: dict[st
     options = DeployOptions(tmp_path / "models", "net")
     deploy(built(tmp_path / "first"), options)
     before = contents(tmp_path / "models")
-    with pytest.raises(InputError, match="serves other inputs and outputs"):
+    with pytest.raises(InputError, match="serves other inputs and outputs") as refused:
         deploy(built(tmp_path / "second", dataclasses.replace(MADE, labels=()), **change), options)
     assert contents(tmp_path / "models") == before
     assert sorted(p.name for p in (tmp_path / "models/net").iterdir()) == ["1", "config.pbtxt", "labels.txt"]
+    assert "--name" in str(refused.value)
+    assert {"classes": '"logits": TYPE_FP32 [-1, 5] becomes TYPE_FP32 [-1, 6]', "name": '"scores": none becomes'}.get(
+        next(iter(change)), '"input": TYPE_FP32 [-1, 3, 8, 8] becomes TYPE_FP32 [4, 3, 8, 8]'
+    ) in str(refused.value)
+
+
+def test_the_same_inputs_and_outputs_are_known_in_another_hand(tmp_path: Path) -> None:
+    """A config that somebody wrote: other order, other brackets, comments, and the batch in the dims."""
+    folder = tmp_path / "models/net"
+    folder.mkdir(parents=True)
+    (folder / "1").mkdir()
+    config = """
+# ours since 2021
+max_batch_size: 0
+output { dims: -1 dims: 5; name: 'logits', data_type: TYPE_FP32 }
+input [ < name: "inp" "ut" data_type: TYPE_FP32 dims: [-1,3,8,8] > ]
+model_warmup [ { name: "zeros" inputs { key: "other" value: { data_type: TYPE_INT8 dims: 7 zero_data: true } } } ]
+"""
+    (folder / "config.pbtxt").write_text(config)
+    assert deploy(built(tmp_path / "engine"), DeployOptions(tmp_path / "models", "net")).version == 2
+    assert (folder / "2/previous-config.pbtxt").read_text() == config
+    (folder / "config.pbtxt").write_text(config.replace("dims: 5", "dims: 6"))
+    with pytest.raises(InputError, match=r"\[-1, 6\] becomes TYPE_FP32 \[-1, 5\]"):
+        deploy(built(tmp_path / "again"), DeployOptions(tmp_path / "models", "net"))
+    (folder / "config.pbtxt").write_text(config.replace("}", "", 1))
+    with pytest.raises(InputError, match="config cannot be read"):
+        deploy(built(tmp_path / "again"), DeployOptions(tmp_path / "models", "net"))
 
 
 def test_more_profiles_and_new_labels_are_no_change_of_inputs_or_outputs(tmp_path: Path) -> None:
@@ -395,3 +272,238 @@ def test_the_command_refuses_random_weights_with_a_hint(cli: Callable[..., Any],
     assert cli("deploy", engine, "--repository", tmp_path / "models", "--allow-untrained").code == 0
     stored = json.loads((tmp_path / "models/folder_less/1/model.onnx.json").read_text())
     assert stored["provenance"]["trained"] is False
+
+
+# --- several plans
+
+
+def test_plans_for_several_gpus_share_a_version(tmp_path: Path) -> None:
+    plans = [plan(tmp_path / f"{c}.plan", compute_capability=c) for c in ("9.0", "8.0", "12.0")]
+    done = deploy(plans, DeployOptions(tmp_path / "models", "net"))
+    names = ["model_9_0.plan", "model_8_0.plan", "model_12_0.plan"]
+    folder = tmp_path / "models/net/1"
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*names, *(f"{name}.json" for name in names)])
+    assert [(folder / name).read_bytes() for name in names] == [path.read_bytes() for path in plans]
+    assert [read_engine(folder / name).compute_capability for name in names] == ["9.0", "8.0", "12.0"]
+    config = parsed((tmp_path / "models/net/config.pbtxt").read_text())
+    assert dict(config.cc_model_filenames) == dict(zip(("9.0", "8.0", "12.0"), names, strict=True))
+    assert set(done.files) >= {folder / name for name in names}
+
+
+def test_a_plan_alone_is_for_any_gpu_that_takes_it(tmp_path: Path) -> None:
+    deploy([plan(tmp_path / "a.plan", compute_capability=None)], DeployOptions(tmp_path / "models", "net"))
+    assert not parsed((tmp_path / "models/net/config.pbtxt").read_text()).cc_model_filenames
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"onnx_sha256": "1" * 64}, "of another ONNX file, sha256 111111111111"),
+        ({"runtime_version": "10.4.0"}, "of TensorRT 10.4.0, not 10.3.0"),
+        ({"inputs": (TensorSpec("input", "float16", (None, 3, 8, 8)),)}, "other inputs or outputs"),
+        ({"outputs": (TensorSpec("logits", "float32", (None, 6)),)}, "other inputs or outputs"),
+        ({"profiles": (Profile(1, 8, 8),)}, "profiles 1:8:8"),
+        ({"compute_capability": None}, "compute capability None"),
+        ({"compute_capability": "../8"}, "compute capability ../8"),
+        ({"compute_capability": "9.0"}, "not the only one for compute capability 9.0"),
+        ({"backend": "onnxruntime"}, "for onnxruntime"),
+    ],
+)
+def test_plans_that_are_not_of_one_model_are_refused_by_name(
+    changed: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    one, other, third = (tmp_path / f"{name}.plan" for name in ("one", "other", "third"))
+    plans = [plan(one), plan(other, **{"compute_capability": "8.0", **changed})]
+    plans.append(plan(third, **{"compute_capability": "8.6", **changed}))
+    with pytest.raises(InputError, match="not plans of one model") as refused:
+        deploy(plans, DeployOptions(tmp_path / "models", "net"))
+    for path in (other, third):
+        (line,) = [line for line in str(refused.value).splitlines() if str(path) in line]
+        assert says in line
+    assert (f"{one}: not the only" in str(refused.value)) is (changed == {"compute_capability": "9.0"})
+    assert not (tmp_path / "models").exists()
+
+
+def test_one_random_plan_among_others_is_refused(tmp_path: Path) -> None:
+    random = dataclasses.replace(MADE, trained=False, origin="random, seed 0")
+    plans = [plan(tmp_path / "a.plan"), plan(tmp_path / "b.plan", compute_capability="8.0", provenance=random)]
+    with pytest.raises(InputError, match=r"weights are random(.|\n)*b\.plan"):
+        deploy(plans, DeployOptions(tmp_path / "models", "net"))
+
+
+# --- which versions are served
+
+
+def test_the_config_names_the_new_version_alone_or_with_its_predecessors(tmp_path: Path) -> None:
+    engine, options = built(tmp_path / "engine"), DeployOptions(tmp_path / "models", "net")
+    for keep, served in ((1, (1,)), (2, (1, 2)), (1, (3,)), (3, (2, 3, 4)), (9, (1, 2, 3, 4, 5))):
+        deploy(engine, dataclasses.replace(options, keep_versions=keep))
+        assert assert_served(tmp_path / "models/net") == served
+    with pytest.raises(InputError, match="keep_versions is 0"):
+        dataclasses.replace(options, keep_versions=0)
+
+
+def test_versions_that_one_config_cannot_serve_are_not_kept(tmp_path: Path) -> None:
+    options = DeployOptions(tmp_path / "models", "net", keep_versions=2)
+    deploy(plan(tmp_path / "a.plan"), options)
+    both = [plan(tmp_path / "b.plan"), plan(tmp_path / "c.plan", compute_capability="8.0")]
+    with pytest.raises(InputError, match=r"version 1 has no model_9_0\.plan, version 1 has no model_8_0\.plan"):
+        deploy(both, options)
+    with pytest.raises(InputError, match="version 1 has other profiles"):
+        deploy(plan(tmp_path / "d.plan", profiles=(Profile(1, 8, 32),)), options)
+    assert deploy(both, dataclasses.replace(options, keep_versions=1)).version == 2
+
+
+def test_labels_that_are_served_are_not_overwritten(tmp_path: Path) -> None:
+    options = DeployOptions(tmp_path / "models", "net")
+    folder = tmp_path / "models/net"
+    named = []
+    for labels in (LABELS, LABELS[::-1], LABELS, ("a", "b", "c", "d", "e")):
+        deploy(built(tmp_path / "engine", dataclasses.replace(MADE, labels=labels)), options)
+        name = parsed((folder / "config.pbtxt").read_text()).output[0].label_filename
+        assert (folder / name).read_text(encoding="utf-8").splitlines() == list(labels)
+        named.append(name)
+    assert named == ["labels.txt", "labels.2.txt", "labels.txt", "labels.4.txt"]
+
+
+# --- interrupted, or two at once
+
+
+def test_a_deployment_killed_at_any_moment_leaves_the_old_version_served_or_the_new(tmp_path: Path) -> None:
+    options = DeployOptions(tmp_path / "base", "net")
+    deploy(built(tmp_path / "first"), options)
+    second = built(tmp_path / "second", dataclasses.replace(MADE, labels=("v", "w", "x", "y", "z")))
+    copies = killed(
+        tmp_path / "base",
+        tmp_path / "copies",
+        "from pipeline.deploy import DeployOptions, deploy",
+        f"deploy(Path({str(second)!r}), DeployOptions(models, 'net'))",
+    )
+    served = []
+    for models in copies:
+        served.append(assert_served(models / "net"))
+        if served[-1] == (1,):
+            assert {n: d for n, d in contents(models).items() if n in contents(tmp_path / "base")} == contents(
+                tmp_path / "base"
+            )
+        version = deploy(second, dataclasses.replace(options, repository=models)).version
+        assert assert_served(models / "net") == (version,)
+        assert not list(models.rglob("*.maskplan-tmp"))
+    assert served == sorted(served)
+    assert served[0] == (1,)
+    assert served[-1] == (2,)
+    # A folder, four files, two renames and what tidying up removes.
+    assert len(served) > 8
+
+
+def test_two_deployments_at_once_both_arrive_or_say_so(tmp_path: Path) -> None:
+    engine, options = built(tmp_path / "engine"), DeployOptions(tmp_path / "models", "net")
+    deploy(engine, options)
+    versions: list[int] = []
+    told: list[str] = []
+
+    def run() -> None:
+        try:
+            versions.append(deploy(engine, options).version)
+        except HostError as error:
+            told.append(error.what)
+
+    threads = [threading.Thread(target=run) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(versions) == list(range(2, 2 + len(versions)))
+    assert len(versions) + len(told) == 8
+    assert set(told) <= {"another deployment is writing to the model"}
+    assert {p.name for p in (tmp_path / "models/net").iterdir()} == {
+        "config.pbtxt",
+        "labels.txt",
+        *map(str, range(1, 2 + len(versions))),
+    }
+
+
+def test_a_folder_that_another_process_holds_is_left_alone(tmp_path: Path) -> None:
+    engine, options = built(tmp_path / "engine"), DeployOptions(tmp_path / "models", "net")
+    deploy(engine, options)
+    before = contents(tmp_path / "models")
+    holds = (
+        "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), fcntl.LOCK_EX); print('held', flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holds, tmp_path / "models/net"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(HostError, match="another deployment is writing"):
+            deploy(engine, options)
+        assert contents(tmp_path / "models") == before
+        process.communicate(b"\n")
+    assert deploy(engine, options).version == 2
+
+
+# --- the command
+
+
+def test_the_command_passes_its_options_on(cli: Callable[..., Any], tmp_path: Path) -> None:
+    plans = [plan(tmp_path / "a.plan"), plan(tmp_path / "b.plan", compute_capability="8.0")]
+    options = ["--repository", tmp_path / "models", "--name", "net", "--queue-delay-us", 250, "--instances", 2]
+    options += ["--preferred-batch", 8, "--preferred-batch", 4, "--no-cuda-graphs", "--no-warmup"]
+    ran = cli("deploy", *plans, *options)
+    assert ran.code == 0, ran.err
+    config = parsed((tmp_path / "models/net/config.pbtxt").read_text())
+    batching = config.dynamic_batching
+    assert (batching.max_queue_delay_microseconds, list(batching.preferred_batch_size)) == (250, [4, 8])
+    assert config.instance_group[0].count == 2
+    assert not config.optimization.cuda.graphs
+    assert not config.model_warmup
+    assert len(config.cc_model_filenames) == 2
+    ran = cli("deploy", *plans, *options, "--keep-versions", 2, "--cuda-graphs", "--warmup")
+    assert ran.code == 0, ran.err
+    config = parsed((tmp_path / "models/net/config.pbtxt").read_text())
+    assert list(config.version_policy.specific.versions) == [1, 2]
+    assert config.optimization.cuda.graphs
+    assert config.model_warmup
+
+
+def test_the_command_makes_a_golden_pair_where_the_engine_runs(cli: Callable[..., Any], tmp_path: Path) -> None:
+    engine = built(tmp_path / "engine")
+    ran = cli("deploy", engine, "--repository", tmp_path / "models", "--name", "net")
+    assert "smoke.py" in ran.out
+    golden = tmp_path / "models/net/1/golden"
+    assert sorted(p.name for p in golden.iterdir()) == ["golden.json", "input.npy", "output.npy", "smoke.py"]
+    session = onnxruntime.InferenceSession(engine, providers=["CPUExecutionProvider"])
+    (wanted,) = session.run(None, {"input": np.load(golden / "input.npy")})
+    np.testing.assert_allclose(np.load(golden / "output.npy"), wanted, rtol=1e-6)
+
+
+def test_the_command_says_why_there_is_no_golden_pair(cli: Callable[..., Any], tmp_path: Path) -> None:
+    """A plan that is no plan runs nowhere, with TensorRT or without."""
+    ran = cli("deploy", plan(tmp_path / "a.plan"), "--repository", tmp_path / "models", "--name", "net")
+    assert ran.code == 0, ran.err
+    assert "note: without a golden input and output: " in ran.out
+    assert not (tmp_path / "models/net/1/golden").exists()
+
+
+def test_the_command_tells_how_to_serve_a_version_compatible_plan(cli: Callable[..., Any], tmp_path: Path) -> None:
+    for name, compatible in (("a", False), ("b", True)):
+        ran = cli("deploy", plan(tmp_path / name, version_compatible=compatible), "--repository", tmp_path / "models")
+        assert ran.code == 0, ran.err
+        assert ("--backend-config=tensorrt,version-compatible=true" in ran.out) is compatible
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "Missing option"),
+        (["--repository", "models"], "Missing argument 'ENGINE'"),
+        (["--repository", "models", "--rollback"], "--rollback takes"),
+        (["engine.onnx", "--repository", "models", "--rollback", "--name", "net"], "--rollback takes"),
+        (["engine.onnx", "--repository", "models", "--keep-versions", "0"], "--keep-versions"),
+        (["engine.onnx", "--repository", "models", "--queue-delay-us", "-1"], "--queue-delay-us"),
+    ],
+)
+def test_wrong_usage_of_the_command_ends_with_2(arguments: list[str], says: str, cli: Callable[..., Any]) -> None:
+    ran = cli("deploy", *arguments)
+    assert (ran.code, ran.out) == (2, "")
+    assert says in ran.err

@@ -110,6 +110,20 @@ def numbers(net: Net, source: InMemory) -> list[int]:
     return [int(np.abs(wanted - one).max(axis=(1, 2, 3)).argmin()) for one in np.concatenate(net.shown)]
 
 
+def test_images_are_augmented_where_asked(net: Net) -> None:
+    """The images are 3x5, so that nothing moves; half of them are mirrored, and statistics are of what was shown."""
+    update_statistics(net, split(20), HOW, RecalibrateOptions(augment="crop+flip"))
+    plain = Net()
+    update_statistics(plain, split(20), HOW, RecalibrateOptions())
+    (x,), (y,) = net.shown, plain.shown
+    same = (x == y).all(axis=(1, 2, 3))
+    mirrored = (x == y[:, :, :, ::-1]).all(axis=(1, 2, 3))
+    assert (same | mirrored).all()
+    assert 0 < same.sum() < 20
+    mean, _ = average([moments(x)])
+    assert statistics(net.first)[0] == pytest.approx(mean, rel=1e-4, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("count", "asked", "batch", "sizes"),
     [

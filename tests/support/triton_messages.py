@@ -36,7 +36,7 @@ for line in sys.stdin:
     print(json.dumps(answer), flush=True)
 """
 
-# Field: (type, repeated). A config with any other field does not parse.
+# Field: (type, repeated). A config with any other field does not parse. A name with a dot is that of a map's entries.
 FIELDS: dict[str, dict[str, tuple[str, bool]]] = {
     "ModelInput": {"name": ("string", False), "data_type": ("DataType", False), "dims": ("int64", True)},
     "ModelOutput": {
@@ -54,10 +54,14 @@ FIELDS: dict[str, dict[str, tuple[str, bool]]] = {
     "ModelInstanceGroup": {"count": ("int32", False), "kind": ("Kind", False), "profile": ("string", True)},
     "Cuda": {"graphs": ("bool", False)},
     "ModelOptimizationPolicy": {"cuda": ("Cuda", False)},
-    "FileEntry": {"key": ("string", False), "value": ("string", False)},
+    "ModelConfig.CcModelFilenamesEntry": {"key": ("string", False), "value": ("string", False)},
     "WarmupInput": {"data_type": ("DataType", False), "dims": ("int64", True), "zero_data": ("bool", False)},
-    "WarmupEntry": {"key": ("string", False), "value": ("WarmupInput", False)},
-    "ModelWarmup": {"name": ("string", False), "batch_size": ("uint32", False), "inputs": ("WarmupEntry", True)},
+    "ModelWarmup.InputsEntry": {"key": ("string", False), "value": ("WarmupInput", False)},
+    "ModelWarmup": {
+        "name": ("string", False),
+        "batch_size": ("uint32", False),
+        "inputs": ("ModelWarmup.InputsEntry", True),
+    },
     "ModelConfig": {
         "name": ("string", False),
         "platform": ("string", False),
@@ -68,7 +72,7 @@ FIELDS: dict[str, dict[str, tuple[str, bool]]] = {
         "dynamic_batching": ("ModelDynamicBatching", False),
         "instance_group": ("ModelInstanceGroup", True),
         "optimization": ("ModelOptimizationPolicy", False),
-        "cc_model_filenames": ("FileEntry", True),
+        "cc_model_filenames": ("ModelConfig.CcModelFilenamesEntry", True),
         "model_warmup": ("ModelWarmup", True),
     },
 }
@@ -89,33 +93,21 @@ def _written_down() -> Any:
         values = file.enum_type.add(name=name)
         for number, value in enumerate(" ".join(lines).split()):
             values.value.add(name=value, number=number)
+    messages = {name: file.message_type.add(name=name) for name in FIELDS if "." not in name}
     for name, fields in FIELDS.items():
-        made = file.message_type.add(name=name)
+        owner, _, entry = name.partition(".")
+        made = messages[owner].nested_type.add(name=entry) if entry else messages[name]
+        made.options.map_entry = bool(entry)
         for number, (key, (kind, repeated)) in enumerate(fields.items(), start=1):
-            label = field.LABEL_REPEATED if repeated else field.LABEL_OPTIONAL
+            added = made.field.add(name=key, number=number)
+            added.label = field.LABEL_REPEATED if repeated else field.LABEL_OPTIONAL
             if kind in FIELDS or kind in ENUMS:
-                of = field.TYPE_MESSAGE if kind in FIELDS else field.TYPE_ENUM
-                made.field.add(name=key, number=number, type=of, label=label, type_name=f".inference.{kind}")
+                added.type = field.TYPE_MESSAGE if kind in FIELDS else field.TYPE_ENUM
+                added.type_name = f".inference.{kind}"
             else:
-                of = getattr(field, f"TYPE_{kind.upper()}")
-                made.field.add(name=key, number=number, type=of, label=label)
-    # Entries of maps are messages of the map's own, by protobuf's rules for names.
-    config = next(m for m in file.message_type if m.name == "ModelConfig")
-    for owner, entry, name in ((config, "FileEntry", "CcModelFilenamesEntry"), (None, "WarmupEntry", "InputsEntry")):
-        home = owner or next(m for m in file.message_type if m.name == "ModelWarmup")
-        moved = home.nested_type.add()
-        moved.CopyFrom(next(m for m in file.message_type if m.name == entry))
-        moved.name, moved.options.map_entry = name, True
-        for f in home.field:
-            if f.type_name == f".inference.{entry}":
-                f.type_name = f".inference.{home.name}.{name}"
-    kept = [m for m in file.message_type if m.name not in ("FileEntry", "WarmupEntry")]
-    rest = descriptor_pb2.FileDescriptorProto()
-    rest.CopyFrom(file)
-    rest.ClearField("message_type")
-    rest.message_type.extend(kept)
+                added.type = getattr(field, f"TYPE_{kind.upper()}")
     pool = descriptor_pool.DescriptorPool()
-    pool.Add(rest)
+    pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("inference.ModelConfig"))
 
 
@@ -148,7 +140,9 @@ def _worker() -> subprocess.Popen[str] | None:
 def read_by_triton(text: str) -> dict[str, Any]:
     """A config as Triton's own message reads it, as JSON values."""
     process = _worker()
-    assert process is not None and process.stdin is not None and process.stdout is not None
+    assert process is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     process.stdin.write(json.dumps(text) + "\n")
     process.stdin.flush()
     answer: dict[str, Any] = json.loads(process.stdout.readline())

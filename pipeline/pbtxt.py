@@ -1,0 +1,127 @@
+"""Protobuf's text format, as far as a Triton config needs it: read without protobuf, and strings quoted for it."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+
+_TOKEN = re.compile(
+    r"""(?:\s|#[^\n]*(?:\n|\Z))*(?:("(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')|([\w.+-]+)|([{}<>\[\]:,;])|\Z)"""
+)
+_CLOSES = {"{": "}", "<": ">"}
+
+
+class Message:
+    """The fields of one message in their order; a scalar is its text, a string is without quotes.
+
+    Args:
+        fields: (name, value) pairs; a field that repeats stands there as often.
+    """
+
+    def __init__(self, fields: list[tuple[str, str | Message]]) -> None:
+        self._fields = fields
+
+    def texts(self, name: str) -> list[str]:
+        """Scalars of a field."""
+        return [value for key, value in self._fields if key == name and isinstance(value, str)]
+
+    def text(self, name: str, default: str = "") -> str:
+        """The last scalar of a field, which is the one that counts."""
+        return (self.texts(name) or [default])[-1]
+
+    def messages(self, name: str) -> list[Message]:
+        """Messages of a field."""
+        return [value for key, value in self._fields if key == name and isinstance(value, Message)]
+
+
+def parse(text: str) -> Message:
+    """Read a message.
+
+    Raises:
+        ValueError: Not the text format.
+    """
+    tokens = list(_tokens(text))
+    message, end = _message(tokens, 0, "")
+    if end != len(tokens):
+        raise ValueError(f"unexpected {tokens[end]}")
+    return message
+
+
+def quoted(text: str) -> str:
+    """A string as the text format writes it; what is not plain ASCII becomes octal bytes."""
+    plain = "".join(
+        c if " " <= c <= "~" and c not in '"\\' else "".join(f"\\{byte:03o}" for byte in c.encode()) for c in text
+    )
+    return f'"{plain}"'
+
+
+def _tokens(text: str) -> Iterator[str]:
+    at = 0
+    while at < len(text):
+        match = _TOKEN.match(text, at)
+        if match is None:
+            raise ValueError(f"not the text format from {text[at : at + 20]!r} on")
+        at = match.end()
+        if match.lastindex is not None:
+            yield match.group(match.lastindex)
+
+
+def _message(tokens: list[str], at: int, closing: str) -> tuple[Message, int]:
+    """Fields from `at` on, up to the closing bracket or the end; and where that is."""
+    fields: list[tuple[str, str | Message]] = []
+    while at < len(tokens) and tokens[at] != closing:
+        name = tokens[at]
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise ValueError(f"expected a field's name, found {name}")
+        at += 1
+        if _peek(tokens, at) == ":":
+            at += 1
+        if _peek(tokens, at) == "[":
+            at += 1
+            while _peek(tokens, at) != "]":
+                value, at = _value(tokens, at)
+                fields.append((name, value))
+                if _peek(tokens, at) == ",":
+                    at += 1
+            at += 1
+        else:
+            value, at = _value(tokens, at)
+            fields.append((name, value))
+        if at < len(tokens) and tokens[at] in ",;":
+            at += 1
+    return Message(fields), at
+
+
+def _value(tokens: list[str], at: int) -> tuple[str | Message, int]:
+    token = _peek(tokens, at)
+    if token in _CLOSES:
+        message, end = _message(tokens, at + 1, _CLOSES[token])
+        if _peek(tokens, end) != _CLOSES[token]:
+            raise ValueError(f"a {token} that is not closed")
+        return message, end + 1
+    if token[0] in "\"'":
+        text = ""
+        while at < len(tokens) and tokens[at][0] in "\"'":  # neighbours are one string
+            text += _unquoted(tokens[at])
+            at += 1
+        return text, at
+    if re.fullmatch(r"[\w.+-]+", token):
+        return token, at + 1
+    raise ValueError(f"expected a value, found {token}")
+
+
+def _unquoted(token: str) -> str:
+    # The escapes are those of Python's bytes, which the text format took from C as well.
+    escaped = "".join(c if c.isascii() else "".join(f"\\x{byte:02x}" for byte in c.encode()) for c in token)
+    try:
+        value = ast.literal_eval(f"b{escaped}")
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"not a string: {token}") from error
+    return bytes(value).decode(errors="replace")
+
+
+def _peek(tokens: list[str], at: int) -> str:
+    if at >= len(tokens):
+        raise ValueError("it ends in the middle")
+    return tokens[at]
