@@ -31,6 +31,11 @@ TENSORRT_BINDINGS := cu12-10.3.0 cu12-10.13.3.9 cu12-10.16.1.11 cu13-11.4.0.106
 	    tensorrt-$${each%%-*}-bindings==$${each#*-} || exit 0; \
 	done; touch $@
 
+# Triton's own messages; they ask for another protobuf than ONNX's, so they lie apart.
+.venv/.triton: .venv/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target .venv/triton \
+	  'tritonclient[grpc,http]==2.73.0' && touch $@ || true
+
 engine: .venv/.ready ## Checkpoint to engine: MODEL= WEIGHTS= DATA= MASKS= PRECISION= BACKEND= OUT=
 	$(BIN)/maskplan engine $(MODEL) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(DATA),--data $(DATA)) \
 	  $(if $(MASKS),--masks $(MASKS)) $(if $(PRECISION),--precision $(PRECISION)) \
@@ -42,11 +47,11 @@ parity: .venv/.ready ## Compare the engines of MODEL= once more, over DATA=; fai
 deploy: .venv/.ready ## Add the engine of MODEL= to the Triton model repository REPOSITORY=
 	$(BIN)/maskplan deploy $(ENGINE) --repository $(REPOSITORY)
 
-test: .venv/.bindings ## The tests, but for the slow ones
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m 'not slow'
+test: .venv/.bindings .venv/.triton ## The tests, but for the slow ones
+	TRITONCLIENT=$$(test -e .venv/.triton && echo $(CURDIR)/.venv/triton) OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m 'not slow'
 
-test-all: .venv/.bindings ## All tests
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+test-all: .venv/.bindings .venv/.triton ## All tests
+	TRITONCLIENT=$$(test -e .venv/.triton && echo $(CURDIR)/.venv/triton) OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 
 lint: .venv/.ready ## Style and types
 	$(BIN)/ruff format --check .

@@ -15,7 +15,20 @@ import pytest
 
 from pipeline.cli.app import main
 
-COMMANDS = ("engine", "mask", "bake", "export", "check", "prune", "compare", "build", "time", "inspect", "deploy")
+COMMANDS = (
+    "engine",
+    "mask",
+    "bake",
+    "export",
+    "check",
+    "prune",
+    "compare",
+    "build",
+    "time",
+    "inspect",
+    "deploy",
+    "probe",
+)
 
 # Runs the help of every command where the heavy libraries cannot be imported, and gives back what was printed.
 HELP = """

@@ -1,0 +1,504 @@
+"""The masks on this GPU's sparse tensor cores, by PyTorch's cuSPARSELt: no TensorRT is needed.
+
+A convolution is a product of its weight, as a matrix (K, R*S*C), and the columns of its input. With columns ordered r, s, c
+each group of four along C lies side by side, which is the form that sparse tensor cores take.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from exporters.counting import count_groups
+from exporters.layer_shapes import LayerShape
+from pipeline.bounds import at_least
+from pipeline.errors import HostError, InputError
+from pipeline.masking.eligibility import ineligible_reason
+from pipeline.progress import track
+from pipeline.reports import FAIL, PASS
+
+if TYPE_CHECKING:
+    import torch
+
+LEFT_OUT = "left_out"
+NOTE = (
+    "GPU time, p50; both products with weights padded by zeros to what cuSPARSELt takes, without the step that makes the"
+    " columns; layers of one shape share their times; cuSPARSELt's default algorithm"
+)
+# What cuSPARSELt takes, as PyTorch's SparseSemiStructuredTensorCUSPARSELT has it: the sparse matrix has a multiple of so
+# many rows and columns, the dense one of so many columns.
+MULTIPLES = {"fp16": (16, 16, 8), "bf16": (16, 16, 8), "int8": (32, 32, 16)}
+_CONV, _DENSE, _SPARSE = "conv", "dense", "sparse"
+_INT8_MOST = 127
+# A normal deviate of 4 is 128.
+_INT8_STEPS = 32.0
+_CHUNK = 10
+# More than GPUs have: a sleep that is too long costs nothing but time.
+_CYCLES_PER_S = 2.5e9
+_LONGEST_SLEEP_S = 1.0
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    """How to probe.
+
+    Attributes:
+        batches: Batch sizes to time.
+        dtype: `fp16`, `bf16` or `int8`.
+        warm_up: Runs of each product before the clock counts.
+        repeats: Timed runs of each.
+        seed: Of the made-up input.
+    """
+
+    batches: tuple[int, ...] = (1, 8, 32)
+    dtype: str = "fp16"
+    warm_up: int = 5
+    repeats: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dtype not in MULTIPLES:
+            raise InputError(f"unknown dtype {self.dtype!r}", fix=f"choose one of {', '.join(MULTIPLES)}")
+        for batch in self.batches:
+            at_least(1, batches=batch)
+        at_least(1, warm_up=self.warm_up, repeats=self.repeats)
+        at_least(0, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class ProbeBatch:
+    """Times of one layer shape at one batch size, ms; None where it was not to be had, and `reason` says why."""
+
+    batch: int
+    conv_ms: float | None
+    dense_gemm_ms: float | None
+    sparse_gemm_ms: float | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class ProbeLayer:
+    """One weight.
+
+    Attributes:
+        name: Of the weight.
+        shape: Of the layer.
+        gemm: Rows and columns of the matrix that was multiplied: (K, R*S*C), padded with zeros where cuSPARSELt wants it.
+        verdict: `pass`, `fail` or `left_out`.
+        reason: Of a failure, or why it was left out.
+        error: Largest difference of the sparse product from the dense one, as a share of |W| |X|.
+        tolerance: The share allowed.
+        batches: Times.
+    """
+
+    name: str
+    shape: LayerShape
+    gemm: tuple[int, int]
+    verdict: str
+    reason: str | None = None
+    error: float | None = None
+    tolerance: float | None = None
+    batches: tuple[ProbeBatch, ...] = ()
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """What the hardware said to each weight; `verdict` is `pass` when some were probed and none failed."""
+
+    verdict: str
+    reason: str | None
+    device: str
+    compute_capability: str
+    torch_version: str
+    cuda_version: str
+    cusparselt_version: str
+    dtype: str
+    note: str
+    layers: tuple[ProbeLayer, ...]
+
+
+@dataclass(frozen=True)
+class SparseHost:
+    """What multiplies, and how it is timed.
+
+    Attributes:
+        device: The GPU's name.
+        compute_capability: As in 9.0.
+        torch_version: PyTorch's.
+        cuda_version: What PyTorch was built for.
+        cusparselt_version: The library's.
+        place: PyTorch's name of the device.
+        compress: A 2:4 matrix (rows, columns) to its packed form.
+        multiply: A packed matrix times a dense one (columns, n), the latter stored by columns: (rows, n).
+        clock: Callables by name, warm-up runs and repeats, to the p50 of each, ms.
+    """
+
+    device: str
+    compute_capability: str
+    torch_version: str
+    cuda_version: str
+    cusparselt_version: str
+    place: str
+    compress: Callable[[torch.Tensor], Any]
+    multiply: Callable[[Any, torch.Tensor], torch.Tensor]
+    clock: Callable[[Mapping[str, Callable[[], object]], int, int], dict[str, float]]
+
+
+def probe(
+    weights: Mapping[str, npt.NDArray[Any]],
+    shapes: Mapping[str, LayerShape],
+    options: ProbeOptions,
+    host: SparseHost | None = None,
+) -> ProbeReport:
+    """Compress each weight, hold what comes back and the sparse product against the dense ones, and time both.
+
+    Args:
+        weights: (K, C, R, S), or (K, C) for a linear layer, any floats; for `int8` each output channel is scaled by its
+            largest magnitude and rounded, which keeps zeros.
+        shapes: Of the layers of the same names.
+        options: The dtype, and which batch sizes to time.
+        host: This machine's GPU by default.
+
+    Raises:
+        HostError: There is no GPU with sparse tensor cores, or PyTorch has no cuSPARSELt.
+    """
+    host = host or cusparselt_host()
+    timed: dict[LayerShape, tuple[ProbeBatch, ...]] = {}
+    layers = []
+    for name in track(list(weights), "probe", len(weights)):
+        weight = weights[name].reshape(*weights[name].shape, *(1,) * (4 - weights[name].ndim))
+        layers.append(_probe_layer(name, weight, shapes[name], options, host, timed))
+    failed = [layer.name for layer in layers if layer.verdict == FAIL]
+    reason = None
+    if failed:
+        reason = f"{len(failed)} of {len(layers)} weights failed, first {failed[0]}"
+    elif not any(layer.verdict == PASS for layer in layers):
+        reason = "no weight could be probed"
+    return ProbeReport(
+        verdict=PASS if reason is None else FAIL,
+        reason=reason,
+        device=host.device,
+        compute_capability=host.compute_capability,
+        torch_version=host.torch_version,
+        cuda_version=host.cuda_version,
+        cusparselt_version=host.cusparselt_version,
+        dtype=options.dtype,
+        note=NOTE,
+        layers=tuple(layers),
+    )
+
+
+def weight_matrix(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """(K, C, R, S) to (K, R*S*C), columns ordered r, s, c: the groups of four along C become neighbours."""
+    return np.ascontiguousarray(weight.transpose(0, 2, 3, 1)).reshape(len(weight), -1)
+
+
+def columns_of(images: torch.Tensor, shape: LayerShape) -> torch.Tensor:
+    """Images (N, C, H, W) of floats to (N*P*Q, R*S*C): what each output pixel sees, in the order of `weight_matrix`."""
+    from torch.nn import functional
+
+    top, left, bottom, right = shape.pads
+    padded = functional.pad(images, (left, right, top, bottom))
+    # (N, C*R*S, P*Q), ordered c, r, s.
+    seen = functional.unfold(padded, (shape.r, shape.s), shape.dilations, 0, shape.strides)
+    n, _, pixels = seen.shape
+    ordered = seen.reshape(n, shape.c, shape.r * shape.s, pixels).permute(0, 3, 2, 1)
+    return ordered.reshape(n * pixels, shape.r * shape.s * shape.c)
+
+
+def cusparselt_host() -> SparseHost:
+    """This machine's GPU.
+
+    Raises:
+        HostError: PyTorch, a GPU of compute capability 8.0 or more, or cuSPARSELt is missing.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise HostError("PyTorch is not installed", found=error, fix="pip install 'maskplan[learn]'") from error
+    built = (
+        f"PyTorch {torch.__version__}, built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'no CUDA'}"
+    )
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        raise HostError(
+            "the probe needs an NVIDIA GPU, and PyTorch sees none",
+            found=built,
+            fix="run it on a host where nvidia-smi sees an Ampere GPU or a newer one, with a PyTorch built for CUDA",
+        )
+    major, minor = torch.cuda.get_device_capability()
+    name = torch.cuda.get_device_name()
+    if major < 8:
+        raise HostError(
+            "this GPU has no sparse tensor cores",
+            found=f"{name}, compute capability {major}.{minor}",
+            fix="run it on Ampere (8.0) or newer",
+        )
+    if not torch.backends.cusparselt.is_available():
+        raise HostError(
+            "this PyTorch has no cuSPARSELt",
+            found=built,
+            fix="install PyTorch's CUDA wheel for Linux, which brings the library: pip install 'maskplan[learn]'",
+        )
+    return SparseHost(
+        device=name,
+        compute_capability=f"{major}.{minor}",
+        torch_version=torch.__version__,
+        cuda_version=torch.version.cuda,
+        cusparselt_version=str(torch.backends.cusparselt.version()),
+        place="cuda",
+        compress=_compress,
+        multiply=_multiply,
+        clock=_gpu_clock,
+    )
+
+
+def _compress(matrix: torch.Tensor) -> Any:
+    from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, to_sparse_semi_structured
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the interface is a prototype
+        packed = to_sparse_semi_structured(matrix)
+    if not isinstance(packed, SparseSemiStructuredTensorCUSPARSELT):
+        raise RuntimeError(f"packed for {packed.BACKEND}, not for cuSPARSELt")
+    return packed
+
+
+def _multiply(packed: Any, dense: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    if packed.dtype == torch.int8:
+        # The operator `@` would round the sums to int8.
+        return torch._cslt_sparse_mm(packed.packed, dense, out_dtype=torch.int32)
+    product: torch.Tensor = packed @ dense
+    return product
+
+
+def _gpu_clock(runs: Mapping[str, Callable[[], object]], warm_up: int, repeats: int) -> dict[str, float]:
+    """Events on the GPU, runs in turn. The GPU sleeps while they are queued, so that it never waits for Python."""
+    import torch
+
+    pairs: dict[str, list[tuple[Any, Any]]] = {name: [] for name in runs}
+
+    def one_round(i: int) -> None:
+        order = list(runs)
+        for name in order[i % len(order) :] + order[: i % len(order)]:
+            pair: tuple[Any, Any] = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
+            pair[0].record()
+            runs[name]()
+            pair[1].record()
+            pairs[name].append(pair)
+
+    queueing_s = 0.0
+    for i in range(warm_up):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        one_round(i)
+        # The last one counts: the first ones load kernels and choose among them.
+        queueing_s = time.perf_counter() - started
+    torch.cuda.synchronize()
+    for found in pairs.values():
+        found.clear()
+
+    for first in range(0, repeats, _CHUNK):
+        torch.cuda._sleep(int(min(2 * _CHUNK * queueing_s, _LONGEST_SLEEP_S) * _CYCLES_PER_S))  # type: ignore[no-untyped-call, unused-ignore]
+        for i in range(first, min(first + _CHUNK, repeats)):
+            one_round(i)
+        torch.cuda.synchronize()
+    return {name: float(np.median([a.elapsed_time(b) for a, b in found])) for name, found in pairs.items()}
+
+
+def _probe_layer(
+    name: str,
+    weight: npt.NDArray[Any],
+    shape: LayerShape,
+    options: ProbeOptions,
+    host: SparseHost,
+    timed: dict[LayerShape, tuple[ProbeBatch, ...]],
+) -> ProbeLayer:
+    rows, columns, _ = MULTIPLES[options.dtype]
+    gemm = _up(shape.k, rows), _up(shape.r * shape.s * shape.c, columns)
+    if weight.shape != (shape.k, shape.c, shape.r, shape.s):
+        return ProbeLayer(name, shape, gemm, FAIL, f"the weight {weight.shape} is not the layer's")
+    ineligible = ineligible_reason("Conv", shape.c, 1)
+    if ineligible is not None:
+        return ProbeLayer(name, shape, gemm, LEFT_OUT, ineligible)
+    matrix = weight_matrix(weight)
+    violation = _violation(matrix, shape)
+    if violation is not None:
+        return ProbeLayer(name, shape, gemm, FAIL, violation)
+    try:
+        dense = _padded(_as_dtype(matrix, options.dtype), gemm).to(host.place)
+        packed = host.compress(dense)
+        reason = _changed(dense, packed, options.dtype, host)
+        error, tolerance = _error(dense, packed, shape, options, host)
+        if reason is None and not error <= tolerance:
+            reason = f"the sparse product differs by {error:.2g} of |W| |X|, {tolerance:.2g} is allowed"
+    except RuntimeError as refused:  # what PyTorch makes of the library's errors
+        return ProbeLayer(name, shape, gemm, FAIL, _told(refused))
+    if shape not in timed:
+        timed[shape] = tuple(_time(weight, dense, packed, shape, batch, options, host) for batch in options.batches)
+    return ProbeLayer(name, shape, gemm, PASS if reason is None else FAIL, reason, error, tolerance, timed[shape])
+
+
+def _violation(matrix: npt.NDArray[Any], shape: LayerShape) -> str | None:
+    counts = count_groups(matrix, 1, 2, 4)
+    if counts.first is None:
+        return None
+    k, column = counts.first
+    place, c = divmod(column, shape.c)
+    r, s = divmod(place, shape.s)
+    first = f"[{k}, {c // 4 * 4}:{c // 4 * 4 + 4}, {r}, {s}]"
+    return f"not 2:4: {counts.violating} of {counts.groups} groups have more than two non-zeros, first at {first}"
+
+
+def _changed(dense: torch.Tensor, packed: Any, dtype: str, host: SparseHost) -> str | None:
+    """What is wrong with the values that come back from the packed form: its product with the identity, which is exact."""
+    import torch
+
+    identity = torch.eye(dense.shape[1], dtype=dense.dtype, device=dense.device)
+    back = host.multiply(packed, identity.t()).to(torch.float32)
+    wrong = int((back != dense.to(torch.float32)).sum())
+    return f"{wrong} values of {dtype} come back changed from the packed form" if wrong else None
+
+
+def _error(
+    dense: torch.Tensor, packed: Any, shape: LayerShape, options: ProbeOptions, host: SparseHost
+) -> tuple[float, float]:
+    """The sparse product's largest difference from the dense one as a share of |W| |X|, for one image; and what is allowed.
+
+    Sums of whole numbers are exact. Of floats, both products round each result once and each sum of parts, in their own
+    order.
+    """
+    import torch
+
+    seen = _columns(shape, 1, dense.shape[1], options, host)
+    found, wanted = host.multiply(packed, seen.t()), _product(dense, seen)
+    if found.dtype == torch.int32:
+        return float((found != wanted).any()), 0.0
+    largest = dense.float().abs() @ seen.float().abs().t()
+    share = (found.float() - wanted.float()).abs() / largest.clamp_min(torch.finfo(torch.float32).tiny)
+    return float(share.max()), 2 * torch.finfo(dense.dtype).eps
+
+
+def _product(dense: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return torch._int_mm(dense, seen.t()) if dense.dtype == torch.int8 else dense @ seen.t()
+
+
+def _time(
+    weight: npt.NDArray[Any],
+    dense: torch.Tensor,
+    packed: Any,
+    shape: LayerShape,
+    batch: int,
+    options: ProbeOptions,
+    host: SparseHost,
+) -> ProbeBatch:
+    import torch
+
+    try:
+        seen = _columns(shape, batch, dense.shape[1], options, host)
+        runs: dict[str, Callable[[], object]] = {
+            _DENSE: lambda: _product(dense, seen),
+            _SPARSE: lambda: host.multiply(packed, seen.t()),
+        }
+        if dense.dtype != torch.int8:
+            runs[_CONV] = _convolution(weight, shape, batch, options, host)
+        with _best_algorithms():
+            p50_ms = host.clock(runs, options.warm_up, options.repeats)
+    except RuntimeError as refused:  # out of memory among them
+        return ProbeBatch(batch, None, None, None, _told(refused))
+    reason = None if _CONV in p50_ms else "PyTorch has no int8 convolution on GPUs"
+    return ProbeBatch(batch, p50_ms.get(_CONV), p50_ms[_DENSE], p50_ms[_SPARSE], reason)
+
+
+def _convolution(
+    weight: npt.NDArray[Any], shape: LayerShape, batch: int, options: ProbeOptions, host: SparseHost
+) -> Callable[[], object]:
+    """The dense convolution in the layout that tensor cores like, its input padded beforehand."""
+    import torch
+    from torch.nn import functional
+
+    top, left, bottom, right = shape.pads
+    kind, like = _torch_dtype(options.dtype), torch.channels_last
+    images = functional.pad(_images(shape, batch, options, host), (left, right, top, bottom)).to(kind)
+    images = images.contiguous(memory_format=like)
+    filters = torch.from_numpy(np.ascontiguousarray(weight, np.float32)).to(host.place, kind)
+    filters = filters.contiguous(memory_format=like)
+    return lambda: functional.conv2d(images, filters, None, shape.strides, 0, shape.dilations)
+
+
+@contextmanager
+def _best_algorithms() -> Iterator[None]:
+    import torch
+
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def _images(shape: LayerShape, batch: int, options: ProbeOptions, host: SparseHost) -> torch.Tensor:
+    import torch
+
+    generator = torch.Generator(host.place).manual_seed(options.seed)
+    size = (batch, shape.c, shape.height, shape.width)
+    return torch.randn(size, generator=generator, device=host.place)
+
+
+def _columns(shape: LayerShape, batch: int, width: int, options: ProbeOptions, host: SparseHost) -> torch.Tensor:
+    """Columns of made-up images in the dtype, (n, width); rows and columns beyond the layer's own are zero."""
+    import torch
+
+    images = _images(shape, batch, options, host)
+    if options.dtype == "int8":
+        images = (images * _INT8_STEPS).round().clamp(-_INT8_MOST, _INT8_MOST)
+    # Before they become as many as the kernel has places; int8 cannot be unfolded, and float16 holds such numbers.
+    halves = images.to(torch.float16 if options.dtype == "int8" else _torch_dtype(options.dtype))
+    seen = columns_of(halves, shape).to(_torch_dtype(options.dtype))
+    return _padded(seen, (_up(len(seen), MULTIPLES[options.dtype][2]), width))
+
+
+def _as_dtype(matrix: npt.NDArray[Any], dtype: str) -> torch.Tensor:
+    import torch
+
+    values = torch.from_numpy(np.ascontiguousarray(matrix, np.float32))
+    if dtype == "int8":
+        largest = values.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        return (values / largest * _INT8_MOST).round().to(torch.int8)
+    made = values.to(_torch_dtype(dtype))
+    if not bool(made.isfinite().all()):
+        raise RuntimeError(f"some values are not finite numbers of {dtype}")
+    return made
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}[name]
+
+
+def _padded(matrix: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Zeros below and to the right; they add nothing to a product, and a group of zeros is 2:4."""
+    from torch.nn import functional
+
+    rows, columns = matrix.shape
+    return functional.pad(matrix, (0, size[1] - columns, 0, size[0] - rows)).contiguous()
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _told(error: RuntimeError) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

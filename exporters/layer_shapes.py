@@ -1,0 +1,136 @@
+"""What a layer multiplies: its weight as (K, C, R, S) and the sizes of its input, read from an ONNX graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import helper, shape_inference
+
+from exporters.tensors import TensorError, read_values
+from exporters.weights import WeightUse, weight_uses
+
+_NO_PADDING = ("", "NOTSET", "VALID")
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One image's share of a convolution without groups; a product of matrices is one with a 1 x 1 kernel.
+
+    Attributes:
+        k: Output channels.
+        c: Input channels.
+        r: Rows of the kernel.
+        s: Columns of the kernel.
+        height: Of the input; the rows of a product.
+        width: Of the input; 1 for a product.
+        strides: Down and across.
+        pads: Top, left, bottom, right.
+        dilations: Down and across.
+    """
+
+    k: int
+    c: int
+    r: int
+    s: int
+    height: int
+    width: int
+    strides: tuple[int, int] = (1, 1)
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilations: tuple[int, int] = (1, 1)
+
+    @property
+    def output(self) -> tuple[int, int]:
+        """Rows and columns of the output."""
+        top, left, bottom, right = self.pads
+        high = (self.height + top + bottom - self.dilations[0] * (self.r - 1) - 1) // self.strides[0] + 1
+        wide = (self.width + left + right - self.dilations[1] * (self.s - 1) - 1) // self.strides[1] + 1
+        return high, wide
+
+
+@dataclass(frozen=True)
+class ShapedWeights:
+    """Weights by name, (K, C, R, S) of float32, their layers' shapes, and why the others are left out."""
+
+    weights: Mapping[str, npt.NDArray[np.float32]]
+    shapes: Mapping[str, LayerShape]
+    left_out: Mapping[str, str]
+
+
+class _UnknownError(ValueError):
+    """The shape cannot be told; the message says why."""
+
+
+def shaped_weights(model: onnx.ModelProto, names: Collection[str], folder: Path | None = None) -> ShapedWeights:
+    """The named weights of a graph with their layers' shapes; of a weight used twice, the first use counts.
+
+    Args:
+        model: Parsed; its weights may be external data below `folder`.
+        names: As `check_2to4` tells them.
+        folder: Of the file.
+    """
+    inferred = shape_inference.infer_shapes(model)
+    known = (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output)
+    sizes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in known}
+    nodes = {node.name or node.output[0]: node for node in model.graph.node if node.output}
+    weights: dict[str, npt.NDArray[np.float32]] = {}
+    shapes: dict[str, LayerShape] = {}
+    left_out: dict[str, str] = {}
+    for use in weight_uses(model):
+        if use.name not in names or use.name in shapes:
+            continue
+        try:
+            weights[use.name] = weight = _weight(use, folder)
+            shapes[use.name] = _shape(use, weight.shape, nodes.get(use.node), sizes)
+            left_out.pop(use.name, None)
+        except (_UnknownError, TensorError) as error:
+            weights.pop(use.name, None)
+            left_out[use.name] = str(error)
+    return ShapedWeights(weights, shapes, left_out)
+
+
+def _weight(use: WeightUse, folder: Path | None) -> npt.NDArray[np.float32]:
+    if use.tensor is None:
+        raise _UnknownError("not constant")
+    if use.zero_point is not None and read_values(use.zero_point.tensor, folder).array.any():
+        raise _UnknownError("quantised around a zero point that is not 0")
+    stored = read_values(use.tensor, folder)
+    # Each value is one of the stored type, which float32 holds.
+    values = stored.to_floats(stored.array).astype(np.float32)
+    if use.op == "Conv":
+        if values.ndim != 4 or use.axis != 1:
+            raise _UnknownError(f"not a 2-D convolution's weight (K, C, R, S): {values.shape}, along axis {use.axis}")
+        return values
+    if values.ndim != 2:
+        raise _UnknownError(f"not one matrix: {values.shape}")
+    return np.moveaxis(values, use.axis, 1)[:, :, None, None]
+
+
+def _shape(
+    use: WeightUse, weight: Sequence[int], node: onnx.NodeProto | None, sizes: Mapping[str, list[int]]
+) -> LayerShape:
+    if node is None or node.op_type != use.op:
+        raise _UnknownError("inside a subgraph or function")
+    k, c, r, s = weight
+    size = sizes.get(node.input[0], [])
+    if use.op != "Conv":
+        # The first dimension is the batch, which may be dynamic.
+        if len(size) < 2 or size[-1] != c or not all(size[1:]):
+            raise _UnknownError("the sizes of its input are not known")
+        return LayerShape(k, c, r, s, math.prod(size[1:-1]), 1)
+    if len(size) != 4 or not all(size[1:]):
+        raise _UnknownError("the sizes of its input are not known")
+    attributes: dict[str, Any] = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    automatic = attributes.get("auto_pad", b"").decode()
+    if automatic not in _NO_PADDING:
+        raise _UnknownError(f"auto_pad {automatic}")
+    down, across = attributes.get("strides", (1, 1))
+    top, left, bottom, right = (0, 0, 0, 0) if automatic == "VALID" else attributes.get("pads", (0, 0, 0, 0))
+    tall, broad = attributes.get("dilations", (1, 1))
+    return LayerShape(k, c, r, s, size[2], size[3], (down, across), (top, left, bottom, right), (tall, broad))
