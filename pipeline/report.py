@@ -13,14 +13,14 @@ from pipeline.artifacts import EngineFile, MaskSet, Provenance
 from pipeline.files import write_atomically, write_json
 from pipeline.recipe import Recipe
 from pipeline.records import encode
-from pipeline.reports import ConformanceReport, Fidelity, ParityReport, TimingReport
+from pipeline.reports import ConformanceReport, Fidelity, ParityReport, Refinement, TimingReport
 
 SCHEMA = 1
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """Everything that a run found; `model` is the pruned checkpoint's record."""
+    """Everything that a run found; `model` is the pruned checkpoint's record, `refine` None unless it was asked for."""
 
     model: Provenance
     precision: str
@@ -34,6 +34,7 @@ class RunReport:
     fidelity: Fidelity
     parity: ParityReport
     timing: TimingReport
+    refine: Refinement | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def report_values(report: RunReport) -> dict[str, Any]:
         "dense_engine": engine_values(report.dense_engine, root, None, report.backend_reason),
         "parity": encode(report.parity),
         "timing": encode(report.timing),
+        "refine": encode(report.refine),
         "recipe": encode(report.recipe),
         "versions": versions(),
     }

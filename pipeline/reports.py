@@ -174,3 +174,53 @@ class TimingReport:
     threads: int
     note: str
     batches: tuple[BatchTiming, ...]
+
+
+@dataclass(frozen=True)
+class PassFigures:
+    """What one pass of the line came to.
+
+    Attributes:
+        engine_sha256: Of its engine.
+        masked_layers: How many weights its masks prune.
+        verdict: Of the parity gate.
+        top1_drop: Points against the dense model; None without labelled images.
+        batches: Its engine's times; each `speedup` is against the one dense engine of both passes.
+    """
+
+    engine_sha256: str
+    masked_layers: int
+    verdict: str
+    top1_drop: float | None
+    batches: tuple[PassTiming, ...]
+
+
+@dataclass(frozen=True)
+class PassTiming:
+    """One batch size: what the two passes are told apart by. Fields as in `BatchTiming`."""
+
+    batch: int
+    p50_ms: float
+    dense_p50_ms: float
+    speedup: float
+    ratio_ci95: tuple[float, float]
+    build_spread: float | None
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What giving dense layers their weights back came to.
+
+    Attributes:
+        restored: Names of the weights that lost their masks; empty where the second pass was skipped.
+        kept: `first` or `refined`.
+        reason: Why that one, or why there was no second pass.
+        first: The engine with all masks.
+        refined: The engine without the masks of `restored`; None where the second pass was skipped.
+    """
+
+    restored: tuple[str, ...]
+    kept: str
+    reason: str
+    first: PassFigures
+    refined: PassFigures | None

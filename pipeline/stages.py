@@ -10,7 +10,7 @@ from pathlib import Path
 from engines.base import Classifier
 from engines.build import ONNXRUNTIME, SUFFIX, TENSORRT, BuildOptions, build_engine, open_engine
 from engines.ort import NO_SPARSE_KERNELS, OrtEngine
-from engines.sidecar import has_sidecar
+from engines.sidecar import has_sidecar, write_sidecar
 from exporters.conformance import CheckOptions, check_2to4
 from exporters.onnx_export import export_onnx
 from pipeline.artifacts import Checkpoint, EngineFile, ImageSet, MaskSet, OnnxModel, Provenance
@@ -21,16 +21,20 @@ from pipeline.data import Dataset, ImageFiles, identify, listing_sha256, require
 from pipeline.files import read_bytes, sha256_of, write_atomically
 from pipeline.learning.recipes import LearnFiles
 from pipeline.mask import LEARNED, MAGNITUDE, choose_masks, given_masks
+from pipeline.masking.maskset import leave_out
 from pipeline.models import model_identity
 from pipeline.recalibrate import recalibrate
 from pipeline.recipe import Recipe
 from pipeline.records import encode
+from pipeline.refine import RAN_DENSE
 from pipeline.report import ReportFiles, RunReport, write_report
 from pipeline.reports import ConformanceReport, Fidelity, ParityReport, TimingReport
 from pipeline.timing import time_engines
 from pipeline.workspace import Workspace
 
 _STATE, _LOG = "learning.safetensors", "learning"
+# Stages that build the same sparse engine: as the line's own, and as one of two of which one will be kept.
+_BUILD, _BUILD_CANDIDATE = "build-sparse", "build-candidate"
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,13 @@ def choose(job: Job, dense: Checkpoint, how: str | Path, images: Images | None) 
     )
 
 
+def restore(job: Job, masks: MaskSet, names: tuple[str, ...]) -> MaskSet:
+    """The masks without some that pay for nothing, in a file of their own."""
+    out = job.ws.path("masks.safetensors")
+    inputs = {"masks": masks.sha256, "restored": names}
+    return job.ws.stage("mask", MaskSet, inputs, lambda: leave_out(masks, names, RAN_DENSE, out))
+
+
 def _copied(masks: MaskSet, out: Path) -> MaskSet:
     return replace(masks, path=out, sha256=write_atomically(out, read_bytes(masks.path)))
 
@@ -229,24 +240,56 @@ def check(job: Job, exported: Exported, pattern: str) -> Checked:
     return job.ws.stage("check", Checked, inputs, lambda: Checked(one(exported.fp32), one(exported.fp16)))
 
 
-def build(job: Job, backend: str, dense: OnnxModel, sparse: OnnxModel) -> Engines:
-    """Build the engines of a fair comparison."""
+def build(
+    job: Job, backend: str, dense: OnnxModel | EngineFile, sparse: OnnxModel, *, candidate: bool = False
+) -> Engines:
+    """Build the engines of a fair comparison.
 
-    def engine(name: str, model: OnnxModel, out: Path, sparse_weights: bool) -> EngineFile:
+    Args:
+        job: The run.
+        backend: `tensorrt` or `onnxruntime`.
+        dense: The dense model, or its engine from an earlier pass.
+        sparse: The pruned model.
+        candidate: Put the sparse engine aside; `keep_engine` gives it its name. One that a run without this option has
+            built, or the other way round, is copied, for builds of one graph differ.
+    """
+
+    def engine(name: str, model: OnnxModel, out: Path, sparse_weights: bool, twin: str | None = None) -> EngineFile:
         options = BuildOptions(backend, sparse_weights=sparse_weights)
         inputs = {"onnx": model.sha256, "options": options}
-        return job.ws.stage(
-            f"build-{name}", EngineFile, inputs, lambda: build_engine(model, options, out), intact=has_sidecar
-        )
+
+        def work() -> EngineFile:
+            built = job.ws.known(twin, EngineFile, inputs) if twin is not None else None
+            return build_engine(model, options, out) if built is None else _copied_engine(built, out)
+
+        return job.ws.stage(name, EngineFile, inputs, work, intact=has_sidecar)
 
     suffix = SUFFIX[backend]
-    sparse_engine = engine("sparse", sparse, job.ws.path(f"engine{suffix}"), True)
-    dense_engine = engine("dense", dense, job.ws.path(f"dense_engine{suffix}"), False)
+    if candidate:
+        sparse_engine = engine(_BUILD_CANDIDATE, sparse, job.ws.hidden(f"candidate{suffix}"), True, twin=_BUILD)
+    else:
+        sparse_engine = engine(_BUILD, sparse, job.ws.path(f"engine{suffix}"), True, twin=_BUILD_CANDIDATE)
+    if isinstance(dense, EngineFile):
+        dense_engine = dense
+    else:
+        dense_engine = engine("build-dense", dense, job.ws.path(f"dense_engine{suffix}"), False)
     if backend == ONNXRUNTIME:
         return Engines(dense_engine, sparse_engine, sparse_engine)
-    return Engines(
-        dense_engine, engine("pruned", sparse, job.ws.hidden(f"pruned_engine{suffix}"), False), sparse_engine
-    )
+    pruned = engine("build-pruned", sparse, job.ws.hidden(f"pruned_engine{suffix}"), False)
+    return Engines(dense_engine, pruned, sparse_engine)
+
+
+def keep_engine(job: Job, engine: EngineFile) -> EngineFile:
+    """Copy the better of two candidates to where an engine is looked for."""
+    out = job.ws.path(f"engine{engine.path.suffix}")
+    inputs = {"engine": engine.sha256}
+    return job.ws.stage("keep-engine", EngineFile, inputs, lambda: _copied_engine(engine, out), intact=has_sidecar)
+
+
+def _copied_engine(engine: EngineFile, out: Path) -> EngineFile:
+    copied = replace(engine, path=out, sha256=write_atomically(out, read_bytes(engine.path)))
+    write_sidecar(copied)
+    return copied
 
 
 def baselines(job: Job, dense: Checkpoint, masks: MaskSet, images: Images | None) -> dict[str, OnnxModel]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import fcntl
 import hashlib
@@ -48,6 +49,7 @@ class Workspace:
         self.folder = folder.absolute()
         self.reused: list[str] = []
         self.seconds: dict[str, float] = {}
+        self._prefix = ""
         self._kept = False
         self._made: Path | None = None
         self._lock: IO[str] | None = None
@@ -94,13 +96,19 @@ class Workspace:
         """From here on, what the run has made is worth more than a clean slate."""
         self._kept = True
 
+    def apart(self, prefix: str) -> Workspace:
+        """The same open folder, where stages and files have names with a prefix: a second pass leaves the first as it is."""
+        other = copy.copy(self)
+        other._prefix = f"{self._prefix}{prefix}-"
+        return other
+
     def path(self, name: str) -> Path:
         """A file that the user will find."""
-        return self.folder / name
+        return self.folder / (self._prefix + name)
 
     def hidden(self, name: str) -> Path:
         """A file between two stages."""
-        return self.folder / STATE / name
+        return self.folder / STATE / (self._prefix + name)
 
     def stage(
         self,
@@ -120,6 +128,7 @@ class Workspace:
             intact: Asked of a known record whose files are as they were; False has them made again.
         """
         INTERRUPTS.heed()
+        name = self._prefix + name
         key = _key(name, inputs)
         log.debug("%s: its inputs' digest is %s", name, key[:12])
         known = self._recall(name, kind, key)
@@ -131,13 +140,21 @@ class Workspace:
         started = time.monotonic()
         record = work()
         self.seconds[name] = time.monotonic() - started
-        write_json(self.hidden(f"{name}.json"), {"key": key, "record": encode(record, self.folder)})
+        write_json(self._record(name), {"key": key, "record": encode(record, self.folder)})
         log.info("%s: %.1f s", name, self.seconds[name])
         return record
 
-    def _recall(self, name: str, kind: type[T], key: str) -> T | None:
+    def known(self, name: str, kind: type[T], inputs: Mapping[str, object]) -> T | None:
+        """The record that `stage` would take, or None where it would run."""
+        name = self._prefix + name
+        return self._recall(name, kind, _key(name, inputs), silent=True)
+
+    def _record(self, name: str) -> Path:
+        return self.folder / STATE / f"{name}.json"
+
+    def _recall(self, name: str, kind: type[T], key: str, *, silent: bool = False) -> T | None:
         try:
-            stored = json.loads(self.hidden(f"{name}.json").read_text(encoding="utf-8"))
+            stored = json.loads(self._record(name).read_text(encoding="utf-8"))
             if stored["key"] != key:
                 return None
             record = decode(kind, stored["record"], self.folder)
@@ -145,7 +162,8 @@ class Workspace:
             return None
         for path, sha256 in files_of(record):
             if not path.is_file() or sha256_of(path) != sha256:
-                log.warning("%s: %s has changed or is gone; making it again", name, path.name)
+                if not silent:
+                    log.warning("%s: %s has changed or is gone; making it again", name, path.name)
                 return None
         return record
 

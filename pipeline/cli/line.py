@@ -19,7 +19,8 @@ _EXAMPLES = """Examples:\n
   maskplan engine digits_resnet\n
   maskplan engine resnet50 --weights w.pth --data imagenet --out build/r50\n
   maskplan engine my_net.py:build --weights w.safetensors --data photos\n
-  maskplan engine resnet50 --backend tensorrt --repository models
+  maskplan engine resnet50 --backend tensorrt --repository models\n
+  maskplan engine resnet50 --backend tensorrt --refine
 """
 
 
@@ -45,6 +46,12 @@ def engine(
     max_top1_drop: Annotated[
         float | None, typer.Option(help="Points of top-1 that may be lost; 1.0 by default.")
     ] = None,
+    refine: Annotated[
+        bool,
+        typer.Option(
+            help="Masked layers that the engine runs dense get their dense weights back; built again, the better is kept."
+        ),
+    ] = False,
     repository: Annotated[Path | None, typer.Option(help="Triton model repository to deploy to.")] = None,
     allow_untrained: Annotated[bool, typer.Option(help="Deploy even random weights.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder to write; build/MODEL by default.")] = None,
@@ -90,6 +97,7 @@ def engine(
                 allow_untrained=allow_untrained,
                 out=folder,
                 device=device,
+                refine=refine,
             )
         )
     except ConformanceError as error:
@@ -143,6 +151,9 @@ def show(finished: Finished, folder: Path) -> None:
     console.print(f"parity       {parity.verdict.replace('_', ' ')}{why}", soft_wrap=True)
     if report.timing.note:
         console.print(f"timing       {report.timing.note}", soft_wrap=True)
+    if report.refine is not None:
+        restored = f"{report.refine.kept} engine kept" if report.refine.refined else "skipped"
+        console.print(f"refine       {restored}: {report.refine.reason}", soft_wrap=True)
     if not report.model.trained:
         console.print("UNTRAINED    the weights are random: good for timing, not for use", soft_wrap=True)
     console.print(f"engine       {short(report.engine.path)}", soft_wrap=True)

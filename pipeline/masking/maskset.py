@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,29 +46,37 @@ def write_masks(
 ) -> MaskSet:
     """Write one bool tensor a masked weight; the header says pattern, layout, method and the digest of the weights."""
     described = describe(masks, weights, layers, pattern, layout)
+    made = MaskSet(
+        out, "", model, pattern, layout, method, weights_sha256, described, tuple(dense), learning, image_sets
+    )
+    return _written(made, masks)
+
+
+def leave_out(masks: MaskSet, names: Collection[str], reason: str, out: Path) -> MaskSet:
+    """Write a mask file without some of another's masks; their layers are listed as dense, with the reason.
+
+    Raises:
+        InputError: The file that `masks` describes is gone or damaged.
+    """
+    left = tuple(DenseLayer(m.name, m.shape, m.macs, reason) for m in masks.masked if m.name in names)
+    kept = tuple(m for m in masks.masked if m.name not in names)
+    tensors = {name: mask for name, mask in load_masks(masks.path).items() if name not in names}
+    return _written(replace(masks, path=out, masked=kept, dense=masks.dense + left), tensors)
+
+
+def _written(made: MaskSet, masks: Masks) -> MaskSet:
+    """Write the masks where the record says; the record with the file's digest."""
     header = {
-        "model": model,
-        "pattern": str(pattern),
-        "layout": layout,
-        "method": method,
-        "weights_sha256": weights_sha256,
-        "image_sets": encode(image_sets),
+        "model": made.model,
+        "pattern": str(made.pattern),
+        "layout": made.layout,
+        "method": made.method,
+        "weights_sha256": made.weights_sha256,
+        "image_sets": encode(made.image_sets),
     }
     tensors = {name: np.ascontiguousarray(mask) for name, mask in masks.items()}
-    sha256 = write_atomically(out, safetensors.numpy.save(tensors, {METADATA_KEY: json.dumps(header, sort_keys=True)}))
-    return MaskSet(
-        out,
-        sha256,
-        model,
-        pattern,
-        layout,
-        method,
-        weights_sha256,
-        described,
-        tuple(dense),
-        learning,
-        image_sets,
-    )
+    data = safetensors.numpy.save(tensors, {METADATA_KEY: json.dumps(header, sort_keys=True)})
+    return replace(made, sha256=write_atomically(made.path, data))
 
 
 def load_masks(path: Path) -> dict[str, npt.NDArray[np.bool_]]:

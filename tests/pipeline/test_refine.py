@@ -345,7 +345,7 @@ def test_the_refined_engine_is_kept_when_it_is_no_worse(
     assert digests(plain.out, PLAN_FILES) == before
     kept = read_engine(plain.out / "engine.plan")
     assert kept.sha256 == report["engine"]["sha256"] == told["refined"]["engine_sha256"]
-    assert report["engine"]["path"] == "engine.plan"
+    assert [report[n]["path"] for n in ("engine", "dense_engine")] == ["engine.plan", "dense_engine.plan"]
     assert kept.onnx_sha256 == digests(plain.out, ["refined-sparse.fp16.onnx"])["refined-sparse.fp16.onnx"]
     assert kept.provenance is not None
     assert kept.provenance.masked == ("c.weight",)

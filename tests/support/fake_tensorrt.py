@@ -38,6 +38,7 @@ class Control:
         config: The last configuration itself.
         builds: How many plans were made.
         during_build: Called once within a build.
+        dense: Names of layers that run dense, whatever their weights.
     """
 
     failures: set[str] = field(default_factory=set)
@@ -45,6 +46,7 @@ class Control:
     config: Any = None
     builds: int = 0
     during_build: Callable[[], None] = lambda: None
+    dense: set[str] = field(default_factory=set)
 
 
 def install(version: str, world: World, monkeypatch: pytest.MonkeyPatch) -> Control:
@@ -251,7 +253,9 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
                 "version": version,
                 "capability": world.capability,
                 "profiles": [p._shapes for p in config._profiles],
-                "layers": _layers(network._model, builder_flags["SPARSE_WEIGHTS"] in config._flags, newer),
+                "layers": _layers(
+                    network._model, builder_flags["SPARSE_WEIGHTS"] in config._flags, newer, control.dense
+                ),
                 "detailed": config._verbosity == verbosity["DETAILED"],
             }
             text = json.dumps(header).encode()
@@ -445,7 +449,7 @@ def _header(data: bytes) -> dict[str, Any] | None:
     return found
 
 
-def _layers(model: onnx.ModelProto, sparse: bool, newer: bool) -> list[dict[str, Any]]:
+def _layers(model: onnx.ModelProto, sparse: bool, newer: bool, dense: set[str]) -> list[dict[str, Any]]:
     """What an inspector would tell, in the documented keys: convolutions of half precision run sparse where they are 2:4."""
     weights = {i.name: onnx.numpy_helper.to_array(i) for i in model.graph.initializer}
     layers = []
@@ -456,7 +460,7 @@ def _layers(model: onnx.ModelProto, sparse: bool, newer: bool) -> list[dict[str,
         k, c = weight.shape[:2]
         grouped = weight.reshape(k, c // 4, 4, -1) if c % 4 == 0 else None
         conforms = grouped is not None and int((grouped != 0).sum(axis=2).max()) <= 2
-        chosen = sparse and conforms and weight.dtype == np.float16
+        chosen = sparse and conforms and weight.dtype == np.float16 and node.name not in dense
         layer = {
             "Name": node.name,
             "LayerType": "CaskConvolution",
