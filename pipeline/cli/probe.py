@@ -43,7 +43,8 @@ def probe(
 
     Exit code 1 if a weight is refused, comes back changed, or computes something else. Speed is told, not judged.
     """
-    from engines.probe import ProbeOptions, cusparselt_host
+    from engines.cusparselt import cusparselt_host
+    from engines.probe import ProbeOptions
     from engines.probe import probe as probe_weights
     from exporters.conformance import CheckOptions, check_2to4
     from exporters.layer_shapes import shaped_weights

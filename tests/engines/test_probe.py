@@ -16,14 +16,13 @@ import torch
 from fake_cusparselt import HOST, Packed, compress, multiply, on_the_clock
 from torch.nn import functional
 
-from engines import probe as probe_module
+from engines import cusparselt as cusparselt_module
+from engines.cusparselt import SparseHost, cusparselt_host
 from engines.probe import (
     MULTIPLES,
     ProbeOptions,
     ProbeReport,
-    SparseHost,
     columns_of,
-    cusparselt_host,
     probe,
     weight_matrix,
 )
@@ -258,7 +257,7 @@ def digits_resnet(tmp_path: Path, cli: Any) -> Path:
 def test_the_command_takes_a_checkpoint_and_its_onnx_alike(
     digits_resnet: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe_module, "cusparselt_host", lambda: HOST)
+    monkeypatch.setattr(cusparselt_module, "cusparselt_host", lambda: HOST)
     graph, report = digits_resnet.with_suffix(".onnx"), digits_resnet.with_suffix(".json")
     ran = cli("export", "digits_resnet", "--weights", digits_resnet, "-o", graph)
     assert ran.code == 0, ran.err
@@ -277,7 +276,7 @@ def test_the_command_takes_a_checkpoint_and_its_onnx_alike(
 def test_the_command_ends_with_1_on_dense_weights_and_3_on_bad_options(
     tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe_module, "cusparselt_host", lambda: HOST)
+    monkeypatch.setattr(cusparselt_module, "cusparselt_host", lambda: HOST)
     graph = tmp_path / "dense.onnx"
     assert cli("export", "digits_resnet", "-o", graph).code == 0
     ran = cli("probe", graph, "--batch", "1")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engines.probe import SparseHost
+from engines.cusparselt import SparseHost
 
 
 @dataclass(frozen=True)
