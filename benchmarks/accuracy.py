@@ -216,7 +216,7 @@ def main() -> None:
     )
     found = measure(args.model, module, data, options, state, command)
     found["dense_training"] = dense_training(args.weights)
-    args.results.add("accuracy", found)
+    args.results.add("accuracy", found, ("model", "seed", "command"))
     args.results.write_page()
     print(json.dumps(found["rows"], indent=2))
 

@@ -52,11 +52,11 @@ def _results(folder: str) -> Results:
 
 _HEAD = """# Accuracy of 2:4 masks on CIFAR-10
 
-Written by `benchmarks/tables.py` from the JSON of the other benchmarks of accuracy. Every masked row
-keeps two of four weights along the input channels in every eligible convolution but the stem, unless it says otherwise;
-weights are never changed. Recalibrated rows have BatchNorm statistics of 10,000 training images. Drops, in points of top-1
-with paired 95% intervals, are against the better of dense and dense recalibrated, on the 10,000 test images, which nothing
-else has seen."""
+Written by `benchmarks/tables.py` from the JSON of the other benchmarks of accuracy. Every masked row keeps two of four
+weights along the input channels in every eligible convolution but the stem, unless it says otherwise; weights are never
+changed. Recalibrated rows have BatchNorm statistics of 10,000 training images, in every row of a network augmented alike.
+Drops, in points of top-1 with paired 95% intervals, are against the better of dense and dense recalibrated, on the 10,000
+test images, which nothing else has seen."""
 
 _ABLATION = """## What each part of the recipe buys
 
@@ -95,7 +95,9 @@ def _accuracy(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             f"## {run['model']}, seed {run['seed']}",
             "",
             f"{run['masked_layers']} masked layers with {run['masked_macs_percent']}% of the MACs; {run['epochs']} epochs of"
-            f" {run['images']} images, {run['minutes']} minutes on {run['device']}. `{run['command']}`",
+            f" {run['images']} images, {run['minutes']} minutes on {run['device']}. Images are augmented"
+            f" (`{run['learning']['augment']}`), those of the statistics too"
+            f" (`{run['learning'].get('judge_augment', 'none')}`). `{run['command']}`",
         ]
         dense = run.get("dense_training") or {}
         if dense:
