@@ -95,9 +95,9 @@ def _accuracy(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             f"## {run['model']}, seed {run['seed']}",
             "",
             f"{run['masked_layers']} masked layers with {run['masked_macs_percent']}% of the MACs; {run['epochs']} epochs of"
-            f" {run['images']} images, {run['minutes']} minutes on {run['device']}. Images are augmented"
-            f" (`{run['learning']['augment']}`), those of the statistics too"
-            f" (`{run['learning'].get('judge_augment', 'none')}`). `{run['command']}`",
+            f" {run['images']} images, {run['minutes']} minutes on {run['device']}. Augmentation:"
+            f" `{run['learning']['augment']}` in learning, `{run['learning'].get('judge_augment', 'none')}` for the"
+            f" statistics. `{run['command']}`",
         ]
         dense = run.get("dense_training") or {}
         if dense:
