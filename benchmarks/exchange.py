@@ -65,10 +65,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=5, help="of learning masks")
     parser.add_argument("--tune-epochs", type=int, default=1)
+    parser.add_argument("--most", type=int, help="of the training images, the first so many; all by default")
     parser.add_argument("--seed", type=int, default=0)
     results_option(parser)
     args = parser.parse_args()
-    data = load_cifar10(args.data)
+    data = load_cifar10(args.data, most=args.most)
     old = dense_network(args.model, args.weights, args.data)
     images, labels = pixels(data.train), torch.from_numpy(data.train.labels)
     options = LearnOptions(epochs=args.epochs, batch=128, augment="shift+flip", seed=args.seed)
@@ -78,7 +79,9 @@ def main() -> None:
     result = {
         "model": args.model,
         "seed": args.seed,
-        "command": f"python benchmarks/exchange.py {args.model} --epochs {args.epochs} --tune-epochs {args.tune_epochs}",
+        "command": f"python benchmarks/exchange.py {args.model} --epochs {args.epochs} --tune-epochs {args.tune_epochs}"
+        + (f" --most {args.most}" if args.most else ""),
+        "images": len(data.train),
         "device": cpu_name(),
         "versions": versions(),
         "learn_epochs": args.epochs,

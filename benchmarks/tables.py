@@ -80,10 +80,10 @@ dense. `{command}`
 
 _EXCHANGE = """## Old masks on new weights
 
-The dense {model} fine-tuned at several learning rates ({epochs} epochs); masks learned on the old weights are baked into the
-new ones and compared with masks learned anew ({learn_epochs} epochs) and with masks that start from the old (`mask --init`,
-as many epochs). Top-1 on the test images after recalibration. Equal groups are those where old and new masks choose the
-same pattern; two seeds on the old weights agree on {seeds:.1f}%. `{command}`
+The dense {model} fine-tuned at several learning rates ({epochs} epochs of {images} images); masks learned on the old weights
+are baked into the new ones and compared with masks learned anew ({learn_epochs} epochs) and with masks that start from the
+old (`mask --init`, as many epochs). Top-1 on the test images after recalibration. Equal groups are those where old and new
+masks choose the same pattern; two seeds on the old weights agree on {seeds:.1f}%. `{command}`
 
 | rate | new dense | old masks | learned anew | started from the old | magnitude | equal groups % |
 |---|---|---|---|---|---|---|"""
@@ -153,6 +153,7 @@ def _exchange(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         head = _EXCHANGE.format(
             model=run["model"],
             epochs=run["tune_epochs"],
+            images=run["images"],
             learn_epochs=run["learn_epochs"],
             seeds=run["seed_to_seed_equal_groups_percent"],
             command=run["command"],

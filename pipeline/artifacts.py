@@ -271,9 +271,9 @@ class EngineFile:
     build_s: float
     provenance: Provenance | None
     layers: tuple[LayerSparsity, ...] = ()
+    notes: tuple[str, ...] = ()
     version_compatible: bool = False
     hardware_compatible: bool = False
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import fake_cusparselt
 import fake_tensorrt
 import pytest
 
-from engines import probe
+from engines import cusparselt
 from engines.sidecar import read_engine
 from pipeline.artifacts import Profile
 
@@ -69,7 +69,7 @@ def test_the_commands_lead_from_a_folder_to_a_deployed_and_measured_plan(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished_digits, "build/digits_resnet")
     Path("quick.toml").write_text("[time]\nseconds = 0.1\n")
-    monkeypatch.setattr(probe, "cusparselt_host", lambda: fake_cusparselt.HOST)
+    monkeypatch.setattr(cusparselt, "cusparselt_host", lambda: fake_cusparselt.HOST)
     arrived = False
     printed: dict[str, str] = {}
     for command in commands():
