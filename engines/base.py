@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -21,11 +22,33 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 _FLOATS = ("float32", "float16", "float64")
 
 
+@dataclass(frozen=True)
+class Spent:
+    """Where the time of one call went, in milliseconds: the GPU's part and the copies by events, the whole on the host."""
+
+    gpu_ms: float
+    copy_in_ms: float
+    copy_out_ms: float
+    host_ms: float
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(
+            self.gpu_ms + other.gpu_ms,
+            self.copy_in_ms + other.copy_in_ms,
+            self.copy_out_ms + other.copy_out_ms,
+            self.host_ms + other.host_ms,
+        )
+
+
 class Engine(Protocol):
-    """A loaded engine. `infer` takes and returns host arrays by name; any batch within the profiles will do."""
+    """A loaded engine. `infer` takes and returns host arrays by name; any batch within the profiles will do.
+
+    `spent` tells of the last call, where the engine runs on a device with a clock of its own; it is None elsewhere.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    spent: Spent | None
 
     def infer(self, feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
         """Run once."""
@@ -56,6 +79,7 @@ class Classifier:
             raise _not_a_classifier(name, f"inputs {_told(engine.inputs)}, outputs {_told(engine.outputs)}")
         self.input = engine.inputs[0]
         self.output = engine.outputs[0]
+        self.spent: Spent | None = None
 
     @property
     def fixed_batch(self) -> int | None:
@@ -68,7 +92,11 @@ class Classifier:
         return self.fixed_batch or max((p.max for p in self._profiles), default=sys.maxsize)
 
     def logits(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Images (N, channels, H, W) to logits (N, classes), float32; N > 0, in as many calls as the engine needs."""
+        """Images (N, channels, H, W) to logits (N, classes), float32; N > 0, in as many calls as the engine needs.
+
+        `spent` then is the sum over these calls, or None where the engine tells no times.
+        """
+        self.spent = None
         step = min(self.largest_batch, len(images))
         if step == len(images) == (self.fixed_batch or step):
             return self._infer(images)
@@ -83,6 +111,8 @@ class Classifier:
     def _infer(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         feeds = {self.input.name: images.astype(np.dtype(self.input.dtype), copy=False)}
         output = self._engine.infer(feeds)[self.output.name]
+        if self._engine.spent is not None:
+            self.spent = self._engine.spent if self.spent is None else self.spent + self._engine.spent
         if output.ndim != 2:
             raise _not_a_classifier(self.name, f"an output of shape {output.shape}")
         return output.astype(np.float32, copy=False)

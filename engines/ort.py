@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from engines.base import Arrays
+from engines.base import Arrays, Spent
 from exporters.external import bring_inside, external_tensors
 from exporters.metadata import describe_onnx, parse_onnx
 from pipeline.artifacts import EngineFile, OnnxModel, Profile, TensorSpec
@@ -33,6 +33,7 @@ class OrtEngine:
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    spent: Spent | None = None
 
     def __init__(self, path: Path, *, optimised: bool = True) -> None:
         import onnxruntime

@@ -12,11 +12,11 @@ from exporters.onnx_export import ExportOptions
 from pipeline.compare import CompareOptions
 from pipeline.errors import InputError, did_you_mean
 from pipeline.files import read_bytes
+from pipeline.in_turn import TimeOptions
 from pipeline.learning.recipes import LearnOptions
 from pipeline.mask import MaskOptions
 from pipeline.recalibrate import RecalibrateOptions
 from pipeline.records import decode
-from pipeline.timing import TimeOptions
 
 
 @dataclass(frozen=True)

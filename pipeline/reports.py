@@ -132,14 +132,46 @@ class ParityReport:
 
 
 @dataclass(frozen=True)
+class GpuClocks:
+    """The GPU's clocks during a measurement.
+
+    Attributes:
+        samples: How often they were looked at.
+        sm_mhz: Median clock of the multiprocessors.
+        sm_lowest_mhz: The lowest seen.
+        memory_mhz: Median clock of the memory.
+        held_down_by: Why the clocks were lower than they could be: power, heat. Empty is good.
+        celsius: Highest temperature.
+        watts: Highest power draw.
+    """
+
+    samples: int
+    sm_mhz: float
+    sm_lowest_mhz: float
+    memory_mhz: float
+    held_down_by: tuple[str, ...]
+    celsius: float
+    watts: float
+
+
+@dataclass(frozen=True)
 class Latency:
-    """One engine at one batch size; `gpu_ms` is None where there is no GPU clock."""
+    """One engine at one batch size. Percentiles are of the host's wall clock, copies included: what a caller waits.
+
+    Attributes:
+        images_per_s: At the median.
+        gpu_ms: Median time on the GPU by events, without copies; None where there is no GPU clock.
+        copies_ms: Median time of the copies to the GPU and back, by events.
+        host_ms: Mean of the wall clock.
+        polygraphy_host_ms: The same as Polygraphy's runner takes it.
+    """
 
     p50_ms: float
     p90_ms: float
     p99_ms: float
     images_per_s: float
     gpu_ms: float | None
+    copies_ms: float | None
     host_ms: float
     polygraphy_host_ms: float
 
@@ -151,9 +183,12 @@ class BatchTiming:
     Attributes:
         pruned: Pruned weights without the sparse flag.
         sparse: Pruned weights with it; the same file as `pruned` on a runtime that has no such flag.
-        speedup: Dense p50 over sparse p50.
+        by: Whose time `speedup` compares: `gpu` where every engine tells it, else `host`.
+        speedup: Dense median over sparse median.
         ratio_ci95: Bootstrap interval of `speedup`.
-        build_spread: |pruned p50 / sparse p50 - 1| where both are the same file: what two loads of one engine differ by.
+        build_spread: |pruned median / sparse median - 1| where both are the same file: what two loads of one engine
+            differ by.
+        clocks: The GPU's, while these engines ran; None without one.
     """
 
     batch: int
@@ -161,9 +196,11 @@ class BatchTiming:
     dense: Latency
     pruned: Latency | None
     sparse: Latency
+    by: str
     speedup: float
     ratio_ci95: tuple[float, float]
     build_spread: float | None
+    clocks: GpuClocks | None = None
 
 
 @dataclass(frozen=True)

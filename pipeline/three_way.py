@@ -19,13 +19,13 @@ from engines.sidecar import read_engine
 from pipeline.artifacts import EngineFile, OnnxModel
 from pipeline.bounds import at_least
 from pipeline.errors import InputError, listed
+from pipeline.in_turn import Clock, TimeOptions, run_in_turn
 from pipeline.progress import track
-from pipeline.timing import Clock, TimeOptions
+from pipeline.reports import GpuClocks
 
 DENSE, PRUNED, SPARSE = "dense", "pruned", "sparse"
 KINDS = (DENSE, PRUNED, SPARSE)
 LEAST_BUILDS = 3
-_SEED = 1
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,22 @@ class ThreeWayBatch:
     Attributes:
         batch: Images a call.
         repeats: Runs of each engine.
+        by: Whose time it is: `gpu` where every engine tells it, else `host`.
         p50_ms: Medians by kind, one for each build.
         gain: How much longer pruned takes with the flag off than on: the ratio of the builds' medians, less one.
         spread: The largest such figure between two builds of one kind.
         is_faster: The gain exceeds the spread.
+        clocks: The GPU's, while these engines ran; None without one.
     """
 
     batch: int
     repeats: int
+    by: str
     p50_ms: Mapping[str, tuple[float, ...]]
     gain: float
     spread: float
     is_faster: bool
+    clocks: GpuClocks | None = None
 
 
 def build_three_way(
@@ -106,27 +110,13 @@ def time_three_way(
 def _time_batch(
     engines: Mapping[str, Sequence[Classifier]], batch: int, options: TimeOptions, clock: Clock
 ) -> ThreeWayBatch:
-    every = [(kind, number, engine) for kind, builds in engines.items() for number, engine in enumerate(builds)]
-    shape = every[0][2].input.shape
-    images = np.random.default_rng(_SEED).standard_normal((batch, *(d or 1 for d in shape[1:])), dtype=np.float32)
-    slowest = 0.0
-    for _, _, engine in every:
-        for _ in range(max(options.warm_up, 1)):
-            started = clock()
-            engine.logits(images)
-            slowest = max(slowest, clock() - started)
-    repeats = int(np.clip(options.seconds / max(slowest * len(every), 1e-9), options.least, options.most))
-    seconds: dict[tuple[str, int], list[float]] = {(kind, number): [] for kind, number, _ in every}
-    for i in range(repeats):
-        # Rotating the order keeps one engine from always running after the same other.
-        for kind, number, engine in every[i % len(every) :] + every[: i % len(every)]:
-            started = clock()
-            engine.logits(images)
-            seconds[kind, number].append(clock() - started)
-    p50_ms = {
-        kind: tuple(1000 * float(np.median(seconds[kind, number])) for number in range(len(builds)))
-        for kind, builds in engines.items()
-    }
+    every = [(kind, engine) for kind, builds in engines.items() for engine in builds]
+    measured = run_in_turn([engine for _, engine in every], batch, options, clock)
+    medians: dict[str, list[float]] = {kind: [] for kind in engines}
+    for number, (kind, _) in enumerate(every):
+        medians[kind].append(1000 * float(np.median(measured.seconds(number))))
+    p50_ms = {kind: tuple(values) for kind, values in medians.items()}
     gain = float(np.median(p50_ms[PRUNED]) / np.median(p50_ms[SPARSE])) - 1
     spread = max(max(values) / min(values) - 1 for values in p50_ms.values())
-    return ThreeWayBatch(batch, repeats, p50_ms, gain, spread, gain > spread)
+    repeats = len(measured.runs[0].host_s)
+    return ThreeWayBatch(batch, repeats, measured.by, p50_ms, gain, spread, gain > spread, measured.clocks)

@@ -5,52 +5,20 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from engines.base import Classifier, polygraphy_runner, quiet_polygraphy
-from pipeline.bounds import at_least
-from pipeline.errors import InputError
+from pipeline.in_turn import Clock, Runs, TimeOptions, run_in_turn
 from pipeline.progress import track
 from pipeline.reports import BatchTiming, Latency, TimingReport
 
 _SEED = 1
 _RESAMPLES = 1000
 _POLYGRAPHY_REPEATS = 3
-
-Clock = Callable[[], float]
-
-
-@dataclass(frozen=True)
-class TimeOptions:
-    """How long, and at which batch sizes.
-
-    Attributes:
-        batches: Batch sizes.
-        warm_up: Runs of each engine before the clock counts.
-        seconds: Aim for this long a batch size, all engines together.
-        least: Repeats at least.
-        most: Repeats at most.
-    """
-
-    batches: tuple[int, ...] = (1, 8)
-    warm_up: int = 2
-    seconds: float = 5.0
-    least: int = 5
-    most: int = 2000
-
-    def __post_init__(self) -> None:
-        if not self.batches:
-            raise InputError("no batch sizes to time", fix="give at least one")
-        for batch in self.batches:
-            at_least(1, batches=batch)
-        at_least(0, warm_up=self.warm_up, seconds=self.seconds)
-        at_least(1, least=self.least)
-        at_least(self.least, most=self.most)
 
 
 def time_engines(
@@ -98,42 +66,37 @@ def cpu_name() -> str:
 def _time_batch(
     engines: Mapping[str, Classifier], batch: int, options: TimeOptions, same_file: bool, clock: Clock
 ) -> BatchTiming:
-    shape = engines["dense"].input.shape
-    images = np.random.default_rng(_SEED).standard_normal((batch, *(d or 1 for d in shape[1:])), dtype=np.float32)
-    slowest = 0.0
-    for engine in engines.values():
-        for _ in range(max(options.warm_up, 1)):
-            started = clock()
-            engine.logits(images)
-            slowest = max(slowest, clock() - started)
-    repeats = int(np.clip(options.seconds / max(slowest * len(engines), 1e-9), options.least, options.most))
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
-    order = list(engines)
-    for i in range(repeats):
-        # Rotating the order keeps one engine from always running after the same other.
-        for name in order[i % len(order) :] + order[: i % len(order)]:
-            started = clock()
-            engines[name].logits(images)
-            seconds[name].append(clock() - started)
-    host = {name: _polygraphy_ms(engine, images) for name, engine in engines.items()}
-    latencies = {name: latency(seconds[name], batch, host[name]) for name in engines}
+    measured = run_in_turn(list(engines.values()), batch, options, clock)
+    seconds = {name: measured.seconds(number) for number, name in enumerate(engines)}
+    median = {name: float(np.median(values)) for name, values in seconds.items()}
+    latencies = {
+        name: latency(runs, batch, _polygraphy_ms(engine, measured.images))
+        for (name, engine), runs in zip(engines.items(), measured.runs, strict=True)
+    }
     return BatchTiming(
         batch=batch,
-        repeats=repeats,
+        repeats=len(seconds["dense"]),
         dense=latencies["dense"],
         pruned=latencies.get("pruned"),
         sparse=latencies["sparse"],
-        speedup=latencies["dense"].p50_ms / latencies["sparse"].p50_ms,
+        by=measured.by,
+        speedup=median["dense"] / median["sparse"],
         ratio_ci95=ratio_interval(seconds["dense"], seconds["sparse"]),
-        build_spread=abs(latencies["pruned"].p50_ms / latencies["sparse"].p50_ms - 1) if same_file else None,
+        build_spread=abs(median["pruned"] / median["sparse"] - 1) if same_file else None,
+        clocks=measured.clocks,
     )
 
 
-def latency(seconds: Sequence[float], batch: int, polygraphy_host_ms: float) -> Latency:
+def latency(runs: Runs, batch: int, polygraphy_host_ms: float) -> Latency:
     """Percentiles of repeated runs of one engine."""
-    ms = 1000 * np.asarray(seconds)
+    ms = 1000 * np.asarray(runs.host_s)
     p50, p90, p99 = (float(p) for p in np.percentile(ms, (50, 90, 99)))
-    return Latency(p50, p90, p99, 1000 * batch / max(p50, 1e-9), None, float(ms.mean()), polygraphy_host_ms)
+    gpu_ms = copies_ms = None
+    if runs.spent:
+        gpu_ms = float(np.median([s.gpu_ms for s in runs.spent]))
+        copies_ms = float(np.median([s.copy_in_ms + s.copy_out_ms for s in runs.spent]))
+    images_per_s = 1000 * batch / max(p50, 1e-9)
+    return Latency(p50, p90, p99, images_per_s, gpu_ms, copies_ms, float(ms.mean()), polygraphy_host_ms)
 
 
 def ratio_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:

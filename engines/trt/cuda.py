@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy.typing as npt
 
 from pipeline.errors import HostError
 
-_DEVICE = 0
+DEVICE = 0
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def gpu() -> Gpu:
     Raises:
         HostError: There is none.
     """
-    device = import_pycuda().Device(_DEVICE)
+    device = import_pycuda().Device(DEVICE)
     return Gpu(str(device.name()), "{}.{}".format(*device.compute_capability()), int(device.total_memory()))
 
 
@@ -65,7 +64,7 @@ class Context:
 
     def __init__(self) -> None:
         self._cuda = import_pycuda()
-        self._context = self._told(self._cuda.Device(_DEVICE).retain_primary_context)
+        self._context = self._told(self._cuda.Device(DEVICE).retain_primary_context)
         with self.active():
             self.stream = self._told(self._cuda.Stream)
 
@@ -139,15 +138,3 @@ def milliseconds(first: Any, second: Any) -> float:
     """GPU time between two events of one stream, once both are through."""
     second.synchronize()
     return float(second.time_since(first))
-
-
-def clocks() -> str | None:
-    """The GPU's clocks and why they are held down, as nvidia-smi tells; None where it is not there."""
-    query = "clocks.sm,clocks.mem,clocks_throttle_reasons.active,temperature.gpu,power.draw"
-    command = ["nvidia-smi", f"--id={_DEVICE}", f"--query-gpu={query}", "--format=csv"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    names, _, values = done.stdout.strip().partition("\n")
-    return "; ".join(f"{n.strip()} {v.strip()}" for n, v in zip(names.split(","), values.split(","), strict=False))

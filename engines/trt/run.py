@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engines.base import Arrays
+from engines.base import Arrays, Spent
 from engines.trt.cuda import Context, gpu, milliseconds
 from engines.trt.graph import Graph, capture
 from engines.trt.log import Heard
@@ -19,16 +19,6 @@ from engines.trt.versions import import_tensorrt
 from pipeline.artifacts import EngineFile, Profile, TensorSpec
 from pipeline.errors import HostError, InputError
 from pipeline.files import read_bytes
-
-
-@dataclass(frozen=True)
-class Spent:
-    """Where the time of one call went, in milliseconds: the GPU's part and the copies by events, the whole on the host."""
-
-    gpu_ms: float
-    copy_in_ms: float
-    copy_out_ms: float
-    host_ms: float
 
 
 @dataclass

@@ -11,7 +11,8 @@ import typer
 from pipeline.cli import options
 
 if TYPE_CHECKING:
-    from pipeline.timing import TimeOptions
+    from pipeline.in_turn import TimeOptions
+    from pipeline.reports import GpuClocks, Latency
 
 _DEPLOY_EXAMPLES = """Examples:\n
   maskplan deploy build/r50/engine.plan --repository models --name resnet50\n
@@ -163,7 +164,7 @@ def time(
 ) -> None:
     """Time engines in turn: two, or all builds of dense, pruned and sparse."""
     from pipeline.errors import InputError
-    from pipeline.timing import TimeOptions
+    from pipeline.in_turn import TimeOptions
 
     sizes = [part.strip() for part in batch.split(",")]
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):
@@ -182,6 +183,7 @@ def _time_two(dense: Path, sparse: Path, how: TimeOptions, report: Path | None) 
     from engines.ort import NO_SPARSE_KERNELS
     from engines.sidecar import read_engine
     from pipeline.files import write_json
+    from pipeline.in_turn import GPU
     from pipeline.records import encode
     from pipeline.stages import opened
     from pipeline.timing import time_engines
@@ -206,9 +208,10 @@ def _time_two(dense: Path, sparse: Path, how: TimeOptions, report: Path | None) 
     for b in timed.batches:
         low, high = b.ratio_ci95
         print(
-            f"batch {b.batch}: dense {b.dense.p50_ms:.3g} ms, sparse {b.sparse.p50_ms:.3g} ms (p50 of {b.repeats});"
-            f" dense / sparse {b.speedup:.3f} ({low:.3f} to {high:.3f})"
+            f"batch {b.batch}: dense {_told_ms(b.dense)}, sparse {_told_ms(b.sparse)} (medians of {b.repeats});"
+            f" dense / sparse {b.speedup:.3f} ({low:.3f} to {high:.3f}{', GPU time' if b.by == GPU else ''})"
         )
+        _print_clocks(b.clocks)
     if timed.note:
         print(timed.note)
 
@@ -229,6 +232,23 @@ def _time_three_way(folder: Path, how: TimeOptions, report: Path | None) -> None
         kinds = ", ".join(f"{kind} {min(b.p50_ms[kind]):.3g} to {max(b.p50_ms[kind]):.3g} ms" for kind in KINDS)
         verdict = "faster" if b.is_faster else "no gain: builds of one graph differ by as much"
         print(f"batch {b.batch}: {kinds}; sparse kernels {b.gain:+.1%}, builds differ by {b.spread:.1%}: {verdict}")
+        _print_clocks(b.clocks)
+
+
+def _told_ms(latency: Latency) -> str:
+    if latency.gpu_ms is None:
+        return f"{latency.p50_ms:.3g} ms"
+    return f"{latency.p50_ms:.3g} ms (GPU {latency.gpu_ms:.3g}, copies {latency.copies_ms:.3g})"
+
+
+def _print_clocks(clocks: GpuClocks | None) -> None:
+    if clocks is None:
+        return
+    held = f"held down by {', '.join(clocks.held_down_by)}" if clocks.held_down_by else "not held down"
+    print(
+        f"  GPU clock {clocks.sm_mhz:.0f} MHz (lowest {clocks.sm_lowest_mhz:.0f}), memory {clocks.memory_mhz:.0f} MHz,"
+        f" {held}; {clocks.celsius:.0f} C, {clocks.watts:.0f} W at most"
+    )
 
 
 def inspect(engine: _Engine, report: options.Report = None) -> None:

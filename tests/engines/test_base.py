@@ -19,6 +19,8 @@ Array = npt.NDArray[Any]
 class Means:
     """An engine in NumPy: the logits are the channels' means. It remembers what it was fed."""
 
+    spent = None
+
     def __init__(
         self,
         inputs: tuple[TensorSpec, ...] = (TensorSpec("image", "float32", (None, 3, 4, 4)),),

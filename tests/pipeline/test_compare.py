@@ -302,6 +302,7 @@ class Remembering:
 
     inputs = (TensorSpec("x", "float32", (None, 3, 4, 4)),)
     outputs = (TensorSpec("y", "float32", (None, 3)),)
+    spent = None
 
     def __init__(self) -> None:
         self.batches: list[int] = []

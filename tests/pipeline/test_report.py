@@ -51,8 +51,8 @@ PARITY = (
     "verdict reason images top1_dense top5_dense top1_sparse top5_sparse top1_drop drop_ci95 agreement max_abs_diff"
     " cosine_min"
 )
-BATCH = "batch dense pruned sparse speedup ratio_ci95 build_spread"
-LATENCY = "p50_ms p90_ms p99_ms images_per_s gpu_ms host_ms polygraphy_host_ms"
+BATCH = "batch dense pruned sparse by speedup ratio_ci95 build_spread clocks"
+LATENCY = "p50_ms p90_ms p99_ms images_per_s gpu_ms copies_ms host_ms polygraphy_host_ms"
 REASONS = {"grouped", "channels_not_multiple_of_4", "not_constant", "unsupported_op", "dtype"}
 
 # Side of the square of outputs, for every weight of the bundled network on 8x8 images.
@@ -254,8 +254,8 @@ def small(folder: Path, states: tuple[str, ...] = (), number: float = 0.5) -> Ru
     parity = ParityReport(
         "fail", "why", 0, None, None, None, None, None, None, None, number, number, 1.0, ()
     )  # fmt: skip
-    one = Latency(number, 2.0, 3.0, 4.0, number, 5.0, 6.0)
-    timing = TimingReport("a GPU", 2, "", (BatchTiming(8, 5, one, None, one, number, (number, 2.0), None),))
+    one = Latency(number, 2.0, 3.0, 4.0, number, None, 5.0, 6.0)
+    timing = TimingReport("a GPU", 2, "", (BatchTiming(8, 5, one, None, one, "gpu", number, (number, 2.0), None),))
     conformance = ConformanceReport(PASS, None, "2:4", 1, 1, 0, 0, 0, ())
     fidelity = Fidelity(1, number, number, 100.0)
     return RunReport(

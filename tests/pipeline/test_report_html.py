@@ -32,6 +32,7 @@ from pipeline.reports import (
     BatchTiming,
     ConformanceReport,
     Fidelity,
+    GpuClocks,
     Latency,
     MethodRow,
     ParityReport,
@@ -84,7 +85,8 @@ def weight(name: str, verdict: str, reason: str | None = None) -> WeightVerdict:
 
 
 def report_of(folder: Path, **changed: Any) -> RunReport:
-    one = Latency(4.0, 5.0, 6.0, 250.0, None, 4.5, 4.25)
+    one = Latency(4.0, 5.0, 6.0, 250.0, None, None, 4.5, 4.25)
+    timed = BatchTiming(8, 50, one, one, replace(one, p50_ms=2.0), "host", 2.0, (1.9, 2.1), 0.013)
     masks = MaskSet(
         folder / "masks.safetensors",
         "a" * 64,
@@ -113,9 +115,7 @@ def report_of(folder: Path, **changed: Any) -> RunReport:
         "dense_engine": engine(folder),
         "fidelity": Fidelity(32, 1e-6, 1.0, 100.0),
         "parity": PARITY,
-        "timing": TimingReport(
-            "a device", 2, "a note", (BatchTiming(8, 50, one, one, replace(one, p50_ms=2.0), 2.0, (1.9, 2.1), 0.013),)
-        ),
+        "timing": TimingReport("a device", 2, "a note", (timed,)),
     }
     return RunReport(**known | changed)
 
@@ -330,3 +330,14 @@ def test_each_layer_has_its_mark_in_the_plot_of_magnitudes(tmp_path: Path) -> No
     space = {"s": "http://www.w3.org/2000/svg"}
     lines = [g for g in svg.iterfind(".//s:g", space) if re.fullmatch(r"line2d_\d+", g.get("id", ""))]
     assert sum(len(g.findall("s:g/s:use", space)) == 7 for g in lines) == 2
+
+
+def test_gpu_times_and_what_held_the_clocks_down_are_told(tmp_path: Path) -> None:
+    timing = report_of(tmp_path).timing
+    (timed,) = timing.batches
+    assert "on the GPU" not in page_of(report_of(tmp_path))
+    clocks = GpuClocks(9, 1755.0, 1200.0, 2619.0, ("power cap",), 70.0, 690.0)
+    dense, sparse = (replace(timed.dense, gpu_ms=ms, copies_ms=0.5) for ms in (3.25, 1.5))
+    on_gpu = replace(timed, dense=dense, sparse=sparse, by="gpu", clocks=clocks)
+    told = page_of(report_of(tmp_path, timing=replace(timing, batches=(on_gpu,))))
+    assert "Batch 8: on the GPU dense 3.25 ms, sparse 1.5 ms at 1755 MHz, held down by power cap" in told

@@ -172,6 +172,8 @@ def test_a_safetensors_file_of_another_tool_is_no_checkpoint_of_ours(tmp_path: P
 class Sized:
     """An engine that only has a shape."""
 
+    spent = None
+
     def __init__(self, shape: tuple[int | None, ...]) -> None:
         self.inputs = (TensorSpec("x", "float32", shape),)
         self.outputs = (TensorSpec("y", "float32", (None, 5)),)

@@ -19,8 +19,8 @@ from exporters.metadata import describe_onnx
 from pipeline.artifacts import TensorSpec
 from pipeline.cli.app import main
 from pipeline.errors import InputError
+from pipeline.in_turn import TimeOptions
 from pipeline.three_way import KINDS, build_three_way, read_three_way, time_three_way
-from pipeline.timing import TimeOptions
 
 
 def net(path: Path, *, dense: bool) -> Path:
@@ -53,6 +53,7 @@ class Slow:
 
     inputs = (TensorSpec("x", "float32", (None, 3, 8, 8)),)
     outputs = (TensorSpec("y", "float32", (None, 5)),)
+    spent = None
 
     def __init__(self, clock: Clock, seconds: Iterator[float], log: list[str], name: str) -> None:
         self._clock, self._seconds, self._log, self._name = clock, seconds, log, name

@@ -22,8 +22,9 @@ from scipy.stats import bootstrap
 from engines.base import Arrays, Classifier
 from pipeline.artifacts import TensorSpec
 from pipeline.errors import InputError
+from pipeline.in_turn import Runs, TimeOptions
 from pipeline.reports import TimingReport
-from pipeline.timing import TimeOptions, cpu_name, latency, ratio_interval, time_engines
+from pipeline.timing import cpu_name, latency, ratio_interval, time_engines
 
 # After the timed runs, Polygraphy's runner runs each engine this often for a figure of its own.
 BY_POLYGRAPHY = 3
@@ -46,6 +47,8 @@ class Bench:
 
 class Timed:
     """An engine that takes the next of `seconds` for each run; the last one lasts for ever."""
+
+    spent = None
 
     def __init__(
         self, bench: Bench, name: str, seconds: Iterator[float], batch: int | None = None, dtype: str = "float32"
@@ -210,7 +213,7 @@ SECONDS = st.lists(st.floats(1e-6, 10), min_size=2, max_size=40)
 @settings(deadline=None, max_examples=50)
 @given(SECONDS, st.integers(1, 64))
 def test_percentiles_are_those_of_the_standard_library(seconds: list[float], batch: int) -> None:
-    found = latency(seconds, batch, 7.5)
+    found = latency(Runs(tuple(seconds), ()), batch, 7.5)
     cuts = statistics.quantiles(seconds, n=100, method="inclusive")
     wanted = [1000 * cuts[i] for i in (49, 89, 98)]
     assert [found.p50_ms, found.p90_ms, found.p99_ms] == pytest.approx(wanted)
