@@ -91,6 +91,14 @@ class Classifier:
         """The most images that one call of the engine takes; unbounded where it has no profiles."""
         return self.fixed_batch or max((p.max for p in self._profiles), default=sys.maxsize)
 
+    def batch_for(self, images: int) -> int:
+        """The smallest batch that the engine takes and that holds so many images, at most `largest_batch`."""
+        if self.fixed_batch is not None:
+            return self.fixed_batch
+        if not self._profiles or any(p.min <= images <= p.max for p in self._profiles):
+            return images
+        return min(p.min for p in self._profiles if p.min > images)
+
     def logits(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Images (N, channels, H, W) to logits (N, classes), float32; N > 0, in as many calls as the engine needs.
 
@@ -98,14 +106,14 @@ class Classifier:
         """
         self.spent = None
         step = min(self.largest_batch, len(images))
-        if step == len(images) == (self.fixed_batch or step):
+        if step == len(images) == self.batch_for(step):
             return self._infer(images)
         parts = [self._infer(self._filled(images[i : i + step])) for i in range(0, len(images), step)]
         return np.concatenate(parts)[: len(images)]
 
     def _filled(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Repeat the last image up to a graph's fixed batch."""
-        missing = (self.fixed_batch or len(images)) - len(images)
+        """Repeat the last image up to a batch that the engine takes."""
+        missing = self.batch_for(len(images)) - len(images)
         return np.concatenate([images, np.repeat(images[-1:], missing, axis=0)]) if missing else images
 
     def _infer(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

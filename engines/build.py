@@ -18,6 +18,14 @@ AUTO, TENSORRT, ONNXRUNTIME = "auto", "tensorrt", "onnxruntime"
 DEFAULT_PROFILES = (Profile(1, 1, 1), Profile(1, 8, 8))
 
 
+def profiles_for(onnx_model: OnnxModel, batches: tuple[int, ...]) -> tuple[Profile, ...]:
+    """A profile for each batch size, tuned for it, for TensorRT tunes at one size; that of a graph with a fixed batch."""
+    fixed = onnx_model.inputs[0].shape[0]
+    if fixed is not None:
+        return (Profile(fixed, fixed, fixed),)
+    return tuple(Profile(1, batch, batch) for batch in dict.fromkeys(batches))
+
+
 @dataclass(frozen=True)
 class BuildOptions:
     """How to build.
@@ -119,6 +127,15 @@ def open_engine(engine: EngineFile | Path) -> Engine:
             fix="build the engine again",
         )
     return _OPENERS[record.backend](record)
+
+
+def is_foreign(engine: EngineFile) -> bool:
+    """Whether an engine surely cannot run on this host; a GPU's engine does not run on another kind."""
+    if engine.backend != TENSORRT:
+        return False
+    from engines.trt.host import is_foreign as is_foreign_plan
+
+    return is_foreign_plan(engine)
 
 
 def parse_profile(text: str) -> Profile:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from engines.base import Classifier, Spent
 from engines.trt.clocks import ClockWatch, watch_clocks
 from pipeline.bounds import at_least
-from pipeline.errors import InputError
+from pipeline.errors import InputError, listed
 from pipeline.reports import GpuClocks
 
 GPU, HOST = "gpu", "host"
@@ -95,7 +95,17 @@ def run_in_turn(engines: Sequence[Classifier], batch: int, options: TimeOptions,
         batch: Images a run.
         options: Warm-up, and for how long.
         clock: Seconds.
+
+    Raises:
+        InputError: An engine does not take the batch in one call.
     """
+    unfit = [f"{e.name} takes {e.batch_for(1)} to {e.largest_batch}" for e in engines if not _takes(e, batch)]
+    if unfit:
+        raise InputError(
+            f"engines do not take batches of {batch}",
+            found=listed(unfit),
+            fix="build with a --profile that holds it, or time other batches",
+        )
     rest = (d or 1 for d in engines[0].input.shape[1:])
     images = np.random.default_rng(_SEED).standard_normal((batch, *rest), dtype=np.float32)
     slowest = 0.0
@@ -119,3 +129,7 @@ def run_in_turn(engines: Sequence[Classifier], batch: int, options: TimeOptions,
                     spent[number].append(told)
     runs = tuple(Runs(tuple(h), tuple(s)) for h, s in zip(host_s, spent, strict=True))
     return InTurn(images, runs, watch.clocks)
+
+
+def _takes(engine: Classifier, batch: int) -> bool:
+    return batch <= engine.largest_batch and engine.batch_for(batch) == batch

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engines.trt.options import TrtOptions
 from exporters.onnx_export import ExportOptions
 from pipeline.compare import CompareOptions
 from pipeline.errors import InputError, did_you_mean
@@ -27,6 +28,7 @@ class Recipe:
     learn: LearnOptions = field(default_factory=LearnOptions)
     recalibrate: RecalibrateOptions = field(default_factory=RecalibrateOptions)
     export: ExportOptions = field(default_factory=ExportOptions)
+    tensorrt: TrtOptions = field(default_factory=TrtOptions)
     compare: CompareOptions = field(default_factory=CompareOptions)
     time: TimeOptions = field(default_factory=TimeOptions)
 
@@ -36,6 +38,7 @@ _TABLES: dict[str, type] = {
     "learn": LearnOptions,
     "recalibrate": RecalibrateOptions,
     "export": ExportOptions,
+    "tensorrt": TrtOptions,
     "compare": CompareOptions,
     "time": TimeOptions,
 }

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from engines.evidence import DENSE, SPARSE, UNKNOWN
 from pipeline.artifacts import EngineFile, MaskSet
+from pipeline.in_turn import HOST
 from pipeline.reports import (
     FAIL,
+    BatchTiming,
     ConformanceReport,
     ParityReport,
     PassFigures,
@@ -70,11 +72,14 @@ def figures(engine: EngineFile, masks: MaskSet, parity: ParityReport, timing: Ti
         masked_layers=len(masks.masked),
         verdict=parity.verdict,
         top1_drop=parity.top1_drop,
-        batches=tuple(
-            PassTiming(b.batch, b.sparse.p50_ms, b.dense.p50_ms, b.speedup, b.ratio_ci95, b.build_spread)
-            for b in timing.batches
-        ),
+        batches=tuple(_timed(b) for b in timing.batches),
     )
+
+
+def _timed(found: BatchTiming) -> PassTiming:
+    """The medians are of the clock that the speedup is of."""
+    sparse_ms, dense_ms = (e.p50_ms if found.by == HOST else e.gpu_ms or e.p50_ms for e in (found.sparse, found.dense))
+    return PassTiming(found.batch, sparse_ms, dense_ms, found.speedup, found.ratio_ci95, found.build_spread)
 
 
 def better(first: PassFigures, refined: PassFigures, restored: tuple[str, ...]) -> Choice:

@@ -234,7 +234,7 @@ class PassFigures:
 
 @dataclass(frozen=True)
 class PassTiming:
-    """One batch size: what the two passes are told apart by. Fields as in `BatchTiming`."""
+    """One batch size: what the two passes are told apart by. Medians are by the clock of the speedup, GPU or host."""
 
     batch: int
     p50_ms: float

@@ -8,9 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engines.base import Classifier
-from engines.build import ONNXRUNTIME, SUFFIX, TENSORRT, BuildOptions, build_engine, open_engine
+from engines.build import (
+    ONNXRUNTIME,
+    SUFFIX,
+    TENSORRT,
+    BuildOptions,
+    build_engine,
+    is_foreign,
+    open_engine,
+    profiles_for,
+)
 from engines.ort import NO_SPARSE_KERNELS, OrtEngine
 from engines.sidecar import has_sidecar, write_sidecar
+from engines.trt.options import TrtOptions
 from exporters.conformance import CheckOptions, check_2to4
 from exporters.onnx_export import export_onnx
 from pipeline.artifacts import Checkpoint, EngineFile, ImageSet, MaskSet, OnnxModel, Provenance
@@ -255,14 +265,18 @@ def build(
     """
 
     def engine(name: str, model: OnnxModel, out: Path, sparse_weights: bool, twin: str | None = None) -> EngineFile:
-        options = BuildOptions(backend, sparse_weights=sparse_weights)
-        inputs = {"onnx": model.sha256, "options": options}
+        profiles = profiles_for(model, job.recipe.time.batches)
+        trt = job.recipe.tensorrt if backend == TENSORRT else TrtOptions()
+        options = BuildOptions(backend, profiles, sparse_weights, trt)
+        # Where measurements are kept is a matter of the host.
+        inputs = {"onnx": model.sha256, "options": replace(options, trt=replace(trt, timing_cache=None))}
 
         def work() -> EngineFile:
             built = job.ws.known(twin, EngineFile, inputs) if twin is not None else None
-            return build_engine(model, options, out) if built is None else _copied_engine(built, out)
+            usable = built is not None and not is_foreign(built)
+            return _copied_engine(built, out) if built is not None and usable else build_engine(model, options, out)
 
-        return job.ws.stage(name, EngineFile, inputs, work, intact=has_sidecar)
+        return job.ws.stage(name, EngineFile, inputs, work, intact=lambda e: has_sidecar(e) and not is_foreign(e))
 
     suffix = SUFFIX[backend]
     if candidate:
@@ -282,7 +296,7 @@ def build(
 def keep_engine(job: Job, engine: EngineFile) -> EngineFile:
     """Copy the better of two candidates to where an engine is looked for."""
     out = job.ws.path(f"engine{engine.path.suffix}")
-    inputs = {"engine": engine.sha256}
+    inputs = {"engine": _identity(engine)}
     return job.ws.stage("keep-engine", EngineFile, inputs, lambda: _copied_engine(engine, out), intact=has_sidecar)
 
 
@@ -364,7 +378,7 @@ def judge(
             return Compared(parity, fidelity(sparse_model, reference, made.preprocessing, val, options.fixed_images))
 
     inputs = {
-        "engines": [engines.dense.sha256, engines.sparse.sha256],
+        "engines": [_identity(e) for e in (engines.dense, engines.sparse)],
         "others": {name: m.sha256 for name, m in others.items()},
         "val": images.sets.val.sha256 if images and val else None,
         "options": options,
@@ -388,8 +402,15 @@ def clock(job: Job, engines: Engines) -> TimingReport:
                 device=None if on_cpu else engines.sparse.device,
             )
 
-    digests = [e.sha256 for e in (engines.dense, engines.pruned, engines.sparse)]
-    return job.ws.stage("time", TimingReport, {"engines": digests, "options": job.recipe.time}, work)
+    identities = [_identity(e) for e in (engines.dense, engines.pruned, engines.sparse)]
+    return job.ws.stage("time", TimingReport, {"engines": identities, "options": job.recipe.time}, work)
+
+
+def _identity(engine: EngineFile) -> str | list[str | None]:
+    """What tells an engine's results from another's: of a plan, the GPU and the TensorRT too."""
+    if engine.backend == ONNXRUNTIME:
+        return engine.sha256
+    return [engine.sha256, engine.runtime_version, engine.device, engine.compute_capability]
 
 
 def report(job: Job, found: RunReport) -> ReportFiles:

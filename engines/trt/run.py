@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from engines.base import Arrays, Spent
-from engines.trt.cuda import Context, gpu, milliseconds
+from engines.trt.cuda import Context, milliseconds
 from engines.trt.graph import Graph, capture
+from engines.trt.host import require_same_host
 from engines.trt.log import Heard
 from engines.trt.versions import import_tensorrt
 from pipeline.artifacts import EngineFile, Profile, TensorSpec
@@ -50,8 +51,8 @@ class TrtEngine:
     outputs: tuple[TensorSpec, ...]
 
     def __init__(self, engine: EngineFile, *, graphs: bool = True) -> None:
+        require_same_host(engine)
         trt = import_tensorrt()
-        _require_same_host(trt, engine)
         self._record, self._graphs = engine, graphs
         self.inputs, self.outputs = engine.inputs, engine.outputs
         self._heard = Heard(trt)
@@ -190,27 +191,6 @@ class TrtEngine:
 
     def _enqueue(self) -> bool:
         return bool(self._context.execute_async_v3(self._cuda.stream_handle))
-
-
-def _require_same_host(trt: Any, engine: EngineFile) -> None:
-    """Raise unless the plan can run here; all that differs is told at once."""
-    here = gpu()
-    problems = []
-    version = str(trt.__version__)
-    if version != engine.runtime_version and not engine.version_compatible:
-        problems.append(f"built by TensorRT {engine.runtime_version}, here is {version}")
-    capability = engine.compute_capability
-    if capability not in (None, here.compute_capability) and not engine.hardware_compatible:
-        problems.append(
-            f"built for compute capability {capability} ({engine.device}), here is {here.compute_capability}"
-        )
-    if problems:
-        raise InputError(
-            "the plan is not for this host",
-            where=engine.path,
-            found="; ".join(problems),
-            fix="build it again on this host",
-        )
 
 
 def _closest(profiles: tuple[Profile, ...], batch: int) -> int:

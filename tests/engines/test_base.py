@@ -154,3 +154,21 @@ def test_polygraphy_sees_a_difference() -> None:
     runners = [polygraphy_runner(Classifier(engine, "net"), type(engine).__name__) for engine in (Means(), Off())]
     results = Comparator.run(runners, data_loader=[{"input": pictures(1)}])
     assert not bool(Comparator.compare_accuracy(results))
+
+
+@pytest.mark.parametrize(
+    ("profiles", "sizes"),
+    [
+        ((Profile(1, 1, 1), Profile(1, 8, 8)), {1: [1], 5: [5], 8: [8], 11: [8, 3]}),
+        ((Profile(8, 8, 8),), {1: [8], 8: [8], 11: [8, 8]}),
+        ((Profile(1, 1, 1), Profile(4, 8, 8)), {1: [1], 2: [4], 9: [8, 1], 10: [8, 4]}),
+    ],
+)
+def test_parts_are_filled_up_to_a_batch_that_a_profile_takes(
+    profiles: tuple[Profile, ...], sizes: dict[int, list[int]]
+) -> None:
+    for images, calls in sizes.items():
+        engine, x = Means(), pictures(images)
+        found = Classifier(engine, "means", profiles).logits(x)
+        assert [len(fed) for fed in engine.fed] == calls
+        assert np.allclose(found, x.mean((2, 3)))

@@ -10,6 +10,7 @@ import pytest
 
 from engines.base import Arrays, Classifier, Spent
 from pipeline.artifacts import Profile, TensorSpec
+from pipeline.errors import InputError
 from pipeline.in_turn import GPU, HOST, TimeOptions, run_in_turn
 from pipeline.three_way import time_three_way
 from pipeline.timing import time_engines
@@ -74,11 +75,18 @@ def test_one_engine_without_a_gpu_clock_puts_all_on_the_hosts() -> None:
     assert (found.dense.gpu_ms, found.sparse.gpu_ms, found.sparse.copies_ms) == (6.0, None, None)
 
 
-def test_a_batch_in_several_calls_is_timed_as_their_sum() -> None:
-    clock = Clock()
-    engines = classifiers(clock, 3.0, profiles=(Profile(1, 1, 2),))
-    measured = run_in_turn(engines, 5, ONCE, clock)
-    assert measured.runs[0].spent[0] == Spent(9.0, 0.75, 1.5, 3000.0)
+def test_a_batch_in_several_calls_is_the_sum_of_them() -> None:
+    (engine,) = classifiers(Clock(), 3.0, profiles=(Profile(1, 1, 2),))
+    engine.logits(np.zeros((5, 3, 4, 4), np.float32))
+    assert engine.spent == Spent(9.0, 0.75, 1.5, 3000.0)
+
+
+@pytest.mark.parametrize(("profile", "batch"), [(Profile(1, 1, 1), 2), (Profile(4, 8, 8), 2)])
+def test_a_batch_that_is_no_single_call_is_not_timed(profile: Profile, batch: int) -> None:
+    engines = classifiers(Clock(), 3.0, 4.0, profiles=(profile,))
+    with pytest.raises(InputError, match=f"do not take batches of {batch}") as caught:
+        run_in_turn(engines, batch, ONCE, Clock())
+    assert f"3.0 takes {profile.min} to {profile.max}; 4.0 takes" in str(caught.value).replace(", 4.0", "; 4.0")
 
 
 def test_three_ways_are_told_apart_by_the_gpu() -> None:
