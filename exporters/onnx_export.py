@@ -18,6 +18,7 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
+from exporters.half_range import MARGIN, beyond_half
 from exporters.metadata import describe_onnx, write_provenance
 from exporters.precision import to_fp16
 from pipeline import __version__
@@ -30,6 +31,8 @@ from pipeline.layers import sample_input, survey
 if TYPE_CHECKING:
     import onnxruntime
     from torch import nn
+
+log = logging.getLogger(__name__)
 
 OPSET = 20
 INPUT, OUTPUT = "input", "logits"
@@ -62,7 +65,8 @@ def export_onnx(
         module: In evaluation mode, with the weights to export.
         provenance: Of these weights; goes into the file's metadata.
         options: How closely ONNX Runtime must agree with the eager module.
-        outs: The file to write for each precision; the inputs and outputs of FP16 files stay FP32.
+        outs: The file to write for each precision; the inputs and outputs of FP16 files stay FP32, and so do layers whose
+            activations FP16 cannot hold: a warning names them.
 
     Returns:
         The files' records, in the order of `outs`.
@@ -73,9 +77,7 @@ def export_onnx(
     model = trace(module, provenance)
     contents = {}
     for precision, path in outs.items():
-        if precision == "fp16":
-            _require_half_range(model, provenance, path)
-        proto = model if precision == "fp32" else to_fp16(model)
+        proto = model if precision == "fp32" else to_fp16(model, _beyond_half(model, provenance, path))
         data = proto.SerializeToString(deterministic=True)
         tolerance = options.tolerance_fp32 if precision == "fp32" else options.tolerance_fp16
         _require_same(module, provenance, data, tolerance, path)
@@ -231,12 +233,12 @@ def _require_same(module: nn.Module, provenance: Provenance, data: bytes, tolera
                 "the exported model computes something else than the module",
                 where=f"{path.name}, batch of {batch}",
                 found=f"outputs differ by {difference:.2g} of their largest value; {tolerance:g} is allowed",
-                fix="if FP16 alone fails, activations overflow: keep FP32",
+                fix="if FP16 alone fails, it is too coarse for this model: keep FP32",
             )
 
 
-def _require_half_range(model: onnx.ModelProto, provenance: Provenance, path: Path) -> None:
-    """See that no activation exceeds FP16 on a sample; a CPU would compute FP16 in FP32 and not show it."""
+def _beyond_half(model: onnx.ModelProto, provenance: Provenance, path: Path) -> dict[str, float]:
+    """The activations that exceed FP16 on a sample, told in a warning; a CPU computes FP16 in FP32 and does not show it."""
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
     del probe.graph.output[:]
@@ -245,19 +247,25 @@ def _require_half_range(model: onnx.ModelProto, provenance: Provenance, path: Pa
     )
     x = sample_input(provenance.preprocessing, 1)
     values = _session(probe.SerializeToString(), path).run(None, {INPUT: x.numpy()})
-    largest = float(np.finfo(np.float16).max)
-    over = [
-        f"{output.name} (largest {float(np.abs(value).max()):.4g})"
+    # Infinity itself fits into FP16; where it is an overflow of FP32, the comparison with the module fails.
+    ranges = {
+        output.name: float(np.abs(value).max(initial=0, where=np.isfinite(value)))
         for output, value in zip(probe.graph.output, values, strict=True)
-        if value.dtype == np.float32 and value.size and not np.abs(value).max() <= largest
-    ]
-    if over:
-        raise InputError(
-            "activations exceed the range of FP16 (65504)",
-            where=path.name,
-            found=listed(over),
-            fix="keep FP32 for this model",
+        if value.dtype == np.float32
+    }
+    beyond = beyond_half(model, ranges)
+    if beyond:
+        makers = {name: node for node in model.graph.node for name in node.output}
+        log.warning(
+            "%s: these layers stay FP32 between casts, for FP16 ends at 65504 and a margin of %g is kept: %s",
+            path.name,
+            MARGIN,
+            listed(
+                f"{makers[name].name} ({makers[name].op_type}) makes {name} up to {value:.4g}"
+                for name, value in beyond.items()
+            ),
         )
+    return beyond
 
 
 def _session(data: bytes, path: Path) -> onnxruntime.InferenceSession:

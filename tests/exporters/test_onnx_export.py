@@ -449,16 +449,30 @@ def test_a_tighter_tolerance_refuses_what_a_wider_one_lets_pass(tmp_path: Path) 
     assert outs["fp16"].is_file()
 
 
-def test_activations_that_overflow_in_half_leave_no_file_of_either_precision(tmp_path: Path) -> None:
-    module = Net(lambda s, x: s.down(pooled(s.up(x))), up=nn.Conv2d(3, 4, 1, bias=False), down=nn.Linear(4, 4))
+def test_layers_whose_activations_overflow_in_half_stay_fp32_and_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = Net(
+        lambda s, x: s.head(s.down(pooled(s.up(x)))),
+        up=nn.Conv2d(3, 4, 1, bias=False),
+        down=nn.Linear(4, 4),
+        head=nn.Linear(4, 4),
+    )
     with torch.no_grad():
         module.up.weight.copy_(torch.full((4, 3, 1, 1), 6e4) * torch.tensor([1, -1, 1, -1]).reshape(4, 1, 1, 1))
         module.down.weight.mul_(1e-4)
+    full, half = export(module, tmp_path, ["fp32", "fp16"])
+    assert half.path.name in caplog.text
+    assert "up (Conv) makes" in caplog.text
+    assert "head (" not in caplog.text
+    kinds = {t.name: t.data_type for t in onnx.load(half.path).graph.initializer}
+    assert kinds["up.weight"] == TensorProto.FLOAT
+    assert kinds["head.weight"] == TensorProto.FLOAT16
+    x = images(2)
+    assert np.allclose(run(half.path, x), run(full.path, x), atol=1e-2 * np.abs(run(full.path, x)).max())
+    caplog.clear()
     export(module, tmp_path, ["fp32"], name="alone")
-    with pytest.raises(InputError, match="fp16") as caught:
-        export(module, tmp_path, ["fp32", "fp16"])
-    assert "keep FP32" in str(caught.value)
-    assert [p.name for p in tmp_path.iterdir()] == ["alone.fp32.onnx"]
+    assert not caplog.records
 
 
 def test_weights_that_overflow_in_half_are_named(tmp_path: Path) -> None:
