@@ -6,19 +6,15 @@ beside this script, after each of them, and rewrites docs/results.md; rows that 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-from pathlib import Path
 from typing import Any
 
-from accuracy import PATTERN, dense_network
+from accuracy import PATTERN, by_magnitude, dense_network, network_parser
 from cifar import HOW, load_cifar10
-from tables import results_option
 
 from pipeline.layers import survey
 from pipeline.learning.recipes import LearnOptions
 from pipeline.learning.trainer import learn_masks
-from pipeline.masking.magnitude import magnitude_mask
 from pipeline.masking.policy import select_layers
 from pipeline.report import versions
 from pipeline.timing import cpu_name
@@ -43,21 +39,13 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Run the rows that are missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a function of models.py")
-    parser.add_argument("--weights", type=Path)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser = network_parser(__doc__, epochs=2)
     parser.add_argument("--rows", nargs="+", choices=list(CHANGES), default=list(CHANGES))
-    parser.add_argument("--seed", type=int, default=0)
-    results_option(parser)
     args = parser.parse_args()
     data = load_cifar10(args.data)
     module = dense_network(args.model, args.weights, args.data)
     layers, _ = survey(module, HOW)
-    weights = module.state_dict()
-    chosen = select_layers(layers, PATTERN).masked
-    magnitude = {layer.name: magnitude_mask(weights[layer.name].numpy(), PATTERN) for layer in chosen}
+    magnitude = by_magnitude(module, select_layers(layers, PATTERN).masked)
     usual = LearnOptions(epochs=args.epochs, batch=128, augment="shift+flip", seed=args.seed)
     key = {"model": args.model, "epochs": args.epochs, "seed": args.seed}
     for row in args.rows:

@@ -46,6 +46,18 @@ PATTERN = Pattern(2, 4)
 Hits = npt.NDArray[np.bool_]
 
 
+def network_parser(description: str | None, epochs: int) -> argparse.ArgumentParser:
+    """The arguments of every benchmark of one network."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a function of models.py")
+    parser.add_argument("--weights", type=Path, help="of the dense network; by default dense.py trains it first")
+    parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10 as .npz files")
+    parser.add_argument("--epochs", type=int, default=epochs, help="of learning masks (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    results_option(parser)
+    return parser
+
+
 def dense_network(name: str, weights: Path | None, data: Path) -> nn.Module:
     """The network with its dense weights, trained if none are given."""
     module: nn.Module = getattr(models, name)()
@@ -71,7 +83,7 @@ def pruned(module: nn.Module, masks: Masks) -> nn.Module:
     parameters = dict(sparse.named_parameters())
     with torch.no_grad():
         for name, mask in masks.items():
-            parameters[name].masked_fill_(~torch.from_numpy(mask), 0.0)
+            parameters[name].masked_fill_(~torch.from_numpy(mask).to(parameters[name].device), 0.0)
     return sparse
 
 
@@ -123,8 +135,7 @@ def measure(
     """All rows of one network and seed."""
     layers, _ = survey(module, HOW)
     chosen = select_layers(layers, PATTERN).masked
-    weights = module.state_dict()
-    magnitude = {layer.name: magnitude_mask(weights[layer.name].numpy(), PATTERN) for layer in chosen}
+    magnitude = by_magnitude(module, chosen)
     started = time.monotonic()
     learned, learning = learn_masks(
         module, magnitude, PATTERN, HOW, data, options, files=LearnFiles(state, log=state.parent / state.stem)
@@ -166,14 +177,16 @@ def measure(
     }
 
 
+def by_magnitude(module: nn.Module, layers: Sequence[Layer]) -> Masks:
+    """Magnitude masks of these layers."""
+    weights = module.state_dict()
+    return {layer.name: magnitude_mask(weights[layer.name].cpu().numpy(), PATTERN) for layer in layers}
+
+
 def by_asp(module: nn.Module, layers: Sequence[Layer]) -> Masks:
     """Magnitude masks under the layer rules of Apex's ASP: tiles of 8 outputs and 16 inputs, linear layers included."""
-    weights = module.state_dict()
-    return {
-        layer.name: magnitude_mask(weights[layer.name].numpy(), PATTERN)
-        for layer in layers
-        if layer.groups == 1 and layer.shape[0] % 8 == 0 and layer.shape[1] % 16 == 0
-    }
+    tiled = [x for x in layers if x.groups == 1 and x.shape[0] % 8 == 0 and x.shape[1] % 16 == 0]
+    return by_magnitude(module, tiled)
 
 
 def share_of_macs(chosen: Sequence[Layer], layers: Sequence[Layer]) -> float:
@@ -183,17 +196,11 @@ def share_of_macs(chosen: Sequence[Layer], layers: Sequence[Layer]) -> float:
 
 def main() -> None:
     """Measure one network and add it to the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a function of models.py")
-    parser.add_argument("--weights", type=Path)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser = network_parser(__doc__, epochs=30)
     parser.add_argument("--augment", default="shift+flip", help="of the images that masks are learned from")
     parser.add_argument("--recalibrate-augment", default="none", help="of those that statistics are of, in every row")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=LearnOptions().rate)
-    results_option(parser)
     args = parser.parse_args()
     options = LearnOptions(
         epochs=args.epochs,

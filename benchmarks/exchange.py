@@ -7,16 +7,13 @@ learning rates and writes exchange.json beside this script, row by row, and docs
 
 from __future__ import annotations
 
-import argparse
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import PATTERN, dense_network, hits, pruned, recalibrated
+from accuracy import PATTERN, by_magnitude, dense_network, hits, network_parser, pruned, recalibrated
 from cifar import HOW, load_cifar10, pixels
 from dense import train
-from tables import results_option
 from torch import nn
 
 from pipeline.data import Dataset
@@ -25,7 +22,6 @@ from pipeline.learning.judge import share_moved
 from pipeline.learning.masked_net import Masks
 from pipeline.learning.recipes import LearnOptions
 from pipeline.learning.trainer import learn_masks
-from pipeline.masking.magnitude import magnitude_mask
 from pipeline.masking.policy import select_layers
 from pipeline.report import versions
 from pipeline.timing import cpu_name
@@ -34,16 +30,15 @@ from pipeline.timing import cpu_name
 RATES = (0.001, 0.01, 0.1)
 
 
-def by_magnitude(module: nn.Module) -> Masks:
+def magnitude(module: nn.Module) -> Masks:
     """Magnitude masks of our layers."""
     layers, _ = survey(module, HOW)
-    weights = module.state_dict()
-    return {x.name: magnitude_mask(weights[x.name].numpy(), PATTERN) for x in select_layers(layers, PATTERN).masked}
+    return by_magnitude(module, select_layers(layers, PATTERN).masked)
 
 
 def learned(module: nn.Module, data: Dataset, options: LearnOptions, old: Masks | None = None) -> Masks:
     """Masks learned for a network, from its magnitudes or from other masks (as `mask --init`)."""
-    start = by_magnitude(module) if old is None else old
+    start = magnitude(module) if old is None else old
     return learn_masks(module, start, PATTERN, HOW, data, options, given=old is not None)[0]
 
 
@@ -59,15 +54,9 @@ def top1(module: nn.Module, masks: Masks, data: Dataset) -> float:
 
 def main() -> None:
     """Fine-tune, learn and compare, one rate after the other."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a function of models.py")
-    parser.add_argument("--weights", type=Path)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=5, help="of learning masks")
+    parser = network_parser(__doc__, epochs=5)
     parser.add_argument("--tune-epochs", type=int, default=1)
     parser.add_argument("--most", type=int, help="of the training images, the first so many; all by default")
-    parser.add_argument("--seed", type=int, default=0)
-    results_option(parser)
     args = parser.parse_args()
     data = load_cifar10(args.data, most=args.most)
     old = dense_network(args.model, args.weights, args.data)
@@ -89,7 +78,7 @@ def main() -> None:
         "old_dense": round(100 * float(hits(old, data.val).mean()), 3),
         "old_masks_on_old_weights": top1(old, masks, data),
         "seed_to_seed_equal_groups_percent": equal_groups(masks, learned(old, data, other_seed)),
-        "learned_to_magnitude_equal_groups_percent": equal_groups(masks, by_magnitude(old)),
+        "learned_to_magnitude_equal_groups_percent": equal_groups(masks, magnitude(old)),
         "rows": rows,
     }
     for rate in RATES:
@@ -104,7 +93,7 @@ def main() -> None:
                 "old_masks": top1(new, masks, data),
                 "relearned": top1(new, anew, data),
                 "from_old": top1(new, onward, data),
-                "magnitude": top1(new, by_magnitude(new), data),
+                "magnitude": top1(new, magnitude(new), data),
                 "equal_groups_percent": equal_groups(masks, anew),
                 "from_old_equal_groups_percent": equal_groups(masks, onward),
             }

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import PATTERN, Hits, by_asp, hits_within, paired, pruned, recalibrated
+from accuracy import PATTERN, Hits, by_asp, by_magnitude, hits_within, paired, pruned, recalibrated
 from tables import HERE, Results
 from torch import nn
 
@@ -26,7 +26,6 @@ from pipeline.layers import survey
 from pipeline.learning.masked_net import Masks
 from pipeline.learning.recipes import LearnFiles, LearnOptions
 from pipeline.learning.trainer import learn_masks
-from pipeline.masking.magnitude import magnitude_mask
 from pipeline.masking.policy import select_layers
 from pipeline.models import build_model
 from pipeline.report import versions
@@ -73,8 +72,7 @@ class Bench:
 def rows_of(table: int, bench: Bench) -> Iterator[tuple[str, nn.Module]]:
     """The networks of one table, by the names of their rows."""
     layers, _ = survey(bench.dense, bench.how)
-    weights = {name: value.cpu().numpy() for name, value in bench.dense.state_dict().items()}
-    magnitude = {x.name: magnitude_mask(weights[x.name], PATTERN) for x in select_layers(layers, PATTERN).masked}
+    magnitude = by_magnitude(bench.dense, select_layers(layers, PATTERN).masked)
     yield "dense", bench.dense
     if table == 1:
         yield "dense, recalibrated", recalibrated(bench.dense, bench.data, bench.how)

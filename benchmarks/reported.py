@@ -7,16 +7,13 @@ the gates; `val` is read once, at the end.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
-from accuracy import PATTERN, dense_network, hits, paired, pruned, recalibrated
+from accuracy import PATTERN, dense_network, hits, network_parser, paired, pruned, recalibrated
 from cifar import HOW, load_cifar10
-from tables import results_option
 from torch import nn
 
 from pipeline.data import Dataset
@@ -70,14 +67,8 @@ def rows_of(
 
 def main() -> None:
     """Measure one network."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a function of models.py")
-    parser.add_argument("--weights", type=Path)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser = network_parser(__doc__, epochs=30)
     parser.add_argument("--recalibrate-augment", default="none", help="of the images that statistics are of")
-    parser.add_argument("--seed", type=int, default=0)
-    results_option(parser)
     args = parser.parse_args()
     augment = args.recalibrate_augment
     data = load_cifar10(args.data)

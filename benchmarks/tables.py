@@ -35,9 +35,8 @@ class Results:
     def write_page(self) -> None:
         """Write the tables."""
         parts = [_HEAD]
-        for name, sections in (("accuracy", _accuracy), ("ablation", _ablations), ("reported", _reported)):
+        for name, sections in _SECTIONS.items():
             parts += sections(self.read(name))
-        parts += _exchange(self.read("exchange"))
         write_atomically(self.page, ("\n\n".join(parts) + "\n").encode())
 
 
@@ -160,6 +159,9 @@ def _exchange(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         )
         lines = [f"| {row['rate']} | " + " | ".join(f"{row[c]:.2f}" for c in columns) + " |" for row in run["rows"]]
         yield "\n".join([head, *lines])
+
+
+_SECTIONS = {"accuracy": _accuracy, "ablation": _ablations, "reported": _reported, "exchange": _exchange}
 
 
 if __name__ == "__main__":

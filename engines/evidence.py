@@ -1,15 +1,18 @@
 """Which layers of a TensorRT engine run sparse: the evidence in the engine inspector's JSON and in the builder's log.
 
-A layer's state is what its kernel's name says, read as whole words between underscores:
+A layer's state is what its kernel's name says (`engines/kernel_names.py`), unless the rest of its description contradicts:
 
-| state | the kernel's name | examples |
+| state | the layer | its kernel's name |
 |---|---|---|
-| `sparse` | of a known family, with a word for sparse instructions | `sm80_xmma_fprop_avdt_sparse_int8int8_...` |
-| `dense` | of a known dense family, with its tile, on a layer that convolves or multiplies | `sm80_xmma_gemm_f16f16_...` |
-| `unknown` | anything else: none, opaque, cut, or of a family not seen so far | `__myl_...`, `foo_sparsely` |
+| `sparse` | of a type that TensorRT's sparse kernels are for, with one group | a known sparse kernel's |
+| `dense` | of a type that convolves or multiplies | a known dense kernel's |
+| `unknown` | anything else | none, opaque, cut, changed, or of a family not seen so far |
 
 `HasSparseWeights` (`AllowSparse` in TensorRT 8) speaks of weights and of what the builder may do, not of the kernel: it
 is 1 for layers that run dense (NVIDIA/TensorRT issue 4020). It is not read.
+
+An engine with several profiles lists each layer once for each: `conv` for the first, `conv [profile 1]` for the second.
+`layers_of` keeps them all, `totals` counts them as one.
 """
 
 from __future__ import annotations
@@ -17,16 +20,19 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from engines.kernel_names import DENSE as DENSE
+from engines.kernel_names import SPARSE as SPARSE
+from engines.kernel_names import UNKNOWN as UNKNOWN
+from engines.kernel_names import kernel_state
 from pipeline.artifacts import LayerSparsity
 from pipeline.errors import InputError
 
 T = TypeVar("T")
-
-SPARSE, DENSE, UNKNOWN = "sparse", "dense", "unknown"
 
 GROUPED = "grouped"
 NOT_2TO4 = "not_2to4"
@@ -38,11 +44,14 @@ FEW_CHANNELS = "likely_few_channels"
 _WIN_CHANNELS = 256
 _FULL_SEARCH = 3
 
-# Layer types with weights that a sparse kernel could multiply; `correlation`, `gemm` and `fusion` are Myelin's.
-_WEIGHTED = re.compile(
-    r"(?:Cask|CaskGemm|CaskFlatten|Gemm|Cublas|Cudnn|CudaDepthwise|CudaGroup|FusedConvAct)?"
-    r"(?:Convolution|Deconvolution|DeconvolutionV2|FullyConnected|MatrixMultiply)"
-    r"|CaskConvActPool|CaskJitConv|CaskGemm|conv|correlation|conv_act_pool|deconv|gemm|fusion"
+# Layer types whose weights a sparse kernel may multiply; `correlation`, `gemm` and `fusion` are Myelin's.
+_CAN_BE_SPARSE = re.compile(
+    r"(?:Cask|CaskGemm|CaskFlatten|Gemm|Cublas|Cudnn|FusedConvAct)?(?:Convolution|FullyConnected|MatrixMultiply)"
+    r"|CaskConvActPool|CaskJitConv|CaskGemm|conv|correlation|conv_act_pool|gemm|fusion"
+)
+# Those that hold weights, and for which no sparse kernel is known: with groups, and transposed.
+_ALWAYS_DENSE = re.compile(
+    r"Cuda(?:Depthwise|Group)Convolution|(?:Cask|CaskGemm|Gemm|Cudnn)?Deconvolution(?:V2)?|deconv"
 )
 _WEIGHTED_PARAMETERS = re.compile("Convolution|Deconvolution|FullyConnected|MatrixMultiply")
 
@@ -55,48 +64,12 @@ _WEIGHTLESS = re.compile(
 )
 _REFORMATTING = "Reformatting CopyNode for "
 
-_WORDS = re.compile(r"[A-Za-z0-9_]+")
-_XMMA = r"sm\d{2,3}_xmma_"
-_CUTLASS = r"cutlass(?:3x)?(?:_(?:sm)?\d+)?_"
-_TYPES = r"(?:(?:u?int8|i8|u8|f16|bf16|tf32|f32|e4m3|e5m2){2})_"
-
-# Words that may speak of sparsity, but for the harmless ones; each must be one that says sparse.
-_SUSPECT = re.compile(r"^sp|spars|parse|sptensor|spgemm|spmma", re.IGNORECASE)
-_HARMLESS = re.compile(r"specialized|split[kK]?|cusparselt")
-_SAYS_SPARSE = re.compile(r"sparse|sptensor\d+x\d+x\d+|sptensorop|[a-z]\d+(?:x\d+)*(?:tf32)?spgemm")
-_SPARSE_FAMILIES = tuple(
-    re.compile(family)
-    for family in (
-        _XMMA + r"(?:warp_specialized_)?(?:fprop|dgrad)_(?:warp_specialized_)?(?:avdt_)?sparse_(?=[a-z])",
-        _XMMA + r"(?:warp_specialized_)?sparse_(?:conv|gemm)(?:_|$)",
-        _CUTLASS + r"(?:sp)?tensorop_(?=(?:\w+_)?[a-z]\d\w*spgemm_)",
-    )
-)
-
-_TILE = re.compile(r"tilesize\d+x\d+(?:x\d+)?|tensor\d+x\d+x\d+|simt|\d+x\d+(?:x\d+)?")
-_DENSE_FAMILIES = tuple(
-    re.compile(family)
-    for family in (
-        _XMMA
-        + r"(?:fprop|dgrad)_(?:warp_specialized_)?implicit_gemm_(?:(?:interleaved|indexed|indexed_wo_smem)_)?"
-        + _TYPES,
-        _XMMA + r"fprop_avdt_dense_" + _TYPES,
-        _XMMA + r"fprop_conv1x1_" + _TYPES,
-        _XMMA + r"(?:warp_specialized_)?gemm_" + _TYPES,
-        _CUTLASS + r"(?:wmma_)?(?:tensorop|simt)_(?:[a-z0-9]+_)?[a-z]\d*(?:x\d+)*(?:tf32|bf16)?(?:gemm|fprop)_",
-        r"(?:trt_)?(?:maxwell|pascal|volta|turing|ampere|hopper)_(?:(?:fp16|bf16|fp32|tf32|int8)_)?"
-        r"[a-z]\d*(?:tf32|bf16)?(?:cudnn|gemm)_",
-    )
-)
-# Kernels of the first layer and of grouped convolutions; their names need not tell a tile.
-_DENSE_UNTILED = re.compile(_XMMA + r"fprop_(?:image_first_layer|direct_group)_" + _TYPES + r"(?:f16|bf16|f32|i8|i32)_")
-
 _QUANTISED = re.compile(r"u?int8|fp8|float8|e4m3|e5m2", re.IGNORECASE)
 _FLOAT = re.compile(r"fp16|fp32|bf16|half|b?float", re.IGNORECASE)
-_TYPE_PAIR = re.compile(_TYPES.removesuffix("_"))
+_TYPE_PAIR = re.compile(r"(?:u?int8|i8|u8|f16|bf16|tf32|f32|i32|e4m3|e5m2){2}")
 _QUANTISED_TO_FLOAT = re.compile(r"(?:u?int8|i8|u8|e4m3|e5m2)(?:f16|bf16|f32)")
 
-_PROFILE = re.compile(r" \[profile \d+\]$")
+_PROFILE = re.compile(r"\s*\[profile \d+\]\s*$")
 _MYELIN_NAME = re.compile(r"_myl\d+_\d+$")
 _NO_NODE = ("(Unnamed Layer", "{ForeignNode[", "__myl", _REFORMATTING)
 _METADATA_BREAK = re.compile(r"[\x1e\x1f]|(?<=\])(?=\[ONNX Layer: )")
@@ -133,7 +106,7 @@ class SparsityLog:
 
 @dataclass(frozen=True)
 class Totals:
-    """How many layers are in each state."""
+    """How many layers are in each state, each layer counted once however many profiles it is listed for."""
 
     sparse: int
     dense: int
@@ -169,24 +142,6 @@ def layers_of(
         for number, value in enumerate(_parsed(inspector_json))
         if not _cannot_hold_weights(value)
     )
-
-
-def kernel_state(kernel: str | None) -> str:
-    """What a kernel's name says: `sparse`, `dense`, or `unknown` for names that are not wholly of a known form.
-
-    Any word in it that resembles one for sparsity must be a known one: a name that someone misspelt is not dense.
-    Forms of names: NVIDIA/TensorRT issues 4020 and 4056, and kernel traces of cuDNN, CUTLASS and cuSPARSELt.
-    """
-    if kernel is None or not _WORDS.fullmatch(kernel):
-        return UNKNOWN
-    words = kernel.split("_")
-    hints = [word for word in words if _SUSPECT.search(word) and not _HARMLESS.fullmatch(word)]
-    if hints:
-        told = "dense" not in words and all(_SAYS_SPARSE.fullmatch(word) for word in hints)
-        return SPARSE if told and any(family.match(kernel) for family in _SPARSE_FAMILIES) else UNKNOWN
-    tiled = any(_TILE.fullmatch(word) for word in words)
-    dense = _DENSE_UNTILED.match(kernel) or (tiled and any(family.match(kernel) for family in _DENSE_FAMILIES))
-    return DENSE if dense else UNKNOWN
 
 
 def with_reasons(
@@ -238,9 +193,19 @@ def with_reasons(
 
 
 def totals(layers: Iterable[LayerSparsity]) -> Totals:
-    """Count the layers in each state."""
-    states = [layer.state for layer in layers]
-    return Totals(states.count(SPARSE), states.count(DENSE), states.count(UNKNOWN))
+    """Count the layers in each state; the same layer in several profiles is one.
+
+    A layer is sparse if it runs sparse in any profile, dense if it runs dense in all, and else unknown. It is told by its
+    name without the profile; layers that share a name within a profile are different ones.
+    """
+    states: dict[tuple[str, int], set[str]] = {}
+    seen: Counter[str] = Counter()
+    for layer in layers:
+        states.setdefault((_PROFILE.sub("", layer.name), seen[layer.name]), set()).add(layer.state)
+        seen[layer.name] += 1
+    sparse = sum(SPARSE in found for found in states.values())
+    dense = sum(found == {DENSE} for found in states.values())
+    return Totals(sparse, dense, len(states) - sparse - dense)
 
 
 def sparsity_log(lines: Iterable[str]) -> SparsityLog:
@@ -335,12 +300,13 @@ def _layer(value: Any, number: int, sizes: Mapping[str, tuple[int, int]]) -> Lay
 
 
 def _state(fields: Mapping[str, Any], kernel: str | None) -> str:
-    """The kernel's word, unless the layer's type contradicts it; dense also needs a type that could have been sparse."""
+    """The kernel's word, where the layer's type and groups allow it."""
     told = kernel_state(kernel)
-    if _has(fields, "LayerType", _WEIGHTLESS):
-        return UNKNOWN
-    weighted = _has(fields, "LayerType", _WEIGHTED) or _has(fields, "ParameterType", _WEIGHTED_PARAMETERS)
-    return UNKNOWN if told == DENSE and not weighted else told
+    can_be_sparse = _has(fields, "LayerType", _CAN_BE_SPARSE)
+    if told == SPARSE:
+        groups = fields.get("Groups", 1)
+        return SPARSE if can_be_sparse and type(groups) is int and groups in (0, 1) else UNKNOWN
+    return told if can_be_sparse or _has(fields, "LayerType", _ALWAYS_DENSE) else UNKNOWN
 
 
 def _reason(fields: Mapping[str, Any], kernel: str) -> str | None:
@@ -387,15 +353,15 @@ def _channels(fields: Mapping[str, Any]) -> tuple[int | None, int | None]:
 
 
 def _nodes(name: str, metadata: str) -> tuple[str, ...]:
-    """ONNX nodes in the parser's metadata, then those in the layer's name that the metadata leaves out."""
+    """ONNX nodes in the parser's metadata, then those in the layer's name that the metadata leaves out; no profiles."""
     nodes = [match[1] for part in _METADATA_BREAK.split(metadata) if (match := _METADATA_NODE.fullmatch(part))]
-    bare = _PROFILE.sub("", name)
-    parts = _MYELIN_NAME.sub("", bare).split("+") if _MYELIN_NAME.search(bare) else re.split(r" \+ | \|\| ", bare)
+    fused = _PROFILE.sub("", name)
+    parts = _MYELIN_NAME.sub("", fused).split("+") if _MYELIN_NAME.search(fused) else re.split(r" \+ | \|\| ", fused)
     for part in parts:
         # A run of pointwise operations is written PWN(PWN(a), PWN(b)).
         pieces = [p.rstrip(")") for p in part.replace("PWN(", "").split(", ")] if "PWN(" in part else [part]
         nodes.extend(p for p in pieces if p and not p.startswith(_NO_NODE))
-    return tuple(dict.fromkeys(nodes))
+    return tuple(dict.fromkeys(bare for node in nodes if (bare := _PROFILE.sub("", node))))
 
 
 def _by_node(values: Mapping[str, T]) -> dict[str, T]:

@@ -89,7 +89,10 @@ def precision_of(model: onnx.ModelProto) -> str:
 
 
 def write_provenance(model: onnx.ModelProto, provenance: Provenance) -> None:
-    """Put the record into the file's metadata, in place."""
+    """Put the record into the file's metadata, in place of one that is there."""
+    others = [entry for entry in model.metadata_props if entry.key != METADATA_KEY]
+    del model.metadata_props[:]
+    model.metadata_props.extend(others)
     entry = model.metadata_props.add()
     entry.key, entry.value = METADATA_KEY, json.dumps(encode(provenance), sort_keys=True)
 

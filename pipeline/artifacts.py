@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+FP32, FP16, INT8 = "fp32", "fp16", "int8"
+"""Precisions of a model; that of INT8 stands beside one of the others, in which the rest of it runs."""
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -250,6 +253,8 @@ class EngineFile:
         layers: Evidence of what runs sparse, where the runtime gives any.
         version_compatible: Loads in later versions of the runtime too.
         hardware_compatible: Runs on newer GPUs too, not only on the kind that it was built on.
+        refittable: Its weights can be changed.
+        stripped: It has no weights, and cannot run until it is refitted.
         notes: What a reader should know, such as a backend without sparse kernels.
     """
 
@@ -274,6 +279,8 @@ class EngineFile:
     notes: tuple[str, ...] = ()
     version_compatible: bool = False
     hardware_compatible: bool = False
+    refittable: bool = False
+    stripped: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from calibration.calibrate import CalibrateOptions
 from engines.trt.options import TrtOptions
 from exporters.onnx_export import ExportOptions
 from pipeline.compare import CompareOptions
@@ -28,6 +29,7 @@ class Recipe:
     learn: LearnOptions = field(default_factory=LearnOptions)
     recalibrate: RecalibrateOptions = field(default_factory=RecalibrateOptions)
     export: ExportOptions = field(default_factory=ExportOptions)
+    calibrate: CalibrateOptions = field(default_factory=CalibrateOptions)
     tensorrt: TrtOptions = field(default_factory=TrtOptions)
     compare: CompareOptions = field(default_factory=CompareOptions)
     time: TimeOptions = field(default_factory=TimeOptions)
@@ -38,6 +40,7 @@ _TABLES: dict[str, type] = {
     "learn": LearnOptions,
     "recalibrate": RecalibrateOptions,
     "export": ExportOptions,
+    "calibrate": CalibrateOptions,
     "tensorrt": TrtOptions,
     "compare": CompareOptions,
     "time": TimeOptions,

@@ -8,19 +8,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from engines.evidence import totals
 from pipeline import __version__
 from pipeline.artifacts import EngineFile, MaskSet, Provenance
 from pipeline.files import write_atomically, write_json
 from pipeline.recipe import Recipe
 from pipeline.records import encode
-from pipeline.reports import ConformanceReport, Fidelity, ParityReport, Refinement, TimingReport
+from pipeline.reports import CalibrationReport, ConformanceReport, Fidelity, ParityReport, Refinement, TimingReport
 
 SCHEMA = 1
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """Everything that a run found; `model` is the pruned checkpoint's record, `refine` None unless it was asked for."""
+    """Everything that a run found; `model` is the pruned checkpoint's record; the last two are None unless asked for."""
 
     model: Provenance
     precision: str
@@ -35,6 +36,7 @@ class RunReport:
     parity: ParityReport
     timing: TimingReport
     refine: Refinement | None = None
+    calibration: CalibrationReport | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def report_values(report: RunReport) -> dict[str, Any]:
         "model": {**model, "seed": report.seed, "precision": report.precision},
         "masks": masks_values(report.masks, root),
         "conformance": encode(report.conformance),
+        "calibration": encode(report.calibration),
         "engine": engine_values(report.engine, root, report.fidelity, report.backend_reason),
         "dense_engine": engine_values(report.dense_engine, root, None, report.backend_reason),
         "parity": encode(report.parity),
@@ -105,20 +108,20 @@ def masks_values(masks: MaskSet, root: Path) -> dict[str, Any]:
 
 
 def engine_values(engine: EngineFile, root: Path, fidelity: Fidelity | None, reason: str) -> dict[str, Any]:
-    """An engine's part of the report."""
+    """An engine's part of the report. Totals count a layer once; `layers` lists it once for each profile of the engine."""
     values: dict[str, Any] = encode(engine, root)
     layers = values.pop("layers")
     del values["provenance"]
-    states = [layer["state"] for layer in layers]
+    counted = totals(engine.layers)
     return {
         **values,
         "backend_reason": reason,
         "fidelity": encode(fidelity),
         "sparsity": {
             "requested": engine.sparse_weights,
-            "sparse_layers": states.count("sparse"),
-            "dense_layers": states.count("dense"),
-            "unknown_layers": states.count("unknown"),
+            "sparse_layers": counted.sparse,
+            "dense_layers": counted.dense,
+            "unknown_layers": counted.unknown,
             "layers": layers,
         },
     }

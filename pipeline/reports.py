@@ -132,6 +132,29 @@ class ParityReport:
 
 
 @dataclass(frozen=True)
+class CalibrationReport:
+    """How a model was quantised to INT8.
+
+    Attributes:
+        method: How ranges followed from what was measured.
+        images: Training images that ranges were measured on; 0 where they were imported.
+        ranges_from: `images`, `cache` or `imported`.
+        quantised_layers: How many.
+        in_float: Layers in higher precision, and why.
+        select_drop: Points of top-1 that quantising costs on the `select` part; None where no budget was asked for.
+        select_images: Images of that part.
+    """
+
+    method: str
+    images: int
+    ranges_from: str
+    quantised_layers: int
+    in_float: tuple[tuple[str, str], ...]
+    select_drop: float | None
+    select_images: int
+
+
+@dataclass(frozen=True)
 class GpuClocks:
     """The GPU's clocks during a measurement.
 

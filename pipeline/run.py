@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engines.build import TENSORRT, choose_backend
-from pipeline import stages
-from pipeline.artifacts import Checkpoint, Deployment, EngineFile, MaskSet, OnnxModel
+from pipeline import engine_stages, stages
+from pipeline.artifacts import FP16, FP32, INT8, Checkpoint, Deployment, EngineFile, MaskSet, OnnxModel
 from pipeline.bundled.digits import load_digits
 from pipeline.checkpoint import ModelOptions
 from pipeline.data import Dataset, open_folder
@@ -21,7 +21,7 @@ from pipeline.models import BUNDLED, folder_name
 from pipeline.recipe import Recipe
 from pipeline.refine import FIRST, REFINED, better, figures, layers_to_restore, why_skip
 from pipeline.report import ReportFiles, RunReport
-from pipeline.reports import FAIL, ConformanceReport, PassFigures, Refinement, TimingReport
+from pipeline.reports import FAIL, CalibrationReport, ConformanceReport, PassFigures, Refinement, TimingReport
 from pipeline.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class LineOptions:
         model: The model and its weights.
         data: Class folders; the bundled digits for the bundled model.
         masks: A method, a mask file, or None: as the recipe says.
-        precision: `fp32`, `fp16`, or None: what can run sparse on the backend.
+        precision: `fp32`, `fp16`, `int8`, or None: what can run sparse on the backend.
         backend: `auto`, `tensorrt` or `onnxruntime`.
         recipe: Options of the stages.
         repository: Triton's, to deploy to.
@@ -83,7 +83,9 @@ def run(options: LineOptions) -> Finished:
         raise InputError(f"masks in the layout {options.recipe.mask.layout!r} cannot be deployed", fix=fix)
     backend, why = choose_backend(options.backend)
     log.info("backend: %s (%s)", backend, why)
-    precision = options.precision or ("fp16" if backend == TENSORRT else "fp32")
+    fastest = FP16 if backend == TENSORRT else FP32
+    precision = options.precision or fastest
+    floats = fastest if precision == INT8 else precision
     with Workspace(options.out) as ws:
         job = stages.Job(ws, options.model, options.recipe, options.device)
         dense = stages.load(job)
@@ -92,14 +94,15 @@ def run(options: LineOptions) -> Finished:
         how = _method(options.masks, options.recipe.mask.method, data)
         # The dense model first: one that cannot be exported is found out before masks are learned for it.
         dense_onnx = stages.export(job, dense, "dense")
+        dense_int8 = stages.quantise(job, dense_onnx, "dense", images) if precision == INT8 else None
         masks = stages.choose(job, dense, how, images)
         ws.keep()
-        line = _Line(dense, images, backend, precision, candidates=options.refine)
-        kept = _pass(job, line, masks, dense_onnx.of(precision))
+        line = _Line(dense, dense_onnx, dense_int8, images, backend, floats, candidates=options.refine)
+        kept = _pass(job, line, masks, (dense_int8.models if dense_int8 else dense_onnx).of(floats))
         engine, refinement = kept.engines.sparse, None
         if options.refine:
             kept, refinement = _refine(job, line, kept)
-            engine = stages.keep_engine(job, kept.engines.sparse)
+            engine = engine_stages.keep_engine(job, kept.engines.sparse)
         found = RunReport(
             model=kept.sparse.provenance,
             precision=precision,
@@ -108,6 +111,7 @@ def run(options: LineOptions) -> Finished:
             recipe=options.recipe,
             masks=kept.masks,
             conformance=kept.conformance,
+            calibration=kept.calibration,
             engine=engine,
             dense_engine=kept.engines.dense,
             fidelity=kept.compared.fidelity,
@@ -127,12 +131,20 @@ def run(options: LineOptions) -> Finished:
 
 @dataclass(frozen=True)
 class _Line:
-    """What both passes start from; `candidates` puts their engines aside, to keep one of them."""
+    """What both passes start from.
+
+    Attributes:
+        dense_int8: The dense model in INT8, where that is asked for.
+        floats: `fp32` or `fp16`: the precision, or what stands beside INT8.
+        candidates: Put the passes' engines aside, to keep one of them.
+    """
 
     dense: Checkpoint
+    dense_onnx: stages.Exported
+    dense_int8: stages.Quantised | None
     images: stages.Images | None
     backend: str
-    precision: str
+    floats: str
     candidates: bool
 
 
@@ -143,8 +155,9 @@ class _Pass:
     masks: MaskSet
     sparse: Checkpoint
     conformance: ConformanceReport
-    engines: stages.Engines
-    compared: stages.Compared
+    calibration: CalibrationReport | None
+    engines: engine_stages.Engines
+    compared: engine_stages.Compared
     timing: TimingReport
 
     def figures(self) -> PassFigures:
@@ -153,15 +166,22 @@ class _Pass:
 
 def _pass(job: stages.Job, line: _Line, masks: MaskSet, dense: OnnxModel | EngineFile) -> _Pass:
     """From masks to a checked, compared and timed engine."""
-    images = line.images
+    images, pattern = line.images, str(masks.pattern)
     sparse = stages.prune(job, line.dense, masks, "sparse", job.ws.path("sparse.safetensors"), images)
-    sparse_onnx = stages.export(job, sparse, "sparse")
-    conformance = stages.check(job, sparse_onnx, str(masks.pattern)).of(line.precision)
+    exported = stages.export(job, sparse, "sparse")
+    checked = stages.check(job, exported, pattern)
     others = stages.baselines(job, line.dense, masks, images)
-    own_onnx = sparse_onnx.of(line.precision)
-    engines = stages.build(job, line.backend, dense, own_onnx, candidate=line.candidates)
-    compared = stages.judge(job, engines, own_onnx, others, sparse, images)
-    return _Pass(masks, sparse, conformance, engines, compared, stages.clock(job, engines))
+    models, calibration, untouched = exported, None, None
+    if line.dense_int8 is not None:
+        quantised = stages.quantise(job, exported, "sparse", images)
+        models, calibration, untouched = quantised.models, quantised.report, line.dense_onnx.fp32
+        checked = stages.check(job, models, pattern, "check-int8")
+        others = stages.beside_int8(line.dense_onnx, line.dense_int8, exported, others)
+    own_onnx = models.of(line.floats)
+    engines = engine_stages.build(job, line.backend, dense, own_onnx, candidate=line.candidates)
+    compared = engine_stages.judge(job, engines, own_onnx, others, sparse, images, untouched)
+    timing = engine_stages.clock(job, engines)
+    return _Pass(masks, sparse, checked.of(line.floats), calibration, engines, compared, timing)
 
 
 def _refine(job: stages.Job, line: _Line, first: _Pass) -> tuple[_Pass, Refinement]:

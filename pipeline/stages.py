@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engines.base import Classifier
-from engines.build import (
-    ONNXRUNTIME,
-    SUFFIX,
-    TENSORRT,
-    BuildOptions,
-    build_engine,
-    is_foreign,
-    open_engine,
-    profiles_for,
-)
-from engines.ort import NO_SPARSE_KERNELS, OrtEngine
-from engines.sidecar import has_sidecar, write_sidecar
-from engines.trt.options import TrtOptions
+from calibration.calibrate import CalibrationImages, calibrate
 from exporters.conformance import CheckOptions, check_2to4
 from exporters.onnx_export import export_onnx
-from pipeline.artifacts import Checkpoint, EngineFile, ImageSet, MaskSet, OnnxModel, Provenance
+from pipeline.artifacts import FP16, FP32, INT8, Checkpoint, ImageSet, MaskSet, OnnxModel, Provenance
 from pipeline.bake import bake
 from pipeline.checkpoint import ModelOptions, load_checkpoint, module_of, weights_file
-from pipeline.compare import compare, fidelity
 from pipeline.data import Dataset, ImageFiles, identify, listing_sha256, require_disjoint
+from pipeline.errors import InputError
 from pipeline.files import read_bytes, sha256_of, write_atomically
 from pipeline.learning.recipes import LearnFiles
 from pipeline.mask import LEARNED, MAGNITUDE, choose_masks, given_masks
@@ -38,13 +24,10 @@ from pipeline.recipe import Recipe
 from pipeline.records import encode
 from pipeline.refine import RAN_DENSE
 from pipeline.report import ReportFiles, RunReport, write_report
-from pipeline.reports import ConformanceReport, Fidelity, ParityReport, TimingReport
-from pipeline.timing import time_engines
+from pipeline.reports import CalibrationReport, ConformanceReport
 from pipeline.workspace import Workspace
 
 _STATE, _LOG = "learning.safetensors", "learning"
-# Stages that build the same sparse engine: as the line's own, and as one of two of which one will be kept.
-_BUILD, _BUILD_CANDIDATE = "build-sparse", "build-candidate"
 
 
 @dataclass(frozen=True)
@@ -101,20 +84,11 @@ class Checked:
 
 
 @dataclass(frozen=True)
-class Engines:
-    """The three of a fair comparison; `pruned` is `sparse` itself where the runtime has no sparse flag."""
+class Quantised:
+    """One model in INT8: beside FP32, for ONNX Runtime, and beside FP16, for TensorRT."""
 
-    dense: EngineFile
-    pruned: EngineFile
-    sparse: EngineFile
-
-
-@dataclass(frozen=True)
-class Compared:
-    """Both verdicts of the compare stage."""
-
-    parity: ParityReport
-    fidelity: Fidelity
+    models: Exported
+    report: CalibrationReport
 
 
 class ConformanceError(Exception):
@@ -233,7 +207,7 @@ def prune(job: Job, dense: Checkpoint, masks: MaskSet, name: str, out: Path, ima
     )
 
 
-def check(job: Job, exported: Exported, pattern: str) -> Checked:
+def check(job: Job, exported: Exported, pattern: str, name: str = "check") -> Checked:
     """Check both precisions, so that the engine can be built from either elsewhere.
 
     Raises:
@@ -247,63 +221,36 @@ def check(job: Job, exported: Exported, pattern: str) -> Checked:
         return report
 
     inputs = {"onnx": [exported.fp32.sha256, exported.fp16.sha256], "pattern": pattern}
-    return job.ws.stage("check", Checked, inputs, lambda: Checked(one(exported.fp32), one(exported.fp16)))
+    return job.ws.stage(name, Checked, inputs, lambda: Checked(one(exported.fp32), one(exported.fp16)))
 
 
-def build(
-    job: Job, backend: str, dense: OnnxModel | EngineFile, sparse: OnnxModel, *, candidate: bool = False
-) -> Engines:
-    """Build the engines of a fair comparison.
+def quantise(job: Job, exported: Exported, name: str, images: Images | None) -> Quantised:
+    """`NAME.int8.onnx` and `NAME.int8.fp16.onnx`, and `NAME.ranges.json` for readers: INT8 beside FP32 and beside FP16.
 
-    Args:
-        job: The run.
-        backend: `tensorrt` or `onnxruntime`.
-        dense: The dense model, or its engine from an earlier pass.
-        sparse: The pruned model.
-        candidate: Put the sparse engine aside; `keep_engine` gives it its name. One that a run without this option has
-            built, or the other way round, is copied, for builds of one graph differ.
+    Raises:
+        InputError: There are no images to calibrate on.
     """
+    if images is None:
+        raise InputError("INT8 needs images to calibrate on", fix="give --data DIR with train/ and val/")
+    options = job.recipe.calibrate
+    paths = {rest: job.ws.path(f"{name}.int8{part}.onnx") for rest, part in ((FP32, ""), (FP16, ".fp16"))}
+    made = exported.fp32.provenance
+    assert made is not None  # our own export
 
-    def engine(name: str, model: OnnxModel, out: Path, sparse_weights: bool, twin: str | None = None) -> EngineFile:
-        profiles = profiles_for(model, job.recipe.time.batches)
-        trt = job.recipe.tensorrt if backend == TENSORRT else TrtOptions()
-        options = BuildOptions(backend, profiles, sparse_weights, trt)
-        # Where measurements are kept is a matter of the host.
-        inputs = {"onnx": model.sha256, "options": replace(options, trt=replace(trt, timing_cache=None))}
+    def work() -> Quantised:
+        source = CalibrationImages(images.data.train, images.data.select, made.preprocessing)
+        ranges = job.ws.path(f"{name}.ranges.json")
+        # It is written anew: that of other inputs or options would be refused.
+        ranges.unlink(missing_ok=True)
+        done = calibrate(exported.fp32, source, options, paths, ranges)
+        return Quantised(Exported(*done.models), done.report)
 
-        def work() -> EngineFile:
-            built = job.ws.known(twin, EngineFile, inputs) if twin is not None else None
-            usable = built is not None and not is_foreign(built)
-            return _copied_engine(built, out) if built is not None and usable else build_engine(model, options, out)
-
-        return job.ws.stage(name, EngineFile, inputs, work, intact=lambda e: has_sidecar(e) and not is_foreign(e))
-
-    suffix = SUFFIX[backend]
-    if candidate:
-        sparse_engine = engine(_BUILD_CANDIDATE, sparse, job.ws.hidden(f"candidate{suffix}"), True, twin=_BUILD)
-    else:
-        sparse_engine = engine(_BUILD, sparse, job.ws.path(f"engine{suffix}"), True, twin=_BUILD_CANDIDATE)
-    if isinstance(dense, EngineFile):
-        dense_engine = dense
-    else:
-        dense_engine = engine("build-dense", dense, job.ws.path(f"dense_engine{suffix}"), False)
-    if backend == ONNXRUNTIME:
-        return Engines(dense_engine, sparse_engine, sparse_engine)
-    pruned = engine("build-pruned", sparse, job.ws.hidden(f"pruned_engine{suffix}"), False)
-    return Engines(dense_engine, pruned, sparse_engine)
-
-
-def keep_engine(job: Job, engine: EngineFile) -> EngineFile:
-    """Copy the better of two candidates to where an engine is looked for."""
-    out = job.ws.path(f"engine{engine.path.suffix}")
-    inputs = {"engine": _identity(engine)}
-    return job.ws.stage("keep-engine", EngineFile, inputs, lambda: _copied_engine(engine, out), intact=has_sidecar)
-
-
-def _copied_engine(engine: EngineFile, out: Path) -> EngineFile:
-    copied = replace(engine, path=out, sha256=write_atomically(out, read_bytes(engine.path)))
-    write_sidecar(copied)
-    return copied
+    inputs = {
+        "onnx": exported.fp32.sha256,
+        "images": [s.sha256 for s in images.sets.shaping],
+        "options": options,
+    }
+    return job.ws.stage(f"calibrate-{name}", Quantised, inputs, work)
 
 
 def baselines(job: Job, dense: Checkpoint, masks: MaskSet, images: Images | None) -> dict[str, OnnxModel]:
@@ -324,16 +271,32 @@ def baselines(job: Job, dense: Checkpoint, masks: MaskSet, images: Images | None
         if used is not None and masks.method == MAGNITUDE:
             continue
         checkpoint = prune(job, dense, magnitude, name, job.ws.hidden(f"{name}.safetensors"), used)
-        row = _row(checkpoint.provenance)
+        row = row_of(checkpoint.provenance)
         # Without BatchNorm there is nothing to recalibrate, and one row is enough.
         if row not in found:
             found[row] = _export_baseline(job, checkpoint, name)
     return found
 
 
-def _row(made: Provenance) -> str:
-    """What the table of methods calls a pruned model."""
-    return str(made.method) + (", recalibrated" if made.recalibrated_images else "")
+def beside_int8(
+    dense: Exported, dense_int8: Quantised, sparse: Exported, others: Mapping[str, OnnxModel]
+) -> dict[str, OnnxModel]:
+    """What stands in the table beside the untouched dense model and the sparse one in INT8: both in every precision."""
+    rows = [row_of(made) for made in (dense.fp32.provenance, sparse.fp32.provenance) if made is not None]
+    return {
+        f"{rows[0]}, FP16": dense.fp16,
+        f"{rows[0]}, INT8": dense_int8.models.fp32,
+        **others,
+        rows[1]: sparse.fp32,
+        f"{rows[1]}, FP16": sparse.fp16,
+    }
+
+
+def row_of(made: Provenance, precision: str = "fp32") -> str:
+    """What the table of methods calls a model."""
+    recalibrated = ", recalibrated" if made.recalibrated_images else ""
+    quantised = ", INT8" if precision == INT8 else ""
+    return f"{made.method or 'dense'}{recalibrated}{quantised}"
 
 
 def _export_baseline(job: Job, checkpoint: Checkpoint, name: str) -> OnnxModel:
@@ -346,73 +309,6 @@ def _export_baseline(job: Job, checkpoint: Checkpoint, name: str) -> OnnxModel:
     )
 
 
-def judge(
-    job: Job,
-    engines: Engines,
-    own_onnx: OnnxModel,
-    others: Mapping[str, OnnxModel],
-    sparse: Checkpoint,
-    images: Images | None,
-) -> Compared:
-    """Compare the sparse engine with the dense one, with the baselines, and with its own ONNX file."""
-    made = sparse.provenance
-    # Labelled images say nothing about random weights.
-    val = images.data.val if images is not None and made.trained else None
-    options = job.recipe.compare
-
-    def work() -> Compared:
-        with contextlib.ExitStack() as stack:
-            dense_model, sparse_model = (stack.enter_context(opened(e)) for e in (engines.dense, engines.sparse))
-            models = {name: stack.enter_context(Classifier(OrtEngine(m.path), name)) for name, m in others.items()}
-            parity = compare(
-                dense_model,
-                sparse_model,
-                made.preprocessing,
-                [engines.dense.provenance, made],
-                val,
-                options,
-                models,
-                sparse_name=_row(made),
-            )
-            reference = stack.enter_context(Classifier(OrtEngine(own_onnx.path, optimised=False), "its ONNX file"))
-            return Compared(parity, fidelity(sparse_model, reference, made.preprocessing, val, options.fixed_images))
-
-    inputs = {
-        "engines": [_identity(e) for e in (engines.dense, engines.sparse)],
-        "others": {name: m.sha256 for name, m in others.items()},
-        "val": images.sets.val.sha256 if images and val else None,
-        "options": options,
-    }
-    return job.ws.stage("compare", Compared, inputs, work)
-
-
-def clock(job: Job, engines: Engines) -> TimingReport:
-    """Time the engines in turn."""
-    on_cpu = engines.sparse.backend == ONNXRUNTIME
-
-    def work() -> TimingReport:
-        with opened(engines.dense) as dense, opened(engines.sparse) as sparse, opened(engines.pruned) as pruned:
-            return time_engines(
-                dense,
-                sparse,
-                pruned,
-                job.recipe.time,
-                note=NO_SPARSE_KERNELS if on_cpu else "",
-                same_file=on_cpu,
-                device=None if on_cpu else engines.sparse.device,
-            )
-
-    identities = [_identity(e) for e in (engines.dense, engines.pruned, engines.sparse)]
-    return job.ws.stage("time", TimingReport, {"engines": identities, "options": job.recipe.time}, work)
-
-
-def _identity(engine: EngineFile) -> str | list[str | None]:
-    """What tells an engine's results from another's: of a plan, the GPU and the TensorRT too."""
-    if engine.backend == ONNXRUNTIME:
-        return engine.sha256
-    return [engine.sha256, engine.runtime_version, engine.device, engine.compute_capability]
-
-
 def report(job: Job, found: RunReport) -> ReportFiles:
     """report.json and report.html."""
     return job.ws.stage(
@@ -421,11 +317,3 @@ def report(job: Job, found: RunReport) -> ReportFiles:
         {"report": encode(found, job.ws.folder)},
         lambda: write_report(found, job.ws.path("report.json"), job.ws.path("report.html")),
     )
-
-
-@contextlib.contextmanager
-def opened(engine: EngineFile) -> Iterator[Classifier]:
-    """An engine opened for images, and closed again."""
-    profiles = engine.profiles if engine.backend == TENSORRT else ()
-    with Classifier(open_engine(engine), engine.path.name, profiles) as model:
-        yield model

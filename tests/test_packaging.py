@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("pipeline", "exporters", "engines")
+PACKAGES = ("pipeline", "exporters", "calibration", "engines")
 # Import name to distribution name, where they differ.
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "google": "protobuf", "cuda": "cuda-python"}
 # Comes with another one that is declared.

@@ -42,7 +42,7 @@ def test_no_file_names_a_path_of_somebodys_machine() -> None:
 
 def test_code_and_tests_mirror_each_other() -> None:
     """A test file of a package's folder is named after a module or after what the folder does as a whole."""
-    for package in ("pipeline", "exporters", "engines"):
+    for package in ("pipeline", "exporters", "calibration", "engines"):
         for folder in (ROOT / "tests" / package).rglob("test_*.py"):
             assert (ROOT / folder.parent.relative_to(ROOT / "tests")).is_dir() or folder.parent.name == "bad_input"
 

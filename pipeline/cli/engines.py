@@ -182,10 +182,10 @@ def _time_two(dense: Path, sparse: Path, how: TimeOptions, report: Path | None) 
     from engines.build import ONNXRUNTIME
     from engines.ort import NO_SPARSE_KERNELS
     from engines.sidecar import read_engine
+    from pipeline.engine_stages import opened
     from pipeline.files import write_json
     from pipeline.in_turn import GPU
     from pipeline.records import encode
-    from pipeline.stages import opened
     from pipeline.timing import time_engines
 
     records = [read_engine(path) for path in (dense, sparse)]
@@ -217,9 +217,9 @@ def _time_two(dense: Path, sparse: Path, how: TimeOptions, report: Path | None) 
 
 
 def _time_three_way(folder: Path, how: TimeOptions, report: Path | None) -> None:
+    from pipeline.engine_stages import opened
     from pipeline.files import write_json
     from pipeline.records import encode
-    from pipeline.stages import opened
     from pipeline.three_way import KINDS, read_three_way, time_three_way
 
     records = read_three_way(folder)

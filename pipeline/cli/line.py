@@ -20,7 +20,8 @@ _EXAMPLES = """Examples:\n
   maskplan engine resnet50 --weights w.pth --data imagenet --out build/r50\n
   maskplan engine my_net.py:build --weights w.safetensors --data photos\n
   maskplan engine resnet50 --backend tensorrt --repository models\n
-  maskplan engine resnet50 --backend tensorrt --refine
+  maskplan engine resnet50 --backend tensorrt --refine\n
+  maskplan engine resnet50 --weights w.pth --data imagenet --precision int8
 """
 
 
@@ -39,7 +40,7 @@ def engine(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="fp32 or fp16; by default what can run sparse: fp16 on TensorRT, fp32 elsewhere."),
+        typer.Option(help="fp32, fp16 or int8; by default what can run sparse: fp16 on TensorRT, fp32 elsewhere."),
     ] = None,
     backend: Annotated[str, typer.Option(help="auto, tensorrt or onnxruntime.")] = "auto",
     budget_minutes: Annotated[float | None, typer.Option(min=0, help="Stop learning masks after this long.")] = None,
@@ -66,6 +67,7 @@ def engine(
     Stages that are done and unchanged are not run again, so the same command goes on after an interruption, and on another
     host after copying DIR.
     """
+    from pipeline.artifacts import FP16, FP32, INT8
     from pipeline.checkpoint import ModelOptions
     from pipeline.errors import InputError
     from pipeline.files import write_json
@@ -81,8 +83,8 @@ def engine(
         chosen = replace(chosen, learn=learn, mask=replace(chosen.mask, learn=learn))
     if max_top1_drop is not None:
         chosen = replace(chosen, compare=replace(chosen.compare, max_top1_drop=max_top1_drop))
-    if precision not in (None, "fp32", "fp16"):
-        raise InputError(f"unknown precision {precision!r}", fix="choose fp32 or fp16")
+    if precision not in (None, FP32, FP16, INT8):
+        raise InputError(f"unknown precision {precision!r}", fix="choose fp32, fp16 or int8")
     folder = out or Path("build") / folder_name(model)
     try:
         finished = run(
@@ -138,9 +140,11 @@ def show(finished: Finished, folder: Path) -> None:
     last = report.masks.method
     rows: dict[str, MethodRow | None] = {row.name: row for row in report.parity.methods}
     rows = rows or {"dense": None, last: None}
+    # The timed engines are of one precision; the row that the gate compares with is the untouched model's.
+    untouched = "dense" if report.calibration is None or len(rows) == 2 else "dense, INT8"
     for name, row in rows.items():
         accuracy = ["", "", ""] if row is None else [f"{row.top1:.2f}", f"{row.top5:.2f}", f"{row.drop:+.2f}"]
-        timed = {"dense": ("dense", report.dense_engine), list(rows)[-1]: ("sparse", report.engine)}.get(name)
+        timed = {untouched: ("dense", report.dense_engine), list(rows)[-1]: ("sparse", report.engine)}.get(name)
         size = f"{timed[1].bytes / 1e6:.2f}" if timed else ""
         table.add_row(name, *accuracy, size, *(times(timed[0]) if timed else []))
     console.print(table)
@@ -149,6 +153,10 @@ def show(finished: Finished, folder: Path) -> None:
     console.print(f"conformance  {conformance.verdict}: {conforming}")
     why = f": {parity.reason}" if parity.reason else f": {parity.images} images, {parity.agreement:.2f}% agreement"
     console.print(f"parity       {parity.verdict.replace('_', ' ')}{why}", soft_wrap=True)
+    if report.calibration is not None:
+        done = report.calibration
+        left = f", {len(done.in_float)} in floats" if done.in_float else ""
+        console.print(f"calibration  {done.method} on {done.images} images: {done.quantised_layers} layers in INT8{left}")
     if report.timing.note:
         console.print(f"timing       {report.timing.note}", soft_wrap=True)
     if report.refine is not None:

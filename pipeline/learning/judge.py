@@ -15,6 +15,7 @@ from pipeline.artifacts import Preprocessing
 from pipeline.data import Dataset, batches
 from pipeline.errors import InputError
 from pipeline.learning.masked_net import Masks
+from pipeline.learning.recipes import LearnOptions
 from pipeline.masking.patterns import CHANNEL, FLAT, group
 from pipeline.recalibrate import RecalibrateOptions, update_statistics
 
@@ -45,26 +46,14 @@ class Judge:
         dense: The dense network, in evaluation mode.
         how: Preprocessing of the images.
         data: `train` for the statistics, `select` for the verdict.
-        softness: Temperature of the divergence.
-        batch: Images a step.
-        seed: Which images the statistics are of.
-        augment: What is done to these.
+        options: `softness` is the temperature of the divergence, `batch` the images a step, `seed` tells which images the
+            statistics are of, and `judge_augment` what is done to these.
     """
 
-    def __init__(
-        self,
-        dense: nn.Module,
-        how: Preprocessing,
-        data: Dataset,
-        *,
-        softness: float,
-        batch: int,
-        seed: int,
-        augment: str,
-    ) -> None:
+    def __init__(self, dense: nn.Module, how: Preprocessing, data: Dataset, options: LearnOptions) -> None:
         self._dense, self._how, self._data = dense, how, data
-        self._softness, self._batch = softness, batch
-        self._recalibrate = RecalibrateOptions(seed=seed, augment=augment)
+        self._softness, self._batch = options.softness, options.batch
+        self._recalibrate = RecalibrateOptions(seed=options.seed, augment=options.judge_augment)
         self._teacher: list[torch.Tensor] = []
 
     def __call__(self, masks: Masks) -> Judgement:

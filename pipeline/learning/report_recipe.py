@@ -173,16 +173,7 @@ def report_masks(
 
     Both are judged by our means: recalibrated, and against the dense network.
     """
-    usual = LearnOptions()
-    judge = Judge(
-        dense,
-        how,
-        data,
-        softness=usual.softness,
-        batch=options.batch,
-        seed=options.seed,
-        augment=usual.judge_augment,
-    )
+    judge = Judge(dense, how, data, LearnOptions(batch=options.batch, seed=options.seed))
     started = time.monotonic()
     masks = learn_as_reported(dense, how, data, options, pattern).masks()
     seconds = time.monotonic() - started

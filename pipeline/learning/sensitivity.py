@@ -36,17 +36,9 @@ def costliest(
         how: Preprocessing of the images.
         data: `train` for the statistics, `select` for the verdict.
         budget: Percent of the layers' MACs that may stay dense.
-        options: Temperature of the divergence, batch and seed.
+        options: How masks are judged.
     """
-    judge = Judge(
-        module.eval(),
-        how,
-        data,
-        softness=options.softness,
-        batch=options.batch,
-        seed=options.seed,
-        augment=options.judge_augment,
-    )
+    judge = Judge(module.eval(), how, data, options)
     none = judge({}).divergence
     costs = {
         layer.name: judge({layer.name: np.asarray(masks[layer.name])}).divergence - none

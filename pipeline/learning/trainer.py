@@ -134,15 +134,7 @@ class Learner:
         self.parallel = DistributedDataParallel(self.net) if here.count > 1 else self.net
         self.adam = torch.optim.Adam(self.net.logits(), lr=options.rate, fused=True)
         self.average = [p.detach().clone() for p in self.net.logits()] if options.ema else []
-        self.judge = Judge(
-            self.teacher,
-            how,
-            data,
-            softness=options.softness,
-            batch=options.batch,
-            seed=options.seed,
-            augment=options.judge_augment,
-        )
+        self.judge = Judge(self.teacher, how, data, options)
         self.loss = self.top1 = float("nan")
         self.row: Row | None = None
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -161,6 +162,55 @@ def test_a_product_that_differs_fails(dtype: str) -> None:
     assert "the sparse product differs" in layer.reason
 
 
+def test_a_product_that_differs_by_rounding_alone_passes() -> None:
+    def rounded(packed: Packed, dense: torch.Tensor) -> torch.Tensor:
+        product = multiply(packed, dense)
+        return product if dense.shape[0] == dense.shape[1] else torch.nextafter(product, torch.zeros_like(product))
+
+    layer = one(replace(HOST, multiply=rounded), dtype="bf16")
+    assert layer.verdict == "pass"
+    assert 0 < layer.error <= layer.tolerance
+
+
+def test_int8_uses_its_range_in_weights_and_images() -> None:
+    largest = {}
+
+    def watching(packed: Packed, dense: torch.Tensor) -> torch.Tensor:
+        largest["weights"] = int(packed.values.abs().max())
+        if dense.shape[0] != dense.shape[1]:
+            largest["images"] = int(dense.abs().max())
+        return multiply(packed, dense)
+
+    assert one(replace(HOST, multiply=watching), dtype="int8").verdict == "pass"
+    assert largest["weights"] == 127
+    assert 64 < largest["images"] <= 127
+
+
+def test_a_weight_that_is_not_the_layers_is_told() -> None:
+    layer = one(weight=np.zeros((32, 16, 1, 1), np.float32))
+    assert (layer.verdict, layer.reason) == ("fail", "the weight (32, 16, 1, 1) is not the layer's")
+
+
+def test_convolutions_are_timed_with_the_best_algorithm_found_and_what_was_set_comes_back() -> None:
+    seen = []
+
+    def watching(runs: Mapping[str, Callable[[], object]], warm_up: int, repeats: int) -> dict[str, float]:
+        seen.append(torch.backends.cudnn.benchmark)
+        if len(seen) == 2:
+            raise RuntimeError("CUDA error")
+        return on_the_clock(runs, warm_up, repeats)
+
+    before = torch.backends.cudnn.benchmark
+    one(replace(HOST, clock=watching))
+    assert (before, seen, torch.backends.cudnn.benchmark) == (False, [True, True], before)
+
+
+def test_the_host_is_this_machines_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(HostError, match="PyTorch sees none"):
+        probe({}, {}, QUICK)
+
+
 def test_refusals_of_the_library_are_told() -> None:
     def refuse(matrix: torch.Tensor) -> Packed:
         raise RuntimeError("CUDA error: operation not supported\nmore")
@@ -233,6 +283,99 @@ def test_each_thing_missing_on_a_host_is_told_with_the_fix(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(HostError, match="PyTorch is not installed"):
         cusparselt_host()
+
+
+def a_gpu_of(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What PyTorch tells of one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: 702)
+
+
+def test_a_host_that_has_everything_is_told_as_pytorch_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    a_gpu_of((8, 6), monkeypatch)
+    host = cusparselt_host()
+    assert (host.device, host.compute_capability, host.cuda_version) == ("A GPU", "8.6", "13.0")
+    assert (host.torch_version, host.cusparselt_version, host.place) == (torch.__version__, "702", "cuda")
+
+
+def test_a_pytorch_built_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    a_gpu_of((8, 6), monkeypatch)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(HostError, match="built for no CUDA"):
+        cusparselt_host()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(HostError, match=r"built for CUDA 13\.0"):
+        cusparselt_host()
+
+
+def test_weights_packed_for_another_library_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch has a second one, CUTLASS, and chooses by what is set elsewhere."""
+    a_gpu_of((8, 6), monkeypatch)
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda matrix: SimpleNamespace(BACKEND="cutlass"))
+    layer = one(replace(HOST, compress=cusparselt_host().compress))
+    assert (layer.verdict, layer.reason) == ("fail", "RuntimeError: packed for cutlass, not for cuSPARSELt")
+
+
+def test_products_of_int8_are_not_rounded_to_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own operator would; other dtypes are left to it."""
+    a_gpu_of((8, 6), monkeypatch)
+    wide = torch.full((2, 2), 30000, dtype=torch.int32)
+    asked = []
+
+    def sparse_mm(packed: object, dense: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
+        asked.append((packed, out_dtype))
+        return wide
+
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", sparse_mm)
+    multiplied, dense = cusparselt_host().multiply, torch.eye(2)
+    assert multiplied(SimpleNamespace(dtype=torch.int8, packed="packed"), dense) is wide
+    assert asked == [("packed", torch.int32)]
+    assert torch.equal(multiplied(2 * torch.eye(2), dense), 2 * torch.eye(2))
+    assert len(asked) == 1
+
+
+def test_the_gpus_clock_counts_no_warm_up_and_runs_all_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over stand-ins for PyTorch's events, which take their times only once they are waited for."""
+    a_gpu_of((8, 6), monkeypatch)
+    waiting: list[Callable[[], None]] = []
+    clock = [0.0]
+    costs = {"a": 3.0, "b": 5.0}
+    ran: list[str] = []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            waiting.append(lambda: setattr(self, "at", clock[0]))
+
+        def elapsed_time(self, other: Any) -> float:
+            return float(other.at - self.at)  # type: ignore[attr-defined]
+
+    def synchronize() -> None:
+        while waiting:
+            waiting.pop(0)()
+
+    def run(name: str) -> Callable[[], None]:
+        def work() -> None:
+            # The first runs of each are slow.
+            cost = costs[name] + 1000 * (ran.count(name) < 3)
+            ran.append(name)
+            waiting.append(lambda: clock.__setitem__(0, clock[0] + cost))
+
+        return work
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    assert cusparselt_host().clock({name: run(name) for name in costs}, 3, 4) == costs
+    assert ran == ["a", "b", "b", "a", "a", "b", "a", "b", "b", "a", "a", "b", "b", "a"]
+    assert not waiting
 
 
 def test_the_command_ends_with_3_where_there_is_no_gpu(

@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.build import BuildOptions, build_engine, open_engine
-from engines.sidecar import read_engine, sidecar_path, write_sidecar
+from engines.sidecar import has_sidecar, read_engine, sidecar_path, write_sidecar
 from exporters.metadata import describe_onnx, write_provenance
 from pipeline.artifacts import EngineFile, ImageSet, Preprocessing, Provenance
 from pipeline.errors import InputError
@@ -175,6 +175,16 @@ def test_a_sidecar_that_is_not_json_is_refused(engine: EngineFile, data: bytes) 
     sidecar_path(engine.path).write_bytes(data)
     with pytest.raises(InputError, match="sidecar cannot be read"):
         open_engine(engine)
+
+
+def test_a_record_is_known_to_lie_beside_its_engine_or_not(engine: EngineFile) -> None:
+    assert has_sidecar(engine)
+    assert not has_sidecar(dataclasses.replace(engine, notes=("other",)))
+    for spoilt in (b"{", b"null", b"\xff\xfe\x00"):
+        sidecar_path(engine.path).write_bytes(spoilt)
+        assert not has_sidecar(engine)
+    sidecar_path(engine.path).unlink()
+    assert not has_sidecar(engine)
 
 
 def test_a_sidecar_can_be_written_anew(engine: EngineFile) -> None:

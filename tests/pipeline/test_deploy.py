@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import shutil
@@ -27,6 +28,7 @@ from exporters.metadata import describe_onnx
 from pipeline.artifacts import Profile, TensorSpec
 from pipeline.deploy import DeployOptions, deploy
 from pipeline.errors import HostError, InputError
+from pipeline.repository import add_version
 
 # Runs a command that can write no file of more than a hundred kilobytes.
 LIMITED = """
@@ -46,6 +48,9 @@ def test_the_repository_is_laid_out_as_triton_wants_it(tmp_path: Path) -> None:
         "net/1/model.onnx.json",
     }
     assert (done.folder, done.version, done.platform) == (tmp_path / "models" / "net", 1, "onnxruntime_onnx")
+    assert set(done.files) == {
+        tmp_path / "models/net" / name for name in ("1/model.onnx", "config.pbtxt", "labels.txt")
+    }
     assert all(path.is_file() for path in done.files)
     assert (tmp_path / "models/net/1/model.onnx").read_bytes() == engine.read_bytes()
     assert (tmp_path / "models/net/labels.txt").read_text(encoding="utf-8").splitlines() == list(LABELS)
@@ -129,6 +134,14 @@ def test_every_deployment_is_the_next_version_and_earlier_ones_stay(tmp_path: Pa
     assert deploy(first, options).version == 13
 
 
+def test_only_folders_of_whole_numbers_are_versions(tmp_path: Path) -> None:
+    folder = tmp_path / "models/net"
+    for name in (".1x.rolled-back", ".5.rolled-back", "7 old"):
+        (folder / name).mkdir(parents=True)
+    (folder / "9").write_text("a file")
+    assert deploy(built(tmp_path / "engine"), DeployOptions(tmp_path / "models", "net")).version == 6
+
+
 def test_models_of_other_names_are_left_alone(tmp_path: Path) -> None:
     engine = built(tmp_path / "engine")
     deploy(engine, DeployOptions(tmp_path / "models", "one"))
@@ -150,6 +163,7 @@ def test_changed_inputs_or_outputs_under_an_old_name_are_refused(change: dict[st
     assert {"classes": '"logits": TYPE_FP32 [-1, 5] becomes TYPE_FP32 [-1, 6]', "name": '"scores": none becomes'}.get(
         next(iter(change)), '"input": TYPE_FP32 [-1, 3, 8, 8] becomes TYPE_FP32 [4, 3, 8, 8]'
     ) in str(refused.value)
+    assert ("TYPE_FP32 [-1, 3, 8, 8] becomes" in str(refused.value)) == ("batch" in change)
 
 
 def test_the_same_inputs_and_outputs_are_known_in_another_hand(tmp_path: Path) -> None:
@@ -324,6 +338,19 @@ def test_plans_that_are_not_of_one_model_are_refused_by_name(
     assert not (tmp_path / "models").exists()
 
 
+def test_a_single_plan_of_an_unknown_capability_among_others_is_refused(tmp_path: Path) -> None:
+    """Triton would look for a file by a name that no GPU has."""
+    plans = [plan(tmp_path / "a.plan"), plan(tmp_path / "b.plan", compute_capability=None)]
+    with pytest.raises(InputError, match=r"b\.plan: compute capability None"):
+        deploy(plans, DeployOptions(tmp_path / "models", "net"))
+
+
+def test_no_engine_at_all_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no engine to deploy"):
+        deploy([], DeployOptions(tmp_path / "models", "net"))
+    assert not (tmp_path / "models").exists()
+
+
 def test_one_random_plan_among_others_is_refused(tmp_path: Path) -> None:
     random = dataclasses.replace(MADE, trained=False, origin="random, seed 0")
     plans = [plan(tmp_path / "a.plan"), plan(tmp_path / "b.plan", compute_capability="8.0", provenance=random)]
@@ -352,6 +379,14 @@ def test_versions_that_one_config_cannot_serve_are_not_kept(tmp_path: Path) -> N
     with pytest.raises(InputError, match="version 1 has other profiles"):
         deploy(plan(tmp_path / "d.plan", profiles=(Profile(1, 8, 32),)), options)
     assert deploy(both, dataclasses.replace(options, keep_versions=1)).version == 2
+
+
+def test_other_profiles_of_onnx_runtime_are_no_reason_against_an_earlier_version(tmp_path: Path) -> None:
+    """It takes any batch."""
+    options = DeployOptions(tmp_path / "models", "net", keep_versions=2)
+    deploy(built(tmp_path / "a"), options)
+    deploy(built(tmp_path / "b", profiles=(Profile(1, 8, 64),)), options)
+    assert assert_served(tmp_path / "models/net") == (1, 2)
 
 
 def test_labels_that_are_served_are_not_overwritten(tmp_path: Path) -> None:
@@ -440,6 +475,37 @@ def test_a_folder_that_another_process_holds_is_left_alone(tmp_path: Path) -> No
         assert contents(tmp_path / "models") == before
         process.communicate(b"\n")
     assert deploy(engine, options).version == 2
+
+
+def test_a_version_that_came_from_elsewhere_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    """Where a file system has no locks, the folder's name tells."""
+    (tmp_path / "net/1").mkdir(parents=True)
+    (tmp_path / "net/1/model.plan").write_bytes(b"theirs")
+    with pytest.raises(HostError, match="another deployment is writing") as caught:
+        add_version(tmp_path / "net", 1, {}, {"model.plan": b"ours"})
+    assert "version 1 came from elsewhere meanwhile" in str(caught.value)
+    assert contents(tmp_path / "net") == {"1/model.plan": b"theirs"}
+    with pytest.raises(HostError, match="cannot write"):
+        add_version(tmp_path / "gone", 1, {}, {"model.plan": b"ours"})
+    assert not (tmp_path / "gone").exists()
+
+
+def test_a_file_system_without_locks_is_written_to_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    assert deploy(built(tmp_path / "engine"), DeployOptions(tmp_path / "models", "net")).version == 1
+
+
+def test_a_folder_that_was_there_and_empty_stays(tmp_path: Path) -> None:
+    (tmp_path / "models/net").mkdir(parents=True)
+    golden = (np.zeros(1, np.float32), np.zeros(1, np.float32))
+    with pytest.raises(InputError, match="golden"):
+        deploy(built(tmp_path / "engine"), DeployOptions(tmp_path / "models", "net"), golden)
+    assert (tmp_path / "models/net").is_dir()
 
 
 # --- the command

@@ -6,17 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fake_cuda
+import fake_tensorrt
 import numpy as np
 import onnxruntime
 import pytest
-from deployable import built, plan, record
+from deployable import built, plan, record, source
 
+from engines.build import BuildOptions, build_engine
 from engines.sidecar import read_engine
+from exporters.metadata import describe_onnx
 from pipeline import smoke
 from pipeline.artifacts import TensorSpec
 from pipeline.deploy import DeployOptions, deploy
 from pipeline.errors import InputError, PipelineError
-from pipeline.golden import Golden, golden_pair
+from pipeline.golden import Golden, golden_of, golden_pair
 
 
 def pair(batch: int = 2, classes: int = 5, dtype: Any = np.float32) -> Golden:
@@ -65,12 +69,20 @@ def test_the_pair_is_what_the_engine_says_of_a_seeded_input(batch: int | str, tm
         (pair(classes=6), r"logits float32 \(None, 5\) is given float32 \(2, 6\)"),
         (pair(dtype=np.float16), r"given float16 \(2, 3, 8, 8\); .* given float16 \(2, 5\)"),
         ((pair()[0][0], pair()[1]), r"given float32 \(3, 8, 8\)"),
+        ((pair()[0][..., 0], pair()[1]), r"given float32 \(2, 3, 8\)"),
         ((pair()[0], pair()[1] * np.float32("nan")), "logits is not finite"),
     ],
 )
 def test_a_pair_that_is_not_the_engines_is_refused(golden: Golden, says: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=says):
         deploy(built(tmp_path / "engine"), DeployOptions(tmp_path / "models", "net"), golden)
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_pair_for_more_than_one_input_is_refused(tmp_path: Path) -> None:
+    two = tuple(TensorSpec(name, "float32", (None, 3, 8, 8)) for name in "ab")
+    with pytest.raises(InputError, match="a golden pair is one input and one output"):
+        deploy(plan(tmp_path / "a.plan", inputs=two), DeployOptions(tmp_path / "models", "net"), pair())
     assert not (tmp_path / "models").exists()
 
 
@@ -86,6 +98,35 @@ def test_a_pair_that_is_not_the_engines_is_refused(golden: Golden, says: str, tm
 def test_no_pair_is_made_up_for_what_one_array_does_not_feed(changed: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="golden"):
         golden_pair(record(**changed))
+
+
+def test_no_pair_is_made_of_an_output_that_is_not_finite(tmp_path: Path) -> None:
+    engine = read_engine(built(tmp_path / "engine", spoilt=True))
+    with pytest.raises(InputError, match="not finite"):
+        golden_pair(engine)
+    assert golden_of([engine]) == (None, "the output for noise is not finite (logits)")
+    fine = read_engine(built(tmp_path / "fine"))
+    found, why = golden_of([engine, fine])
+    assert found is not None
+    assert why == ""
+    assert golden_of([]) == (None, "no engine")
+    fine.path.unlink()
+    assert golden_of([fine]) == (None, "engine not found")
+
+
+@pytest.mark.parametrize("failure", [None, "execute"])
+def test_the_gpu_is_given_back_whether_the_engine_ran_or_not(
+    failure: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = fake_cuda.install(monkeypatch)
+    trt = fake_tensorrt.install("10.3.0", gpu, monkeypatch)
+    model = describe_onnx(source(tmp_path / "model.onnx"))
+    engine = build_engine(model, BuildOptions("tensorrt"), tmp_path / "engine.plan")
+    trt.failures = {failure} - {None}
+    found, why = golden_of([engine])
+    assert (found is None) == bool(failure)
+    assert why.startswith("TensorRT cannot run the engine (" if failure else "")
+    assert (gpu.retained, gpu.current) == (0, [])
 
 
 def test_a_plan_that_cannot_be_opened_here_has_no_pair(tmp_path: Path) -> None:

@@ -272,6 +272,17 @@ def test_layers_are_counted_by_what_is_known_of_them(tmp_path: Path) -> None:
     assert all(set(layer) == keys("name kernel state c k nodes reason") for layer in sparsity["layers"])
 
 
+def test_a_layer_that_is_listed_for_two_profiles_is_counted_once(tmp_path: Path) -> None:
+    """Sparse in any profile, dense in all; the list keeps both."""
+    states = {"a": "sparse", "b": "dense", "c": "dense", "a [profile 1]": "dense", "b [profile 1]": "dense"}
+    layers = tuple(LayerSparsity(name, None, state, 8, 8) for name, state in states.items())
+    layers += (LayerSparsity("c [profile 1]", None, "unknown", 8, 8),)
+    report = small(tmp_path)
+    sparsity = report_values(replace(report, engine=replace(report.engine, layers=layers)))["engine"]["sparsity"]
+    assert [sparsity[f"{s}_layers"] for s in ("sparse", "dense", "unknown")] == [1, 1, 1]
+    assert len(sparsity["layers"]) == 6
+
+
 def test_means_are_weighted_by_parameters_and_samples_of_digests_left_out(tmp_path: Path) -> None:
     values = report_values(small(tmp_path))
     assert values["masks"]["masked_parameters"] == 4 * 8 * 9 + 8 * 4

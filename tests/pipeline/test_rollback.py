@@ -12,7 +12,7 @@ import pytest
 from deployable import MADE, assert_served, built, contents, killed, plan
 
 from pipeline.deploy import DeployOptions, deploy
-from pipeline.errors import InputError
+from pipeline.errors import HostError, InputError
 from pipeline.rollback import rollback
 
 
@@ -86,6 +86,31 @@ output { name: "logits" data_type: TYPE_FP32 dims: 5 }
     assert [p.name for p in folder.iterdir() if p.is_dir() and not hidden_from_triton(p.name)] == ["7"]
 
 
+def test_a_config_that_names_no_version_needs_one_to_go_back_to(tmp_path: Path) -> None:
+    folder = tmp_path / "models/net"
+    (folder / "7").mkdir(parents=True)
+    config = """platform: "onnxruntime_onnx" max_batch_size: 4
+input { name: "input" data_type: TYPE_FP32 dims: [3, 8, 8] }
+output { name: "logits" data_type: TYPE_FP32 dims: 5 }
+"""
+    (folder / "config.pbtxt").write_text(config)
+    deploy(built(tmp_path / "engine"), DeployOptions(tmp_path / "models", "net"))
+    (folder / "7").rmdir()
+    before = contents(tmp_path / "models")
+    with pytest.raises(InputError, match="gone: every earlier version"):
+        rollback(tmp_path / "models", "net")
+    assert contents(tmp_path / "models") == before
+
+
+def test_a_version_that_cannot_be_hidden_is_told(models: Path) -> None:
+    """Somebody's folder has the hidden name; what is served is already the old version."""
+    (models / "net/.3.rolled-back").mkdir()
+    (models / "net/.3.rolled-back/mine").touch()
+    with pytest.raises(HostError, match="cannot write"):
+        rollback(models, "net")
+    assert assert_served(models / "net") == (2,)
+
+
 def test_several_plans_are_taken_back_together(tmp_path: Path) -> None:
     options = DeployOptions(tmp_path / "models", "net")
     deploy(plan(tmp_path / "a.plan"), options)
@@ -100,9 +125,12 @@ def test_several_plans_are_taken_back_together(tmp_path: Path) -> None:
 def test_there_is_nothing_before_the_first_version(tmp_path: Path) -> None:
     deploy(built(tmp_path / "engine"), DeployOptions(tmp_path / "models", "net"))
     before = contents(tmp_path / "models")
-    with pytest.raises(InputError, match="nothing to roll back to"):
+    with pytest.raises(InputError, match="versions 1, of which the served one replaced none"):
         rollback(tmp_path / "models", "net")
     assert contents(tmp_path / "models") == before
+    shutil.rmtree(tmp_path / "models/net/1")
+    with pytest.raises(InputError, match="versions none, of which"):
+        rollback(tmp_path / "models", "net")
 
 
 @pytest.mark.parametrize("gone", ["1", "2", "labels.2.txt"])
@@ -123,10 +151,13 @@ def test_a_version_that_is_gone_cannot_come_back(gone: str, models: Path, tmp_pa
     assert contents(models) == before
 
 
-@pytest.mark.parametrize("name", ["other", "../models/net", "", "a/b"])
-def test_a_model_that_is_not_there_is_refused_and_nothing_is_made(name: str, models: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("other", "no such model"), *((n, "not a name for a model") for n in ("../models/net", "", "a/b"))],
+)
+def test_a_model_that_is_not_there_is_refused_and_nothing_is_made(name: str, says: str, models: Path) -> None:
     before = sorted(models.parent.rglob("*"))
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=says):
         rollback(models, name)
     assert sorted(models.parent.rglob("*")) == before
 

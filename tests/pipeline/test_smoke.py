@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,55 @@ def test_wrong_usage_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["--tolerance", "some"])
     assert end.value.code == 2
+
+
+class RefusedError(Exception):
+    """As tritonclient.utils.InferenceServerException."""
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "says"),
+    [
+        ("right", SAME, "same: net version 1"),
+        ("not ready", NO_OUTPUT, "net version 1 is not ready"),
+        ("refused", NO_OUTPUT, "gave no output of net version 1: no such input"),
+        ("gone", NO_OUTPUT, "gave no output of net version 1: connection reset"),
+        ("silent", NO_OUTPUT, "answered without logits"),
+    ],
+)
+def test_each_way_for_a_server_to_fail_is_told_and_the_connection_closed(
+    how: str, code: int, says: str, golden: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Over a stand-in of tritonclient, of the parts that the script uses."""
+    closed = []
+
+    class Client:
+        def __init__(self, url: str, *, connection_timeout: float, network_timeout: float) -> None: ...
+
+        def is_model_ready(self, name: str, version: str) -> bool:
+            return how != "not ready"
+
+        def infer(self, name: str, inputs: Any, version: str, *, outputs: Any) -> Any:
+            if how in ("refused", "gone"):
+                raise RefusedError("no such input") if how == "refused" else ConnectionResetError("connection reset")
+            output = None if how == "silent" else np.load(golden / "output.npy")
+            return SimpleNamespace(as_numpy=lambda name: output)
+
+        def close(self) -> None:
+            closed.append(True)
+
+    tensor = SimpleNamespace(set_data_from_numpy=lambda array: None)
+    http = SimpleNamespace(
+        InferenceServerClient=Client, InferInput=lambda *_: tensor, InferRequestedOutput=lambda name: name
+    )
+    utils = SimpleNamespace(np_to_triton_dtype=lambda dtype: "FP32", InferenceServerException=RefusedError)
+    for name, module in (("http", http), ("utils", utils)):
+        monkeypatch.setitem(sys.modules, f"tritonclient.{name}", module)
+    monkeypatch.setitem(sys.modules, "tritonclient", SimpleNamespace(http=http, utils=utils))
+    assert main(["--golden", str(golden)]) == code
+    captured = capsys.readouterr()
+    assert says in captured.out + captured.err
+    assert closed == [True]
 
 
 class Server(ThreadingHTTPServer):

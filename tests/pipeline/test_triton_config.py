@@ -13,7 +13,7 @@ from triton_messages import MISSING, environment, kind_of, parsed, read_by_trito
 from engines.sidecar import read_engine
 from pipeline.artifacts import Profile, TensorSpec
 from pipeline.errors import InputError
-from pipeline.triton_config import Serving, config_text
+from pipeline.triton_config import Serving, config_text, model_files
 
 ORT = {"backend": "onnxruntime", "compute_capability": None}
 
@@ -149,7 +149,9 @@ def test_how_long_requests_wait_is_told() -> None:
 
 @pytest.mark.parametrize("sizes", [(17,), (0,), (8, 400, -3)])
 def test_a_batch_that_the_engine_does_not_take_is_not_preferred(sizes: tuple[int, ...]) -> None:
-    with pytest.raises(InputError, match=str(max(sizes) if max(sizes) > 16 else min(sizes))):
+    with pytest.raises(
+        InputError, match=f"{max(sizes) if max(sizes) > 16 else min(sizes)}.*: the engine takes from 1 to 16"
+    ):
         config_text([record()], "net", Serving(preferred_batches=sizes))
 
 
@@ -183,6 +185,24 @@ def test_every_reason_against_serving_is_told_at_once() -> None:
 def test_a_backend_that_triton_does_not_know_is_refused() -> None:
     with pytest.raises(InputError, match="no such platform"):
         config_text([record(backend="openvino")], "net")
+
+
+def test_the_files_of_a_backend_that_triton_does_not_know_are_refused() -> None:
+    with pytest.raises(InputError, match="no such platform"):
+        model_files([record(backend="openvino")])
+
+
+def test_a_single_number_for_the_whole_batch_makes_triton_batch_nothing() -> None:
+    config = parsed(config_text([record(outputs=(TensorSpec("y", "float32", ()),))], "net"))
+    assert config.max_batch_size == 0
+    assert list(config.input[0].dims) == [-1, 3, 8, 8]
+
+
+def test_a_fixed_batch_has_no_profiles_to_open() -> None:
+    fixed = {"inputs": (TensorSpec("x", "float32", (4, 3)),), "outputs": (TensorSpec("y", "float32", (4, 5)),)}
+    engine = record(**fixed, profiles=(Profile(4, 4, 4), Profile(4, 4, 4)))
+    (group,) = parsed(config_text([engine], "net")).instance_group
+    assert list(group.profile) == []
 
 
 def test_the_versions_to_serve_are_named() -> None:

@@ -62,9 +62,17 @@ print(at - 1)
 
 
 def source(
-    path: Path, made: Provenance | None = MADE, *, batch: int | str = "batch", classes: int = 5, name: str = "logits"
+    path: Path,
+    made: Provenance | None = MADE,
+    *,
+    batch: int | str = "batch",
+    classes: int = 5,
+    name: str = "logits",
+    spoilt: bool = False,
 ) -> Path:
+    """A model file; a spoilt one answers with infinities."""
     weight = np.random.default_rng(classes).normal(size=(192, classes)).astype(np.float32)
+    weight[0] = np.inf if spoilt else weight[0]
     graph = helper.make_graph(
         [helper.make_node("Flatten", ["input"], ["f"]), helper.make_node("MatMul", ["f", "w"], [name])],
         "net",

@@ -37,23 +37,34 @@ class World:
         current: Contexts that were pushed, the last one on top.
         retained: How often the primary context is held.
         launches: How many graphs were launched.
+        graphs: How many there are to launch.
+        captures: How many were captured and not yet destroyed.
+        refused: Calls of cuda-python that fail: `begin`, `end`, `instantiate`, `launch`.
+        misplaced: How many of TensorRT's objects were freed in another context than they were made in.
         broken: Streams report an error.
+        clock_ms: The GPU's time: an event takes one of it, and work what it adds here.
     """
 
     def __init__(self) -> None:
         self.name, self.capability, self.free_bytes = "Fake GPU", (8, 0), 1 << 30
         self.current: list[Context] = []
-        self.retained = self.launches = 0
+        self.retained = self.launches = self.graphs = self.captures = self.misplaced = 0
+        self.refused: set[str] = set()
+        self.initialised = False
         self.broken = False
         self.memory: dict[int, np.ndarray[Any, Any]] = {}
         self.streams: dict[int, Stream] = {}
-        self.clock_ms = itertools.count()
+        self.clock_ms = 0.0
         self.addresses = itertools.count(1 << 20, 1 << 12)
         self.devices = 1
 
     def require_context(self) -> None:
         if not self.current:
             raise Error("no context is current")
+
+    def place(self) -> int:
+        """The context in which work happens now; 0 is the primary one, which is also that of who made none current."""
+        return 0 if not self.current or self.current[-1].primary else id(self.current[-1])
 
     def at(self, address: int, nbytes: int) -> np.ndarray[Any, Any]:
         """Device memory as bytes."""
@@ -64,8 +75,8 @@ class World:
 
 
 class Context:
-    def __init__(self, world: World) -> None:
-        self._world = world
+    def __init__(self, world: World, *, primary: bool = False) -> None:
+        self._world, self.primary = world, primary
         world.retained += 1
 
     def push(self) -> None:
@@ -93,7 +104,7 @@ class Device:
         return 1 << 30
 
     def retain_primary_context(self) -> Context:
-        return Context(self._world)
+        return Context(self._world, primary=True)
 
 
 class Stream:
@@ -117,7 +128,7 @@ class Stream:
 class Event:
     def __init__(self, world: World) -> None:
         self._world = world
-        self._at: int | None = None
+        self._at: float | None = None
         self._stream: Stream | None = None
 
     def record(self, stream: Stream) -> None:
@@ -125,7 +136,8 @@ class Event:
         stream.give(self._pass)
 
     def _pass(self) -> None:
-        self._at = next(self._world.clock_ms)
+        self._at = self._world.clock_ms
+        self._world.clock_ms += 1
 
     def synchronize(self) -> None:
         assert self._stream is not None
@@ -134,7 +146,7 @@ class Event:
     def time_since(self, other: Event) -> float:
         assert self._at is not None
         assert other._at is not None
-        return float(self._at - other._at)
+        return self._at - other._at
 
 
 class Allocation:
@@ -172,15 +184,22 @@ def install(monkeypatch: pytest.MonkeyPatch, *, graphs: bool = True) -> World:
 
     class CountedDevice(Device):
         def __init__(self, number: int) -> None:
+            if not world.initialised:
+                raise Error("cuDeviceGet failed: initialization error")
             assert number < world.devices
             super().__init__(world)
 
         @staticmethod
         def count() -> int:
+            if not world.initialised:
+                raise Error("cuDeviceGetCount failed: initialization error")
             return world.devices
 
+    def init() -> None:
+        world.initialised = True
+
     members = {
-        "init": lambda: None,
+        "init": init,
         "Device": CountedDevice,
         "Stream": lambda: Stream(world),
         "Event": lambda: Event(world),
@@ -219,14 +238,35 @@ class _Mode(Enum):
 def _graphs(world: World) -> types.ModuleType:
     def begin(stream: int, mode: _Mode) -> tuple[_Result]:
         assert isinstance(mode, _Mode)
+        if "begin" in world.refused:
+            return (_Result.CUDA_ERROR_INVALID_VALUE,)
         world.streams[stream].captured = []
         return (_Result.CUDA_SUCCESS,)
 
     def end(stream: int) -> tuple[_Result, list[Work] | None]:
         captured, world.streams[stream].captured = world.streams[stream].captured, None
+        if "end" in world.refused:
+            return _Result.CUDA_ERROR_INVALID_VALUE, None
+        world.captures += 1
         return _Result.CUDA_SUCCESS, captured
 
+    def drop(graph: list[Work]) -> tuple[_Result]:
+        world.captures -= 1
+        return (_Result.CUDA_SUCCESS,)
+
+    def instantiate(graph: list[Work], flags: int) -> tuple[_Result, list[Work] | None]:
+        if "instantiate" in world.refused:
+            return _Result.CUDA_ERROR_INVALID_VALUE, None
+        world.graphs += 1
+        return _Result.CUDA_SUCCESS, graph
+
+    def destroy(graph: list[Work]) -> tuple[_Result]:
+        world.graphs -= 1
+        return (_Result.CUDA_SUCCESS,)
+
     def launch(graph: list[Work], stream: int) -> tuple[_Result]:
+        if "launch" in world.refused:
+            return (_Result.CUDA_ERROR_INVALID_VALUE,)
         world.launches += 1
         for work in graph:
             world.streams[stream].give(work)
@@ -238,10 +278,10 @@ def _graphs(world: World) -> types.ModuleType:
         "CUstreamCaptureMode": _Mode,
         "cuStreamBeginCapture": begin,
         "cuStreamEndCapture": end,
-        "cuGraphInstantiate": lambda graph, flags: (_Result.CUDA_SUCCESS, graph),
-        "cuGraphDestroy": lambda graph: (_Result.CUDA_SUCCESS,),
+        "cuGraphInstantiate": instantiate,
+        "cuGraphDestroy": drop,
         "cuGraphLaunch": launch,
-        "cuGraphExecDestroy": lambda graph: (_Result.CUDA_SUCCESS,),
+        "cuGraphExecDestroy": destroy,
     }
     for name, value in members.items():
         setattr(driver, name, value)

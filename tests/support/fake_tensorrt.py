@@ -12,12 +12,14 @@ import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from fake_cuda import World
+from google.protobuf.message import DecodeError
 
 VERSIONS = ("10.3.0", "10.13.3.9", "10.16.1.11", "11.4.0.106")
 
@@ -32,8 +34,9 @@ class Control:
     """What goes wrong, and what was asked for.
 
     Attributes:
+        gpu: Where it runs.
         failures: Of `builder`, `network`, `parse`, `profile`, `build`, `out_of_memory`, `deserialize`, `context`,
-            `select`, `input_shape`, `address`, `execute`, `cache`.
+            `select`, `input_shape`, `address`, `execute`, `capture`, `cache`.
         flags: Of the last configuration.
         config: The last configuration itself.
         builds: How many plans were made.
@@ -41,6 +44,7 @@ class Control:
         dense: Names of layers that run dense, whatever their weights.
     """
 
+    gpu: World
     failures: set[str] = field(default_factory=set)
     flags: set[str] = field(default_factory=set)
     config: Any = None
@@ -51,7 +55,7 @@ class Control:
 
 def install(version: str, world: World, monkeypatch: pytest.MonkeyPatch) -> Control:
     """Put `tensorrt` in place."""
-    control = Control()
+    control = Control(world)
     monkeypatch.setitem(sys.modules, "tensorrt", make(version, world, control))
     return control
 
@@ -78,20 +82,25 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
         Severity = severities
         INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = severities
 
-        def __init__(self) -> None: ...
+        def __init__(self) -> None:
+            self._made = True
 
         def log(self, severity: Any, msg: str) -> None:
-            raise NotImplementedError
+            _pure_virtual("ILogger", "log")
 
     class IProgressMonitor:
-        def __init__(self) -> None: ...
+        def __init__(self) -> None:
+            self._made = True
 
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None: ...
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            _pure_virtual("IProgressMonitor", "phase_start")
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            return True
+            _pure_virtual("IProgressMonitor", "step_complete")
+            return False
 
-        def phase_finish(self, phase_name: str) -> None: ...
+        def phase_finish(self, phase_name: str) -> None:
+            _pure_virtual("IProgressMonitor", "phase_finish")
 
     class IHostMemory:
         def __init__(self, data: bytes) -> None:
@@ -108,7 +117,12 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
         def __init__(self, data: bytes) -> None:
             self._lines = set(data.split(b"\n")) - {b""}
 
+        def _is_ours(self) -> bool:
+            return all(line.startswith(f"TensorRT {version} ".encode()) for line in self._lines)
+
         def combine(self, input_cache: ITimingCache, ignore_mismatch: bool) -> bool:
+            if not (ignore_mismatch or input_cache._is_ours()):
+                return False
             self._lines |= input_cache._lines
             return True
 
@@ -162,11 +176,12 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
             return len(self._profiles) - 1
 
         def create_timing_cache(self, serialized_timing_cache: bytes) -> ITimingCache | None:
-            return None if "cache" in control.failures else ITimingCache(bytes(serialized_timing_cache))
+            made = ITimingCache(bytes(serialized_timing_cache))
+            is_one = all(line.startswith(b"TensorRT ") for line in made._lines)
+            return made if is_one and "cache" not in control.failures else None
 
         def set_timing_cache(self, cache: ITimingCache, ignore_mismatch: bool) -> bool:
-            mine = f"TensorRT {version} ".encode()
-            if any(not line.startswith(mine) for line in cache._lines) and not ignore_mismatch:
+            if not (ignore_mismatch or cache._is_ours()):
                 return False
             self._cache = cache
             return True
@@ -204,16 +219,14 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
 
         @progress_monitor.setter
         def progress_monitor(self, value: Any) -> None:
-            assert isinstance(value, IProgressMonitor)
-            self._monitor = value
+            self._monitor = _made(value, IProgressMonitor)
 
     class Builder:
         def __init__(self, logger: ILogger) -> None:
-            assert isinstance(logger, ILogger)
+            self._logger = _made(logger, ILogger)
             if "builder" in control.failures:
                 logger.log(severities.ERROR, "CUDA initialization failure with error: 35")
                 raise TypeError("pybind11::init(): factory function returned nullptr")
-            self._logger = logger
 
         def create_network(self, flags: int = 0) -> INetworkDefinition | None:
             if "network" in control.failures:
@@ -237,6 +250,12 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
                 if failure in control.failures:
                     self._logger.log(severities.ERROR, message)
                     return None
+            assert network._model is not None
+            for value in network._model.graph.input:
+                told = _static_mismatch(value, [p._shapes[value.name] for p in config._profiles])
+                if told:
+                    self._logger.log(severities.ERROR, told)
+                    return None
             monitor = config._monitor
             if monitor is not None:
                 monitor.phase_start("Building Engine", None, 2)
@@ -248,7 +267,6 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
             if config._cache is not None:
                 config._cache._lines.add(f"TensorRT {version} tactic {control.builds}".encode())
             control.builds += 1
-            assert network._model is not None
             header = {
                 "version": version,
                 "capability": world.capability,
@@ -262,38 +280,45 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
             return IHostMemory(_MAGIC + len(text).to_bytes(8, "little") + text + network._model.SerializeToString())
 
     class ParserError:
-        def __init__(self, number: int) -> None:
-            self._number = number
+        def __init__(self, desc: str, node: int = -1, node_name: str = "", node_operator: str = "") -> None:
+            self._desc, self._node, self._name, self._operator = desc, node, node_name, node_operator
 
         def desc(self) -> str:
-            return "no importer registered"
+            return self._desc
 
         def node(self) -> int:
-            return self._number
+            return self._node
 
         def node_name(self) -> str:
-            return f"strange_{self._number}"
+            return self._name
 
         def node_operator(self) -> str:
-            return "Strange"
+            return self._operator
 
     class OnnxParser:
         def __init__(self, network: INetworkDefinition, logger: ILogger) -> None:
-            self._network, self._errors = network, 0
+            self._network, self._logger = network, _made(logger, ILogger)
+            self._errors: list[ParserError] = []
 
         def parse_from_file(self, model: str) -> bool:
             if "parse" in control.failures:
-                self._errors = 3
+                self._errors = [ParserError("no importer registered", i, f"strange_{i}", "Strange") for i in range(3)]
+            elif not Path(model).is_file():
+                self._logger.log(severities.ERROR, f"Could not open file {model}")
                 return False
-            self._network._model = onnx.load(model)
-            return True
+            else:
+                try:
+                    self._network._model = onnx.load(model)
+                except DecodeError:
+                    self._errors = [ParserError("Failed to parse the ONNX model.")]
+            return not self._errors
 
         @property
         def num_errors(self) -> int:
-            return self._errors
+            return len(self._errors)
 
         def get_error(self, index: int) -> ParserError:
-            return ParserError(index)
+            return self._errors[index]
 
     class EngineInspector:
         def __init__(self, header: dict[str, Any]) -> None:
@@ -312,6 +337,9 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
             self._shapes: dict[str, tuple[int, ...]] = {}
             self._addresses: dict[str, int] = {}
             self._profile: int | None = None
+
+        def __del__(self) -> None:
+            world.misplaced += world.place() != self._engine._place
 
         def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
             if "select" in control.failures or profile_index >= len(self._engine._header["profiles"]):
@@ -344,7 +372,12 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
             if "execute" in control.failures:
                 self._engine._logger.log(severities.ERROR, "enqueueV3 failed")
                 return False
+            if "capture" in control.failures and world.streams[stream_handle].captured is not None:
+                return False
             world.require_context()
+            if world.place() != self._engine._place:
+                self._engine._logger.log(severities.ERROR, "invalid resource handle")
+                return False
             shapes, addresses = dict(self._shapes), dict(self._addresses)
             world.streams[stream_handle].give(lambda: self._engine._run(shapes, addresses))
             return True
@@ -353,7 +386,7 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
         def __init__(self, data: bytes, header: dict[str, Any], logger: Any) -> None:
             import onnxruntime
 
-            self._header, self._logger = header, logger
+            self._header, self._logger, self._place = header, logger, world.place()
             self._model = onnx.load_from_string(data)
             self._session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
 
@@ -384,8 +417,7 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
 
     class Runtime:
         def __init__(self, logger: ILogger) -> None:
-            assert isinstance(logger, ILogger)
-            self._logger, self._host_code = logger, False
+            self._logger, self._host_code = _made(logger, ILogger), False
 
         @property
         def engine_host_code_allowed(self) -> bool:
@@ -434,6 +466,34 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
     ):
         setattr(module, cls.__name__, cls)
     return module
+
+
+def _static_mismatch(value: onnx.ValueInfoProto, profiles: list[list[tuple[int, ...]]]) -> str:
+    """What a builder says of a profile for dimensions that the network fixes (NVIDIA/TensorRT issue 939); else nothing."""
+    fixed = [d.dim_value or None for d in value.type.tensor_type.shape.dim]
+    for number, shapes in enumerate(profiles):
+        for axis, (size, *sizes) in enumerate(zip(fixed, *shapes, strict=True)):
+            if size is not None and set(sizes) != {size}:
+                return (
+                    f"{value.name}: for dimension number {axis} in profile {number} does not match network definition"
+                )
+    return ""
+
+
+def _pure_virtual(cls: str, method: str) -> None:
+    """What the bindings of 10.3 and 11.4 make of a method that a subclass did not override: a line, and no exception."""
+    print(
+        f'[ERROR] Exception caught in {method}(): Tried to call pure virtual function "{cls}::{method}"',
+        file=sys.stderr,
+    )
+
+
+def _made(value: Any, cls: type) -> Any:
+    """An object whose own constructor called that of the class; the bindings insist on it."""
+    assert isinstance(value, cls)
+    if not hasattr(value, "_made"):
+        raise TypeError(f"{cls.__name__}.__init__() must be called when overriding __init__")
+    return value
 
 
 def _header(data: bytes) -> dict[str, Any] | None:

@@ -48,11 +48,26 @@ def test_the_gpu_is_watched_while_the_block_runs(tmp_path: Path, monkeypatch: py
             time.sleep(0.01)
         time.sleep(0.2)
         assert watch.clocks is None
+        ended = time.monotonic()
     assert watch.clocks == GpuClocks(1, 1980, 1980, 2619, ("power cap",), 41, 310.5)
-    # The watch ends with the block, not with nvidia-smi.
-    assert time.monotonic() - started < 40
+    # The watch ends with the block, not with nvidia-smi, and does not wait for it.
+    assert time.monotonic() - ended < 4
     assert "--loop-ms" in asked.read_text()
     assert "clocks_throttle_reasons.active" in asked.read_text()
+
+
+def test_an_nvidia_smi_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is ignored stays ignored in what a shell becomes."""
+    smi(tmp_path, f"trap '' TERM; touch {tmp_path / 'ready'}; exec sleep 60", monkeypatch)
+    monkeypatch.setattr("engines.trt.clocks._WAIT_S", 0.2)
+    with watch_clocks() as watch:
+        started = time.monotonic()
+        while not (tmp_path / "ready").exists():
+            assert time.monotonic() - started < 30
+            time.sleep(0.01)
+        ended = time.monotonic()
+    assert watch.clocks is None
+    assert time.monotonic() - ended < 30
 
 
 def test_without_nvidia_smi_nothing_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,9 +23,8 @@ ROOT = Path(__file__).parents[3]
 BINDINGS = ROOT / ".venv" / "bindings"
 SOURCES = sorted((ROOT / "engines" / "trt").glob("*.py"))
 LIBRARIES = ("nvinfer", "nvonnxparser", "nvinfer_plugin")
-# What the bindings link against; never called, for the tests only read signatures.
+# What the bindings link against beside the builder; never called, for the tests read signatures.
 FUNCTIONS = (
-    "createInferBuilder_INTERNAL",
     "createInferRefitter_INTERNAL",
     "createInferRuntime_INTERNAL",
     "createNvOnnxParser_INTERNAL",
@@ -36,19 +35,59 @@ FUNCTIONS = (
     "initLibNvInferPlugins",
 )
 
+# A builder that says why there is none, through the logger's `log`; its place in the class differs by major version.
+SPEAKING = """
+typedef void (*log_function)(void *, int, const char *);
+void *createInferBuilder_INTERNAL(void *logger, int version) {
+  (*(log_function **)logger)[SLOT](logger, 1, "CUDA initialization failure with error: 35");
+  return 0;
+}
+"""
+LOG_SLOT = {"10": 0, "11": 4}
+# What becomes of it in our code, and what the bindings make of a logger without `log`.
+ASKING = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import tensorrt_bindings as tensorrt
+from engines.trt.build import _builder
+from engines.trt.log import Heard
+from pipeline.errors import HostError
+
+heard = Heard(tensorrt)
+try:
+    _builder(tensorrt, heard)
+except HostError as error:
+    print(error.found, heard.errors)
+
+class Mute(tensorrt.ILogger):
+    def __init__(self):
+        tensorrt.ILogger.__init__(self)
+
+class Unmade(tensorrt.ILogger):
+    def __init__(self):
+        pass
+
+for kind in (Mute, Unmade):
+    try:
+        tensorrt.Builder(kind())
+    except TypeError as error:
+        print(error)
+"""
+
 Classes = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Empty shared objects under the names that the bindings ask for."""
+    """Empty shared objects under the names that the bindings ask for; the builder's says why it makes none."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("no C compiler for the empty libraries that the bindings load")
     folder = tmp_path_factory.mktemp("libraries")
     source = folder / "empty.c"
-    source.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in FUNCTIONS))
-    for major in (10, 11):
+    empty = "".join(f"void *{name}(void) {{ return 0; }}\n" for name in FUNCTIONS)
+    for major, slot in LOG_SLOT.items():
+        source.write_text(empty + SPEAKING.replace("SLOT", str(slot)))
         for name in LIBRARIES:
             out = f"lib{name}.so.{major}"
             subprocess.run(
@@ -73,7 +112,8 @@ def real(request: pytest.FixtureRequest, libraries: Path) -> tuple[str, Classes]
 
 
 def fake(version: str) -> ModuleType:
-    return fake_tensorrt.make(version, fake_cuda.World(), fake_tensorrt.Control())
+    gpu = fake_cuda.World()
+    return fake_tensorrt.make(version, gpu, fake_tensorrt.Control(gpu))
 
 
 def public(cls: type) -> Iterator[tuple[str, Any]]:
@@ -120,6 +160,33 @@ def differences(module: ModuleType, classes: Classes) -> list[str]:
 def test_the_fake_is_like_the_real_bindings(real: tuple[str, Classes]) -> None:
     version, classes = real
     assert differences(fake(version), classes) == []
+
+
+def test_our_logger_hears_the_real_bindings_and_a_missing_builder_is_told(
+    real: tuple[str, Classes], libraries: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And the stand-in does as they do with loggers that are not whole."""
+    version, _ = real
+    environment = os.environ | {"LD_LIBRARY_PATH": str(libraries), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", ASKING, str(BINDINGS / version)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    heard, null, unmade = done.stdout.splitlines()
+    said = "CUDA initialization failure with error: 35"
+    assert heard == f"{said} {[said]}"
+    fake_tensorrt.install(version, fake_cuda.World(), monkeypatch).failures.add("builder")
+    tensorrt: Any = sys.modules["tensorrt"]
+
+    class Unmade(tensorrt.ILogger):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None: ...
+
+    for logger, told in ((tensorrt.ILogger(), null), (Unmade(), unmade)):
+        with pytest.raises(TypeError) as caught:
+            tensorrt.Builder(logger)
+        assert told.endswith(str(caught.value))
+    mute = 'Tried to call pure virtual function "ILogger::log"'
+    assert mute in done.stderr
+    assert mute in capfd.readouterr().err
 
 
 def test_what_differs_is_seen(real: tuple[str, Classes]) -> None:

@@ -7,16 +7,22 @@ import logging
 import os
 import re
 import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fake_cuda import World
 from fake_tensorrt import Control
+from small_net import small_net
 
 from engines.build import BuildOptions, build_engine
 from engines.sidecar import read_engine
+from engines.trt.log import Heard
 from engines.trt.options import TrtOptions
+from engines.trt.progress import _monitor_class
+from engines.trt.versions import network_flags
 from exporters.metadata import describe_onnx
 from pipeline.artifacts import EngineFile, Profile
 from pipeline.cli.app import main
@@ -129,15 +135,74 @@ def test_tensorrts_own_words_are_quoted_and_logged(
     assert "TensorRT: Could not find any implementation" in caplog.text
 
 
+def test_what_stood_in_the_way_of_a_builder_is_told(
+    trt: Control, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT's own words where it logged some, else those of the bindings' exception, of whichever kind."""
+    import tensorrt
+
+    trt.failures.add("builder")
+    with pytest.raises(HostError, match="CUDA initialization failure with error: 35"):
+        build(source)
+
+    def refuse(logger: object) -> None:
+        raise RuntimeError("the builder's library cannot be loaded")
+
+    monkeypatch.setattr(tensorrt, "Builder", refuse)
+    with pytest.raises(HostError, match="the builder's library cannot be loaded"):
+        build(source)
+
+
+def test_a_graph_that_cannot_be_read_is_told_without_a_node(trt: Control, source: Path) -> None:
+    described = describe_onnx(source)
+    out = source.with_name("engine.plan")
+    source.write_bytes(b"no model any more")
+    with pytest.raises(InputError, match=r"found: node -1 \(\?\): Failed to parse the ONNX model"):
+        build_engine(described, BuildOptions("tensorrt", PROFILES), out)
+    source.unlink()
+    with pytest.raises(InputError, match="found: Could not open file"):
+        build_engine(described, BuildOptions("tensorrt", PROFILES), out)
+    assert left(source.parent) == set()
+
+
+def test_only_the_batch_may_be_dynamic(trt: Control, source: Path) -> None:
+    free = small_net(source.with_name("free.onnx"), "float16", size="size")
+    with pytest.raises(InputError, match="only the batch may be dynamic") as caught:
+        build(free)
+    assert "(None, 3, None, None)" in str(caught.value)
+    assert left(source.parent) == {"net.onnx", "free.onnx"}
+
+
+def test_a_plan_can_be_refittable_with_its_weights(trt: Control, source: Path) -> None:
+    build(source, refittable=True)
+    assert trt.flags == {"SPARSE_WEIGHTS", "REFIT"}
+
+
+def test_a_version_without_a_figure_of_device_memory_leaves_it_open(trt: Control, source: Path) -> None:
+    import tensorrt
+
+    del tensorrt.ICudaEngine.device_memory_size_v2
+    assert build(source).device_memory_bytes is None
+
+
+def test_a_version_in_which_every_network_is_strongly_typed_needs_no_flag() -> None:
+    trt = SimpleNamespace(NetworkDefinitionCreationFlag=SimpleNamespace())
+    assert network_flags(trt) == 0
+
+
 def test_without_a_gpu_nothing_is_built(trt: Control, gpu: World, source: Path) -> None:
     gpu.devices = 0
     with pytest.raises(HostError, match="no GPU can be used"):
         build(source)
 
 
-def test_a_plan_that_cannot_be_inspected_is_kept_without_evidence(trt: Control, source: Path) -> None:
+def test_a_plan_that_cannot_be_inspected_is_kept_without_evidence_and_says_so(
+    trt: Control, source: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     trt.failures.add("deserialize")
-    record = build(source)
+    with caplog.at_level(logging.WARNING):
+        record = build(source)
+    assert "the plan cannot be inspected here: Serialization assertion" in caplog.text
     assert record.layers == ()
     assert record.path.is_file()
 
@@ -148,27 +213,45 @@ def test_the_timing_cache_is_kept_between_builds_and_shared(trt: Control, source
     first = set(cache.read_bytes().splitlines())
     other = first.copy().pop().replace(b"tactic 0", b"tactic of another process")
 
+    given = []
+
     def meanwhile() -> None:
+        given.append(bytes(trt.config.get_timing_cache().serialize()))
         cache.write_bytes(cache.read_bytes() + b"\n" + other)
         trt.during_build = lambda: None
 
     trt.during_build = meanwhile
     build(source, timing_cache=cache)
+    assert given == [b"\n".join(first)]
     lines = set(cache.read_bytes().splitlines())
     assert first < lines
     assert other in lines
     assert len(lines) == 3
 
 
+@pytest.mark.parametrize("stored", [b"TensorRT 9.0 tactic 1", b"no cache at all"])
 def test_a_cache_of_another_tensorrt_is_begun_anew(
+    trt: Control, source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, stored: bytes
+) -> None:
+    cache = tmp_path / "timing.cache"
+    cache.write_bytes(stored)
+    with caplog.at_level(logging.WARNING):
+        build(source, timing_cache=cache)
+    assert "of another TensorRT or GPU; a new one is begun" in caplog.text
+    assert b"tactic 0" in cache.read_bytes()
+    assert stored not in cache.read_bytes()
+
+
+def test_a_cache_that_another_tensorrt_wrote_during_the_build_is_replaced(
     trt: Control, source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = tmp_path / "timing.cache"
-    cache.write_bytes(b"TensorRT 9.0 tactic 1")
+    trt.during_build = lambda: cache.write_bytes(b"TensorRT 9.0 tactic 1") and None
     with caplog.at_level(logging.WARNING):
         build(source, timing_cache=cache)
-    assert "of another TensorRT" in caplog.text
+    assert "it is replaced" in caplog.text
     assert b"tactic 0" in cache.read_bytes()
+    assert b"TensorRT 9.0" not in cache.read_bytes()
 
 
 def test_a_busy_timing_cache_is_told_before_the_build(trt: Control, source: Path, tmp_path: Path) -> None:
@@ -222,6 +305,35 @@ def test_ctrl_c_ends_a_build_between_two_steps_and_leaves_nothing(
     assert trt.builds == 0
 
 
+def test_the_outermost_phase_is_drawn(trt: Control) -> None:
+    """TensorRT nests phases; a bar that jumps between them would tell nothing."""
+    import tensorrt
+
+    drawn: list[tuple[int, int | None]] = []
+    monitor = _monitor_class(tensorrt)(lambda done, total: drawn.append((done, total)))
+    monitor.phase_start("Building Engine", None, 2)
+    assert monitor.step_complete("Building Engine", 0)
+    monitor.phase_start("Tactics", "Building Engine", 40)
+    assert monitor.step_complete("Tactics", 0)
+    monitor.phase_finish("Tactics")
+    assert monitor.step_complete("Building Engine", 1)
+    monitor.phase_finish("Building Engine")
+    assert drawn == [(0, 2), (1, None), (2, None)]
+
+
+def test_lines_about_sparsity_and_errors_are_kept_apart(trt: Control) -> None:
+    import tensorrt
+
+    heard = Heard(tensorrt)
+    heard.logger.log(tensorrt.ILogger.INFO, "(Sparsity) Chose 2 layer(s) using sparse tactics")
+    heard.logger.log(tensorrt.ILogger.WARNING, "something else")
+    heard.logger.log(tensorrt.ILogger.INTERNAL_ERROR, "an assertion failed")
+    assert heard.sparsity == ["(Sparsity) Chose 2 layer(s) using sparse tactics"]
+    assert heard.errors == ["an assertion failed"]
+    assert heard.why() == "an assertion failed"
+    assert Heard(tensorrt).why() == "TensorRT gave no reason"
+
+
 @pytest.mark.parametrize("options", [{"optimization_level": 6}, {"optimization_level": -1}, {"workspace_bytes": 0}])
 def test_senseless_options_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(InputError):
@@ -239,8 +351,25 @@ def test_a_profile_that_a_fixed_batch_does_not_take(trt: Control, source: Path) 
         build(source)
 
 
+@pytest.mark.parametrize(
+    "error", ["ImportError('no bindings')", "OSError('libnvinfer.so.10: cannot open')", "RuntimeError('no wheel')"]
+)
+def test_a_tensorrt_that_does_not_load_is_told(
+    source: Path, tmp_path: Path, error: str, gpu: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its package looks for the shared libraries when it is imported."""
+    package = tmp_path / "packages" / "tensorrt"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(f"raise {error}\n")
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    monkeypatch.syspath_prepend(package.parent)
+    with pytest.raises(HostError, match="TensorRT is not here") as caught:
+        build(source)
+    assert error.partition("(")[0] in str(caught.value)
+
+
 def test_missing_tensorrt_is_told_with_what_to_install(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(PipelineError, match=r"pip install 'maskplan\[tensorrt\]'"):
         build(source)
 

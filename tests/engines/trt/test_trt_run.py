@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import fake_cuda
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnxruntime
 import pytest
 from fake_cuda import World
@@ -16,6 +18,7 @@ from fake_tensorrt import Control
 
 from engines.build import BuildOptions, build_engine, open_engine
 from engines.sidecar import sidecar_path, write_sidecar
+from engines.trt.cuda import Context, milliseconds
 from engines.trt.options import TrtOptions
 from engines.trt.run import TrtEngine
 from exporters.metadata import describe_onnx
@@ -54,7 +57,33 @@ def test_a_graph_is_replayed_only_while_the_shapes_stay(plan: EngineFile, gpu: W
     for batch, launches in ((4, 0), (4, 1), (4, 2), (1, 2), (4, 2), (4, 3)):
         engine.infer({"input": images(batch)})
         assert gpu.launches == launches
+        assert gpu.graphs <= 1
     engine.close()
+    assert (gpu.graphs, gpu.captures) == (0, 0)
+
+
+@pytest.mark.parametrize("call", ["begin", "end", "instantiate", "launch"])
+def test_a_graph_that_the_driver_refuses_costs_no_result(plan: EngineFile, source: Path, gpu: World, call: str) -> None:
+    gpu.refused.add(call)
+    engine = TrtEngine(plan)
+    for _ in range(4):
+        assert np.allclose(engine.infer({"input": images(2)})["logits"], expected(source, 2), atol=1e-3)
+    engine.close()
+    assert (gpu.launches, gpu.graphs, gpu.captures) == (0, 0, 0)
+
+
+def test_work_that_tensorrt_refuses_to_have_captured_is_not_replayed(
+    plan: EngineFile, source: Path, gpu: World, trt: Control, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The graph would be an empty one."""
+    trt.failures.add("capture")
+    engine = TrtEngine(plan)
+    with caplog.at_level(logging.INFO):
+        for batch in (2, 2, 2, 3, 3, 3):
+            assert np.allclose(engine.infer({"input": images(batch)})["logits"], expected(source, batch), atol=1e-3)
+    engine.close()
+    assert (gpu.launches, gpu.graphs) == (0, 0)
+    assert "cannot be captured as a CUDA graph" in caplog.text
 
 
 def test_without_cuda_python_the_engine_runs_all_the_same(
@@ -79,6 +108,14 @@ def test_time_is_told_by_events_and_on_the_host(plan: EngineFile) -> None:
     engine.close()
 
 
+def test_time_between_two_marks_waits_for_them(gpu: World) -> None:
+    context = Context()
+    with context.active():
+        first, second = context.mark(), context.mark()
+        assert milliseconds(first, second) == 1.0
+    context.close()
+
+
 def test_the_primary_context_is_given_back_and_what_was_current_stays_so(plan: EngineFile, gpu: World) -> None:
     others = fake_cuda.Context(gpu)
     others.push()
@@ -89,6 +126,7 @@ def test_the_primary_context_is_given_back_and_what_was_current_stays_so(plan: E
     assert gpu.current == [others]
     assert gpu.retained == 1
     assert gpu.memory == {}
+    assert gpu.misplaced == 0
 
 
 def test_an_answer_outlives_the_next_call(plan: EngineFile, source: Path) -> None:
@@ -139,6 +177,18 @@ def test_no_memory_for_a_context(plan: EngineFile, trt: Control) -> None:
     trt.failures.add("context")
     with pytest.raises(HostError, match="memory does not suffice for the engine"):
         open_engine(plan)
+
+
+def test_an_output_whose_shape_depends_on_the_data_is_told(trt: Control, source: Path) -> None:
+    model = onnx.load(source)
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "as many as there are"
+    onnx.save(model, source)
+    record = build_engine(describe_onnx(source), BuildOptions("tensorrt", PROFILES), source.with_name("engine.plan"))
+    engine = open_engine(record)
+    with pytest.raises(InputError, match="shape depends on the data") as caught:
+        engine.infer({"input": images(2)})
+    assert "logits" in str(caught.value)
+    engine.close()
 
 
 def test_no_memory_for_a_batch(plan: EngineFile, gpu: World, source: Path) -> None:

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from small_net import small_net
 
 from engines.sidecar import read_engine
 from engines.trt.options import TrtOptions
@@ -43,6 +44,14 @@ def test_versions_have_their_own_spelling_and_time_alike(source: Path) -> None:
     older, newer = (set(lines(source, major)[0]) for major in (10, 11))
     assert older - newer == {"--stronglyTyped", *DEFAULTS_OF_11}
     assert newer <= older
+
+
+def test_a_plan_alone_has_the_name_given_and_a_fixed_batch_no_shapes(source: Path) -> None:
+    fixed = small_net(source.with_name("fixed.onnx"), batch=4)
+    (line,) = trtexec_lines(describe_onnx(fixed), PROFILES[:1], True, TrtOptions(), source.with_name("e.plan"), 11)
+    words = shlex.split(line)
+    assert f"--saveEngine={source.with_name('e.plan')}" in words
+    assert not [word for word in words if "Shapes" in word]
 
 
 def test_options_become_flags(source: Path) -> None:
@@ -112,6 +121,16 @@ def test_a_plan_of_trtexec_is_taken_in_with_its_evidence(source: Path, capsys: p
     assert record.profiles == (Profile(1, 8, 16),)
     assert [(x.name, x.state, x.kernel) for x in record.layers] == [("mix", "sparse", kernel)]
     assert record.notes
-    plan.unlink()
+    record.path.unlink()
+    for gone in (info, plan):
+        gone.unlink()
+        assert main([*common, *told]) == 3
+        message = capsys.readouterr().err
+        assert f"file not found\n  where: {gone}" in message
+        assert "give the files that trtexec wrote" in message
+        assert not record.path.exists()
+        plan.write_bytes(b"a plan")
+        info.write_text("{}")
     assert main([*common, *told]) == 3
-    assert "file not found" in capsys.readouterr().err
+    assert "the layer information cannot be read" in capsys.readouterr().err
+    assert not record.path.exists()

@@ -1,0 +1,173 @@
+"""Activations of an FP32 graph on ONNX Runtime, as histograms: one pass over the images, nothing kept but counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import numpy_helper
+
+from calibration.graph import Graph
+from calibration.histogram import Histogram
+from calibration.session import open_session
+from pipeline.errors import InputError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+# Activations of about this many bytes are counted while as many more are computed.
+_SLICE_BYTES = 128 << 20
+
+_Images = npt.NDArray[np.float32]
+_Values = Mapping[str, npt.NDArray[Any]]
+
+
+def collect(
+    model: onnx.ModelProto,
+    tensors: Sequence[str],
+    batches: Iterable[_Images],
+    *,
+    where: object = "the model",
+) -> dict[str, Histogram]:
+    """Run images through a graph and count the values of some of its tensors.
+
+    Batches are run in slices whose activations take about 128 MB, or of as many images as the graph is fixed to, so memory
+    does not depend on their size. A thread counts one slice while ONNX Runtime computes the next.
+
+    Args:
+        model: Of one input, with its weights inside; left as it is.
+        tensors: Names of float tensors: outputs of nodes, or the graph's input.
+        batches: Images (N, channels, H, W), float32, each batch an array of its own; iterated once.
+        where: What to call the model in messages.
+
+    Returns:
+        A histogram for each tensor, in the order given.
+
+    Raises:
+        InputError: There are no images, the graph does not run on them, or an activation is NaN or infinite.
+        ValueError: The graph has no such tensor, or more than one input.
+    """
+    graph = Graph(model.graph)
+    (source,) = [value for value in model.graph.input if value.name not in graph.constants]
+    if unknown := [name for name in tensors if name not in graph.makers and name != source.name]:
+        raise ValueError(f"no such tensors: {unknown}")
+    # In the order of the graph, so that the first that is not finite comes first.
+    names = sorted(dict.fromkeys(tensors), key=lambda name: graph.makers.get(name, -1))
+    histograms = {name: Histogram() for name in names}
+    made = [name for name in names if name in graph.makers]
+    session = open_session(_with_outputs(model, made), where)
+    batch_dim = source.type.tensor_type.shape.dim[0]
+    fixed = batch_dim.dim_value if batch_dim.HasField("dim_value") else 0
+
+    def count(values: _Values, images: _Images) -> None:
+        for name, histogram in histograms.items():
+            histogram.update(values[name])
+            if not histogram.finite:
+                raise _not_finite(model, graph, source.name, name, images, where)
+
+    step = fixed or 1
+    # One thread, since counting holds the interpreter's lock; ONNX Runtime does not.
+    with ThreadPoolExecutor(1) as pool:
+        counted: Future[None] | None = None
+        for batch in batches:
+            start = 0
+            while start < len(batch):
+                images = batch[start : start + step]
+                start += len(images)
+                values = {source.name: images, **_run(session, made, source.name, _filled(images, fixed), where)}
+                if len(images) < fixed:
+                    values = {name: v[: len(images)] if v.shape[:1] == (fixed,) else v for name, v in values.items()}
+                if counted is not None:
+                    counted.result()
+                elif not fixed:
+                    step = max(1, _SLICE_BYTES * len(images) // max(sum(v.nbytes for v in values.values()), 1))
+                counted = pool.submit(count, values, images)
+                del values
+        if counted is None:
+            raise InputError("no images to calibrate on", where=where, fix="give at least one batch of images")
+        counted.result()
+    return {name: histograms[name] for name in tensors}
+
+
+def _filled(images: _Images, fixed: int) -> _Images:
+    """The images, the last repeated up to the batch that the graph takes."""
+    return (
+        images
+        if len(images) >= fixed
+        else np.concatenate([images, np.repeat(images[-1:], fixed - len(images), axis=0)])
+    )
+
+
+def _with_outputs(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
+    extended = onnx.ModelProto()
+    extended.CopyFrom(model)
+    present = {value.name for value in model.graph.output}
+    # ONNX Runtime infers the types.
+    extended.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
+    return extended
+
+
+def _run(
+    session: onnxruntime.InferenceSession, names: Sequence[str], source: str, images: _Images, where: object
+) -> dict[str, Any]:
+    if not names:
+        return {}
+    try:
+        return dict(zip(names, session.run(list(names), {source: images}), strict=True))
+    except Exception as error:
+        raise InputError(
+            "ONNX Runtime cannot run the model",
+            where=where,
+            found=str(error).partition("\n")[0],
+            fix="check the images' shape and type",
+        ) from error
+
+
+def _not_finite(
+    model: onnx.ModelProto, graph: Graph, source: str, name: str, images: _Images, where: object
+) -> InputError:
+    """What made a tensor NaN or infinite: the graph runs once more, and the search goes back to finite inputs."""
+    if not np.isfinite(images).all():
+        return InputError(
+            "the images are NaN or infinite",
+            where=f"input {source} of {where}",
+            fix="check the images and their scaling",
+        )
+    behind = _behind(graph, name)
+    session = open_session(_with_outputs(model, behind), where)
+    values = _run(session, behind, source, images, where)
+    broken = {n for n, value in values.items() if _is_broken(value)}
+    culprit, back = name, True
+    while back:
+        inputs = [n for n in graph.nodes[graph.makers[culprit]].input if n in broken]
+        culprit, back = (inputs[0], True) if inputs else (culprit, False)
+    node = graph.nodes[graph.makers[culprit]]
+    value = values[culprit] if culprit in broken else np.array([np.inf])
+    weights = [n for n in node.input if n in graph.constants and _is_broken(numpy_helper.to_array(graph.constants[n]))]
+    made_by = f"made by {node.op_type} {graph.names[graph.makers[culprit]]}"
+    return InputError(
+        "an activation is NaN or infinite",
+        where=f"tensor {culprit}, {made_by}, of {where}",
+        found=f"{'NaN' if np.isnan(value).any() else 'infinity'}"
+        + (f"; so is its constant {weights[0]}" if weights else ""),
+        fix="check the weights and the images' scaling: a model that does this has no ranges",
+    )
+
+
+def _behind(graph: Graph, name: str) -> list[str]:
+    """A tensor and all from which it is computed, constants and inputs left out, in the order of the graph."""
+    wanted, found = [name], set[str]()
+    while wanted:
+        tensor = wanted.pop()
+        if tensor in graph.makers and tensor not in found and tensor not in graph.constants:
+            found.add(tensor)
+            wanted.extend(graph.nodes[graph.makers[tensor]].input)
+    return sorted(found, key=lambda tensor: graph.makers[tensor])
+
+
+def _is_broken(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind == "f" and not np.isfinite(value).all()

@@ -1,0 +1,210 @@
+"""The calibrate stage: an FP32 ONNX file to INT8 with explicit Q/DQ, its pruned weights still exactly zero."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from calibration.activations import collect
+from calibration.batches import calibration_batches, choose_images
+from calibration.cache import CacheKey, read_cache, write_cache
+from calibration.histogram import union
+from calibration.placement import Placement, PlaceOptions, place
+from calibration.qdq import insert_qdq
+from calibration.ranges import RangeOptions, Ranges, amax_of
+from calibration.sensitivity import Kept, hold_budget, placements_of
+from exporters.external import bring_inside
+from exporters.half_range import beyond_half
+from exporters.metadata import describe_onnx, load_onnx, read_provenance, write_provenance
+from exporters.precision import to_fp16
+from pipeline.artifacts import FP32, ImageSet, OnnxModel, Preprocessing
+from pipeline.bounds import at_least
+from pipeline.data import Split, batches, identify
+from pipeline.errors import InputError
+from pipeline.files import write_atomically
+from pipeline.reports import CalibrationReport
+
+log = logging.getLogger(__name__)
+
+# Images of `select` that a budget is held on lie in memory, in at most so many bytes.
+_KEEP_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """How a model is quantised.
+
+    Attributes:
+        images: Training images that ranges are measured on.
+        batch: Images a batch.
+        method: How ranges follow from what was measured: `minmax`, `percentile`, `entropy` or `mse`.
+        percentile: For that method, in percent.
+        exclude: Patterns of names of nodes or weights that stay in higher precision.
+        quantize_outputs: Quantise also what layers hand on, so that INT8-in/INT8-out kernels can be chosen.
+        max_drop: Points of top-1 on `select` that quantising may cost; the layers that cost most stay in higher precision
+            until it holds. None quantises all.
+        seed: For the draw of images.
+    """
+
+    images: int = 512
+    batch: int = 16
+    method: str = "entropy"
+    percentile: float = 99.99
+    exclude: tuple[str, ...] = ()
+    quantize_outputs: bool = False
+    max_drop: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(1, images=self.images, batch=self.batch)
+        at_least(-100, max_drop=self.max_drop)
+        self.ranges  # noqa: B018  (their own bounds)
+
+    @property
+    def ranges(self) -> RangeOptions:
+        return RangeOptions(self.method, self.percentile)
+
+    @property
+    def place(self) -> PlaceOptions:
+        return PlaceOptions(self.exclude, self.quantize_outputs)
+
+
+@dataclass(frozen=True)
+class CalibrationImages:
+    """Images to measure ranges on, images to choose layers by, and how both are prepared."""
+
+    train: Split
+    select: Split | None
+    how: Preprocessing
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What calibration wrote, in the order of the paths asked for, by which ranges, and what it came to."""
+
+    models: tuple[OnnxModel, ...]
+    amax: Mapping[str, float]
+    report: CalibrationReport
+
+
+def calibrate(
+    onnx_model: OnnxModel,
+    source: CalibrationImages | Mapping[str, float],
+    options: CalibrateOptions,
+    paths: Mapping[str, Path],
+    cache: Path | None = None,
+) -> Calibrated:
+    """Write INT8 models.
+
+    Args:
+        onnx_model: An FP32 graph, ours or another tool's.
+        source: Images, or ranges from elsewhere by the graph's own tensor names.
+        options: How to quantise.
+        paths: Where to write, by the type of what stays in floats: `fp32` for ONNX Runtime, `fp16` for TensorRT.
+        cache: Ranges of an earlier run, consulted first; written where there are none yet.
+
+    Raises:
+        InputError: No images, activations that are not finite, a model that is quantised already or too old, a cache of
+            another model, ranges missing, or a budget that does not hold.
+    """
+    model = load_onnx(onnx_model.path)
+    bring_inside(model, onnx_model.path.parent, where=onnx_model.path)
+    placement = place(model, options.place)
+    shaped: tuple[ImageSet, ...] = ()
+    if isinstance(source, CalibrationImages):
+        chosen = choose_images(source.train, options.images, options.seed)
+        shaped = (identify(chosen),)
+        key = CacheKey(onnx_model.sha256, f"{shaped[0].sha256} {source.how}", options.ranges)
+        tensors = _tensors(model, placement, options)
+        ranges, origin = _ranges(model, tensors, placement, chosen, source.how, options, key, cache)
+    else:
+        ranges, origin = Ranges(source, {}), "imported"
+    kept = _hold(model, ranges, source, options)
+    if kept is not None and kept.layers:
+        placement = place(model, kept.options)
+    quantised = insert_qdq(model, placement, ranges.amax)
+    if (made := read_provenance(model, onnx_model.path)) is not None:
+        write_provenance(quantised, replace(made, image_sets=(*made.image_sets, *shaped)))
+    report = CalibrationReport(
+        method=options.method,
+        images=sum(s.images for s in shaped),
+        ranges_from=origin,
+        quantised_layers=len(placement.weights),
+        in_float=placement.in_float,
+        select_drop=None if kept is None else kept.drop,
+        select_images=0 if kept is None else kept.images,
+    )
+    models = tuple(_write(quantised, rest, path, ranges) for rest, path in paths.items())
+    return Calibrated(models, {a.tensor: ranges.amax[a.tensor] for a in placement.activations}, report)
+
+
+def _tensors(model: onnx.ModelProto, placement: Placement, options: CalibrateOptions) -> list[str]:
+    """What to measure: with a budget, also what only a placement without some layers quantises."""
+    placements = [placement] if options.max_drop is None else placements_of(model, options.place)
+    return list(dict.fromkeys(a.tensor for p in (placement, *placements) for a in p.activations))
+
+
+def _ranges(
+    model: onnx.ModelProto,
+    tensors: list[str],
+    placement: Placement,
+    chosen: Split,
+    how: Preprocessing,
+    options: CalibrateOptions,
+    key: CacheKey,
+    cache: Path | None,
+) -> tuple[Ranges, str]:
+    if cache is not None and cache.is_file():
+        known = read_cache(cache, key)
+        if not set(tensors) - known.amax.keys():
+            return known, "cache"
+        log.info("%s lacks tensors of these options: measured again", cache)
+    found = collect(model, tensors, calibration_batches(chosen, how, options.batch), where=model.graph.name)
+    amax = {name: amax_of(histogram, options.ranges) for name, histogram in found.items()}
+    for group in placement.tied:
+        amax |= dict.fromkeys(group, amax_of(union(found[name] for name in group), options.ranges))
+    ranges = Ranges(amax, {name: histogram.amax for name, histogram in found.items()})
+    if cache is not None:
+        write_cache(cache, key, ranges)
+    return ranges, "images"
+
+
+def _hold(
+    model: onnx.ModelProto,
+    ranges: Ranges,
+    source: CalibrationImages | Mapping[str, float],
+    options: CalibrateOptions,
+) -> Kept | None:
+    if options.max_drop is None:
+        return None
+    if not isinstance(source, CalibrationImages) or source.select is None or not len(source.select):
+        raise InputError(
+            "a budget needs labelled images to be held on",
+            fix="give --data, of which a part is set aside for choices, or leave --max-drop out",
+        )
+    how = source.how
+    most = max(1, _KEEP_BYTES // (4 * how.channels * how.height * how.width))
+    parts = list(batches(source.select.first(most, options.seed), how, options.batch))
+    images: npt.NDArray[np.float32] = np.concatenate([x for x, _ in parts])
+    labels = np.concatenate([y for _, y in parts])
+    return hold_budget(model, options.place, ranges.amax, options.max_drop, images, labels)
+
+
+def _write(quantised: onnx.ModelProto, rest: str, path: Path, ranges: Ranges) -> OnnxModel:
+    model = quantised if rest == FP32 else to_fp16(quantised, _overflowing(quantised, ranges))
+    write_atomically(path, model.SerializeToString())
+    return describe_onnx(path, model)
+
+
+def _overflowing(quantised: onnx.ModelProto, ranges: Ranges) -> Mapping[str, float]:
+    found = beyond_half(quantised, ranges.largest)
+    if found:
+        told = ", ".join(f"{name} up to {largest:.4g}" for name, largest in found.items())
+        log.warning("FP16 beside INT8: kept in FP32, for they come near 65504 or exceed it: %s", told)
+    return found

@@ -1,0 +1,374 @@
+"""Where Q/DQ pairs go, for TensorRT: read from the graph alone, before any range is known.
+
+The rules, after NVIDIA's placement recommendations for explicit quantization:
+
+- The data input and the weight of every Conv, and of every Gemm and MatMul with a constant second operand, are quantised;
+  biases stay float.
+- The output of a layer is not: between a convolution and its BatchNorm, activation or residual addition nothing may stand,
+  or they no longer fuse. Of a residual addition only the skip is quantised; when both operands come from convolutions, the
+  deeper one is fused and the other is the skip.
+- Operators that only move values (max pooling, reshapes, splits, concatenation, ...) have a pair before them and one after
+  them, of one scale, when all that read their result are quantised: the values go through them as INT8. Rounding twice with
+  one scale changes nothing. If anything else reads the result, it is moved in float, and quantised after.
+- All inputs of a concatenation have one scale, if any is quantised.
+- Averages compute, so they end such a path: their result is quantised where a layer reads it, their input is not.
+- A tensor that many read is quantised once, and dequantised once for each reader.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import onnx
+from onnx import TensorProto
+
+from calibration.graph import STANDARD, Graph, attributes_of, with_subgraphs
+from exporters.tensors import dtype_name
+from pipeline.errors import InputError, listed
+
+OLDEST_OPSET = 13
+"""The first opset whose DequantizeLinear has a scale for each channel."""
+
+_LAYERS = ("Conv", "Gemm", "MatMul")
+_QUANTISED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"}
+_ADDITIONS = {"Add", "Sum"}
+_ACTIVATIONS = {
+    "Relu",
+    "Clip",
+    "LeakyRelu",
+    "PRelu",
+    "Elu",
+    "Selu",
+    "Celu",
+    "ThresholdedRelu",
+    "Sigmoid",
+    "HardSigmoid",
+}
+_ACTIVATIONS |= {"HardSwish", "Tanh", "Softplus", "Softsign", "Mish", "Gelu", "Swish"}
+_ARITHMETIC = {"Add", "Sub", "Mul", "Div"}
+# Nodes between a tensor and the product that makes a gate of them: x * clip(x + 3, 0, 6) / 6 has three.
+_LONGEST_GATE = 4
+
+
+@dataclass(frozen=True)
+class PlaceOptions:
+    """What to quantise.
+
+    Attributes:
+        exclude: Patterns of names of nodes or weights; these layers stay in float.
+        quantize_outputs: Quantise also what a layer hands on, after the activation and addition that fuse with it, so
+            that INT8-in/INT8-out kernels can be chosen. What the graph returns stays float.
+    """
+
+    exclude: tuple[str, ...] = ()
+    quantize_outputs: bool = False
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A tensor to quantise.
+
+    Attributes:
+        tensor: Its name.
+        uses: Who reads the dequantised values: a node, as `graph.node_names` calls it, and the index of its input. All other
+            readers keep the float tensor.
+    """
+
+    tensor: str
+    uses: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class QuantisedWeight:
+    """A constant to store as INT8, with a scale for each channel along `axis`, for input `input` of `node`."""
+
+    tensor: str
+    node: str
+    input: int
+    axis: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where Q/DQ pairs go.
+
+    Attributes:
+        activations: In the order in which the graph makes them.
+        weights: One for each quantised layer, in the order of the graph.
+        tied: Groups of `activations` that must have one scale.
+        in_float: Layers that stay in float, and why.
+    """
+
+    activations: tuple[Activation, ...]
+    weights: tuple[QuantisedWeight, ...]
+    tied: tuple[tuple[str, ...], ...]
+    in_float: tuple[tuple[str, str], ...] = ()
+
+
+def place(model: onnx.ModelProto, options: PlaceOptions | None = None) -> Placement:
+    """Choose what to quantise in an FP32 graph; layers in subgraphs and local functions stay in float.
+
+    Raises:
+        InputError: The model has Q/DQ already, its opset is too old, a pattern matches no layer, or no layer can be
+            quantised.
+    """
+    options = options or PlaceOptions()
+    require_float_graph(model)
+    graph = Graph(model.graph)
+    layers = _choose(list(_layers(graph)), options.exclude)
+    chosen = {layer.node: layer for layer in layers if layer.reason is None}
+    fused = _fused_additions(graph, chosen)
+    # An edge is a node and the index of its input.
+    edges = {(node, 0) for node in chosen} | {(node, 1 - main) for node, main in fused.items()}
+    if options.quantize_outputs:
+        in_float = {layer.node for layer in layers if layer.reason is not None}
+        edges |= _output_edges(graph, chosen, fused, in_float)
+    moves = _quantised_moves(graph, edges)
+    return Placement(
+        tuple(_activations(graph, edges)),
+        tuple(QuantisedWeight(layer.weight, graph.names[layer.node], 1, layer.axis) for layer in chosen.values()),
+        tuple(_tied(graph, edges, moves)),
+        tuple((graph.names[layer.node], layer.reason) for layer in layers if layer.reason is not None),
+    )
+
+
+def require_float_graph(model: onnx.ModelProto) -> None:
+    """See that a model can be given Q/DQ.
+
+    Raises:
+        InputError: It has some already, or its opset is too old.
+    """
+    found = [
+        f"{node.op_type} {node.name or node.output[0]}"
+        for nodes in (model.graph.node, *(f.node for f in model.functions))
+        for node in with_subgraphs(nodes)
+        if node.op_type in _QUANTISED or node.op_type.startswith("QLinear")
+    ]
+    if found:
+        raise InputError(
+            "the model is already quantised", found=listed(found, 3), fix="calibrate the FP32 model it was made from"
+        )
+    opset = next((o.version for o in model.opset_import if o.domain in STANDARD), 0)
+    if opset < OLDEST_OPSET:
+        raise InputError(
+            "the model's opset is too old for Q/DQ",
+            found=f"opset {opset}",
+            fix=f"export it again with opset {OLDEST_OPSET} or later; for FP16 beside INT8, 19 or later",
+        )
+
+
+@dataclass(frozen=True)
+class _Layer:
+    node: int
+    name: str
+    weight: str
+    axis: int
+    reason: str | None = None
+
+
+def _layers(graph: Graph) -> Iterator[_Layer]:
+    """Every Conv, Gemm and MatMul; those of two activations are left out."""
+    axes: dict[str, int] = {}
+    for n, node in enumerate(graph.nodes):
+        if node.op_type not in _LAYERS or node.domain not in STANDARD:
+            continue
+        data, weight = node.input[0], node.input[1]
+        tensor = graph.constants.get(weight)
+        if tensor is None and node.op_type != "Conv":
+            continue
+        axis, reason = 0, None
+        if node.op_type != "Conv":
+            axis = 0 if attributes_of(node).get("transB") else 1
+        if tensor is None:
+            reason = "its weight is not constant"
+        elif data in graph.constants:
+            reason = "its input is constant"
+        elif tensor.data_type != TensorProto.FLOAT:
+            reason = f"its weight is {dtype_name(tensor.data_type)}, not float32"
+        elif node.op_type != "Conv" and len(tensor.dims) != 2:
+            reason = f"its weight has {len(tensor.dims)} dimensions"
+        elif weight in graph.seen_outside:
+            reason = "its weight is also read elsewhere"
+        elif axes.setdefault(weight, axis) != axis:
+            reason = "its weight is quantised along another axis for another layer"
+        yield _Layer(n, graph.names[n], weight, axis, reason)
+
+
+def _choose(layers: list[_Layer], exclude: tuple[str, ...]) -> list[_Layer]:
+    """The same layers, with a reason for those that the user excludes."""
+    idle = [g for g in exclude if not any(_matches(layer, g) for layer in layers)]
+    if idle:
+        raise InputError(
+            "no layer matches what is to be excluded",
+            found=listed(idle),
+            fix=f"choose from: {', '.join(layer.name for layer in layers) or 'no layers at all'}",
+        )
+    chosen = []
+    for layer in layers:
+        glob = next((g for g in exclude if _matches(layer, g)), None)
+        reason = layer.reason if glob is None else f"excluded by {glob!r}"
+        chosen.append(_Layer(layer.node, layer.name, layer.weight, layer.axis, reason))
+    if all(layer.reason is not None for layer in chosen):
+        raise InputError(
+            "no layer can be quantised",
+            found=listed((f"{layer.name}: {layer.reason}" for layer in chosen), 3) or "no Conv, Gemm or MatMul",
+            fix="give an FP32 model, and exclude fewer layers",
+        )
+    return chosen
+
+
+def _matches(layer: _Layer, glob: str) -> bool:
+    return fnmatch.fnmatchcase(layer.name, glob) or fnmatch.fnmatchcase(layer.weight, glob)
+
+
+def _fused_additions(graph: Graph, chosen: Mapping[int, _Layer]) -> dict[int, int]:
+    """Additions that fuse with a quantised convolution, and which of the two inputs comes from it."""
+    depth: dict[str, int] = {}
+    fused = {}
+    for n, node in enumerate(graph.nodes):
+        deepest = max((depth.get(name, 0) for name in node.input), default=0) + (node.op_type in _LAYERS)
+        depth.update((name, deepest) for name in node.output)
+        if node.op_type not in _ADDITIONS or len(set(node.input)) != 2 or len(node.input) != 2:
+            continue
+        if any(name in graph.constants for name in node.input):
+            continue
+        mains = [i for i, name in enumerate(node.input) if _convolution_behind(graph, name) in chosen]
+        if mains:
+            # Of two equally deep ones the later: when it runs, the other is done.
+            fused[n] = max(mains, key=lambda i: (depth[node.input[i]], graph.makers[node.input[i]]))
+    return fused
+
+
+def _convolution_behind(graph: Graph, tensor: str) -> int | None:
+    """The convolution that makes a tensor which only one node reads, itself or with what folds into it."""
+    while tensor in graph.makers and graph.only_reader(tensor):
+        n = graph.makers[tensor]
+        if graph.nodes[n].op_type == "Conv":
+            return n
+        if not _folds(graph, n):
+            return None
+        tensor = next(name for name in graph.nodes[n].input if name not in graph.constants)
+    return None
+
+
+def _folds(graph: Graph, n: int) -> bool:
+    """Whether a node is BatchNorm, or arithmetic with a constant: what an engine folds into the layer before."""
+    node = graph.nodes[n]
+    if node.op_type == "BatchNormalization":
+        return True
+    return node.op_type in _ARITHMETIC and sum(name not in graph.constants for name in node.input) == 1
+
+
+def _output_edges(
+    graph: Graph, chosen: Iterable[int], fused: Mapping[int, int], in_float: set[int]
+) -> set[tuple[int, int]]:
+    """Who reads what the layers hand on: all but layers in float, the graph's outputs, and moves that lead there."""
+    closed = {(n, 0) for n in in_float}
+    for n in reversed(range(len(graph.nodes))):
+        node = graph.nodes[n]
+        leads_there = any(
+            name in graph.seen_outside or any(edge in closed for edge in graph.readers.get(name, ()))
+            for name in node.output
+        )
+        constant = node.op_type == "Concat" and not graph.moves(n)
+        if constant or (leads_there and graph.moves(n)):
+            closed.update((n, i) for i in range(len(node.input)))
+    edges = set()
+    for layer in chosen:
+        for n, i in graph.readers.get(_end_of_fusion(graph, layer, fused), ()):
+            unfused = graph.nodes[n].op_type in _ACTIVATIONS or n in fused
+            if (n, i) not in closed and not unfused and graph.nodes[n].op_type not in ("Shape", "Size"):
+                edges.add((n, i))
+    # What is joined has one scale, so all of it is quantised.
+    for n in {n for n, _ in edges if graph.nodes[n].op_type == "Concat"}:
+        edges.update((n, i) for i in graph.moved_inputs(n))
+    return edges
+
+
+def _end_of_fusion(graph: Graph, layer: int, fused: Mapping[int, int]) -> str:
+    """What a layer hands on after all that fuses with it: BatchNorm, a residual addition, an activation."""
+    tensor: str = graph.nodes[layer].output[0]
+    while (reader := graph.only_reader(tensor)) and _folds(graph, reader[0]):
+        tensor = graph.nodes[reader[0]].output[0]
+    if reader and fused.get(reader[0]) == reader[1]:
+        tensor = graph.nodes[reader[0]].output[0]
+        reader = graph.only_reader(tensor)
+    if reader and graph.nodes[reader[0]].op_type in _ACTIVATIONS:
+        return str(graph.nodes[reader[0]].output[0])
+    return _gated(graph, tensor) or tensor
+
+
+def _gated(graph: Graph, tensor: str) -> str | None:
+    """The product of a tensor and a function of itself (SiLU, hard swish in parts), if that is all that reads it."""
+    readers = {n for n, _ in graph.readers.get(tensor, ())}
+    if len(readers) != 2 or tensor in graph.seen_outside:
+        return None
+    for first in readers:
+        (product,) = readers - {first}
+        n = first
+        for _ in range(_LONGEST_GATE):
+            if graph.nodes[n].op_type not in _ACTIVATIONS and not _folds(graph, n):
+                break
+            reader = graph.only_reader(graph.nodes[n].output[0])
+            if reader is None:
+                break
+            n = reader[0]
+            if n == product and graph.nodes[n].op_type == "Mul":
+                gated: str = graph.nodes[n].output[0]
+                after = graph.only_reader(gated)
+                # The division by 6.
+                divides = after is not None and graph.nodes[after[0]].op_type in ("Mul", "Div")
+                return graph.nodes[after[0]].output[0] if after and divides and _folds(graph, after[0]) else gated
+    return None
+
+
+def _quantised_moves(graph: Graph, edges: set[tuple[int, int]]) -> set[int]:
+    """Nodes that move INT8 values; adds the edges where such paths begin to `edges`."""
+    moves: set[int] = set()
+    for n in reversed(range(len(graph.nodes))):
+        outputs = [name for name in graph.nodes[n].output if name]
+        readers = [edge for name in outputs for edge in graph.readers.get(name, ())]
+        if not graph.moves(n) or not readers or graph.seen_outside.intersection(outputs):
+            continue
+        if all((r, i) in edges or (r in moves and i in graph.moved_inputs(r)) for r, i in readers):
+            moves.add(n)
+            if graph.nodes[n].op_type == "Concat":
+                edges.update((n, i) for i in graph.moved_inputs(n))
+    for n in moves:
+        if graph.makers.get(graph.nodes[n].input[0]) not in moves:
+            edges.add((n, 0))
+    return moves
+
+
+def _activations(graph: Graph, edges: set[tuple[int, int]]) -> Iterator[Activation]:
+    made = [name for node in graph.nodes for name in node.output]
+    for tensor in (*graph.inputs, *made):
+        uses = tuple((graph.names[n], i) for n, i in graph.readers.get(tensor, ()) if (n, i) in edges)
+        if uses:
+            yield Activation(tensor, uses)
+
+
+def _tied(graph: Graph, edges: set[tuple[int, int]], moves: set[int]) -> Iterator[tuple[str, ...]]:
+    """Groups of quantised tensors with one scale, in the order in which the graph makes them."""
+    group_of: dict[str, set[str]] = {}
+
+    def tie(tensors: Iterable[str]) -> None:
+        merged = set[str]().union(*(group_of.get(tensor, {tensor}) for tensor in tensors))
+        group_of.update((tensor, merged) for tensor in merged)
+
+    for n, node in enumerate(graph.nodes):
+        moved = [node.input[i] for i in graph.moved_inputs(n)] if n in moves or node.op_type == "Concat" else []
+        if n in moves:
+            tie([*moved, *(name for name in node.output if name)])
+        elif moved and (n, 0) in edges:
+            tie(moved)
+    quantised = [a.tensor for a in _activations(graph, edges)]
+    seen: set[str] = set()
+    for tensor in quantised:
+        if tensor not in seen:
+            group = tuple(other for other in quantised if other in group_of.get(tensor, ()))
+            seen.update(group)
+            if len(group) > 1:
+                yield group

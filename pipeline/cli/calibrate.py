@@ -1,0 +1,129 @@
+"""`calibrate`: an FP32 ONNX file to INT8 with explicit Q/DQ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli import options
+from pipeline.cli.gates import GateError
+
+if TYPE_CHECKING:
+    from calibration.calibrate import CalibrationImages
+    from pipeline.reports import CalibrationReport
+
+_EXAMPLES = """Examples:\n
+  maskplan calibrate build/r50/sparse.onnx --data imagenet -o sparse.int8.onnx\n
+  maskplan calibrate sparse.onnx --data imagenet --rest fp16 --quantize-outputs -o for_tensorrt.onnx\n
+  maskplan calibrate sparse.onnx --data imagenet --max-drop 0.5 --cache ranges.json
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command(epilog=_EXAMPLES)(calibrate)
+
+
+def calibrate(
+    model: Annotated[Path, typer.Argument(help="An FP32 ONNX file of any tool.", show_default=False)],
+    data: options.Data = None,
+    out: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The INT8 file; MODEL.int8.onnx by default.")
+    ] = None,
+    rest: Annotated[str, typer.Option(help="What stays in floats: fp32 for ONNX Runtime, fp16 for TensorRT.")] = "fp32",
+    images: Annotated[int, typer.Option(min=1, help="Training images to measure ranges on.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 16,
+    method: Annotated[str, typer.Option(help="minmax, percentile, entropy or mse.")] = "entropy",
+    percentile: Annotated[float, typer.Option(help="With --method percentile.")] = 99.99,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Pattern of node or weight names to leave in floats; repeatable.")
+    ] = None,
+    quantize_outputs: Annotated[
+        bool, typer.Option(help="Quantise what layers hand on too, for INT8-in/INT8-out kernels.")
+    ] = False,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="Points of top-1 it may cost on images set aside; the worst layers stay in floats until then."
+        ),
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Ranges (JSON): taken if there, else written.")] = None,
+    import_trt_cache: Annotated[
+        Path | None, typer.Option(help="Take the ranges of TensorRT's text cache; needs no images.")
+    ] = None,
+    export_trt_cache: Annotated[Path | None, typer.Option(help="Write the ranges as TensorRT's text cache.")] = None,
+    mean: Annotated[str | None, typer.Option(help="For a foreign ONNX file: mean a channel.")] = None,
+    std: Annotated[str | None, typer.Option(help="For a foreign ONNX file: deviation a channel.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draw of images, and of the part set aside.")] = 0,
+    report: options.Report = None,
+) -> None:
+    """Quantise an ONNX file to INT8 with explicit Q/DQ, so that weights that are 2:4 stay so; exit code 1 if they do not."""
+    from calibration.cache import read_tensorrt_cache, write_tensorrt_cache
+    from calibration.calibrate import CalibrateOptions
+    from calibration.calibrate import calibrate as calibrate_stage
+    from exporters.conformance import CheckOptions, check_2to4
+    from exporters.metadata import describe_onnx
+    from pipeline.artifacts import FP16, FP32
+    from pipeline.errors import InputError
+    from pipeline.files import write_json
+    from pipeline.records import encode
+
+    if rest not in (FP32, FP16):
+        raise InputError(f"unknown --rest {rest!r}", fix="choose fp32 or fp16")
+    how = CalibrateOptions(images, batch, method, percentile, tuple(exclude or ()), quantize_outputs, max_drop, seed)
+    described = describe_onnx(model)
+    source: CalibrationImages | dict[str, float]
+    if import_trt_cache is not None:
+        source = read_tensorrt_cache(import_trt_cache)[1]
+    else:
+        source = _images(model, data, mean, std, seed)
+    target = out or model.with_name(f"{model.stem}.int8.onnx")
+    done = calibrate_stage(described, source, how, {rest: target}, cache)
+    if export_trt_cache is not None:
+        write_tensorrt_cache(export_trt_cache, done.amax)
+    if report is not None:
+        write_json(report, encode(done.report))
+    left = f", {len(done.report.in_float)} in {rest}" if done.report.in_float else ""
+    print(f"{target}: {done.report.quantised_layers} layers in INT8{left}; ranges by {_origin(done.report)}")
+    for name, why in done.report.in_float:
+        print(f"  {name}: {why}")
+    if done.report.select_drop is not None:
+        print(f"top-1 {done.report.select_drop:+.2f} points lost on {done.report.select_images} images set aside")
+    made = described.provenance
+    if made is not None and made.masked:
+        verdict = check_2to4(target, CheckOptions(pattern=made.pattern or "2:4"))
+        print(f"conformance {verdict.verdict}: {verdict.conforming} of {verdict.eligible} eligible weights")
+        if not verdict.passed:
+            raise GateError(f"{target}: {verdict.reason}")
+
+
+def _images(model: Path, data: Path | None, mean: str | None, std: str | None, seed: int) -> CalibrationImages:
+    from calibration.calibrate import CalibrationImages
+    from pipeline.bundled.digits import load_digits
+    from pipeline.data import open_folder
+    from pipeline.errors import InputError
+    from pipeline.models import BUNDLED
+    from pipeline.sides import open_side, shared_preprocessing
+
+    with open_side(model) as side:
+        prepared = shared_preprocessing([side], mean, std)
+        made, classes = side.provenance, side.classes
+    if data is not None:
+        found = open_folder(data, made.labels if made else (), classes, seed)
+    elif made is not None and made.model == BUNDLED and classes == 10:
+        found = load_digits()
+    else:
+        raise InputError(
+            "no images to calibrate on",
+            where=model,
+            fix="give --data DIR with train/ and val/, or --import-trt-cache FILE",
+        )
+    return CalibrationImages(found.train, found.select, prepared)
+
+
+def _origin(report: CalibrationReport) -> str:
+    if report.images and report.ranges_from == "images":
+        return f"{report.method} on {report.images} images"
+    return "TensorRT's cache" if report.ranges_from == "imported" else "the cache"
