@@ -57,6 +57,15 @@ changed. Recalibrated rows have BatchNorm statistics of 10,000 training images, 
 Drops, in points of top-1 with paired 95% intervals, are against the better of dense and dense recalibrated, on the 10,000
 test images, which nothing else has seen."""
 
+_INT8 = """## INT8: {model}
+
+On ONNX Runtime, ranges of {images} training images. The method was chosen on `select` ({dense} for dense, {sparse} for
+sparse); top-1 there: {methods}. Drops are against dense FP32; sparse INT8 loses {drop:+.2f} points ({low:+.2f} to
+{high:+.2f}) against sparse FP32. `{command}`
+
+| network | top-1 % | drop | 95% |
+|---|---|---|---|"""
+
 _ABLATION = """## What each part of the recipe buys
 
 One part of our recipe changed at a time; masks judged on the `select` part ({images} images cut from the training images),
@@ -161,7 +170,29 @@ def _exchange(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield "\n".join([head, *lines])
 
 
-_SECTIONS = {"accuracy": _accuracy, "ablation": _ablations, "reported": _reported, "exchange": _exchange}
+def _int8(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for run in runs:
+        chosen = {kind: row["chosen"] for kind, row in run["select_top1"].items()}
+        methods = "; ".join(
+            f"{kind}: " + ", ".join(f"{row} {value:.2f}%" for row, value in rows.items() if row != "chosen")
+            for kind, rows in run["select_top1"].items()
+        )
+        against = run["sparse_int8_against_sparse_fp32"]
+        head = _INT8.format(
+            model=run["model"],
+            images=run["calibration_images"],
+            dense=chosen["dense"],
+            sparse=chosen["sparse"],
+            methods=methods,
+            drop=against["drop"],
+            low=against["drop_ci95"][0],
+            high=against["drop_ci95"][1],
+            command=run["command"],
+        )
+        yield "\n".join([head, *_rows(run)])
+
+
+_SECTIONS = {"accuracy": _accuracy, "int8": _int8, "ablation": _ablations, "reported": _reported, "exchange": _exchange}
 
 
 if __name__ == "__main__":
