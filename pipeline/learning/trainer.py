@@ -163,7 +163,9 @@ class Learner:
                 self._step(batch, fraction, progress)
                 spent = self._is_spent(progress)
                 ends = batch.ends_epoch or spent
-                if progress.steps == first_step + _ESTIMATE_AFTER:
+                if progress.steps == first_step + 1:
+                    begun = time.monotonic()  # the first step compiles
+                if progress.steps == first_step + 1 + _ESTIMATE_AFTER:
                     minutes = (time.monotonic() - begun) / _ESTIMATE_AFTER * (total - progress.steps) / 60
                     log.info("about %.1f minutes to go", minutes)
                 if ends or progress.steps % _LOG_EVERY == 0:
