@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ from pipeline.permutation.search import SearchOptions, kept, search, steps
 from pipeline.report import versions
 from pipeline.timing import cpu_name
 
-# Efforts on Apex' matrix: the last is the first tenfold and tenfold again.
-EFFORTS = (0.5, 2.0, 5.0, 20.0)
+# Efforts on Apex' matrix.
+EFFORTS = (0.25, 1.0, 4.0, 16.0)
 SEEDS = range(2, 22)
 # From the README beside Apex' search: efficacy, seconds and where.
 APEX = (
@@ -77,7 +78,7 @@ def apex_matrix() -> dict[str, Any]:
 
 def other_seeds() -> dict[str, Any]:
     """One search each of matrices that nothing was tuned on."""
-    effort = 5.0
+    effort = 4.0
     results = [timed(uniform(seed), SearchOptions(effort=effort, restarts=1)) for seed in SEEDS]
     return {"matrices": f"seeds {SEEDS[0]} to {SEEDS[-1]}", "cores": 1, "effort": effort, **summary(results)}
 
@@ -178,7 +179,7 @@ def main() -> None:
             "device": cpu_name(),
             "cores": os.cpu_count(),
             "load_before": round(load, 2),
-            "versions": versions(),
+            "versions": {**versions(), "numba": metadata.version("numba")},
             **found,
         }
         write_json(path, result)

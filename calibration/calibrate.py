@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 
 from calibration.activations import collect
 from calibration.batches import calibration_batches, choose_images
 from calibration.cache import CacheKey, read_cache, write_cache
+from calibration.graph import STANDARD
 from calibration.histogram import union
 from calibration.placement import Placement, PlaceOptions, place
 from calibration.qdq import insert_qdq
@@ -23,7 +23,7 @@ from exporters.external import bring_inside
 from exporters.half_range import beyond_half
 from exporters.metadata import describe_onnx, load_onnx, read_provenance, write_provenance
 from exporters.precision import to_fp16
-from pipeline.artifacts import FP32, ImageSet, OnnxModel, Preprocessing
+from pipeline.artifacts import FP16, FP32, ImageSet, OnnxModel, Preprocessing
 from pipeline.bounds import at_least
 from pipeline.data import Split, batches, identify
 from pipeline.errors import InputError
@@ -31,6 +31,9 @@ from pipeline.files import write_atomically
 from pipeline.reports import CalibrationReport
 
 log = logging.getLogger(__name__)
+
+FP16_SCALES_OPSET = 19
+"""The first opset whose Q/DQ take FP16 scales."""
 
 # Images of `select` that a budget is held on lie in memory, in at most so many bytes.
 _KEEP_BYTES = 512 * 2**20
@@ -116,31 +119,41 @@ def calibrate(
     model = load_onnx(onnx_model.path)
     bring_inside(model, onnx_model.path.parent, where=onnx_model.path)
     placement = place(model, options.place)
-    shaped: tuple[ImageSet, ...] = ()
+    select = _held_on(source, options)
+    if FP16 in paths:
+        _require_fp16_scales(model)
+    shaped: list[ImageSet] = []
+    kept = None
     if isinstance(source, CalibrationImages):
         chosen = choose_images(source.train, options.images, options.seed)
-        shaped = (identify(chosen),)
+        shaped.append(identify(chosen))
         key = CacheKey(onnx_model.sha256, f"{shaped[0].sha256} {source.how}", options.ranges)
         tensors = _tensors(model, placement, options)
-        ranges, origin = _ranges(model, tensors, placement, chosen, source.how, options, key, cache)
+        where = onnx_model.path
+        ranges, origin = _ranges(model, tensors, placement, chosen, source.how, options, key, cache, where)
+        if select is not None and options.max_drop is not None:
+            parts = zip(*batches(select, source.how, options.batch), strict=True)
+            images, labels = (np.concatenate(part) for part in parts)
+            kept = hold_budget(model, options.place, ranges.amax, options.max_drop, images, labels)
+            placement = _placed_as(model, kept)
+            shaped.append(identify(select))
     else:
         ranges, origin = Ranges(source, {}), "imported"
-    kept = _hold(model, ranges, source, options)
-    if kept is not None and kept.layers:
-        placement = place(model, kept.options)
     quantised = insert_qdq(model, placement, ranges.amax)
     if (made := read_provenance(model, onnx_model.path)) is not None:
-        write_provenance(quantised, replace(made, image_sets=(*made.image_sets, *shaped)))
+        write_provenance(quantised, replace(made, image_sets=tuple(dict.fromkeys((*made.image_sets, *shaped)))))
     report = CalibrationReport(
         method=options.method,
-        images=sum(s.images for s in shaped),
+        images=shaped[0].images if shaped else 0,
         ranges_from=origin,
         quantised_layers=len(placement.weights),
         in_float=placement.in_float,
         select_drop=None if kept is None else kept.drop,
         select_images=0 if kept is None else kept.images,
     )
-    models = tuple(_write(quantised, rest, path, ranges) for rest, path in paths.items())
+    # All are made before one is written.
+    protos = [_beside(quantised, rest, ranges) for rest in paths]
+    models = tuple(_write(proto, path) for proto, path in zip(protos, paths.values(), strict=True))
     return Calibrated(models, {a.tensor: ranges.amax[a.tensor] for a in placement.activations}, report)
 
 
@@ -159,13 +172,14 @@ def _ranges(
     options: CalibrateOptions,
     key: CacheKey,
     cache: Path | None,
+    where: Path,
 ) -> tuple[Ranges, str]:
     if cache is not None and cache.is_file():
         known = read_cache(cache, key)
         if not set(tensors) - known.amax.keys():
             return known, "cache"
         log.info("%s lacks tensors of these options: measured again", cache)
-    found = collect(model, tensors, calibration_batches(chosen, how, options.batch), where=model.graph.name)
+    found = collect(model, tensors, calibration_batches(chosen, how, options.batch), where=where)
     amax = {name: amax_of(histogram, options.ranges) for name, histogram in found.items()}
     for group in placement.tied:
         amax |= dict.fromkeys(group, amax_of(union(found[name] for name in group), options.ranges))
@@ -175,29 +189,46 @@ def _ranges(
     return ranges, "images"
 
 
-def _hold(
-    model: onnx.ModelProto,
-    ranges: Ranges,
-    source: CalibrationImages | Mapping[str, float],
-    options: CalibrateOptions,
-) -> Kept | None:
+def _held_on(source: CalibrationImages | Mapping[str, float], options: CalibrateOptions) -> Split | None:
+    """The images of `select` that a budget is held on, few enough for memory; None where there is no budget."""
     if options.max_drop is None:
         return None
+    given = isinstance(source, CalibrationImages)
     if not isinstance(source, CalibrationImages) or source.select is None or not len(source.select):
         raise InputError(
             "a budget needs labelled images to be held on",
-            fix="give --data, of which a part is set aside for choices, or leave --max-drop out",
+            found="none are set aside" if given else "ranges from elsewhere, without images",
+            fix="give --data with two images or more of some class in train/, or leave --max-drop out",
         )
     how = source.how
     most = max(1, _KEEP_BYTES // (4 * how.channels * how.height * how.width))
-    parts = list(batches(source.select.first(most, options.seed), how, options.batch))
-    images: npt.NDArray[np.float32] = np.concatenate([x for x, _ in parts])
-    labels = np.concatenate([y for _, y in parts])
-    return hold_budget(model, options.place, ranges.amax, options.max_drop, images, labels)
+    return source.select.first(most, options.seed)
 
 
-def _write(quantised: onnx.ModelProto, rest: str, path: Path, ranges: Ranges) -> OnnxModel:
-    model = quantised if rest == FP32 else to_fp16(quantised, _overflowing(quantised, ranges))
+def _require_fp16_scales(model: onnx.ModelProto) -> None:
+    # Told before images are run, not after.
+    opset = next((o.version for o in model.opset_import if o.domain in STANDARD), 0)
+    if opset < FP16_SCALES_OPSET:
+        raise InputError(
+            "the model's opset is too old for FP16 beside INT8",
+            found=f"opset {opset}",
+            fix=f"export it again with opset {FP16_SCALES_OPSET} or later, or choose FP32 for the rest",
+        )
+
+
+def _placed_as(model: onnx.ModelProto, kept: Kept) -> Placement:
+    """The placement that holds the budget; its reasons do not blame the user's patterns for what the budget left."""
+    placement = place(model, kept.options)
+    reasons = dict.fromkeys(kept.layers, "left for the budget, being the most sensitive")
+    return replace(placement, in_float=tuple((name, reasons.get(name, why)) for name, why in placement.in_float))
+
+
+def _beside(quantised: onnx.ModelProto, rest: str, ranges: Ranges) -> onnx.ModelProto:
+    """The model with what is not INT8 in one type of floats."""
+    return quantised if rest == FP32 else to_fp16(quantised, _overflowing(quantised, ranges))
+
+
+def _write(model: onnx.ModelProto, path: Path) -> OnnxModel:
     write_atomically(path, model.SerializeToString())
     return describe_onnx(path, model)
 

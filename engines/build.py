@@ -10,6 +10,7 @@ from pathlib import Path
 from engines.base import Engine
 from engines.ort import OrtEngine, build_ort
 from engines.sidecar import read_engine, write_sidecar
+from engines.trt.calibrator import ImplicitInt8
 from engines.trt.options import TrtOptions
 from pipeline.artifacts import EngineFile, OnnxModel, Profile
 from pipeline.errors import InputError
@@ -35,12 +36,14 @@ class BuildOptions:
         profiles: Batch sizes, the range and the tuned one; TensorRT tunes for `opt`.
         sparse_weights: Let the builder use sparse kernels where weights are 2:4.
         trt: What only TensorRT has.
+        implicit: Images for TensorRT 10's implicit INT8 mode; None builds in the graph's own types.
     """
 
     backend: str
     profiles: tuple[Profile, ...] = DEFAULT_PROFILES
     sparse_weights: bool = True
     trt: TrtOptions = field(default_factory=TrtOptions)
+    implicit: ImplicitInt8 | None = None
 
 
 _Builder = Callable[[OnnxModel, BuildOptions, Path], EngineFile]
@@ -53,7 +56,7 @@ def _build_onnxruntime(onnx_model: OnnxModel, options: BuildOptions, out: Path) 
 def _build_tensorrt(onnx_model: OnnxModel, options: BuildOptions, out: Path) -> EngineFile:
     from engines.trt.build import build_trt
 
-    return build_trt(onnx_model, options.profiles, options.sparse_weights, options.trt, out)
+    return build_trt(onnx_model, options.profiles, options.sparse_weights, options.trt, out, options.implicit)
 
 
 def _open_tensorrt(engine: EngineFile) -> Engine:
@@ -82,9 +85,11 @@ def choose_backend(asked: str) -> tuple[str, str]:
         raise InputError(f"unknown backend {asked!r}", fix=f"choose one of {', '.join([AUTO, *BACKENDS])}")
     if not _is_installed("tensorrt"):
         return ONNXRUNTIME, "TensorRT is not installed"
+    if not _is_installed("pycuda"):
+        return ONNXRUNTIME, "TensorRT is installed, but pycuda, which runs its engines, is not"
     if not _has_gpu():
-        return ONNXRUNTIME, "TensorRT is installed, but there is no NVIDIA driver"
-    return TENSORRT, "TensorRT and an NVIDIA driver are here"
+        return ONNXRUNTIME, "TensorRT and pycuda are installed, but there is no NVIDIA driver"
+    return TENSORRT, "TensorRT, pycuda and an NVIDIA driver are here"
 
 
 def _is_installed(package: str) -> bool:

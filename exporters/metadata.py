@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from pathlib import Path
 
 import onnx
 
-from pipeline.artifacts import OnnxModel, Provenance, TensorSpec
+from exporters.weights import weight_uses
+from pipeline.artifacts import FP16, FP32, INT8, OnnxModel, Provenance, TensorSpec
 from pipeline.errors import InputError
 from pipeline.files import read_bytes, sha256_of
 from pipeline.records import decode, encode
@@ -24,6 +27,8 @@ _DTYPES = {
     onnx.TensorProto.INT64: "int64",
     onnx.TensorProto.BOOL: "bool",
 }
+BF16 = "bf16"
+_PRECISIONS = {onnx.TensorProto.FLOAT: FP32, onnx.TensorProto.FLOAT16: FP16, onnx.TensorProto.BFLOAT16: BF16}
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:
@@ -74,18 +79,19 @@ def describe_onnx(path: Path, model: onnx.ModelProto | None = None) -> OnnxModel
 
 
 def precision_of(model: onnx.ModelProto) -> str:
-    """`int8` with Q/DQ, else `fp16` when most weights are half precision, else `fp32`."""
+    """`int8` with Q/DQ, else what most nodes multiply by: `fp32`, `fp16` or `bf16`.
+
+    Convolutions and matrix products are counted, not their elements, for a few that were kept in FP32 may hold most of them;
+    of two as frequent the narrower. A file without such nodes is what most elements of its tensors are.
+    """
     if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
-        return "int8"
-    sizes = {"fp16": 0, "fp32": 0}
-    for tensor in model.graph.initializer:
-        kind = {onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.FLOAT: "fp32"}.get(tensor.data_type)
-        if kind:
-            size = 1
-            for length in tensor.dims:
-                size *= length
-            sizes[kind] += size
-    return "fp16" if sizes["fp16"] > sizes["fp32"] else "fp32"
+        return INT8
+    counts = Counter(_PRECISIONS.get(use.tensor.data_type) for use in weight_uses(model) if use.tensor is not None)
+    if not any(counts[name] for name in _PRECISIONS.values()):
+        for tensor in model.graph.initializer:
+            counts[_PRECISIONS.get(tensor.data_type)] += math.prod(tensor.dims)
+    narrow = max((FP16, BF16), key=lambda name: counts[name])
+    return narrow if counts[narrow] and counts[narrow] >= counts[FP32] else FP32
 
 
 def write_provenance(model: onnx.ModelProto, provenance: Provenance) -> None:

@@ -56,12 +56,13 @@ def deploy(engine_paths: Path | Sequence[Path], options: DeployOptions, golden: 
         golden: An input (batch included) and the output that the engine gave for it, to lie beside the engine.
 
     Raises:
-        InputError: An engine is untrained or not what its sidecar says, the engines are not of one model, Triton cannot
-            serve them as asked, or their inputs and outputs differ from those that are served under this name.
+        InputError: An engine is untrained, without weights or not what its sidecar says, the engines are not of one model,
+            Triton cannot serve them as asked, or their inputs and outputs differ from those that are served under this name.
         HostError: The repository cannot be written.
     """
     paths = [engine_paths] if isinstance(engine_paths, Path) else list(engine_paths)
     engines = [read_engine(path) for path in paths]
+    _require_weights(engines)
     _require_trained(engines, options)
     _require_one_model(engines)
     folder = model_folder(options.repository, options.name)
@@ -89,6 +90,16 @@ def _deploy(engines: Sequence[EngineFile], options: DeployOptions, golden: Golde
         written.append(folder / labels[0])
     write_atomically(config, text.encode())
     return Deployment(folder, version, platform_of(engines[0]), tuple(written))
+
+
+def _require_weights(engines: Sequence[EngineFile]) -> None:
+    stripped = [e.path for e in engines if e.stripped]
+    if stripped:
+        raise InputError(
+            "the plan is stripped of its weights, and Triton does not refit plans",
+            where=listed(stripped),
+            fix="build it without --stripped",
+        )
 
 
 def _require_trained(engines: Sequence[EngineFile], options: DeployOptions) -> None:

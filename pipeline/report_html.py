@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
+from engines.evidence import DENSE, SPARSE, UNKNOWN, totals
 from pipeline import plots
 from pipeline.artifacts import LayerSparsity
 from pipeline.report import RunReport
@@ -49,17 +51,25 @@ def headline(report: RunReport) -> tuple[str, str]:
     )
 
 
-def _ran(layer: LayerSparsity | None) -> str:
-    if layer is None:
-        return "unknown"
-    return f"{layer.state}: {layer.reason.replace('_', ' ')}" if layer.reason else layer.state
+def _ran(layers: Sequence[LayerSparsity]) -> str:
+    """The state of a node in all layers that name it, as `totals` has it for a layer's profiles, and why if it is dense."""
+    counted = totals(layers)
+    if counted.sparse:
+        return SPARSE
+    if counted.unknown or not counted.dense:
+        return UNKNOWN
+    why = next((layer.reason for layer in layers if layer.reason), None)
+    return f"{DENSE}: {why.replace('_', ' ')}" if why else DENSE
 
 
 def layer_rows(report: RunReport) -> list[dict[str, Any]]:
     """One row a weight of the engine's ONNX file: conformance, and how much its mask keeps."""
     masked = {m.name: m for m in report.masks.masked}
     reasons = {d.name: d.reason for d in report.masks.dense}
-    ran = {node: layer for layer in report.engine.layers for node in layer.nodes or (layer.name,)}
+    ran: dict[str, list[LayerSparsity]] = {}
+    for layer in report.engine.layers:
+        for node in layer.nodes or (layer.name,):
+            ran.setdefault(node, []).append(layer)
     rows = []
     for weight in report.conformance.weights:
         mask = masked.get(weight.name)
@@ -69,7 +79,7 @@ def layer_rows(report: RunReport) -> list[dict[str, Any]]:
                 "why": weight.reason or reasons.get(weight.name, ""),
                 "kept": mask.kept if mask else None,
                 "best": mask.kept_best if mask else None,
-                "ran": _ran(ran.get(weight.node)) if ran else "",
+                "ran": _ran(ran.get(weight.node, ())) if ran else "",
             }
         )
     return rows

@@ -90,6 +90,8 @@ def run(options: LineOptions) -> Finished:
         job = stages.Job(ws, options.model, options.recipe, options.device)
         dense = stages.load(job)
         data = _data(options, dense)
+        if precision == INT8 and data is None:
+            raise InputError("INT8 needs images to calibrate on", fix="give --data DIR with train/ and val/")
         images = stages.look_at_images(job, data, dense) if data is not None else None
         how = _method(options.masks, options.recipe.mask.method, data)
         # The dense model first: one that cannot be exported is found out before masks are learned for it.

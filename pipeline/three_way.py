@@ -6,7 +6,10 @@ measurements are noisy. A gain counts when it is larger than that.
 
 from __future__ import annotations
 
+import re
+import shutil
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from engines.base import Classifier
-from engines.build import SUFFIX, BuildOptions, build_engine
-from engines.sidecar import read_engine
+from engines.build import SUFFIX, TENSORRT, BuildOptions, build_engine
+from engines.sidecar import read_engine, sidecar_path
+from engines.trt.options import TrtOptions
 from pipeline.artifacts import EngineFile, OnnxModel
 from pipeline.bounds import at_least
-from pipeline.errors import InputError, listed
+from pipeline.errors import InputError, host_error, listed
 from pipeline.in_turn import Clock, TimeOptions, run_in_turn
 from pipeline.progress import track
 from pipeline.reports import GpuClocks
@@ -26,6 +30,11 @@ from pipeline.reports import GpuClocks
 DENSE, PRUNED, SPARSE = "dense", "pruned", "sparse"
 KINDS = (DENSE, PRUNED, SPARSE)
 LEAST_BUILDS = 3
+
+_NAME = re.compile(rf"({'|'.join(KINDS)})\.\d+({'|'.join(map(re.escape, SUFFIX.values()))})")
+_BUILDING = ".building"
+_BUILD_AGAIN = "maskplan build PRUNED.onnx --three-way DENSE.onnx -o DIR"
+_OF_A_GRAPH = ("ONNX file", "precision")
 
 
 @dataclass(frozen=True)
@@ -39,8 +48,9 @@ class ThreeWayBatch:
         p50_ms: Medians by kind, one for each build.
         gain: How much longer pruned takes with the flag off than on: the ratio of the builds' medians, less one.
         spread: The largest such figure between two builds of one kind.
-        is_faster: The gain exceeds the spread.
+        is_faster: The gain exceeds the spread, and there are sparse kernels that it can come from.
         clocks: The GPU's, while these engines ran; None without one.
+        note: Why no gain can come from sparse kernels here; empty where it can.
     """
 
     batch: int
@@ -51,6 +61,36 @@ class ThreeWayBatch:
     spread: float
     is_faster: bool
     clocks: GpuClocks | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class OneBuild:
+    """What one of the engines is built from; `name` is that of its file without the suffix."""
+
+    kind: str
+    name: str
+    model: OnnxModel
+    sparse_weights: bool
+
+
+def planned_builds(
+    dense: OnnxModel, pruned: OnnxModel, options: TrtOptions, builds: int = LEAST_BUILDS
+) -> tuple[OneBuild, ...]:
+    """All builds, the kinds in turn.
+
+    The timing cache is left out: builds that share it would agree by copying each other.
+
+    Raises:
+        InputError: A timing cache is asked for, or fewer than three builds.
+    """
+    at_least(LEAST_BUILDS, builds=builds)
+    if options.timing_cache is not None:
+        raise InputError("builds that share a timing cache show no spread", fix="leave --timing-cache out")
+    sources = {DENSE: (dense, False), PRUNED: (pruned, False), SPARSE: (pruned, True)}
+    return tuple(
+        OneBuild(kind, f"{kind}.{number}", *source) for number in range(builds) for kind, source in sources.items()
+    )
 
 
 def build_three_way(
@@ -58,43 +98,102 @@ def build_three_way(
 ) -> dict[str, tuple[EngineFile, ...]]:
     """Build all three kinds, in turn, into a folder: `dense.0.plan` and so on, with sidecars.
 
-    The timing cache is left out: builds that share it would agree by copying each other.
+    Engines of these names that lie there already go when the last new one is built, so that old and new never mix.
 
     Raises:
-        InputError: As of the backend, or fewer than three builds.
+        InputError: As of the backend, or of `planned_builds`.
+        HostError: As of the backend, or the folder cannot be written.
     """
-    at_least(LEAST_BUILDS, builds=builds)
-    if options.trt.timing_cache is not None:
-        raise InputError("builds that share a timing cache show no spread", fix="leave --timing-cache out")
-    sources = {DENSE: (dense, False), PRUNED: (pruned, False), SPARSE: (pruned, True)}
+    building, suffix = folder / _BUILDING, SUFFIX[options.backend]
     made: dict[str, list[EngineFile]] = {kind: [] for kind in KINDS}
-    for number in range(builds):
-        for kind, (model, sparse_weights) in sources.items():
-            out = folder / f"{kind}.{number}{SUFFIX[options.backend]}"
-            made[kind].append(build_engine(model, replace(options, sparse_weights=sparse_weights), out))
+    planned = planned_builds(dense, pruned, options.trt, builds)
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        for one in planned:
+            out = building / f"{one.name}{suffix}"
+            engine = build_engine(one.model, replace(options, sparse_weights=one.sparse_weights), out)
+            made[one.kind].append(replace(engine, path=folder / out.name))
+        _replace_engines(folder, building)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
     return {kind: tuple(engines) for kind, engines in made.items()}
 
 
+def _replace_engines(folder: Path, building: Path) -> None:
+    """First remove, then move: whenever this is cut short, engines are missing, and none is of another build."""
+    try:
+        for path in _engines_in(folder):
+            path.unlink()
+            sidecar_path(path).unlink(missing_ok=True)
+        for path in _engines_in(building):
+            sidecar_path(path).replace(sidecar_path(folder / path.name))
+            path.replace(folder / path.name)
+    except OSError as error:
+        raise host_error(error, where=folder) from error
+
+
+def _engines_in(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("*") if _NAME.fullmatch(p.name))
+
+
 def read_three_way(folder: Path) -> dict[str, tuple[EngineFile, ...]]:
-    """The engines that `build_three_way` left in a folder.
+    """The engines that `build_three_way` left in a folder, or others of these names that can be held against each other.
 
     Raises:
-        InputError: Some are missing, or are not what their sidecars describe.
+        InputError: Some are missing, are not what their sidecars describe, or differ in more than they should.
     """
-    found = {kind: sorted(p for p in folder.glob(f"{kind}.*") if p.suffix in SUFFIX.values()) for kind in KINDS}
+    found = {kind: [p for p in _engines_in(folder) if p.name.startswith(f"{kind}.")] for kind in KINDS}
     few = [f"{kind}: {len(paths)}" for kind, paths in found.items() if len(paths) < LEAST_BUILDS]
     if few:
         raise InputError(
-            f"each kind of engine is needed {LEAST_BUILDS} times",
-            where=folder,
-            found=listed(few),
-            fix="maskplan build PRUNED.onnx --three-way DENSE.onnx -o DIR",
+            f"each kind of engine is needed {LEAST_BUILDS} times", where=folder, found=listed(few), fix=_BUILD_AGAIN
         )
-    return {kind: tuple(read_engine(path) for path in paths) for kind, paths in found.items()}
+    engines = {kind: tuple(read_engine(path) for path in paths) for kind, paths in found.items()}
+    _require_comparable(engines, folder)
+    return engines
+
+
+def _require_comparable(engines: Mapping[str, Sequence[EngineFile]], folder: Path) -> None:
+    """All have one runtime, device and profiles; dense ones have one graph, the others another, and the flag as due."""
+    told = {e.path: _told(e) for builds in engines.values() for e in builds}
+    problems: dict[Path, list[str]] = {path: [] for path in told}
+    groups = {KINDS: ("runtime", "device", "profiles"), (DENSE,): _OF_A_GRAPH, (PRUNED, SPARSE): _OF_A_GRAPH}
+    for kinds, fields in groups.items():
+        paths = [e.path for kind in kinds for e in engines[kind]]
+        for field in fields:
+            ((usual, _),) = Counter(told[path][field] for path in paths).most_common(1)
+            for path in paths:
+                if told[path][field] != usual:
+                    problems[path].append(f"{field} {told[path][field]}, of others {usual}")
+    for kind, builds in engines.items():
+        for e in builds:
+            if e.sparse_weights != (kind == SPARSE and e.backend == TENSORRT):
+                problems[e.path].append(f"sparse flag {'on' if e.sparse_weights else 'off'}")
+    wrong = [f"{path.name}: {'; '.join(texts)}" for path, texts in problems.items() if texts]
+    if wrong:
+        raise InputError(
+            "the engines are not builds that can be compared",
+            where=folder,
+            found="\n         ".join(wrong),
+            fix=_BUILD_AGAIN,
+        )
+
+
+def _told(engine: EngineFile) -> dict[str, str]:
+    return {
+        "runtime": f"{engine.backend} {engine.runtime_version}",
+        "device": f"{engine.device} (compute capability {engine.compute_capability})",
+        "profiles": ", ".join(map(str, engine.profiles)),
+        "ONNX file": f"sha256 {engine.onnx_sha256[:12]}",
+        "precision": engine.precision,
+    }
 
 
 def time_three_way(
-    engines: Mapping[str, Sequence[Classifier]], options: TimeOptions, clock: Clock = time.perf_counter
+    engines: Mapping[str, Sequence[Classifier]],
+    options: TimeOptions,
+    clock: Clock = time.perf_counter,
+    note: str = "",
 ) -> tuple[ThreeWayBatch, ...]:
     """Time all builds of all kinds in turn.
 
@@ -102,13 +201,14 @@ def time_three_way(
         engines: Builds by kind, loaded.
         options: Batch sizes and repeats.
         clock: Seconds.
+        note: Why no gain can come from sparse kernels here; goes into the result.
     """
     batches = track(options.batches, "time", len(options.batches))
-    return tuple(_time_batch(engines, batch, options, clock) for batch in batches)
+    return tuple(_time_batch(engines, batch, options, clock, note) for batch in batches)
 
 
 def _time_batch(
-    engines: Mapping[str, Sequence[Classifier]], batch: int, options: TimeOptions, clock: Clock
+    engines: Mapping[str, Sequence[Classifier]], batch: int, options: TimeOptions, clock: Clock, note: str
 ) -> ThreeWayBatch:
     every = [(kind, engine) for kind, builds in engines.items() for engine in builds]
     measured = run_in_turn([engine for _, engine in every], batch, options, clock)
@@ -119,4 +219,5 @@ def _time_batch(
     gain = float(np.median(p50_ms[PRUNED]) / np.median(p50_ms[SPARSE])) - 1
     spread = max(max(values) / min(values) - 1 for values in p50_ms.values())
     repeats = len(measured.runs[0].host_s)
-    return ThreeWayBatch(batch, repeats, measured.by, p50_ms, gain, spread, gain > spread, measured.clocks)
+    is_faster = gain > spread and not note
+    return ThreeWayBatch(batch, repeats, measured.by, p50_ms, gain, spread, is_faster, measured.clocks, note)

@@ -13,6 +13,7 @@ from typing import Any
 import fake_cuda
 import fake_cusparselt
 import fake_tensorrt
+import onnx
 import pytest
 
 from engines import cusparselt
@@ -88,6 +89,7 @@ def test_the_commands_lead_from_a_folder_to_a_deployed_and_measured_plan(
     assert arrived
     assert len(printed) == sum(command.startswith("maskplan ") for command in commands()) > 10
     assert read_engine(Path("wide.plan")).profiles == (Profile(1, 1, 1), Profile(1, 16, 64))
+    assert {len(read_engine(path).profiles) for path in Path("build/digits_resnet/three_way").glob("*.plan")} == {3}
     assert _served("models") == ["1"]
     assert _served("elsewhere") == ["1"]
     assert Path("models/digits_resnet/1/golden/smoke.py").is_file()
@@ -107,6 +109,7 @@ def _after(words: list[str], out: str) -> None:
     elif words[1] == "inspect":
         assert f"tensorrt {VERSION}" in out
         assert "layers sparse" in out
+        assert ("as told, not as seen" in out) == (words[2] == "imported.plan")
     elif words[1] == "deploy":
         assert "tensorrt_plan" in out
     elif "--three-way" in words and words[1] == "time":
@@ -115,7 +118,9 @@ def _after(words: list[str], out: str) -> None:
 
 def _run_trtexec() -> None:
     """What the printed command leaves: a plan, and layers in the documented keys."""
-    layer = {"Name": "conv", "LayerType": "CaskConvolution", "TacticName": "sm80_xmma_fprop_conv", "Metadata": "conv"}
+    nodes = onnx.load("build/digits_resnet/sparse.fp16.onnx").graph.node
+    name = next(node.name for node in nodes if node.op_type == "Conv")
+    layer = {"Name": name, "LayerType": "CaskConvolution", "TacticName": "sm80_xmma_fprop_conv", "Metadata": ""}
     shutil.copy("build/digits_resnet/three_way/sparse.0.plan", "theirs.plan")
     Path("theirs.plan.layers.json").write_text(json.dumps({"Layers": [layer], "Bindings": ["input", "logits"]}))
 

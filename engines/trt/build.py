@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engines.evidence import layers_of, with_reasons
+from engines.evidence import layers_of, sparsity_log
+from engines.trt.calibrator import ImplicitInt8, calibrating
 from engines.trt.cuda import gpu
 from engines.trt.log import Heard
 from engines.trt.options import LEAST_LEVEL_FOR_SPARSE, TrtOptions
 from engines.trt.progress import progress_monitor
+from engines.trt.record import plan_record
 from engines.trt.timing_cache import load_timing_cache, save_timing_cache
-from engines.trt.versions import import_tensorrt, member, network_flags
-from exporters.conformance import conforming_nodes
-from pipeline.artifacts import EngineFile, LayerSparsity, OnnxModel, Profile, TensorSpec
+from engines.trt.versions import construct, import_tensorrt, member, network_flags
+from pipeline.artifacts import INT8, EngineFile, LayerSparsity, OnnxModel, Profile, TensorSpec
 from pipeline.errors import HostError, InputError, PipelineError, listed
-from pipeline.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -25,9 +27,16 @@ FP32_NOTE = "an FP32 graph: TensorRT documents sparse kernels for FP16 and INT8 
 
 
 def build_trt(
-    onnx_model: OnnxModel, profiles: tuple[Profile, ...], sparse_weights: bool, options: TrtOptions, out: Path
+    onnx_model: OnnxModel,
+    profiles: tuple[Profile, ...],
+    sparse_weights: bool,
+    options: TrtOptions,
+    out: Path,
+    implicit: ImplicitInt8 | None = None,
 ) -> EngineFile:
-    """Build a plan with one optimisation profile for each of `profiles`.
+    """Build a plan with one optimisation profile for each of `profiles`; with `implicit`, a weakly typed one in INT8.
+
+    A plan that cannot be inspected is kept all the same, for it took minutes; its record says so.
 
     Raises:
         HostError: TensorRT or a GPU is missing, its memory does not suffice, or the timing cache is busy.
@@ -36,75 +45,86 @@ def build_trt(
     trt = import_tensorrt()
     device = gpu()
     heard = Heard(trt)
+    if implicit is not None:
+        onnx_model = replace(onnx_model, precision=INT8)
+    warnings = _warnings(onnx_model, sparse_weights, options)
     started = time.perf_counter()
-    builder = _builder(trt, heard)
-    network = builder.create_network(network_flags(trt))
-    if network is None:
-        raise _failed("TensorRT makes no network", onnx_model, heard)
-    _parse(trt, network, onnx_model, heard)
-    config = builder.create_builder_config()
-    notes = _configure(trt, config, onnx_model, sparse_weights, options)
-    for profile in profiles:
-        _add_profile(builder, config, onnx_model, profile, heard)
-    if options.timing_cache is not None:
-        load_timing_cache(config, options.timing_cache, options.timing_cache_wait_s)
-    with progress_monitor(trt) as monitor:
-        config.progress_monitor = monitor
-        memory = builder.build_serialized_network(network, config)
-    if memory is None:
-        raise _failed("TensorRT cannot build the model", onnx_model, heard)
-    plan = bytes(memory)
-    if options.timing_cache is not None:
-        save_timing_cache(config, options.timing_cache, options.timing_cache_wait_s)
+    plan = _build(trt, onnx_model, profiles, sparse_weights, options, implicit, heard)
     build_s = round(time.perf_counter() - started, 3)
-    found, device_memory_bytes = _inspect(trt, plan, heard)
-    layers = with_reasons(
-        found,
-        conforming=conforming_nodes(onnx_model.path),
-        precision=onnx_model.precision,
-        optimization_level=options.optimization_level,
-    )
-    for note in notes:
+    layers, device_memory_bytes, failure = _inspect(trt, plan, options)
+    warnings += failure
+    for note in warnings:
         log.warning("%s", note)
-    return EngineFile(
-        path=out,
-        sha256=write_atomically(out, plan),
-        bytes=len(plan),
-        backend="tensorrt",
-        precision=onnx_model.precision,
+    return plan_record(
+        onnx_model,
+        plan,
+        profiles,
+        sparse_weights,
+        options,
+        out,
+        layers=layers,
         runtime_version=str(trt.__version__),
         device=device.name,
         compute_capability=device.compute_capability,
         device_memory_bytes=device_memory_bytes,
-        sparse_weights=sparse_weights,
-        typing="strong",
-        version_compatible=options.version_compatible,
-        hardware_compatible=options.hardware_compatible,
-        profiles=profiles,
-        inputs=onnx_model.inputs,
-        outputs=onnx_model.outputs,
-        onnx_sha256=onnx_model.sha256,
         build_s=build_s,
-        provenance=onnx_model.provenance,
-        layers=layers,
-        notes=notes,
+        notes=warnings + _told_of_sparsity(heard),
+        typing="strong" if implicit is None else "weak",
     )
 
 
-def _builder(trt: Any, heard: Heard) -> Any:
-    try:
-        return trt.Builder(heard.logger)
-    except (TypeError, RuntimeError) as error:
-        # What the bindings make of a constructor that returned nothing, as without a driver.
-        raise HostError(
-            "TensorRT has no builder here",
-            found=heard.why() if heard.errors else str(error),
-            fix="check that nvidia-smi sees a GPU and that the driver is recent enough for this TensorRT",
-        ) from error
+def _warnings(onnx_model: OnnxModel, sparse_weights: bool, options: TrtOptions) -> tuple[str, ...]:
+    """What keeps sparse kernels out of a plan that may have them."""
+    if not sparse_weights:
+        return ()
+    notes = []
+    if onnx_model.precision == "fp32":
+        notes.append(FP32_NOTE)
+    if options.optimization_level < LEAST_LEVEL_FOR_SPARSE:
+        notes.append(
+            f"optimisation level {options.optimization_level}: below {LEAST_LEVEL_FOR_SPARSE} the builder leaves out"
+            " tactics, sparse ones among them"
+        )
+    return tuple(notes)
+
+
+def _build(
+    trt: Any,
+    onnx_model: OnnxModel,
+    profiles: tuple[Profile, ...],
+    sparse_weights: bool,
+    options: TrtOptions,
+    implicit: ImplicitInt8 | None,
+    heard: Heard,
+) -> bytes:
+    builder = construct(trt.Builder, heard)
+    network = builder.create_network(network_flags(trt) if implicit is None else 0)
+    if network is None:
+        raise _failed("TensorRT makes no network", onnx_model, heard)
+    _parse(trt, network, onnx_model, heard)
+    config = builder.create_builder_config()
+    if config is None:
+        raise _failed("TensorRT makes no configuration", onnx_model, heard)
+    _configure(trt, config, sparse_weights, options)
+    for profile in profiles:
+        _add_profile(builder, config, onnx_model, profile, heard)
+    if options.timing_cache is not None:
+        load_timing_cache(config, options.timing_cache, options.timing_cache_wait_s)
+    calibration: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if implicit is not None:
+        calibration = calibrating(trt, builder, config, onnx_model.inputs[0], implicit)
+    with calibration, progress_monitor(trt) as monitor:
+        config.progress_monitor = monitor
+        memory = builder.build_serialized_network(network, config)
+    if memory is None:
+        raise _failed("TensorRT cannot build the model", onnx_model, heard)
+    if options.timing_cache is not None:
+        save_timing_cache(config, options.timing_cache, options.timing_cache_wait_s)
+    return bytes(memory)
 
 
 def _parse(trt: Any, network: Any, onnx_model: OnnxModel, heard: Heard) -> None:
-    parser = trt.OnnxParser(network, heard.logger)
+    parser = construct(trt.OnnxParser, heard, network)
     if parser.parse_from_file(str(onnx_model.path)):
         return
     errors = [parser.get_error(i) for i in range(parser.num_errors)]
@@ -117,17 +137,15 @@ def _parse(trt: Any, network: Any, onnx_model: OnnxModel, heard: Heard) -> None:
     )
 
 
-def _configure(
-    trt: Any, config: Any, onnx_model: OnnxModel, sparse_weights: bool, options: TrtOptions
-) -> tuple[str, ...]:
-    """Set flags and limits; what a user should know of them is returned."""
-    flags = trt.BuilderFlag
+def _configure(trt: Any, config: Any, sparse_weights: bool, options: TrtOptions) -> None:
     wanted = {
-        flags.SPARSE_WEIGHTS: sparse_weights,
-        flags.TF32: options.tf32,
-        flags.VERSION_COMPATIBLE: options.version_compatible,
-        flags.REFIT: options.refittable or options.stripped,
-        flags.STRIP_PLAN: options.stripped,
+        trt.BuilderFlag.SPARSE_WEIGHTS: sparse_weights,
+        trt.BuilderFlag.TF32: options.tf32,
+        trt.BuilderFlag.VERSION_COMPATIBLE: options.version_compatible,
+        trt.BuilderFlag.REFIT: options.refittable,
+        trt.BuilderFlag.STRIP_PLAN: options.stripped,
+        # Weights of a stripped plan come back as they were; whoever wants others asks for a refittable one.
+        trt.BuilderFlag.REFIT_IDENTICAL: options.stripped and not options.refittable,
     }
     for flag, on in wanted.items():
         if on:
@@ -140,15 +158,6 @@ def _configure(
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if options.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
-    notes = []
-    if sparse_weights and onnx_model.precision == "fp32":
-        notes.append(FP32_NOTE)
-    if sparse_weights and options.optimization_level < LEAST_LEVEL_FOR_SPARSE:
-        notes.append(
-            f"optimisation level {options.optimization_level}: below {LEAST_LEVEL_FOR_SPARSE} the builder leaves out"
-            " tactics, sparse ones among them"
-        )
-    return tuple(notes)
 
 
 def _add_profile(builder: Any, config: Any, onnx_model: OnnxModel, profile: Profile, heard: Heard) -> None:
@@ -157,8 +166,13 @@ def _add_profile(builder: Any, config: Any, onnx_model: OnnxModel, profile: Prof
         shapes = [_with_batch(spec, batch) for batch in (profile.min, profile.opt, profile.max)]
         try:
             shape.set_shape(spec.name, *shapes)
-        except ValueError as error:
-            raise InputError("TensorRT refuses a profile", where=spec.name, found=f"{profile}: {error}") from error
+        except (RuntimeError, ValueError) as error:
+            raise InputError(
+                "TensorRT refuses a profile",
+                where=f"{onnx_model.path}: {spec.name}",
+                found=f"{profile}: {error}",
+                fix="give batch sizes that the graph accepts, in rising order",
+            ) from error
     if config.add_optimization_profile(shape) < 0:
         raise InputError(
             "TensorRT refuses a profile",
@@ -180,17 +194,39 @@ def _with_batch(spec: TensorSpec, batch: int) -> tuple[int, ...]:
     return (batch, *(d for d in rest if d is not None))
 
 
-def _inspect(trt: Any, plan: bytes, heard: Heard) -> tuple[tuple[LayerSparsity, ...], int | None]:
-    """What the plan says of its layers, and the device memory that one context takes."""
-    engine = trt.Runtime(heard.logger).deserialize_cuda_engine(plan)
-    if engine is None:
-        # A stripped plan has no weights to run with, but it may still be inspected after refitting elsewhere.
-        log.warning("the plan cannot be inspected here: %s", heard.why())
-        return (), None
-    inspector = engine.create_engine_inspector()
-    text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+def _inspect(
+    trt: Any, plan: bytes, options: TrtOptions
+) -> tuple[tuple[LayerSparsity, ...], int | None, tuple[str, ...]]:
+    """What the plan says of its layers, the device memory that one context takes, and a note of why there is neither."""
+    heard = Heard(trt)
+    try:
+        runtime = construct(trt.Runtime, heard)
+        if options.version_compatible:
+            runtime.engine_host_code_allowed = True
+        engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise RuntimeError(heard.why())
+        inspector = engine.create_engine_inspector()
+        if inspector is None:
+            raise RuntimeError(heard.why())
+        layers = layers_of(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    except (PipelineError, RuntimeError, TypeError, ValueError) as error:  # the last three are the bindings'
+        why = f"{error.what}: {error.found}" if isinstance(error, PipelineError) else error
+        return (), None, (f"the plan cannot be inspected here, so nothing shows which layers run sparse: {why}",)
     memory = member(engine, "device_memory_size_v2")
-    return layers_of(text), None if memory is None else int(memory)
+    return layers, None if memory is None else int(memory), ()
+
+
+def _told_of_sparsity(heard: Heard) -> tuple[str, ...]:
+    """The builder's own account, as a note; none where it logged nothing of sparsity."""
+    told = sparsity_log(heard.sparsity)
+    parts = [f"found {found} layers eligible, chose {chosen}" for found, chosen in told.counts]
+    parts += [
+        f"{label}: {', '.join(names)}" for label, names in (("eligible", told.eligible), ("chosen", told.chosen)) if names
+    ]
+    if told.unread:
+        parts.append(f"{told.unread} lines not understood")
+    return (f"TensorRT's log: {'; '.join(parts)}",) if parts else ()
 
 
 def _failed(what: str, onnx_model: OnnxModel, heard: Heard) -> PipelineError:
@@ -199,7 +235,7 @@ def _failed(what: str, onnx_model: OnnxModel, heard: Heard) -> PipelineError:
             "the GPU's memory does not suffice for the build",
             where=onnx_model.path,
             found=heard.why(),
-            fix="free the GPU, give smaller batches with --profile, or limit --workspace-bytes",
+            fix="free the GPU, give smaller batches with --profile, or another limit of the workspace",
         )
     return InputError(
         what,

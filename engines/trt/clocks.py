@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from statistics import median
 
-from engines.trt.cuda import DEVICE
+from engines.trt.cuda import pci_bus_id
+from pipeline.errors import HostError
 from pipeline.reports import GpuClocks
 
 _QUERY = "clocks.sm,clocks.mem,clocks_throttle_reasons.active,temperature.gpu,power.draw"
@@ -26,7 +27,7 @@ _REASONS = {
 
 
 class ClockWatch:
-    """What was seen of the clocks; `clocks` is None until the watch has ended, and where nvidia-smi is not there."""
+    """What was seen of the clocks; None until the watch has ended, and where nvidia-smi or the GPU is not there."""
 
     def __init__(self) -> None:
         self.clocks: GpuClocks | None = None
@@ -34,14 +35,14 @@ class ClockWatch:
 
 @contextmanager
 def watch_clocks() -> Iterator[ClockWatch]:
-    """Have nvidia-smi look at the GPU five times a second for as long as the block runs."""
+    """Have nvidia-smi look at the GPU that engines run on, five times a second for as long as the block runs."""
     watch = ClockWatch()
-    command = ["nvidia-smi", f"--id={DEVICE}", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
     try:
+        command = ["nvidia-smi", f"--id={pci_bus_id()}", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
         smi = subprocess.Popen(
             [*command, f"--loop-ms={_EVERY_MS}"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
-    except OSError:
+    except (OSError, HostError):
         yield watch
         return
     try:

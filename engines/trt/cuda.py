@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,16 +34,20 @@ def import_pycuda() -> Any:
     """
     try:
         import pycuda.driver as cuda
-
+    except ModuleNotFoundError as error:
+        raise HostError(
+            "pycuda is not installed",
+            found=str(error),
+            fix="on a GPU host with a CUDA toolkit: pip install 'maskplan[tensorrt]'",
+        ) from error
+    except Exception as error:  # the driver's library is missing, or of another version than pycuda was built for
+        raise _no_gpu(error) from error
+    try:
         cuda.init()
         if cuda.Device.count() == 0:
             raise RuntimeError("no CUDA device")
     except Exception as error:  # pycuda's errors are of classes that exist only where it loads
-        raise HostError(
-            "no GPU can be used",
-            found=f"{type(error).__name__}: {error}",
-            fix="on a GPU host: pip install 'maskplan[tensorrt]', and check that nvidia-smi sees the GPU",
-        ) from error
+        raise _no_gpu(error) from error
     return cuda
 
 
@@ -55,8 +61,20 @@ def gpu() -> Gpu:
     return Gpu(str(device.name()), "{}.{}".format(*device.compute_capability()), int(device.total_memory()))
 
 
+def pci_bus_id() -> str:
+    """Where that GPU sits, as in 0000:19:00.0; nvidia-smi numbers GPUs otherwise than CUDA does.
+
+    Raises:
+        HostError: There is none.
+    """
+    return str(import_pycuda().Device(DEVICE).pci_bus_id())
+
+
 class Context:
-    """The primary context of the GPU, with one stream; current only within `active`.
+    """The primary context of the GPU, with one stream of its own; current only within `active`.
+
+    The primary context stays with the process. To give it back, pycuda would make it current, and it would stay so in place
+    of another library's.
 
     Raises:
         HostError: There is no GPU, or it has no memory left for a context.
@@ -64,14 +82,14 @@ class Context:
 
     def __init__(self) -> None:
         self._cuda = import_pycuda()
-        self._context = self._told(self._cuda.Device(DEVICE).retain_primary_context)
+        self._context = self._told(_primary_context, self._cuda)
         with self.active():
             self.stream = self._told(self._cuda.Stream)
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Make the context the thread's current one; what was current before is so again afterwards."""
-        self._context.push()
+        self._told(self._context.push)
         try:
             yield
         finally:
@@ -96,18 +114,39 @@ class Context:
         return array
 
     def copy_in(self, memory: Any, array: npt.NDArray[Any]) -> None:
-        """Host to device, on the stream."""
-        self._cuda.memcpy_htod_async(memory, array, self.stream)
+        """Host to device, on the stream.
+
+        Raises:
+            HostError: The GPU reports an error.
+        """
+        self._told(self._cuda.memcpy_htod_async, memory, array, self.stream)
 
     def copy_out(self, array: npt.NDArray[Any], memory: Any) -> None:
-        """Device to host, on the stream."""
-        self._cuda.memcpy_dtoh_async(array, memory, self.stream)
+        """Device to host, on the stream.
+
+        Raises:
+            HostError: The GPU reports an error.
+        """
+        self._told(self._cuda.memcpy_dtoh_async, array, memory, self.stream)
 
     def mark(self) -> Any:
-        """An event on the stream."""
-        event = self._cuda.Event()
-        event.record(self.stream)
+        """An event on the stream.
+
+        Raises:
+            HostError: The GPU reports an error.
+        """
+        event = self._told(self._cuda.Event)
+        self._told(event.record, self.stream)
         return event
+
+    def milliseconds(self, first: Any, second: Any) -> float:
+        """GPU time between two marks, once both are through.
+
+        Raises:
+            HostError: The GPU reports an error.
+        """
+        self._told(second.synchronize)
+        return float(self._told(second.time_since, first))
 
     def synchronise(self) -> None:
         """Wait for the stream.
@@ -118,8 +157,9 @@ class Context:
         self._told(self.stream.synchronize)
 
     def close(self) -> None:
-        """Give the context back; others of the process may go on with it."""
-        self._context.detach()
+        """Free the stream; the context cannot be used afterwards."""
+        with self.active():
+            self.stream = None
 
     def _told(self, work: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -134,7 +174,18 @@ class Context:
             raise HostError("the GPU reports an error", found=str(error), fix="see nvidia-smi and dmesg") from error
 
 
-def milliseconds(first: Any, second: Any) -> float:
-    """GPU time between two events of one stream, once both are through."""
-    second.synchronize()
-    return float(second.time_since(first))
+@functools.cache
+def _primary_context(cuda: Any) -> Any:
+    """Retained once for the process, by the loaded driver module."""
+    context = cuda.Device(DEVICE).retain_primary_context()
+    # One reference too many: pycuda's destructor would destroy the context rather than release it. It ends with the process.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(context))
+    return context
+
+
+def _no_gpu(error: Exception) -> HostError:
+    return HostError(
+        "no GPU can be used",
+        found=f"{type(error).__name__}: {error}",
+        fix="check that nvidia-smi sees the GPU here, and that pycuda was built for this driver's CUDA",
+    )

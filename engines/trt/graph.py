@@ -32,9 +32,15 @@ def capture(stream: int, work: Callable[[], bool]) -> Graph | None:
     mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
     if not _is_done(driver, driver.cuStreamBeginCapture(stream, mode)):
         return None
-    succeeded = work()
-    error, graph = driver.cuStreamEndCapture(stream)
-    if not succeeded or not _is_done(driver, (error,)):
+    done = captured = False
+    try:
+        done = work()
+    finally:
+        error, graph = driver.cuStreamEndCapture(stream)
+        captured = _is_done(driver, (error,))
+        if captured and not done:
+            driver.cuGraphDestroy(graph)
+    if not (captured and done):
         log.info("the engine's work cannot be captured as a CUDA graph; it is launched layer by layer")
         return None
     error, executable = driver.cuGraphInstantiate(graph, 0)

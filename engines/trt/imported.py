@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
-from engines.evidence import layers_of, with_reasons
+from engines.evidence import layers_of
 from engines.trt.options import TrtOptions
-from exporters.conformance import conforming_nodes
-from pipeline.artifacts import EngineFile, OnnxModel, Profile
-from pipeline.errors import InputError
-from pipeline.files import read_bytes, write_atomically
+from engines.trt.record import plan_record
+from engines.trt.trtexec import require_fitting
+from exporters.metadata import load_onnx
+from pipeline.artifacts import EngineFile, LayerSparsity, OnnxModel, Profile
+from pipeline.errors import InputError, listed
+from pipeline.files import read_bytes
 
 UNKNOWN_DEVICE = "not told by trtexec"
+
+_VERSION = re.compile(r"[0-9]+(?:\.[0-9]+){2,3}")
+_CAPABILITY = re.compile(r"[0-9]+\.[0-9]+")
+# The smallest network's plan is larger by far, and so is one without weights.
+_LEAST_BYTES = 1024
+_SUBGRAPH = re.compile(r"\{ForeignNode\[(.+)\.\.\.(.+)\]\}")
 
 
 def import_plan(
@@ -27,11 +37,14 @@ def import_plan(
 ) -> EngineFile:
     """The record of a plan whose build was not ours to watch; the plan is copied to `out`.
 
+    What can be held against something is: the layers must be of the graph, the rest must at least look like what it is
+    said to be.
+
     Args:
         onnx_model: The graph that it was built from.
         plan: What `--saveEngine` wrote.
         layer_info: What `--exportLayerInfo` wrote, with detailed verbosity.
-        profiles: The profile that it was built for.
+        profiles: The one that it was built for.
         sparse_weights: Whether sparse kernels were allowed.
         options: What else trtexec was given.
         version: TensorRT's, as in 10.13.3.9.
@@ -39,38 +52,75 @@ def import_plan(
         out: The engine to write.
 
     Raises:
-        InputError: A file is missing, or the layer information cannot be read.
+        InputError: A file is missing or cannot be what it is said to be, the layers are of another graph, or what is told
+            cannot be.
     """
+    _require_told(profiles, version, capability)
+    require_fitting(onnx_model, profiles)
     for path in (plan, layer_info):
         if not path.is_file():
             raise InputError("file not found", where=path, fix="give the files that trtexec wrote")
     data = read_bytes(plan)
-    layers = with_reasons(
-        layers_of(read_bytes(layer_info)),
-        conforming=conforming_nodes(onnx_model.path),
-        precision=onnx_model.precision,
-        optimization_level=options.optimization_level,
-    )
-    return EngineFile(
-        path=out,
-        sha256=write_atomically(out, data),
-        bytes=len(data),
-        backend="tensorrt",
-        precision=onnx_model.precision,
+    if len(data) < _LEAST_BYTES:
+        raise InputError(
+            "too small for a plan",
+            where=plan,
+            found=f"{len(data)} bytes",
+            fix="copy the whole file that `trtexec --saveEngine` wrote",
+        )
+    layers = _layers(layer_info)
+    _require_same_graph(onnx_model, layers, layer_info)
+    return plan_record(
+        onnx_model,
+        data,
+        profiles,
+        sparse_weights,
+        options,
+        out,
+        layers=layers,
         runtime_version=version,
         device=UNKNOWN_DEVICE,
         compute_capability=capability,
-        device_memory_bytes=None,
-        sparse_weights=sparse_weights,
-        typing="strong",
-        version_compatible=options.version_compatible,
-        hardware_compatible=options.hardware_compatible,
-        profiles=profiles,
-        inputs=onnx_model.inputs,
-        outputs=onnx_model.outputs,
-        onnx_sha256=onnx_model.sha256,
-        build_s=0.0,
-        provenance=onnx_model.provenance,
-        layers=layers,
         notes=("built by trtexec: what it was given is as told, not as seen",),
     )
+
+
+def _require_told(profiles: tuple[Profile, ...], version: str, capability: str | None) -> None:
+    problems = []
+    if not _VERSION.fullmatch(version):
+        problems.append(f"TensorRT's version {version!r}, which is written as in 10.13.3.9")
+    if capability is not None and not _CAPABILITY.fullmatch(capability):
+        problems.append(f"compute capability {capability!r}, which is written as in 9.0")
+    if len(profiles) != 1:
+        problems.append(f"profiles {', '.join(map(str, profiles)) or 'none'}, where trtexec takes one")
+    if problems:
+        raise InputError(
+            "this cannot be what trtexec was given",
+            found="; ".join(problems),
+            fix="correct --trt-version, --compute-capability or --profile",
+        )
+
+
+def _layers(layer_info: Path) -> tuple[LayerSparsity, ...]:
+    try:
+        return layers_of(read_bytes(layer_info))
+    except InputError as error:
+        raise InputError(error.what, where=layer_info, found=error.found, fix=error.fix) from error
+
+
+def _require_same_graph(onnx_model: OnnxModel, layers: Iterable[LayerSparsity], layer_info: Path) -> None:
+    """A single node in common will do: names do not tell more, for layers are fused and some lose their names."""
+    # The parser's name for a node without one.
+    nodes = {n.name or f"node_of_{n.output[0]}" for n in load_onnx(onnx_model.path).graph.node if n.name or n.output}
+    named: dict[str, None] = {}
+    for layer in layers:
+        named |= dict.fromkeys(layer.nodes)
+        for ends in _SUBGRAPH.findall(layer.name):
+            named |= dict.fromkeys(ends)
+    if not nodes.intersection(named):
+        raise InputError(
+            "the layer information is of another model: it names no node of this one",
+            where=layer_info,
+            found=f"{listed(named, 3) or 'no names'}; {onnx_model.path} has {listed(sorted(nodes), 3)}",
+            fix="give the ONNX file that the plan was built from, and the layer information of the same build",
+        )

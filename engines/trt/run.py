@@ -6,20 +6,24 @@ import math
 import time
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from engines.base import Arrays, Spent
-from engines.trt.cuda import Context, milliseconds
+from engines.trt.cuda import Context
 from engines.trt.graph import Graph, capture
 from engines.trt.host import require_same_host
 from engines.trt.log import Heard
-from engines.trt.versions import import_tensorrt
+from engines.trt.record import differences
+from engines.trt.versions import construct, import_tensorrt
 from pipeline.artifacts import EngineFile, Profile, TensorSpec
-from pipeline.errors import HostError, InputError
+from pipeline.errors import HostError, InputError, PipelineError, listed
 from pipeline.files import read_bytes
+
+_NUMPY_TYPES = {"float64", "float32", "float16", "int8", "uint8", "int32", "int64", "bool"}
 
 
 @dataclass
@@ -44,79 +48,120 @@ class TrtEngine:
 
     Raises:
         HostError: TensorRT or a GPU is not here, or memory does not suffice.
-        InputError: The plan was built by another TensorRT or for another GPU, or is damaged.
+        InputError: The plan was built by another TensorRT or for another GPU, has no weights, takes or gives what NumPy
+            cannot hold, is damaged, or is not what its sidecar describes.
     """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
     def __init__(self, engine: EngineFile, *, graphs: bool = True) -> None:
+        _require_runnable(engine)
         require_same_host(engine)
         trt = import_tensorrt()
         self._record, self._graphs = engine, graphs
         self.inputs, self.outputs = engine.inputs, engine.outputs
         self._heard = Heard(trt)
-        self._cuda = Context()
         self._batches: dict[int, _Batch] = {}
         self._current: int | None = None
+        self._runtime: Any = None
+        self._engine: Any = None
+        self._context: Any = None
         self.spent: Spent | None = None
-        with self._cuda.active():
-            self._runtime = trt.Runtime(self._heard.logger)
-            if engine.version_compatible:
-                self._runtime.engine_host_code_allowed = True
-            self._engine = self._runtime.deserialize_cuda_engine(read_bytes(engine.path))
-            if self._engine is None:
-                raise InputError(
+        self._cuda = Context()
+        try:
+            with self._cuda.active():
+                self._load(trt)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, trt: Any) -> None:
+        self._runtime = construct(trt.Runtime, self._heard)
+        if self._record.version_compatible:
+            self._runtime.engine_host_code_allowed = True
+        self._engine = self._runtime.deserialize_cuda_engine(read_bytes(self._record.path))
+        if self._engine is None:
+            raise self._failed(
+                InputError(
                     "TensorRT cannot load the plan",
-                    where=engine.path,
+                    where=self._record.path,
                     found=self._heard.why(),
                     fix="build it again on this host's GPU",
                 )
-            self._context = self._engine.create_execution_context()
-        if self._context is None:
-            raise HostError(
-                "the GPU's memory does not suffice for the engine",
-                where=engine.path,
-                found=self._heard.why(),
-                fix="free the GPU, or build with smaller batches",
             )
+        # Raised here, where only the engine itself holds the plan: an error keeps alive what its frames hold.
+        problems = differences(trt, self._engine, self._record)
+        if problems:
+            raise InputError(
+                "the plan is not what its sidecar describes",
+                where=self._record.path,
+                found=listed(problems),
+                fix="build it again, or import it with the ONNX file and profile that trtexec was given",
+            )
+        self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise self._failed(
+                HostError(
+                    "TensorRT makes no context for the plan",
+                    where=self._record.path,
+                    found=self._heard.why(),
+                    fix="see TensorRT's messages above, and nvidia-smi",
+                )
+            )
+
+    def _failed(self, otherwise: PipelineError) -> PipelineError:
+        """What to raise where TensorRT gave nothing."""
+        if not self._heard.is_out_of_memory():
+            return otherwise
+        return HostError(
+            "the GPU's memory does not suffice for the engine",
+            where=self._record.path,
+            found=self._heard.why(),
+            fix="free the GPU, or build with smaller batches",
+        )
 
     def infer(self, feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
         """Run once, in the profile tuned closest to the batch; `spent` then says where the time went.
 
         Raises:
-            InputError: The batch is outside every profile, or a shape is refused.
+            InputError: The feeds are not what the plan takes, or the batch is outside every profile.
             HostError: The GPU fails.
         """
         started = time.perf_counter()
-        batch = next(iter(feeds.values())).shape[0]
+        batch = _batch_of(feeds, self.inputs, self._record.path)
         with self._cuda.active():
             memory = self._batches.get(batch) or self._allocate(batch)
             self._select(batch, memory)
             for name, array in feeds.items():
                 np.copyto(memory.sent[name], array, casting="no")
-            first = self._cuda.mark()
-            for name, array in memory.sent.items():
-                self._cuda.copy_in(memory.inputs[name], array)
-            second = self._cuda.mark()
-            self._launch(memory)
-            third = self._cuda.mark()
-            for name, array in memory.received.items():
-                self._cuda.copy_out(array, memory.outputs[name])
-            fourth = self._cuda.mark()
-            self._cuda.synchronise()
-            marks = (first, second, third, fourth)
-            copied_in, ran, copied_out = (milliseconds(a, b) for a, b in pairwise(marks))
+            copied_in, ran, copied_out = self._run(memory)
             found = {name: array.copy() for name, array in memory.received.items()}
         self.spent = Spent(ran, copied_in, copied_out, 1000 * (time.perf_counter() - started))
         return found
+
+    def _run(self, memory: _Batch) -> tuple[float, ...]:
+        """Milliseconds of the copies in, the work and the copies out; the events are gone before the context is left."""
+        marks = [self._cuda.mark()]
+        for name, array in memory.sent.items():
+            self._cuda.copy_in(memory.inputs[name], array)
+        marks.append(self._cuda.mark())
+        self._launch(memory)
+        marks.append(self._cuda.mark())
+        for name, array in memory.received.items():
+            self._cuda.copy_out(array, memory.outputs[name])
+        marks.append(self._cuda.mark())
+        self._cuda.synchronise()
+        return tuple(self._cuda.milliseconds(a, b) for a, b in pairwise(marks))
 
     def close(self) -> None:
         """Free the engine and its memory."""
         with self._cuda.active():
             self._drop_graphs()
             self._batches.clear()
-            del self._context, self._engine, self._runtime
+            self._context = None
+            self._engine = None
+            self._runtime = None
         self._cuda.close()
 
     def _allocate(self, batch: int) -> _Batch:
@@ -149,12 +194,24 @@ class TrtEngine:
         self._set_shapes(batch, memory.profile)
         for name, address in (memory.inputs | memory.outputs).items():
             if not self._context.set_tensor_address(name, int(address)):
-                raise HostError("TensorRT refuses an address", where=name, found=self._heard.why())
+                raise HostError(
+                    "TensorRT refuses an address",
+                    where=f"{self._record.path}: {name}",
+                    found=self._heard.why(),
+                    fix="see TensorRT's messages above, and nvidia-smi",
+                )
         self._current = batch
 
     def _set_shapes(self, batch: int, profile: int) -> None:
-        if not self._context.set_optimization_profile_async(profile, self._cuda.stream_handle):
-            raise HostError("TensorRT refuses to change the profile", where=self._record.path, found=self._heard.why())
+        try:
+            self._context.set_optimization_profile_async(profile, self._cuda.stream_handle)
+        except RuntimeError as error:  # the bindings never return False
+            raise HostError(
+                "TensorRT refuses to change the profile",
+                where=self._record.path,
+                found=f"{error} {self._heard.why()}",
+                fix="see TensorRT's messages above, and nvidia-smi",
+            ) from error
         self._current = None
         self._drop_graphs()
         for spec in self.inputs:
@@ -191,6 +248,51 @@ class TrtEngine:
 
     def _enqueue(self) -> bool:
         return bool(self._context.execute_async_v3(self._cuda.stream_handle))
+
+
+def _require_runnable(engine: EngineFile) -> None:
+    if engine.stripped:
+        raise InputError(
+            "the plan has no weights",
+            where=engine.path,
+            found="a stripped plan",
+            fix="refit it with the weights of its ONNX file, or build it without stripping",
+        )
+    unfit = [f"{s.name} {s.dtype}" for s in (*engine.inputs, *engine.outputs) if s.dtype not in _NUMPY_TYPES]
+    if unfit:
+        raise InputError(
+            "NumPy has no such type",
+            where=engine.path,
+            found=listed(unfit),
+            fix="export a graph whose inputs and outputs are float32 or float16; within it any type will do",
+        )
+
+
+def _batch_of(feeds: Arrays, inputs: tuple[TensorSpec, ...], where: Path) -> int:
+    """The batch of feeds that are what the plan takes, which is the same in all of them.
+
+    Raises:
+        InputError: They are not; all that differs is told.
+    """
+    problems = [f"{name}, which is no input" for name in feeds if name not in {s.name for s in inputs}]
+    for spec in inputs:
+        array, rest = feeds.get(spec.name), _rest(spec)
+        taken = f"{spec.dtype} (batch, {', '.join(map(str, rest))})"
+        if array is None:
+            problems.append(f"no {spec.name}, expected {taken}")
+        elif array.dtype != spec.dtype or (array.ndim, *array.shape[1:]) != (1 + len(rest), *rest):
+            problems.append(f"{spec.name} {array.dtype} {array.shape}, expected {taken}")
+    batches = sorted({int(array.shape[0]) for array in feeds.values() if array.ndim})
+    if len(batches) > 1:
+        problems.append(f"batches of {' and '.join(map(str, batches))} in one call")
+    if problems:
+        raise InputError(
+            "these are not the engine's inputs",
+            where=where,
+            found=listed(problems),
+            fix="give one array for each input, all of one batch",
+        )
+    return batches[0]
 
 
 def _closest(profiles: tuple[Profile, ...], batch: int) -> int:

@@ -72,14 +72,18 @@ def calibrate(
 
     if rest not in (FP32, FP16):
         raise InputError(f"unknown --rest {rest!r}", fix="choose fp32 or fp16")
+    target = out or model.with_name(f"{model.stem}.int8.onnx")
+    if target.resolve() == model.resolve():
+        raise InputError("the INT8 file would take the model's place", where=target, fix="give another -o")
+    if import_trt_cache is not None and cache is not None:
+        raise InputError("--cache and --import-trt-cache both give ranges", fix="leave one of them out")
     how = CalibrateOptions(images, batch, method, percentile, tuple(exclude or ()), quantize_outputs, max_drop, seed)
     described = describe_onnx(model)
     source: CalibrationImages | dict[str, float]
     if import_trt_cache is not None:
         source = read_tensorrt_cache(import_trt_cache)[1]
     else:
-        source = _images(model, data, mean, std, seed)
-    target = out or model.with_name(f"{model.stem}.int8.onnx")
+        source = calibration_images(model, data, mean, std, seed)
     done = calibrate_stage(described, source, how, {rest: target}, cache)
     if export_trt_cache is not None:
         write_tensorrt_cache(export_trt_cache, done.amax)
@@ -90,7 +94,7 @@ def calibrate(
     for name, why in done.report.in_float:
         print(f"  {name}: {why}")
     if done.report.select_drop is not None:
-        print(f"top-1 {done.report.select_drop:+.2f} points lost on {done.report.select_images} images set aside")
+        print(f"drop of top-1: {done.report.select_drop:+.2f} points on {done.report.select_images} images set aside")
     made = described.provenance
     if made is not None and made.masked:
         verdict = check_2to4(target, CheckOptions(pattern=made.pattern or "2:4"))
@@ -99,7 +103,12 @@ def calibrate(
             raise GateError(f"{target}: {verdict.reason}")
 
 
-def _images(model: Path, data: Path | None, mean: str | None, std: str | None, seed: int) -> CalibrationImages:
+def calibration_images(model: Path, data: Path | None, mean: str | None, std: str | None, seed: int) -> CalibrationImages:
+    """Images for an ONNX file, prepared as its record or the options say.
+
+    Raises:
+        InputError: There are none, or they do not fit the model.
+    """
     from calibration.calibrate import CalibrationImages
     from pipeline.bundled.digits import load_digits
     from pipeline.data import open_folder

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli import options
+from pipeline.cli import build, options
 
 if TYPE_CHECKING:
+    from pipeline.artifacts import EngineFile
     from pipeline.in_turn import TimeOptions
     from pipeline.reports import GpuClocks, Latency
 
@@ -19,137 +20,17 @@ _DEPLOY_EXAMPLES = """Examples:\n
   maskplan deploy a100.plan h100.plan --repository models --name resnet50 --preferred-batch 8\n
   maskplan deploy --rollback --repository models --name resnet50
 """
-_TRT = "TensorRT"
 _Engine = Annotated[Path, typer.Argument(help="An engine with its sidecar.", show_default=False)]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the app."""
-    app.command(
-        epilog="Example:\n\n  maskplan build sparse.fp16.onnx --backend tensorrt --profile 1:8:32 -o engine.plan"
-    )(build)
+    build.register(app)
     app.command(epilog="Example:\n\n  maskplan time build/r50/dense_engine.onnx build/r50/engine.onnx --batch 1,8")(
         time
     )
     app.command(epilog="Example:\n\n  maskplan inspect build/r50/engine.onnx")(inspect)
     app.command(epilog=_DEPLOY_EXAMPLES)(deploy)
-
-
-def build(
-    model: Annotated[Path, typer.Argument(help="An ONNX file of any tool.", show_default=False)],
-    backend: Annotated[str, typer.Option(help="auto, tensorrt or onnxruntime.")] = "auto",
-    profile: Annotated[list[str] | None, typer.Option(help="Batch sizes MIN:OPT:MAX; repeatable.")] = None,
-    sparse: Annotated[bool, typer.Option(help="Allow sparse kernels.")] = True,
-    out: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The engine; MODEL.engine.plan or .onnx by default.")
-    ] = None,
-    tf32: Annotated[bool, typer.Option(help="Let FP32 layers round to TF32.", rich_help_panel=_TRT)] = False,
-    optimization_level: Annotated[
-        int, typer.Option(min=0, max=5, help="Below 3 sparse kernels may be left out.", rich_help_panel=_TRT)
-    ] = 3,
-    workspace_mib: Annotated[
-        int | None, typer.Option(min=1, help="Scratch memory of a kernel at most.", rich_help_panel=_TRT)
-    ] = None,
-    timing_cache: Annotated[
-        Path | None, typer.Option(help="File of measurements, kept between builds and shared.", rich_help_panel=_TRT)
-    ] = None,
-    version_compatible: Annotated[
-        bool, typer.Option(help="Load in later TensorRT versions too.", rich_help_panel=_TRT)
-    ] = False,
-    hardware_compatible: Annotated[
-        bool, typer.Option(help="Run on Ampere and newer, not only this GPU.", rich_help_panel=_TRT)
-    ] = False,
-    refittable: Annotated[bool, typer.Option(help="Weights can be changed later.", rich_help_panel=_TRT)] = False,
-    stripped: Annotated[bool, typer.Option(help="A plan without weights.", rich_help_panel=_TRT)] = False,
-    print_trtexec: Annotated[
-        int | None,
-        typer.Option(metavar="10|11", help="Print trtexec's command lines and build nothing.", rich_help_panel=_TRT),
-    ] = None,
-    three_way: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DENSE.onnx",
-            help="Build DENSE.onnx and MODEL with the sparse flag off and on, three times each, into the folder -o.",
-        ),
-    ] = None,
-    import_: Annotated[
-        Path | None, typer.Option("--import", help="Take a plan that trtexec built.", rich_help_panel=_TRT)
-    ] = None,
-    layer_info: Annotated[
-        Path | None, typer.Option(help="With --import: what --exportLayerInfo wrote.", rich_help_panel=_TRT)
-    ] = None,
-    trt_version: Annotated[
-        str | None, typer.Option(help="With --import: TensorRT's version, as in 10.13.3.9.", rich_help_panel=_TRT)
-    ] = None,
-    compute_capability: Annotated[
-        str | None, typer.Option(help="With --import: of the GPU, as in 9.0.", rich_help_panel=_TRT)
-    ] = None,
-) -> None:
-    """Compile an ONNX file to an engine with a sidecar that describes it."""
-    from engines.build import (
-        DEFAULT_PROFILES,
-        SUFFIX,
-        TENSORRT,
-        BuildOptions,
-        build_engine,
-        choose_backend,
-        parse_profile,
-    )
-    from engines.sidecar import write_sidecar
-    from engines.trt.imported import import_plan
-    from engines.trt.options import TrtOptions
-    from engines.trt.trtexec import MAJORS, trtexec_lines
-    from exporters.metadata import describe_onnx
-    from pipeline.errors import InputError
-
-    trt = TrtOptions(
-        tf32=tf32,
-        optimization_level=optimization_level,
-        workspace_bytes=workspace_mib * 2**20 if workspace_mib else None,
-        timing_cache=timing_cache,
-        version_compatible=version_compatible,
-        hardware_compatible=hardware_compatible,
-        refittable=refittable,
-        stripped=stripped,
-    )
-    profiles = tuple(parse_profile(text) for text in profile) if profile else DEFAULT_PROFILES
-    described = describe_onnx(model)
-    plan = out or model.with_name(f"{model.stem}.engine{SUFFIX[TENSORRT]}")
-    if print_trtexec is not None:
-        if print_trtexec not in MAJORS:
-            raise InputError(f"--print-trtexec {print_trtexec}", fix="give 10 or 11")
-        print("\n".join(trtexec_lines(described, profiles, sparse, trt, plan, print_trtexec)))
-        return
-    if three_way is not None:
-        from pipeline.three_way import build_three_way
-
-        chosen, why = choose_backend(backend)
-        folder = out or model.with_name(f"{model.stem}.three_way")
-        made = build_three_way(describe_onnx(three_way), described, BuildOptions(chosen, profiles, trt=trt), folder)
-        print(
-            f"{folder}: {sum(map(len, made.values()))} engines on {chosen} ({why}); maskplan time --three-way {folder}"
-        )
-        return
-    if import_ is not None:
-        if layer_info is None or trt_version is None:
-            raise InputError(
-                "--import needs to know what it takes in",
-                fix="give --layer-info (of trtexec --exportLayerInfo) and --trt-version too",
-            )
-        engine = import_plan(
-            described, import_, layer_info, profiles[-1:], sparse, trt, trt_version, compute_capability, plan
-        )
-        write_sidecar(engine)
-        why = "imported"
-    else:
-        chosen, why = choose_backend(backend)
-        path = out or model.with_name(f"{model.stem}.engine{SUFFIX[chosen]}")
-        engine = build_engine(described, BuildOptions(chosen, profiles, sparse, trt), path)
-    print(
-        f"{engine.path}: {engine.precision} on {engine.backend} {engine.runtime_version} ({why}), {engine.bytes:,} bytes"
-    )
-    for note in engine.notes:
-        print(f"note: {note}")
 
 
 def time(
@@ -217,22 +98,28 @@ def _time_two(dense: Path, sparse: Path, how: TimeOptions, report: Path | None) 
 
 
 def _time_three_way(folder: Path, how: TimeOptions, report: Path | None) -> None:
+    from engines.build import ONNXRUNTIME
+    from engines.ort import NO_SPARSE_KERNELS
     from pipeline.engine_stages import opened
     from pipeline.files import write_json
     from pipeline.records import encode
-    from pipeline.three_way import KINDS, read_three_way, time_three_way
+    from pipeline.three_way import KINDS, SPARSE, read_three_way, time_three_way
 
     records = read_three_way(folder)
+    note = NO_SPARSE_KERNELS if records[SPARSE][0].backend == ONNXRUNTIME else ""
     with contextlib.ExitStack() as stack:
         engines = {kind: [stack.enter_context(opened(r)) for r in builds] for kind, builds in records.items()}
-        timed = time_three_way(engines, how)
+        timed = time_three_way(engines, how, note=note)
     if report is not None:
         write_json(report, [encode(b) for b in timed])
     for b in timed:
         kinds = ", ".join(f"{kind} {min(b.p50_ms[kind]):.3g} to {max(b.p50_ms[kind]):.3g} ms" for kind in KINDS)
+        gain = "" if note else f"sparse kernels {b.gain:+.1%}, "
         verdict = "faster" if b.is_faster else "no gain: builds of one graph differ by as much"
-        print(f"batch {b.batch}: {kinds}; sparse kernels {b.gain:+.1%}, builds differ by {b.spread:.1%}: {verdict}")
+        print(f"batch {b.batch}: {kinds}; {gain}builds differ by {b.spread:.1%}{'' if note else f': {verdict}'}")
         _print_clocks(b.clocks)
+    if note:
+        print(note)
 
 
 def _told_ms(latency: Latency) -> str:
@@ -261,11 +148,11 @@ def inspect(engine: _Engine, report: options.Report = None) -> None:
     if report is not None:
         write_json(report, encode(record, record.path.parent))
     made = record.provenance
-    states = [layer.state for layer in record.layers]
     lines = {
         "engine": f"{record.path.name}, {record.bytes:,} bytes, sha256 {record.sha256}",
         "backend": f"{record.backend} {record.runtime_version} on {record.device}",
         "precision": f"{record.precision}, {record.typing} typing",
+        "flags": ", ".join(_flags(record)) or "none",
         "profiles": ", ".join(map(str, record.profiles)),
         "inputs": ", ".join(f"{t.name} {t.dtype} {_shape(t.shape)}" for t in record.inputs),
         "outputs": ", ".join(f"{t.name} {t.dtype} {_shape(t.shape)}" for t in record.outputs),
@@ -276,16 +163,38 @@ def inspect(engine: _Engine, report: options.Report = None) -> None:
         "masks": f"{made.pattern} {made.method} on {len(made.masked)} weights"
         if made and made.masked
         else "none known",
-        "sparse": f"{states.count('sparse')} layers sparse, {states.count('dense')} dense, {states.count('unknown')} unknown"
-        if states
-        else "no evidence of layers: " + ("; ".join(record.notes) or "the sparse flag was off"),
+        "sparse": _evidence(record),
     }
-    for label, text in lines.items():
+    for label, text in [*lines.items(), *(("note", note) for note in record.notes)]:
         print(f"{label:<10} {text}")
     for layer in record.layers:
         sizes = f"C {layer.c or '?'} K {layer.k or '?'}"
         why = f" ({layer.reason})" if layer.reason else ""
         print(f"  {layer.state:<8} {sizes:<16} {layer.name}: {layer.kernel or 'no kernel told'}{why}")
+
+
+def _flags(record: EngineFile) -> list[str]:
+    flags = {
+        "sparse weights": record.sparse_weights,
+        "version compatible": record.version_compatible,
+        "hardware compatible": record.hardware_compatible,
+        "refittable": record.refittable,
+        "stripped of weights": record.stripped,
+    }
+    return [name for name, on in flags.items() if on]
+
+
+def _evidence(record: EngineFile) -> str:
+    from engines.build import TENSORRT
+    from engines.evidence import totals
+
+    if record.layers:
+        counted = totals(record.layers)
+        return f"{counted.sparse} layers sparse, {counted.dense} dense, {counted.unknown} unknown"
+    if record.backend != TENSORRT:
+        return "no evidence of layers: the backend gives none"
+    why = "the plan could not be inspected" if record.sparse_weights else "the sparse flag was off"
+    return f"no evidence of layers: {why}"
 
 
 def deploy(

@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -135,10 +137,28 @@ def test_what_was_asked_for_is_taken() -> None:
         assert choose_backend(name) == (name, "asked for")
 
 
-def test_auto_takes_tensorrt_only_where_it_and_a_gpu_are_and_says_why() -> None:
-    chosen, why = choose_backend("auto")
-    assert chosen == ("tensorrt" if HAS_TENSORRT and HAS_GPU else "onnxruntime")
-    assert ("not installed" in why) == (not HAS_TENSORRT)
+@pytest.mark.parametrize(
+    ("installed", "why"),
+    [
+        ((), "TensorRT is not installed"),
+        (("pycuda",), "TensorRT is not installed"),
+        (("tensorrt",), "TensorRT is installed, but pycuda, which runs its engines, is not"),
+        (
+            ("tensorrt", "pycuda"),
+            "TensorRT, pycuda and an NVIDIA driver are here"
+            if HAS_GPU
+            else "TensorRT and pycuda are installed, but there is no NVIDIA driver",
+        ),
+    ],
+)
+def test_auto_takes_tensorrt_only_where_all_it_needs_is_and_says_what_is_missing(
+    installed: tuple[str, ...], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("tensorrt", "pycuda"):
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, module if name in installed else None)
+    assert choose_backend("auto") == ("tensorrt" if HAS_GPU and len(installed) == 2 else "onnxruntime", why)
 
 
 def test_an_unknown_backend_is_refused_with_the_names_of_all() -> None:

@@ -153,6 +153,52 @@ def test_precision_is_what_most_weights_have(tensors: dict[str, np.ndarray[Any, 
     assert precision_of(model_of(tensors=tensors)) == expected
 
 
+def tensor(name: str, kind: int, shape: Sequence[int]) -> onnx.TensorProto:
+    return helper.make_tensor(name, kind, shape, np.zeros(shape).ravel().tolist())
+
+
+FP32, FP16, BF16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        ((BF16,), "bf16"),
+        ((BF16, BF16, FP32), "bf16"),
+        ((FP16, FP16, FP32), "fp16"),
+        ((FP16, FP32), "fp16"),
+        ((FP16, FP32, FP32), "fp32"),
+        ((FP32,), "fp32"),
+    ],
+)
+@pytest.mark.parametrize("wide", [1, 64])
+def test_precision_is_that_of_most_products_not_of_the_widest(kinds: Sequence[int], expected: str, wide: int) -> None:
+    """A head that was kept in FP32 may hold more than all convolutions together; a large bias tells nothing."""
+    nodes, tensors = [], [tensor("large", FP32, (100_000,))]
+    for number, kind in enumerate(kinds):
+        shape = (wide * 64, wide * 4) if kind == FP32 else (8, 4)
+        tensors.append(tensor(f"w{number}", kind, shape))
+        nodes.append(helper.make_node("MatMul", [f"x{number}", f"w{number}"], [f"y{number}"]))
+    model = model_of(nodes=nodes)
+    model.graph.initializer.extend(tensors)
+    assert precision_of(model) == expected
+
+
+def test_weights_behind_other_nodes_count_too() -> None:
+    nodes = [
+        helper.make_node("Constant", [], ["c"], value=tensor("", BF16, (8, 4))),
+        helper.make_node("Transpose", ["c"], ["t"]),
+        helper.make_node("MatMul", ["x", "t"], ["y"]),
+    ]
+    assert precision_of(model_of(nodes=nodes, tensors={"large": FULL})) == "bf16"
+
+
+def test_without_products_a_file_is_what_most_elements_are() -> None:
+    model = model_of(tensors={"b": FULL[:4]})
+    model.graph.initializer.append(tensor("a", BF16, (10,)))
+    assert precision_of(model) == "bf16"
+
+
 def test_quantised_weights_make_a_file_int8() -> None:
     nodes = [helper.make_node("DequantizeLinear", ["w", "s"], ["d"]), helper.make_node("Relu", ["d"], ["y"])]
     tensors = {"w": np.zeros(10, np.int8), "s": np.array(1, np.float32), "rest": FULL}

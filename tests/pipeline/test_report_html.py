@@ -27,7 +27,7 @@ from pipeline.artifacts import (
 )
 from pipeline.recipe import Recipe
 from pipeline.report import RunReport, report_values
-from pipeline.report_html import render
+from pipeline.report_html import layer_rows, render
 from pipeline.reports import (
     BatchTiming,
     ConformanceReport,
@@ -309,6 +309,29 @@ def test_why_a_layer_ran_dense_is_told(tmp_path: Path) -> None:
     told = (LayerSparsity("a", "dense_kernel", "dense", 4, 8, ("a",), "likely_few_channels"),)
     text = Page(page_of(report_of(tmp_path, engine=engine(tmp_path, backend="tensorrt", layers=told)))).text
     assert "conforming 71.2 75.3 dense: likely few channels" in text
+
+
+@pytest.mark.parametrize(
+    ("states", "ran"),
+    [
+        (("sparse", "dense"), "sparse"),
+        (("dense", "sparse"), "sparse"),
+        (("sparse", "unknown"), "sparse"),
+        (("unknown", "dense"), "unknown"),
+        (("dense", "unknown"), "unknown"),
+        (("dense", "dense"), "dense: likely few channels"),
+    ],
+)
+@pytest.mark.parametrize("names", [("a", "a [profile 1]"), ("a", "a copy of a")])
+def test_a_layer_is_sparse_if_it_is_in_any_profile_and_dense_if_it_is_in_all(
+    states: tuple[str, str], ran: str, names: tuple[str, str], tmp_path: Path
+) -> None:
+    told = tuple(
+        LayerSparsity(name, "kernel", state, 4, 8, ("a",), "likely_few_channels" if state == "dense" else None)
+        for name, state in zip(names, states, strict=True)
+    )
+    report = report_of(tmp_path, engine=engine(tmp_path, backend="tensorrt", layers=told))
+    assert [row["ran"] for row in layer_rows(report)] == ["unknown", ran]
 
 
 def test_plots_do_not_change_from_run_to_run_and_refer_to_themselves_only(tmp_path: Path) -> None:

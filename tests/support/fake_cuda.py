@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import sys
 import types
+import weakref
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
@@ -39,8 +40,11 @@ class World:
         launches: How many graphs were launched.
         graphs: How many there are to launch.
         captures: How many were captured and not yet destroyed.
-        refused: Calls of cuda-python that fail: `begin`, `end`, `instantiate`, `launch`.
-        misplaced: How many of TensorRT's objects were freed in another context than they were made in.
+        refused: Calls that fail: of cuda-python `begin`, `end`, `instantiate`, `launch`; of pycuda `push`, `stream`,
+            `event`, `record`, `elapsed`, `copy_in`, `copy_out`.
+        misplaced: How many objects of TensorRT or pycuda were freed in another context than they were made in.
+        alive: How many of them there are.
+        bus_id: The GPU's address, as CUDA writes it.
         broken: Streams report an error.
         clock_ms: The GPU's time: an event takes one of it, and work what it adds here.
     """
@@ -48,12 +52,14 @@ class World:
     def __init__(self) -> None:
         self.name, self.capability, self.free_bytes = "Fake GPU", (8, 0), 1 << 30
         self.current: list[Context] = []
-        self.retained = self.launches = self.graphs = self.captures = self.misplaced = 0
+        self.retained = self.launches = self.graphs = self.captures = self.misplaced = self.alive = 0
+        self.bus_id = "0000:C1:00.0"
         self.refused: set[str] = set()
         self.initialised = False
         self.broken = False
         self.memory: dict[int, np.ndarray[Any, Any]] = {}
-        self.streams: dict[int, Stream] = {}
+        self.streams: weakref.WeakValueDictionary[int, Stream] = weakref.WeakValueDictionary()
+        self.handles = itertools.count(1)
         self.clock_ms = 0.0
         self.addresses = itertools.count(1 << 20, 1 << 12)
         self.devices = 1
@@ -61,6 +67,11 @@ class World:
     def require_context(self) -> None:
         if not self.current:
             raise Error("no context is current")
+
+    def heed(self, call: str) -> None:
+        """Fail where it was told so."""
+        if call in self.refused:
+            raise Error(f"{call} failed: an illegal memory access was encountered")
 
     def place(self) -> int:
         """The context in which work happens now; 0 is the primary one, which is also that of who made none current."""
@@ -74,12 +85,30 @@ class World:
         return memory[:nbytes]
 
 
+class Placed:
+    """What belongs to the context that was current when it was made, and should be freed in it.
+
+    pycuda would switch contexts to free it, where it can: not from another thread, and not when the context is gone.
+    """
+
+    def __init__(self, world: World) -> None:
+        world.require_context()
+        self._world, self._place = world, world.place()
+        world.alive += 1
+
+    def __del__(self) -> None:
+        if hasattr(self, "_place"):
+            self._world.alive -= 1
+            self._world.misplaced += not self._world.current or self._world.place() != self._place
+
+
 class Context:
     def __init__(self, world: World, *, primary: bool = False) -> None:
         self._world, self.primary = world, primary
         world.retained += 1
 
     def push(self) -> None:
+        self._world.heed("push")
         self._world.current.append(self)
 
     def pop(self) -> None:
@@ -87,6 +116,11 @@ class Context:
         self._world.current.pop()
 
     def detach(self) -> None:
+        """One that is not current is made so first; the release of a primary context does not undo that."""
+        if not self._world.current or self._world.current[-1] is not self:
+            self._world.current.append(self)
+        if not self.primary:
+            self._world.current.pop()
         self._world.retained -= 1
 
 
@@ -103,14 +137,18 @@ class Device:
     def total_memory(self) -> int:
         return 1 << 30
 
+    def pci_bus_id(self) -> str:
+        return self._world.bus_id
+
     def retain_primary_context(self) -> Context:
         return Context(self._world, primary=True)
 
 
-class Stream:
+class Stream(Placed):
     def __init__(self, world: World) -> None:
-        world.require_context()
-        self._world, self.handle = world, len(world.streams) + 1
+        world.heed("stream")
+        super().__init__(world)
+        self.handle = next(world.handles)
         world.streams[self.handle] = self
         self.waiting: list[Work] = []
         self.captured: list[Work] | None = None
@@ -125,36 +163,43 @@ class Stream:
             self.waiting.pop(0)()
 
 
-class Event:
+class Event(Placed):
     def __init__(self, world: World) -> None:
-        self._world = world
+        world.heed("event")
+        super().__init__(world)
         self._at: float | None = None
         self._stream: Stream | None = None
 
     def record(self, stream: Stream) -> None:
+        self._world.heed("record")
         self._stream = stream
-        stream.give(self._pass)
+        event = weakref.ref(self)
 
-    def _pass(self) -> None:
-        self._at = self._world.clock_ms
-        self._world.clock_ms += 1
+        def happen() -> None:
+            """An event that is gone takes its time too."""
+            found = event()
+            if found is not None:
+                found._at = found._world.clock_ms
+            stream._world.clock_ms += 1
+
+        stream.give(happen)
 
     def synchronize(self) -> None:
         assert self._stream is not None
         self._stream.synchronize()
 
     def time_since(self, other: Event) -> float:
+        self._world.heed("elapsed")
         assert self._at is not None
         assert other._at is not None
         return self._at - other._at
 
 
-class Allocation:
+class Allocation(Placed):
     def __init__(self, world: World, nbytes: int) -> None:
-        self._world = world
-        world.require_context()
         if nbytes > world.free_bytes:
             raise OutOfMemoryError("cuMemAlloc failed: out of memory")
+        super().__init__(world)
         self._address = next(world.addresses)
         world.free_bytes -= nbytes
         world.memory[self._address] = np.zeros(nbytes, np.uint8)
@@ -163,8 +208,9 @@ class Allocation:
         return self._address
 
     def __del__(self) -> None:
-        memory = self._world.memory.pop(self._address, None) if hasattr(self, "_address") else None
-        self._world.free_bytes += 0 if memory is None else memory.nbytes
+        super().__del__()
+        if hasattr(self, "_address"):
+            self._world.free_bytes += self._world.memory.pop(self._address).nbytes
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *, graphs: bool = True) -> World:
@@ -173,11 +219,13 @@ def install(monkeypatch: pytest.MonkeyPatch, *, graphs: bool = True) -> World:
     driver = types.ModuleType("pycuda.driver")
 
     def htod(dest: Allocation, src: np.ndarray[Any, Any], stream: Stream) -> None:
+        world.heed("copy_in")
         world.require_context()
         raw = src.reshape(-1).view(np.uint8)  # read when the copy runs, not now
         stream.give(lambda: np.copyto(world.at(int(dest), raw.nbytes), raw))
 
     def dtoh(dest: np.ndarray[Any, Any], src: Allocation, stream: Stream) -> None:
+        world.heed("copy_out")
         world.require_context()
         flat = dest.reshape(-1).view(np.uint8)
         stream.give(lambda: np.copyto(flat, world.at(int(src), flat.nbytes)))

@@ -35,8 +35,13 @@ class Control:
 
     Attributes:
         gpu: Where it runs.
-        failures: Of `builder`, `network`, `parse`, `profile`, `build`, `out_of_memory`, `deserialize`, `context`,
-            `select`, `input_shape`, `address`, `execute`, `capture`, `cache`.
+        failures: Of `builder`, `network`, `config`, `parser`, `parse`, `profile`, `build`, `out_of_memory`, `runtime`,
+            `deserialize`, `inspector`, `context`, `select`, `input_shape`, `address`, `execute`, `capture`, `cache`,
+            `calibration_profile`.
+        says: Severity and message that failures of `builder`, `build`, `runtime`, `deserialize` and `context` log; by
+            default an error as TensorRT words it.
+        sparsity: Lines that a build logs of it.
+        calibrated: The batches that an implicit INT8 build was fed.
         flags: Of the last configuration.
         config: The last configuration itself.
         builds: How many plans were made.
@@ -51,6 +56,9 @@ class Control:
     builds: int = 0
     during_build: Callable[[], None] = lambda: None
     dense: set[str] = field(default_factory=set)
+    says: tuple[str, str] | None = None
+    sparsity: tuple[str, ...] = ()
+    calibrated: list[Any] = field(default_factory=list)
 
 
 def install(version: str, world: World, monkeypatch: pytest.MonkeyPatch) -> Control:
@@ -69,13 +77,37 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
 
     older_only = () if newer else ("FP16", "BF16", "INT8", "FP8", "OBEY_PRECISION_CONSTRAINTS")
     builder_flags = flags(
-        *older_only, "REFIT", "DISABLE_TIMING_CACHE", "TF32", "SPARSE_WEIGHTS", "VERSION_COMPATIBLE", "STRIP_PLAN"
+        *older_only,
+        "REFIT",
+        "DISABLE_TIMING_CACHE",
+        "TF32",
+        "SPARSE_WEIGHTS",
+        "VERSION_COMPATIBLE",
+        "STRIP_PLAN",
+        "REFIT_IDENTICAL",
     )
     network_flags = IntEnum("NetworkDefinitionCreationFlag", {"STRONGLY_TYPED": 0 if newer else 1})
     verbosity = IntEnum("ProfilingVerbosity", {"LAYER_NAMES_ONLY": 0, "NONE": 1, "DETAILED": 2})
     levels = IntEnum("HardwareCompatibilityLevel", {"NONE": 0, "AMPERE_PLUS": 1})
     pools = IntEnum("MemoryPoolType", {"WORKSPACE": 0})
     formats = IntEnum("LayerInformationFormat", {"ONELINE": 0, "JSON": 1})
+    modes = IntEnum("TensorIOMode", {"NONE": 0, "INPUT": 1, "OUTPUT": 2})
+    types_ = IntEnum("DataType", ["FLOAT", "HALF", "INT8", "INT32", "BOOL", "UINT8", "INT64", "BF16"])
+    registered: list[Any] = []
+
+    def global_logger(logger: Any) -> Any:
+        """TensorRT keeps the first logger that it is given, and has it say so when it is given another (issue 1475)."""
+        _made(logger, ILogger)
+        if not registered:
+            registered.append(logger)
+        elif registered[0] is not logger:
+            registered[0].log(severities.WARNING, "The logger passed in differs from one already provided")
+        return registered[0]
+
+    def fail(logger: Any, message: str) -> None:
+        severity, message = control.says or ("ERROR", message)
+        logger.log(severities[severity], message)
+
     severities = IntEnum("Severity", {"INTERNAL_ERROR": 0, "ERROR": 1, "WARNING": 2, "INFO": 3, "VERBOSE": 4})
 
     class ILogger:
@@ -135,9 +167,31 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
 
         def set_shape(self, input: str, min: Sequence[int], opt: Sequence[int], max: Sequence[int]) -> None:
             shapes = [tuple(min), tuple(opt), tuple(max)]
-            if not all(a <= b <= c for a, b, c in zip(*shapes, strict=True)):
-                raise ValueError("shapes do not rise")
+            if any(not isinstance(size, int) for size in (*min, *opt, *max)):
+                raise ValueError("cannot be converted to Dims")
+            for name, lower, higher in (("opt", min, opt), ("max", opt, max)):
+                if not all(a <= b for a, b in zip(lower, higher, strict=True)):
+                    raise RuntimeError(f"Shape provided for {name} is inconsistent with other shapes.")
             self._shapes[input] = shapes
+
+    class IInt8EntropyCalibrator2:
+        def __init__(self) -> None:
+            self._made = True
+
+        def get_batch_size(self) -> int:
+            _pure_virtual("IInt8EntropyCalibrator2", "get_batch_size")
+            return 0
+
+        def get_batch(self, names: list[str]) -> list[int] | None:
+            _pure_virtual("IInt8EntropyCalibrator2", "get_batch")
+            return None
+
+        def read_calibration_cache(self) -> bytes | None:
+            _pure_virtual("IInt8EntropyCalibrator2", "read_calibration_cache")
+            return None
+
+        def write_calibration_cache(self, cache: Any) -> None:
+            _pure_virtual("IInt8EntropyCalibrator2", "write_calibration_cache")
 
     class INetworkDefinition:
         def __init__(self, logger: Any, strong: bool) -> None:
@@ -153,6 +207,8 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
             self._pools: dict[Any, int] = {}
             self._level, self._verbosity = 3, verbosity["LAYER_NAMES_ONLY"]
             self._hardware, self._monitor = levels["NONE"], None
+            self._calibrator: Any = None
+            self._calibration_profile: IOptimizationProfile | None = None
 
         def set_flag(self, flag: Any) -> None:
             self._flags.add(builder_flags(flag))
@@ -221,11 +277,45 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
         def progress_monitor(self, value: Any) -> None:
             self._monitor = _made(value, IProgressMonitor)
 
+    if not newer:
+
+        def set_calibration_profile(self: IBuilderConfig, profile: IOptimizationProfile) -> bool:
+            if "calibration_profile" in control.failures:
+                return False
+            self._calibration_profile = profile
+            return True
+
+        def set_calibrator(self: IBuilderConfig, value: Any) -> None:
+            self._calibrator = _made(value, IInt8EntropyCalibrator2)
+
+        IBuilderConfig.set_calibration_profile = set_calibration_profile  # type: ignore[attr-defined]
+        calibrator = property(lambda self: self._calibrator, set_calibrator)
+        IBuilderConfig.int8_calibrator = calibrator  # type: ignore[attr-defined]
+
+    def calibrate(network: INetworkDefinition, config: IBuilderConfig) -> str:
+        """Ask the calibrator as TensorRT does: for a cache, else for batches; what stands in the way, or nothing."""
+        if network._strong:
+            return "INT8 is not allowed in a strongly typed network"
+        (name,) = (value.name for value in network._model.graph.input)  # type: ignore[union-attr]
+        if config._calibrator is None or config._calibration_profile is None:
+            return "Calibration failure occurred with no scaling factors detected"
+        if config._calibrator.read_calibration_cache():
+            return ""
+        (shape, *_) = config._calibration_profile._shapes[name]
+        assert shape[0] == config._calibrator.get_batch_size()
+        while (pointers := config._calibrator.get_batch([name])) is not None:
+            count = int(np.prod(shape))
+            control.calibrated.append(world.at(pointers[0], 4 * count).view(np.float32).reshape(shape).copy())
+        if not control.calibrated:
+            return "Calibration failure occurred with no scaling factors detected"
+        config._calibrator.write_calibration_cache(memoryview(b"TRT-100000-EntropyCalibration2\ninput: 3c010a14\n"))
+        return ""
+
     class Builder:
         def __init__(self, logger: ILogger) -> None:
-            self._logger = _made(logger, ILogger)
+            self._logger = global_logger(logger)
             if "builder" in control.failures:
-                logger.log(severities.ERROR, "CUDA initialization failure with error: 35")
+                fail(self._logger, "CUDA initialization failure with error: 35")
                 raise TypeError("pybind11::init(): factory function returned nullptr")
 
         def create_network(self, flags: int = 0) -> INetworkDefinition | None:
@@ -234,7 +324,9 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
             strong = newer or bool(flags & (1 << network_flags["STRONGLY_TYPED"]))
             return INetworkDefinition(self._logger, strong)
 
-        def create_builder_config(self) -> IBuilderConfig:
+        def create_builder_config(self) -> IBuilderConfig | None:
+            if "config" in control.failures:
+                return None
             control.config = IBuilderConfig()
             return control.config
 
@@ -248,14 +340,19 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
                 ("out_of_memory", "Requested amount of GPU memory (123 bytes) could not be allocated: out of memory"),
             ):
                 if failure in control.failures:
-                    self._logger.log(severities.ERROR, message)
+                    fail(self._logger, message)
                     return None
+            for line in control.sparsity:
+                self._logger.log(severities.VERBOSE, line)
             assert network._model is not None
             for value in network._model.graph.input:
                 told = _static_mismatch(value, [p._shapes[value.name] for p in config._profiles])
                 if told:
                     self._logger.log(severities.ERROR, told)
                     return None
+            if "INT8" in control.flags and (told := calibrate(network, config)):
+                self._logger.log(severities.ERROR, told)
+                return None
             monitor = config._monitor
             if monitor is not None:
                 monitor.phase_start("Building Engine", None, 2)
@@ -274,6 +371,8 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
                 "layers": _layers(
                     network._model, builder_flags["SPARSE_WEIGHTS"] in config._flags, newer, control.dense
                 ),
+                "inputs": [v.name for v in network._model.graph.input],
+                "version_compatible": builder_flags["VERSION_COMPATIBLE"] in config._flags,
                 "detailed": config._verbosity == verbosity["DETAILED"],
             }
             text = json.dumps(header).encode()
@@ -297,7 +396,9 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
 
     class OnnxParser:
         def __init__(self, network: INetworkDefinition, logger: ILogger) -> None:
-            self._network, self._logger = network, _made(logger, ILogger)
+            self._network, self._logger = network, global_logger(logger)
+            if "parser" in control.failures:
+                raise TypeError("pybind11::init(): factory function returned nullptr")
             self._errors: list[ParserError] = []
 
         def parse_from_file(self, model: str) -> bool:
@@ -333,17 +434,15 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
 
     class IExecutionContext:
         def __init__(self, engine: ICudaEngine) -> None:
+            self._held = Owned(world)
             self._engine = engine
             self._shapes: dict[str, tuple[int, ...]] = {}
             self._addresses: dict[str, int] = {}
             self._profile: int | None = None
 
-        def __del__(self) -> None:
-            world.misplaced += world.place() != self._engine._place
-
         def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
             if "select" in control.failures or profile_index >= len(self._engine._header["profiles"]):
-                return False
+                raise RuntimeError("Error in set optimization profile async.")
             self._profile, self._shapes = profile_index, {}
             return True
 
@@ -375,7 +474,7 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
             if "capture" in control.failures and world.streams[stream_handle].captured is not None:
                 return False
             world.require_context()
-            if world.place() != self._engine._place:
+            if world.place() != self._engine._held.place:
                 self._engine._logger.log(severities.ERROR, "invalid resource handle")
                 return False
             shapes, addresses = dict(self._shapes), dict(self._addresses)
@@ -386,22 +485,44 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
         def __init__(self, data: bytes, header: dict[str, Any], logger: Any) -> None:
             import onnxruntime
 
-            self._header, self._logger, self._place = header, logger, world.place()
+            self._header, self._logger, self._held = header, logger, Owned(world)
             self._model = onnx.load_from_string(data)
             self._session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
 
-        def create_engine_inspector(self) -> EngineInspector:
+        def create_engine_inspector(self) -> EngineInspector | None:
+            if "inspector" in control.failures:
+                return None
             return EngineInspector(self._header)
 
         def create_execution_context(self) -> IExecutionContext | None:
             if "context" in control.failures:
-                self._logger.log(severities.ERROR, "createExecutionContext: out of memory")
+                fail(self._logger, "createExecutionContext: out of memory")
                 return None
             return IExecutionContext(self)
 
         @property
         def device_memory_size_v2(self) -> int:
             return 4096
+
+        @property
+        def num_io_tensors(self) -> int:
+            return len(self._tensors())
+
+        @property
+        def num_optimization_profiles(self) -> int:
+            return len(self._header["profiles"])
+
+        def get_tensor_name(self, index: int) -> str:
+            return list(self._tensors())[index]
+
+        def get_tensor_mode(self, name: str) -> Any:
+            return modes["INPUT" if name in self._header["inputs"] else "OUTPUT"]
+
+        def get_tensor_dtype(self, name: str) -> Any:
+            return _data_type(types_, self._tensors()[name])
+
+        def _tensors(self) -> dict[str, int]:
+            return {v.name: v.type.tensor_type.elem_type for v in (*self._model.graph.input, *self._model.graph.output)}
 
         def _run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
             feeds = {}
@@ -417,7 +538,11 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
 
     class Runtime:
         def __init__(self, logger: ILogger) -> None:
-            self._logger, self._host_code = _made(logger, ILogger), False
+            self._logger, self._host_code = global_logger(logger), False
+            if "runtime" in control.failures:
+                fail(self._logger, "CUDA initialization failure with error: 35")
+                raise TypeError("pybind11::init(): factory function returned nullptr")
+            self._held = Owned(world)
 
         @property
         def engine_host_code_allowed(self) -> bool:
@@ -431,9 +556,13 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
             data = bytes(serialized_engine)
             header = _header(data)
             if "deserialize" in control.failures or header is None:
-                self._logger.log(severities.ERROR, "Serialization assertion magicTagRead == kMAGIC_TAG failed.")
+                fail(self._logger, "Serialization assertion magicTagRead == kMAGIC_TAG failed.")
                 return None
-            if header["version"] != version and not self._host_code:
+            if header["version_compatible"] and not self._host_code:
+                # Of any version, the one that built it included: such a plan carries code of its own.
+                self._logger.log(severities.ERROR, "The engine has host code, which setEngineHostCodeAllowed forbids")
+                return None
+            if header["version"] != version and not header["version_compatible"]:
                 self._logger.log(severities.ERROR, "The engine plan file is not compatible with this version")
                 return None
             start = len(_MAGIC) + 8
@@ -463,9 +592,39 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
         levels,
         pools,
         formats,
+        modes,
+        types_,
     ):
         setattr(module, cls.__name__, cls)
+    if not newer:
+        module.IInt8EntropyCalibrator2 = IInt8EntropyCalibrator2  # type: ignore[attr-defined]
     return module
+
+
+class Owned:
+    """A part of each object of TensorRT's: it takes memory in the context that is current, and is to be freed there."""
+
+    def __init__(self, world: World) -> None:
+        self._world, self.place = world, world.place()
+        world.alive += 1
+
+    def __del__(self) -> None:
+        self._world.alive -= 1
+        self._world.misplaced += self._world.place() != self.place
+
+
+def _data_type(types_: Any, elem_type: int) -> Any:
+    names = {
+        onnx.TensorProto.FLOAT: "FLOAT",
+        onnx.TensorProto.FLOAT16: "HALF",
+        onnx.TensorProto.BFLOAT16: "BF16",
+        onnx.TensorProto.INT8: "INT8",
+        onnx.TensorProto.UINT8: "UINT8",
+        onnx.TensorProto.INT32: "INT32",
+        onnx.TensorProto.INT64: "INT64",
+        onnx.TensorProto.BOOL: "BOOL",
+    }
+    return types_[names[elem_type]]
 
 
 def _static_mismatch(value: onnx.ValueInfoProto, profiles: list[list[tuple[int, ...]]]) -> str:

@@ -7,9 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
+from fake_cuda import World
 
 from engines.trt.clocks import clocks_of, watch_clocks
 from pipeline.reports import GpuClocks
+
+pytestmark = pytest.mark.usefixtures("gpu")
 
 
 def smi(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +41,8 @@ def test_lines_that_cannot_be_read_are_left_out(line: str) -> None:
     assert clocks_of(f"{line}\n1980, 2619, 0x0, 30, 70\n") == GpuClocks(1, 1980, 1980, 2619, (), 30, 70)
 
 
-def test_the_gpu_is_watched_while_the_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_is_watched_while_the_block_runs(tmp_path: Path, gpu: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu.bus_id = "0000:3B:00.0"
     asked = tmp_path / "asked"
     smi(tmp_path, f'echo "$@" > {asked}; echo "1980, 2619, 0x4, 41, 310.5"; exec sleep 60', monkeypatch)
     started = time.monotonic()
@@ -52,6 +56,8 @@ def test_the_gpu_is_watched_while_the_block_runs(tmp_path: Path, monkeypatch: py
     assert watch.clocks == GpuClocks(1, 1980, 1980, 2619, ("power cap",), 41, 310.5)
     # The watch ends with the block, not with nvidia-smi, and does not wait for it.
     assert time.monotonic() - ended < 4
+    # By its address: CUDA and nvidia-smi number GPUs differently, and CUDA_VISIBLE_DEVICES is CUDA's alone.
+    assert "--id=0000:3B:00.0 " in asked.read_text()
     assert "--loop-ms" in asked.read_text()
     assert "clocks_throttle_reasons.active" in asked.read_text()
 
@@ -75,6 +81,15 @@ def test_without_nvidia_smi_nothing_is_seen(tmp_path: Path, monkeypatch: pytest.
     with watch_clocks() as watch:
         pass
     assert watch.clocks is None
+
+
+def test_without_a_gpu_nvidia_smi_is_not_asked(tmp_path: Path, gpu: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu.devices = 0
+    smi(tmp_path, f"touch {tmp_path / 'asked'}", monkeypatch)
+    with watch_clocks() as watch:
+        pass
+    assert watch.clocks is None
+    assert not (tmp_path / "asked").exists()
 
 
 def test_a_failure_inside_the_block_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import logging
 import os
 import re
 import signal
 import sys
+import weakref
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 from fake_cuda import World
 from fake_tensorrt import Control
@@ -19,10 +24,11 @@ from small_net import small_net
 
 from engines.build import BuildOptions, build_engine
 from engines.sidecar import read_engine
+from engines.trt.build import FP32_NOTE
 from engines.trt.log import Heard
 from engines.trt.options import TrtOptions
 from engines.trt.progress import _monitor_class
-from engines.trt.versions import network_flags
+from engines.trt.versions import import_tensorrt, network_flags
 from exporters.metadata import describe_onnx
 from pipeline.artifacts import EngineFile, Profile
 from pipeline.cli.app import main
@@ -63,7 +69,7 @@ def test_flags_are_those_asked_for(trt: Control, source: Path, sparse: bool) -> 
     assert trt.config.hardware_compatibility_level.name == "NONE"
     assert trt.config.builder_optimization_level == 3
     build(source, tf32=True, version_compatible=True, stripped=True, hardware_compatible=True, optimization_level=5)
-    assert trt.flags == {"SPARSE_WEIGHTS", "TF32", "VERSION_COMPATIBLE", "STRIP_PLAN", "REFIT"}
+    assert trt.flags == {"SPARSE_WEIGHTS", "TF32", "VERSION_COMPATIBLE", "STRIP_PLAN", "REFIT_IDENTICAL"}
     assert trt.config.hardware_compatibility_level.name == "AMPERE_PLUS"
     assert trt.config.builder_optimization_level == 5
 
@@ -98,9 +104,27 @@ def test_a_low_level_and_a_graph_of_floats_are_warned_of(
     assert build(source, sparse=False, optimization_level=2).notes == ()
 
 
+def test_floats_alone_are_said_to_have_no_sparse_kernels(trt: Control, tmp_path: Path) -> None:
+    """Nothing is documented of BF16, so nothing is said of it."""
+    assert build(small_net(tmp_path / "full.onnx")).notes == (FP32_NOTE,)
+    narrow = small_net(tmp_path / "bf16.onnx", "float16")
+    model = onnx.load(narrow)
+    for tensor in model.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+        tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, onnx.TensorProto.BFLOAT16, values.shape, values.ravel()))
+    onnx.save(model, narrow)
+    # The stand-in runs graphs with ONNX Runtime, whose CPU has no BF16 to run.
+    trt.failures.add("deserialize")
+    record = build(narrow)
+    assert record.precision == "bf16"
+    assert FP32_NOTE not in record.notes
+
+
 FAILURES = {
-    "builder": (HostError, "no builder here"),
+    "builder": (HostError, "makes no Builder here"),
     "network": (InputError, "makes no network"),
+    "parser": (HostError, "makes no OnnxParser here"),
+    "config": (InputError, "makes no configuration"),
     "parse": (InputError, "cannot parse the model: 3 errors"),
     "profile": (InputError, "refuses a profile"),
     "build": (InputError, "cannot build the model"),
@@ -173,9 +197,21 @@ def test_only_the_batch_may_be_dynamic(trt: Control, source: Path) -> None:
     assert left(source.parent) == {"net.onnx", "free.onnx"}
 
 
-def test_a_plan_can_be_refittable_with_its_weights(trt: Control, source: Path) -> None:
-    build(source, refittable=True)
-    assert trt.flags == {"SPARSE_WEIGHTS", "REFIT"}
+@pytest.mark.parametrize(
+    ("refittable", "stripped", "flags"),
+    [
+        (False, False, set()),
+        (True, False, {"REFIT"}),
+        (False, True, {"STRIP_PLAN", "REFIT_IDENTICAL"}),
+        (True, True, {"STRIP_PLAN", "REFIT"}),
+    ],
+)
+def test_a_plan_can_be_refittable_and_without_its_weights_and_its_record_says_so(
+    trt: Control, source: Path, refittable: bool, stripped: bool, flags: set[str]
+) -> None:
+    record = build(source, refittable=refittable, stripped=stripped)
+    assert trt.flags == {"SPARSE_WEIGHTS"} | flags
+    assert (record.refittable, record.stripped) == (refittable, stripped)
 
 
 def test_a_version_without_a_figure_of_device_memory_leaves_it_open(trt: Control, source: Path) -> None:
@@ -186,8 +222,31 @@ def test_a_version_without_a_figure_of_device_memory_leaves_it_open(trt: Control
 
 
 def test_a_version_in_which_every_network_is_strongly_typed_needs_no_flag() -> None:
-    trt = SimpleNamespace(NetworkDefinitionCreationFlag=SimpleNamespace())
+    trt = SimpleNamespace(NetworkDefinitionCreationFlag=SimpleNamespace(), __version__="11.0.0.114")
     assert network_flags(trt) == 0
+
+
+def test_an_older_one_without_the_flag_is_refused() -> None:
+    """Its networks would be weakly typed, and run in FP32."""
+    trt = SimpleNamespace(NetworkDefinitionCreationFlag=SimpleNamespace(), __version__="10.13.3.9")
+    with pytest.raises(HostError, match=r"TensorRT 10.13.3.9 without the flag STRONGLY_TYPED"):
+        network_flags(trt)
+
+
+@pytest.mark.parametrize("version", ["8.6.1", "9.3.0.post12.dev1", "10.2.0", "10.0.1"])
+def test_a_tensorrt_that_is_too_old_is_told_with_what_is_needed(
+    source: Path, another: Callable[[str], Control], version: str
+) -> None:
+    another(version)
+    with pytest.raises(HostError, match="too old") as caught:
+        build(source)
+    assert f"TensorRT {version}, needed is 10.3 or newer" in str(caught.value)
+
+
+def test_a_folder_that_is_called_tensorrt_is_not_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))
+    with pytest.raises(HostError, match="TensorRT is not here"):
+        import_tensorrt()
 
 
 def test_without_a_gpu_nothing_is_built(trt: Control, gpu: World, source: Path) -> None:
@@ -196,15 +255,46 @@ def test_without_a_gpu_nothing_is_built(trt: Control, gpu: World, source: Path) 
         build(source)
 
 
-def test_a_plan_that_cannot_be_inspected_is_kept_without_evidence_and_says_so(
-    trt: Control, source: Path, caplog: pytest.LogCaptureFixture
+NO_EVIDENCE = "the plan cannot be inspected here, so nothing shows which layers run sparse: "
+
+
+@pytest.mark.parametrize(
+    ("failure", "why"),
+    [
+        ("deserialize", "Serialization assertion magicTagRead == kMAGIC_TAG failed."),
+        ("runtime", "TensorRT makes no Runtime here: CUDA initialization failure with error: 35"),
+        ("inspector", "TensorRT gave no reason"),
+    ],
+)
+def test_a_plan_that_cannot_be_inspected_is_kept_and_its_record_says_so(
+    trt: Control, source: Path, caplog: pytest.LogCaptureFixture, failure: str, why: str
 ) -> None:
-    trt.failures.add("deserialize")
+    trt.failures.add(failure)
     with caplog.at_level(logging.WARNING):
         record = build(source)
-    assert "the plan cannot be inspected here: Serialization assertion" in caplog.text
-    assert record.layers == ()
-    assert record.path.is_file()
+    assert record.notes == (NO_EVIDENCE + why,)
+    assert record.notes[0] in caplog.text
+    assert (record.layers, record.device_memory_bytes) == ((), None)
+    assert read_engine(record.path) == record
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"Layers": 3}'])
+def test_nor_does_an_inspectors_answer_that_cannot_be_read_cost_the_plan(
+    trt: Control, source: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    import tensorrt
+
+    monkeypatch.setattr(tensorrt.EngineInspector, "get_engine_information", lambda self, format: text)
+    record = build(source)
+    assert record.notes[0].startswith(NO_EVIDENCE + "the layer information cannot be read")
+    assert read_engine(record.path) == record
+
+
+def test_a_plan_for_other_versions_is_inspected_like_any_other(trt: Control, source: Path) -> None:
+    """It carries host code, which has to be allowed before TensorRT takes it."""
+    record = build(source, version_compatible=True)
+    assert record.notes == ()
+    assert {layer.name: layer.state for layer in record.layers}["mix"] == "sparse"
 
 
 def test_the_timing_cache_is_kept_between_builds_and_shared(trt: Control, source: Path, tmp_path: Path) -> None:
@@ -321,14 +411,116 @@ def test_the_outermost_phase_is_drawn(trt: Control) -> None:
     assert drawn == [(0, 2), (1, None), (2, None)]
 
 
+@pytest.mark.parametrize(
+    ("lines", "note"),
+    [
+        (
+            [
+                "(Sparsity) Found 39 layer(s) eligible to use sparse tactics",
+                "(Sparsity) Chose 12 layer(s) using sparse tactics",
+            ],
+            "found 39 layers eligible, chose 12",
+        ),
+        (
+            [
+                "(Sparsity) Found 2 layer(s) eligible to use sparse tactics: mix, mix2 + relu",
+                "(Sparsity) Chose 1 layer(s) using sparse tactics: mix",
+                "(Sparsity) Found 1 layer(s) eligible to use sparse tactics: other",
+                "(Sparsity) Chose 0 layer(s) using sparse tactics",
+            ],
+            "found 2 layers eligible, chose 1; found 1 layers eligible, chose 0;"
+            " eligible: mix, mix2 + relu, other; chosen: mix",
+        ),
+        (["(Sparsity) Perhaps"], "1 lines not understood"),
+    ],
+)
+def test_what_the_builder_logs_of_sparsity_is_kept_with_the_plan(
+    trt: Control, source: Path, lines: list[str], note: str
+) -> None:
+    trt.sparsity = (*lines, "an ordinary line")
+    record = build(source)
+    assert record.notes == (f"TensorRT's log: {note}",)
+    assert read_engine(record.path).notes == record.notes
+
+
+def test_every_listener_hears_all_for_as_long_as_it_lives(trt: Control, source: Path) -> None:
+    """TensorRT takes one logger for the process; a second build must not lose what a first began."""
+    import tensorrt
+
+    first = Heard(tensorrt)
+    second = Heard(tensorrt)
+    assert first.logger is second.logger
+    trt.failures.add("build")
+    with pytest.raises(InputError, match="Could not find any implementation"):
+        build(source)
+    for heard in (first, second):
+        assert heard.errors == ["Could not find any implementation for node conv1."]
+        assert heard.warnings == []
+    gone = weakref.ref(first)
+    del first, heard
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_warning_tells_why_where_there_is_no_error(trt: Control, source: Path) -> None:
+    """Some versions speak of a CUDA that does not start as a warning only."""
+    trt.failures.add("builder")
+    trt.says = ("WARNING", "Unable to determine GPU memory usage: CUDA driver version is insufficient")
+    with pytest.raises(HostError, match="CUDA driver version is insufficient"):
+        build(source)
+
+
+MEMORY = (
+    "Cuda Runtime (out of memory)",
+    "OutOfMemory Error in computeCosts: 0",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+    "Requested amount of GPU memory (1024 bytes) could not be allocated. There may not be enough free memory.",
+    "GPU memory allocation error during getBestTactic: conv",
+    "Could not find any implementation for node conv1 due to insufficient workspace. See verbose log.",
+    "Skipping tactic 3 due to insufficient memory on requested size of 8589934592",
+    "Tactic Device request: 1146MB Available: 100MB. Device memory is insufficient to use tactic.",
+    "Cuda failure: 2",
+    "CUDA initialization failure with error: 2",
+)
+
+
+@pytest.mark.parametrize("message", MEMORY)
+def test_every_way_to_say_that_memory_does_not_suffice_is_known(trt: Control, source: Path, message: str) -> None:
+    trt.failures.add("build")
+    trt.says = ("ERROR", message)
+    with pytest.raises(HostError, match="memory does not suffice for the build") as caught:
+        build(source)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Could not find any implementation for node conv1.",
+        "CUDA initialization failure with error: 35",
+        "Cuda failure: 222",
+        "Cuda failure: 700",
+        "CUDA driver version is insufficient for CUDA runtime version",
+        "Memory usage of plan: 2 MiB",
+    ],
+)
+def test_and_other_failures_are_not_taken_for_it(trt: Control, source: Path, message: str) -> None:
+    trt.failures.add("build")
+    trt.says = ("ERROR", message)
+    with pytest.raises(InputError, match="cannot build the model"):
+        build(source)
+
+
 def test_lines_about_sparsity_and_errors_are_kept_apart(trt: Control) -> None:
     import tensorrt
 
     heard = Heard(tensorrt)
     heard.logger.log(tensorrt.ILogger.INFO, "(Sparsity) Chose 2 layer(s) using sparse tactics")
     heard.logger.log(tensorrt.ILogger.WARNING, "something else")
+    assert heard.why() == "something else"
     heard.logger.log(tensorrt.ILogger.INTERNAL_ERROR, "an assertion failed")
     assert heard.sparsity == ["(Sparsity) Chose 2 layer(s) using sparse tactics"]
+    assert heard.warnings == ["something else"]
     assert heard.errors == ["an assertion failed"]
     assert heard.why() == "an assertion failed"
     assert Heard(tensorrt).why() == "TensorRT gave no reason"
@@ -340,15 +532,18 @@ def test_senseless_options_are_refused(options: dict[str, int]) -> None:
         TrtOptions(**options)  # type: ignore[arg-type]
 
 
-def test_a_profile_that_a_fixed_batch_does_not_take(trt: Control, source: Path) -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError])
+def test_a_profile_that_the_bindings_refuse(trt: Control, source: Path, kind: type[Exception]) -> None:
     import tensorrt
 
     def refuse(self: object, name: str, *shapes: object) -> None:
-        raise ValueError("shapes do not fit")
+        raise kind("Shape provided for min is inconsistent with other shapes.")
 
     tensorrt.IOptimizationProfile.set_shape = refuse
-    with pytest.raises(InputError, match="refuses a profile"):
+    with pytest.raises(InputError, match="refuses a profile") as caught:
         build(source)
+    assert "net.onnx: input" in str(caught.value)
+    assert "Shape provided for min is inconsistent" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -366,6 +561,24 @@ def test_a_tensorrt_that_does_not_load_is_told(
     with pytest.raises(HostError, match="TensorRT is not here") as caught:
         build(source)
     assert error.partition("(")[0] in str(caught.value)
+
+
+def test_missing_pycuda_is_told_apart_from_a_missing_gpu(
+    trt: Control, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pycuda.driver", None)
+    monkeypatch.setitem(sys.modules, "pycuda", None)
+    with pytest.raises(HostError, match=r"pycuda is not installed(.|\n)*pip install 'maskplan\[tensorrt\]'"):
+        build(source)
+    package = tmp_path / "packages" / "pycuda"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "driver.py").write_text("raise ImportError('libcuda.so.1: cannot open shared object file')\n")
+    for name in ("pycuda.driver", "pycuda"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(package.parent)
+    with pytest.raises(HostError, match=r"no GPU can be used(.|\n)*libcuda.so.1"):
+        build(source)
 
 
 def test_missing_tensorrt_is_told_with_what_to_install(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,12 +18,13 @@ from fake_tensorrt import Control
 
 from engines.build import BuildOptions, build_engine, open_engine
 from engines.sidecar import sidecar_path, write_sidecar
-from engines.trt.cuda import Context, milliseconds
+from engines.trt.cuda import Context
+from engines.trt.graph import capture
 from engines.trt.options import TrtOptions
 from engines.trt.run import TrtEngine
 from exporters.metadata import describe_onnx
 from pipeline.artifacts import EngineFile, Profile
-from pipeline.errors import HostError, InputError
+from pipeline.errors import HostError, InputError, PipelineError
 
 PROFILES = (Profile(1, 1, 1), Profile(1, 8, 16))
 
@@ -82,7 +83,7 @@ def test_work_that_tensorrt_refuses_to_have_captured_is_not_replayed(
         for batch in (2, 2, 2, 3, 3, 3):
             assert np.allclose(engine.infer({"input": images(batch)})["logits"], expected(source, batch), atol=1e-3)
     engine.close()
-    assert (gpu.launches, gpu.graphs) == (0, 0)
+    assert (gpu.launches, gpu.graphs, gpu.captures) == (0, 0, 0)
     assert "cannot be captured as a CUDA graph" in caplog.text
 
 
@@ -112,21 +113,68 @@ def test_time_between_two_marks_waits_for_them(gpu: World) -> None:
     context = Context()
     with context.active():
         first, second = context.mark(), context.mark()
-        assert milliseconds(first, second) == 1.0
+        assert context.milliseconds(first, second) == 1.0
     context.close()
 
 
-def test_the_primary_context_is_given_back_and_what_was_current_stays_so(plan: EngineFile, gpu: World) -> None:
+def test_work_that_breaks_off_within_a_capture_leaves_none_behind(gpu: World) -> None:
+    def break_off() -> bool:
+        raise KeyboardInterrupt
+
+    context = Context()
+    with context.active():
+        with pytest.raises(KeyboardInterrupt):
+            capture(context.stream_handle, break_off)
+        assert gpu.streams[context.stream_handle].captured is None
+        assert gpu.captures == 0
+    context.close()
+
+
+def test_what_was_current_stays_so_and_all_is_freed_where_it_was_made(plan: EngineFile, gpu: World) -> None:
+    """Another library's context is not ours to displace; the primary one stays with the process, held once."""
     others = fake_cuda.Context(gpu)
     others.push()
-    engine = TrtEngine(plan)
-    engine.infer({"input": images(2)})
-    assert gpu.current == [others]
+    for _ in range(2):
+        engine = TrtEngine(plan)
+        for batch in (2, 2, 2, 16):
+            engine.infer({"input": images(batch)})
+            assert gpu.current == [others]
+        engine.close()
+        assert gpu.current == [others]
+        assert gpu.retained == 2
+        assert (gpu.memory, gpu.alive, gpu.graphs, gpu.misplaced) == ({}, 0, 0, 0)
     engine.close()
-    assert gpu.current == [others]
-    assert gpu.retained == 1
-    assert gpu.memory == {}
-    assert gpu.misplaced == 0
+
+
+def test_two_engines_have_streams_of_their_own(plan: EngineFile, gpu: World) -> None:
+    first, second = TrtEngine(plan), TrtEngine(plan)
+    assert len(gpu.streams) == 2
+    first.close()
+    assert len(gpu.streams) == 1
+    assert second.infer({"input": images(2)})["logits"].shape == (2, 5)
+    second.close()
+
+
+@pytest.mark.parametrize("failure", ["runtime", "deserialize", "context"])
+def test_an_engine_that_cannot_be_made_frees_what_it_took(
+    plan: EngineFile, trt: Control, gpu: World, failure: str
+) -> None:
+    trt.failures.add(failure)
+    others = fake_cuda.Context(gpu)
+    others.push()
+    with pytest.raises(PipelineError) as caught:
+        TrtEngine(plan)
+    # The error holds the frames that it came through.
+    assert caught.value.__traceback__ is not None
+    assert (gpu.alive, gpu.misplaced, gpu.current) == (0, 0, [others])
+
+
+@pytest.mark.parametrize("call", ["push", "stream"])
+def test_a_gpu_that_fails_at_once_is_told(plan: EngineFile, gpu: World, call: str) -> None:
+    gpu.refused.add(call)
+    with pytest.raises(HostError, match=f"the GPU reports an error(.|\n)*{call} failed"):
+        TrtEngine(plan)
+    assert gpu.alive == 0
 
 
 def test_an_answer_outlives_the_next_call(plan: EngineFile, source: Path) -> None:
@@ -147,7 +195,7 @@ def test_a_batch_outside_every_profile(plan: EngineFile) -> None:
 
 
 FAILURES = {
-    "select": (HostError, "refuses to change the profile"),
+    "select": (HostError, r"refuses to change the profile(.|\n)*Error in set optimization profile async\."),
     "input_shape": (InputError, "refuses a shape"),
     "address": (HostError, "refuses an address"),
     "execute": (HostError, "cannot run the engine"),
@@ -173,10 +221,93 @@ def test_a_plan_that_tensorrt_does_not_take(plan: EngineFile, trt: Control) -> N
     assert "magicTagRead" in str(caught.value)
 
 
-def test_no_memory_for_a_context(plan: EngineFile, trt: Control) -> None:
-    trt.failures.add("context")
-    with pytest.raises(HostError, match="memory does not suffice for the engine"):
+def test_no_runtime_is_told(plan: EngineFile, trt: Control) -> None:
+    trt.failures.add("runtime")
+    with pytest.raises(HostError, match=r"makes no Runtime here(.|\n)*CUDA initialization failure with error: 35"):
         open_engine(plan)
+
+
+@pytest.mark.parametrize("failure", ["deserialize", "context"])
+@pytest.mark.parametrize("severity", ["ERROR", "WARNING"])
+def test_no_memory_for_an_engine_or_its_context(plan: EngineFile, trt: Control, failure: str, severity: str) -> None:
+    trt.failures.add(failure)
+    trt.says = (severity, "Requested amount of GPU memory (8192 bytes) could not be allocated.")
+    with pytest.raises(HostError, match=r"memory does not suffice for the engine(.|\n)*8192 bytes"):
+        open_engine(plan)
+
+
+def test_no_context_for_another_reason(plan: EngineFile, trt: Control) -> None:
+    trt.failures.add("context")
+    trt.says = ("ERROR", "Cuda failure: 700")
+    with pytest.raises(HostError, match=r"makes no context for the plan(.|\n)*Cuda failure: 700"):
+        open_engine(plan)
+
+
+def test_a_plan_without_weights_is_refused(trt: Control, source: Path) -> None:
+    options = BuildOptions("tensorrt", PROFILES, True, TrtOptions(stripped=True))
+    record = build_engine(describe_onnx(source), options, source.with_name("engine.plan"))
+    with pytest.raises(InputError, match="the plan has no weights") as caught:
+        open_engine(record)
+    assert str(record.path) in str(caught.value)
+
+
+def test_a_type_that_numpy_has_not_is_refused(plan: EngineFile, gpu: World) -> None:
+    (logits,) = plan.outputs
+    record = replace(plan, outputs=(replace(logits, dtype="bfloat16"),))
+    with pytest.raises(InputError, match=r"NumPy has no such type(.|\n)*logits bfloat16"):
+        TrtEngine(record)
+
+
+def changed_inputs(plan: EngineFile) -> dict[str, EngineFile]:
+    (image,), (logits,) = plan.inputs, plan.outputs
+    return {
+        "no input picture float32": replace(plan, inputs=(replace(image, name="picture"),)),
+        "no input input float16": replace(plan, inputs=(replace(image, dtype="float16"),)),
+        "no output aux float32": replace(plan, outputs=(logits, replace(logits, name="aux"))),
+        "output logits float32, which the sidecar has not": replace(plan, outputs=()),
+        "no output input float32": replace(plan, inputs=(logits,), outputs=(image,)),
+        "2 profiles, the sidecar has 1": replace(plan, profiles=PROFILES[:1]),
+        "2 profiles, the sidecar has 3": replace(plan, profiles=(*PROFILES, PROFILES[0])),
+    }
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_a_plan_that_is_not_what_its_sidecar_describes(plan: EngineFile, gpu: World, number: int) -> None:
+    """As one of trtexec's that was imported with another graph, or another profile."""
+    told, record = list(changed_inputs(plan).items())[number]
+    write_sidecar(record)
+    with pytest.raises(InputError, match="the plan is not what its sidecar describes") as caught:
+        open_engine(plan.path)
+    assert told in str(caught.value)
+    assert gpu.alive == 0
+
+
+HALF = images(2).astype(np.float16)
+
+
+@pytest.mark.parametrize(
+    ("feeds", "told"),
+    [
+        ({}, "no input, expected float32 (batch, 3, 8, 8)"),
+        ({"picture": images(2)}, "picture, which is no input"),
+        ({"input": images(2), "picture": images(2)}, "picture, which is no input"),
+        ({"input": HALF}, "input float16 (2, 3, 8, 8), expected float32 (batch, 3, 8, 8)"),
+        ({"input": images(2)[:, :1]}, "input float32 (2, 1, 8, 8)"),
+        ({"input": images(2)[..., :4]}, "input float32 (2, 3, 8, 4)"),
+        ({"input": images(2)[0]}, "input float32 (3, 8, 8)"),
+        ({"input": np.zeros((), np.float32)}, "input float32 ()"),
+        ({"input": images(2), "picture": images(3)}, "batches of 2 and 3"),
+    ],
+)
+def test_feeds_that_do_not_fit_are_told_before_anything_is_copied(
+    plan: EngineFile, gpu: World, feeds: dict[str, npt.NDArray[np.float32]], told: str
+) -> None:
+    engine = TrtEngine(plan)
+    with pytest.raises(InputError, match="these are not the engine's inputs") as caught:
+        engine.infer(feeds)
+    assert told in str(caught.value)
+    assert gpu.memory == {}
+    engine.close()
 
 
 def test_an_output_whose_shape_depends_on_the_data_is_told(trt: Control, source: Path) -> None:
@@ -210,6 +341,17 @@ def test_a_gpu_that_fails_is_told(plan: EngineFile, gpu: World) -> None:
     engine.close()
 
 
+@pytest.mark.parametrize("call", ["copy_in", "copy_out", "event", "record", "elapsed", "push"])
+def test_each_call_that_the_gpu_refuses_is_told(plan: EngineFile, gpu: World, source: Path, call: str) -> None:
+    engine = TrtEngine(plan)
+    gpu.refused.add(call)
+    with pytest.raises(HostError, match=rf"the GPU reports an error(.|\n)*{call} failed"):
+        engine.infer({"input": images(2)})
+    gpu.refused.clear()
+    assert np.allclose(engine.infer({"input": images(2)})["logits"], expected(source, 2), atol=1e-3)
+    engine.close()
+
+
 def test_plans_of_another_tensorrt_and_of_another_gpu_are_refused_before_they_are_loaded(
     plan: EngineFile, gpu: World, another: Callable[[str], Control]
 ) -> None:
@@ -230,6 +372,14 @@ def test_compatible_plans_are_not_refused(
     record = build_engine(describe_onnx(source), options, source.with_name("engine.plan"))
     gpu.capability = (9, 0)
     another("10.16.1.11")
+    engine = open_engine(record)
+    assert np.allclose(engine.infer({"input": images(2)})["logits"], expected(source, 2), atol=1e-3)
+    engine.close()
+
+
+def test_a_plan_for_other_versions_runs_in_its_own_too(trt: Control, source: Path) -> None:
+    options = BuildOptions("tensorrt", PROFILES, True, TrtOptions(version_compatible=True))
+    record = build_engine(describe_onnx(source), options, source.with_name("engine.plan"))
     engine = open_engine(record)
     assert np.allclose(engine.infer({"input": images(2)})["logits"], expected(source, 2), atol=1e-3)
     engine.close()

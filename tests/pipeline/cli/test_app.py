@@ -23,6 +23,7 @@ COMMANDS = (
     "check",
     "prune",
     "compare",
+    "calibrate",
     "build",
     "time",
     "inspect",

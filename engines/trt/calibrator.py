@@ -1,0 +1,127 @@
+"""The entropy calibrator of TensorRT 10's implicit INT8 mode: TensorRT asks for batches, and measures ranges itself.
+
+TensorRT 11 has neither calibrators nor that mode; there INT8 is Q/DQ in the graph, which 10 takes as well. The implicit mode
+is for those who need its sparse INT8 kernels.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engines.trt.cuda import Context
+from engines.trt.versions import member
+from pipeline.artifacts import TensorSpec
+from pipeline.errors import InputError
+from pipeline.files import write_atomically
+
+log = logging.getLogger(__name__)
+
+Batches = Callable[[], Iterator[npt.NDArray[np.float32]]]
+
+
+@dataclass(frozen=True)
+class ImplicitInt8:
+    """What TensorRT calibrates on.
+
+    Attributes:
+        batches: Begins a pass over prepared images (N, channels, H, W), float32.
+        batch: Images of each; what is left over is not used, for TensorRT takes whole batches.
+        cache: TensorRT's text cache: read if it is there, so that no image is looked at, else written.
+    """
+
+    batches: Batches
+    batch: int
+    cache: Path | None = None
+
+
+@contextmanager
+def calibrating(trt: Any, builder: Any, config: Any, spec: TensorSpec, source: ImplicitInt8) -> Iterator[None]:
+    """Have what is built inside calibrate on `source`, with FP16 for what is not INT8.
+
+    Args:
+        trt: TensorRT's package.
+        builder: Of the network.
+        config: Of the build, with its profiles.
+        spec: The network's only input.
+        source: Images, or the cache of an earlier calibration.
+
+    Raises:
+        InputError: This TensorRT has no implicit INT8 mode.
+        Exception: What failed while images were read or copied; TensorRT itself would only stop.
+    """
+    base = member(trt, "IInt8EntropyCalibrator2")
+    int8, fp16 = member(trt.BuilderFlag, "INT8"), member(trt.BuilderFlag, "FP16")
+    if base is None or int8 is None or fp16 is None:
+        raise InputError(
+            f"TensorRT {trt.__version__} has no implicit INT8 mode",
+            fix="quantise the graph instead: maskplan calibrate model.onnx --rest fp16, then build that",
+        )
+    context = Context()
+    with context.active():
+        calibrator = _calibrator(base, source, context)
+        config.set_flag(int8)
+        config.set_flag(fp16)
+        config.int8_calibrator = calibrator
+        shape = (source.batch, *(d or 1 for d in spec.shape[1:]))
+        profile = builder.create_optimization_profile()
+        profile.set_shape(spec.name, shape, shape, shape)
+        if not config.set_calibration_profile(profile):
+            raise InputError("TensorRT refuses to calibrate on these shapes", where=spec.name, found=shape)
+        try:
+            yield
+        finally:
+            calibrator.memory = None
+    if calibrator.failure is not None:
+        raise calibrator.failure
+
+
+def _calibrator(base: Any, source: ImplicitInt8, context: Context) -> Any:
+    class Calibrator(base):  # type: ignore[misc]
+        """TensorRT calls it; what fails in it is kept, for it must not pass through C++."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.failure: BaseException | None = None
+            self.memory: Any = None
+            self._batches = source.batches()
+
+        def get_batch_size(self) -> int:
+            return source.batch
+
+        def get_batch(self, names: list[str]) -> list[int] | None:
+            try:
+                images = next(self._batches, None)
+                if images is None or len(images) < source.batch:
+                    return None
+                whole = np.ascontiguousarray(images)
+                if self.memory is None:
+                    self.memory = context.allocate(whole.nbytes)
+                context.copy_in(self.memory, whole)
+                context.synchronise()
+            except BaseException as failure:
+                self.failure = failure
+                return None
+            return [int(self.memory)]
+
+        def read_calibration_cache(self) -> bytes | None:
+            if source.cache is None or not source.cache.is_file():
+                return None
+            log.info("ranges are taken from %s", source.cache)
+            return source.cache.read_bytes()
+
+        def write_calibration_cache(self, cache: Any) -> None:
+            try:
+                if source.cache is not None and not source.cache.is_file():
+                    write_atomically(source.cache, bytes(cache))
+            except BaseException as failure:
+                self.failure = failure
+
+    return Calibrator()
