@@ -222,7 +222,9 @@ def _told_of_sparsity(heard: Heard) -> tuple[str, ...]:
     told = sparsity_log(heard.sparsity)
     parts = [f"found {found} layers eligible, chose {chosen}" for found, chosen in told.counts]
     parts += [
-        f"{label}: {', '.join(names)}" for label, names in (("eligible", told.eligible), ("chosen", told.chosen)) if names
+        f"{label}: {', '.join(names)}"
+        for label, names in (("eligible", told.eligible), ("chosen", told.chosen))
+        if names
     ]
     if told.unread:
         parts.append(f"{told.unread} lines not understood")
