@@ -35,7 +35,7 @@ def calibrate(
     rest: Annotated[str, typer.Option(help="What stays in floats: fp32 for ONNX Runtime, fp16 for TensorRT.")] = "fp32",
     images: Annotated[int, typer.Option(min=1, help="Training images to measure ranges on.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 16,
-    method: Annotated[str, typer.Option(help="minmax, percentile, entropy or mse.")] = "entropy",
+    method: Annotated[str, typer.Option(help="minmax, percentile, entropy or mse.")] = "mse",
     percentile: Annotated[float, typer.Option(help="With --method percentile.")] = 99.99,
     exclude: Annotated[
         list[str] | None, typer.Option(help="Pattern of node or weight names to leave in floats; repeatable.")

@@ -50,6 +50,16 @@ OTHERS: dict[str, dict[str, tuple[str, Any]]] = {
     },
     "recalibrate": {"images": ("64", 64), "batch": ("32", 32), "seed": ("12", 12), "augment": ("'crop'", "crop")},
     "export": {"tolerance_fp32": ("1e-2", 0.01), "tolerance_fp16": ("0.5", 0.5)},
+    "calibrate": {
+        "images": ("64", 64),
+        "batch": ("8", 8),
+        "method": ("'percentile'", "percentile"),
+        "percentile": ("99.9", 99.9),
+        "exclude": ("['stem*']", ("stem*",)),
+        "quantize_outputs": ("true", True),
+        "max_drop": ("0.5", 0.5),
+        "seed": ("13", 13),
+    },
     "tensorrt": {
         "tf32": ("true", True),
         "optimization_level": ("4", 4),
@@ -164,7 +174,7 @@ def test_the_seed_is_for_every_stage_that_the_recipe_gives_none(tmp_path: Path) 
 def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
     problems = {
         "[lern]\nepochs = 3": ["[lern]", "did you mean 'learn'"],
-        "[quantisation]": ["[quantisation]", "mask, learn, recalibrate, export, tensorrt, compare, time"],
+        "[quantisation]": ["[quantisation]", "mask, learn, recalibrate, export, calibrate, tensorrt, compare, time"],
         "[learn]\nepoch = 2\nrate = 'fast'": ["[learn]", "'epoch'", "did you mean 'epochs'", "'fast'", "float"],
         "[time]\nbatches = 8\nseconds = -1": ["[time]", "batches", "seconds is -1"],
         "[export]\nquux = 18": ["[export]", "'quux'", "it has tolerance_fp16, tolerance_fp32"],

@@ -88,11 +88,11 @@ def test_a_pruned_model_becomes_int8_beside_it_and_is_checked(
     ran = cli("calibrate", sparse, "--report", "r.json")
 
     assert ran.code == 0, ran.err
-    assert re.match(r".*sparse\.int8\.onnx: 10 layers in INT8; ranges by entropy on 512 images\n", ran.out)
+    assert re.match(r".*sparse\.int8\.onnx: 10 layers in INT8; ranges by mse on 512 images\n", ran.out)
     assert "conformance pass: 8 of 9 eligible weights" in ran.out
     assert cli("check", here / "sparse.int8.onnx").code == 0
     report = json.loads((here / "r.json").read_text())
-    assert (report["method"], report["images"], report["quantised_layers"]) == ("entropy", 512, 10)
+    assert (report["method"], report["images"], report["quantised_layers"]) == ("mse", 512, 10)
     assert report["in_float"] == []
 
 
@@ -181,7 +181,7 @@ def test_a_cache_is_written_then_taken(sparse: Path, cli: Callable[..., Any], he
     before = (here / "c.json").read_bytes()
     again = cli("calibrate", sparse, "--cache", "c.json", "-o", "2.onnx")
     assert (first.code, again.code) == (0, 0)
-    assert "ranges by entropy on 512 images" in first.out
+    assert "ranges by mse on 512 images" in first.out
     assert "ranges by the cache" in again.out
     assert (here / "1.onnx").read_bytes() == (here / "2.onnx").read_bytes()
     assert (here / "c.json").read_bytes() == before
