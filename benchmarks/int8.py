@@ -113,6 +113,7 @@ def main() -> None:
         **measure(module, data, options, folder / "learning.safetensors"),
     }
     args.results.add("int8", found)
+    args.results.write_page()
 
 
 if __name__ == "__main__":
