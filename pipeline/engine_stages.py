@@ -9,6 +9,7 @@ from pathlib import Path
 
 from engines.base import Classifier
 from engines.build import (
+    DEFAULT_PROFILES,
     ONNXRUNTIME,
     SUFFIX,
     TENSORRT,
@@ -64,8 +65,9 @@ def build(
     """
 
     def engine(name: str, model: OnnxModel, out: Path, sparse_weights: bool, twin: str | None = None) -> EngineFile:
-        profiles = profiles_for(model, job.recipe.time.batches)
-        trt = job.recipe.tensorrt if backend == TENSORRT else TrtOptions()
+        profiles, trt = DEFAULT_PROFILES, TrtOptions()
+        if backend == TENSORRT:
+            profiles, trt = profiles_for(model, job.recipe.time.batches), job.recipe.tensorrt
         options = BuildOptions(backend, profiles, sparse_weights, trt)
         # Where measurements are kept is a matter of the host.
         inputs = {"onnx": model.sha256, "options": replace(options, trt=replace(trt, timing_cache=None))}

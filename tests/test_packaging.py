@@ -65,12 +65,16 @@ def test_every_import_is_declared() -> None:
     assert len(sources()) > 50
 
 
+# Kernels that are numba throughout; their callers import them inside functions.
+KERNELS = {"pipeline/masking/compiled.py", "pipeline/permutation/anneal.py"}
+
+
 def test_modules_outside_learning_need_only_the_base_install_to_be_imported() -> None:
     base = names(project()["dependencies"])
     wrong = {
         f"{file.relative_to(ROOT)}: {name}"
         for file in sources()
-        if not {"learning", "bundled"} & set(file.parts)
+        if not {"learning", "bundled"} & set(file.parts) and str(file.relative_to(ROOT)) not in KERNELS
         for name in imported(file, top_level=True)
         if DISTRIBUTIONS.get(name, IMPLIED.get(name, name)) not in base
     }
