@@ -9,7 +9,6 @@ from pathlib import Path
 
 from engines.base import Classifier
 from engines.build import (
-    DEFAULT_PROFILES,
     ONNXRUNTIME,
     SUFFIX,
     TENSORRT,
@@ -21,7 +20,6 @@ from engines.build import (
 )
 from engines.ort import NO_SPARSE_KERNELS, OrtEngine
 from engines.sidecar import has_sidecar, write_sidecar
-from engines.trt.options import TrtOptions
 from pipeline.artifacts import Checkpoint, EngineFile, OnnxModel
 from pipeline.compare import compare, fidelity
 from pipeline.files import read_bytes, write_atomically
@@ -65,17 +63,18 @@ def build(
     """
 
     def engine(name: str, model: OnnxModel, out: Path, sparse_weights: bool, twin: str | None = None) -> EngineFile:
-        profiles, trt = DEFAULT_PROFILES, TrtOptions()
+        options = BuildOptions(backend, sparse_weights=sparse_weights)
         if backend == TENSORRT:
-            profiles, trt = profiles_for(model, job.recipe.time.batches), job.recipe.tensorrt
-        options = BuildOptions(backend, profiles, sparse_weights, trt)
+            profiles = profiles_for(model, job.recipe.time.batches)
+            options = replace(options, profiles=profiles, trt=job.recipe.tensorrt)
         # Where measurements are kept is a matter of the host.
-        inputs = {"onnx": model.sha256, "options": replace(options, trt=replace(trt, timing_cache=None))}
+        inputs = {"onnx": model.sha256, "options": replace(options, trt=replace(options.trt, timing_cache=None))}
 
         def work() -> EngineFile:
             built = job.ws.known(twin, EngineFile, inputs) if twin is not None else None
-            usable = built is not None and not is_foreign(built)
-            return _copied_engine(built, out) if built is not None and usable else build_engine(model, options, out)
+            if built is None or is_foreign(built):
+                return build_engine(model, options, out)
+            return _copied_engine(built, out)
 
         return job.ws.stage(name, EngineFile, inputs, work, intact=lambda e: has_sidecar(e) and not is_foreign(e))
 

@@ -103,7 +103,9 @@ def calibrate(
             raise GateError(f"{target}: {verdict.reason}")
 
 
-def calibration_images(model: Path, data: Path | None, mean: str | None, std: str | None, seed: int) -> CalibrationImages:
+def calibration_images(
+    model: Path, data: Path | None, mean: str | None, std: str | None, seed: int
+) -> CalibrationImages:
     """Images for an ONNX file, prepared as its record or the options say.
 
     Raises:
