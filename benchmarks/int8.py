@@ -1,7 +1,7 @@
 """What INT8 costs on CIFAR-10: dense and sparse in FP32, FP16 and INT8 on ONNX Runtime; `val` is read once.
 
-`python benchmarks/int8.py resnet20 --weights resnet20.safetensors --data DIR` learns masks as accuracy.py does, calibrates by
-every method, judges these on `select`, and measures the best of them on `val`.
+`python benchmarks/int8.py resnet20 --weights resnet20.safetensors --data DIR` learns masks as accuracy.py does, calibrates
+by every method, judges these on `select`, and measures the best of them on `val`.
 """
 
 from __future__ import annotations

@@ -156,7 +156,9 @@ def show(finished: Finished, folder: Path) -> None:
     if report.calibration is not None:
         done = report.calibration
         left = f", {len(done.in_float)} in floats" if done.in_float else ""
-        console.print(f"calibration  {done.method} on {done.images} images: {done.quantised_layers} layers in INT8{left}")
+        console.print(
+            f"calibration  {done.method} on {done.images} images: {done.quantised_layers} layers in INT8{left}"
+        )
     if report.timing.note:
         console.print(f"timing       {report.timing.note}", soft_wrap=True)
     if report.refine is not None:
