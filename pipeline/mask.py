@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import copy
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,18 +17,22 @@ from pipeline.data import Dataset
 from pipeline.errors import InputError
 from pipeline.layers import survey
 from pipeline.learning.recipes import LearnFiles, LearnOptions
+from pipeline.masking.layerwise import layerwise_mask
 from pipeline.masking.magnitude import magnitude_mask
 from pipeline.masking.maskset import load_masks, read_masks, require_fit, write_masks
 from pipeline.masking.patterns import CHANNEL, FLAT, LAYOUTS, parse_pattern
 from pipeline.masking.policy import LINEAR, TOO_COSTLY, LayerPolicy, select_layers
+from pipeline.masking.transposable import transposable_masks
+from pipeline.progress import track
 from pipeline.weights import tensors_sha256
 
 if TYPE_CHECKING:
     from torch import nn
 
-LEARNED, MAGNITUDE, REPORT = "learned", "magnitude", "report"
-DEPLOYABLE = (LEARNED, MAGNITUDE)
+LEARNED, MAGNITUDE, LAYERWISE, TRANSPOSABLE, REPORT = "learned", "magnitude", "layerwise", "transposable", "report"
+DEPLOYABLE = (LEARNED, MAGNITUDE, LAYERWISE, TRANSPOSABLE)
 METHODS = (*DEPLOYABLE, REPORT)
+PRIORS = (MAGNITUDE, LAYERWISE)
 AUTO = "auto"
 
 
@@ -36,15 +41,18 @@ class MaskOptions:
     """How masks are chosen.
 
     Attributes:
-        method: `learned`, `magnitude`, or `auto`: learned where there are images. `report` is the semester report's recipe,
-            for comparison only: every convolution, in the flat layout; of the other options only the pattern counts, and
-            the epochs, batch, rate and seed of `learn`.
+        method: `learned`, `magnitude`, `layerwise` (changes each layer's outputs on training images least), `transposable`
+            (N:M along C and along K at once), or `auto`: learned where there are images. `report` is the semester report's
+            recipe, for comparison only: every convolution, in the flat layout; of the other options only the pattern counts,
+            and the epochs, batch, rate and seed of `learn`.
         pattern: N:M.
         layout: `channel` (TensorRT's) or `flat` (for comparison only).
         include_linear: Mask linear layers too.
         layers: Patterns of names of the weights to mask; all eligible ones by default.
         min_channels: Leave convolutions with fewer input channels dense.
         keep_dense_budget: Percent of the maskable MACs that may stay dense: those of the layers whose masking costs most.
+        images: Training images that layer-wise masks are chosen on, drawn with the seed of `learn`.
+        prior: Masks that learned ones start from: `magnitude` or `layerwise`.
         learn: For learned masks.
     """
 
@@ -55,11 +63,16 @@ class MaskOptions:
     layers: tuple[str, ...] = ()
     min_channels: int = 0
     keep_dense_budget: float = 0.0
+    images: int = 512
+    prior: str = MAGNITUDE
     learn: LearnOptions = field(default_factory=LearnOptions)
 
     def __post_init__(self) -> None:
         parse_pattern(self.pattern)
         at_least(0, min_channels=self.min_channels, keep_dense_budget=self.keep_dense_budget)
+        at_least(1, images=self.images)
+        if self.prior not in PRIORS:
+            raise InputError(f"unknown prior {self.prior!r} of learned masks", fix=f"choose one of {', '.join(PRIORS)}")
         if self.layout not in LAYOUTS:
             raise InputError(f"unknown layout {self.layout!r}", fix=f"choose one of {', '.join(LAYOUTS)}")
         if self.method not in (AUTO, *METHODS):
@@ -72,6 +85,11 @@ class MaskOptions:
 def method_for(asked: str, has_images: bool) -> str:
     """What `auto` means: learned masks where there are images to learn from."""
     return asked if asked != AUTO else LEARNED if has_images else MAGNITUDE
+
+
+def looks_at_images(options: MaskOptions, method: str) -> bool:
+    """Whether choosing masks so takes images; `method` is not `auto`."""
+    return method in (LEARNED, LAYERWISE, REPORT) or options.keep_dense_budget > 0
 
 
 def choose_masks(
@@ -93,23 +111,26 @@ def choose_masks(
         provenance: Of its weights.
         options: Method and pattern.
         out: The mask file to write.
-        data: Needed by learned masks.
+        data: Needed by learned and by layer-wise masks.
         image_sets: Which images `data` holds, for the record.
         only: Names of the weights to mask, among those that the policy selects; all by default.
         init: Mask file to start learning from; it says which layers are masked.
         files: The learner's own; its checkpoint is removed when the masks are written.
-        device: Where to learn: `auto`, `cpu` or `cuda`.
+        device: Where to learn, and to run the network for layer-wise masks: `auto`, `cpu` or `cuda`.
 
     Raises:
-        InputError: Nothing can be masked, or learned masks without data.
+        InputError: Nothing can be masked, or masks that need data without it.
     """
     method = method_for(options.method, data is not None)
     pattern = parse_pattern(options.pattern)
     layers, _ = survey(module, provenance.preprocessing)
     if method == REPORT:
         return _as_reported(module, provenance, layers, pattern, options.learn, out, data, image_sets)
+    _require_images(method, options, data)
     selection = select_layers(
-        layers, pattern, LayerPolicy(options.include_linear, options.layers, options.min_channels)
+        layers,
+        pattern,
+        LayerPolicy(options.include_linear, options.layers, options.min_channels, method == TRANSPOSABLE),
     )
     given = _start(init, layers, pattern) if init is not None else None
     only = only if given is None else given.keys()
@@ -119,8 +140,7 @@ def choose_masks(
     masks = {name: magnitude_mask(weight, pattern, options.layout) for name, weight in weights.items()}
     dense = selection.dense
     if options.keep_dense_budget > 0:
-        if data is None:
-            raise InputError("--keep-dense-budget needs images", fix="give --data DIR with train/ and val/")
+        assert data is not None  # required above
         from pipeline.learning.sensitivity import costliest
 
         left = costliest(
@@ -129,15 +149,15 @@ def choose_masks(
         dense += tuple(DenseLayer(x.name, x.shape, x.macs, TOO_COSTLY) for x in chosen if x.name in left)
         chosen = [layer for layer in chosen if layer.name not in left]
         weights, masks = ({k: v for k, v in d.items() if k not in left} for d in (weights, masks))
+    if method == TRANSPOSABLE:
+        masks = transposable_masks(weights, pattern)
+    elif method == LAYERWISE or (method == LEARNED and options.prior == LAYERWISE and given is None):
+        assert data is not None  # required above
+        masks = _layerwise(module, provenance, chosen, weights, pattern, options, data, device)
+        given = masks if method == LEARNED else None
     learning = None
     if method == LEARNED:
-        if data is None:
-            raise InputError(
-                "learned masks need images",
-                fix="give --data DIR with train/ and val/, or choose --masks magnitude",
-            )
-        if options.layout != CHANNEL:
-            raise InputError("masks are learned along C only", found=f"layout {options.layout}")
+        assert data is not None  # required above
         from pipeline.learning.trainer import learn_masks
 
         masks, learning = learn_masks(
@@ -164,11 +184,46 @@ def choose_masks(
         method=method,
         weights_sha256=tensors_sha256(state),
         learning=learning,
-        image_sets=image_sets if learning or options.keep_dense_budget > 0 else (),
+        image_sets=image_sets if looks_at_images(options, method) else (),
     )
     if files is not None and files.state is not None:
         files.state.unlink(missing_ok=True)
     return written
+
+
+def _require_images(method: str, options: MaskOptions, data: Dataset | None) -> None:
+    """Raise unless what the method needs is there."""
+    if options.layout != CHANNEL and method in (LEARNED, LAYERWISE, TRANSPOSABLE):
+        raise InputError(f"{method} masks are chosen along C only", found=f"layout {options.layout}")
+    if data is not None or not looks_at_images(options, method):
+        return
+    fix = "give --data DIR with train/ and val/"
+    if method not in (LEARNED, LAYERWISE):
+        raise InputError("--keep-dense-budget needs images", fix=fix)
+    raise InputError(f"{method} masks need images", fix=f"{fix}, or choose --masks magnitude")
+
+
+def _layerwise(
+    module: nn.Module,
+    provenance: Provenance,
+    layers: Sequence[Layer],
+    weights: Mapping[str, npt.NDArray[np.floating]],
+    pattern: Pattern,
+    options: MaskOptions,
+    data: Dataset,
+    device: str,
+) -> dict[str, npt.NDArray[np.bool_]]:
+    """One layer after the other, for their second moments are large."""
+    from pipeline.device import choose_device
+    from pipeline.second_moments import MomentOptions, second_moments
+
+    how = MomentOptions(images=options.images, seed=options.learn.seed)
+    running = copy.deepcopy(module).to(choose_device(device))
+    moments = second_moments(running, layers, provenance.preprocessing, data.train, how)
+    return {
+        layer.name: layerwise_mask(weights[layer.name], found.effective, pattern, name=layer.name)
+        for layer, found in track(moments, "layer-wise masks", len(layers))
+    }
 
 
 def _as_reported(

@@ -15,7 +15,7 @@ from pipeline.data import Dataset, open_folder
 from pipeline.deploy import DeployOptions, deploy
 from pipeline.errors import InputError
 from pipeline.golden import golden_of
-from pipeline.mask import AUTO, DEPLOYABLE, LEARNED, REPORT, method_for
+from pipeline.mask import AUTO, DEPLOYABLE, LAYERWISE, LEARNED, REPORT, method_for
 from pipeline.masking.patterns import CHANNEL
 from pipeline.models import BUNDLED, folder_name
 from pipeline.recipe import Recipe
@@ -220,9 +220,9 @@ def _method(asked: str | None, by_recipe: str, data: Dataset | None) -> str | Pa
             raise InputError(f"unknown mask method {asked!r}", fix=fix)
         return path
     chosen = asked or by_recipe
-    if chosen == LEARNED and data is None:
+    if chosen in (LEARNED, LAYERWISE) and data is None:
         fix = "give --data DIR with train/ and val/, or choose --masks magnitude"
-        raise InputError("learned masks need images", fix=fix)
+        raise InputError(f"{chosen} masks need images", fix=fix)
     if chosen == AUTO and data is None:
         log.warning("no images: magnitude masks; give --data DIR for learned ones")
     return method_for(chosen, data is not None)

@@ -16,7 +16,7 @@ from pipeline.data import Dataset, ImageFiles, identify, listing_sha256, require
 from pipeline.errors import InputError
 from pipeline.files import read_bytes, sha256_of, write_atomically
 from pipeline.learning.recipes import LearnFiles
-from pipeline.mask import LEARNED, MAGNITUDE, choose_masks, given_masks
+from pipeline.mask import MAGNITUDE, choose_masks, given_masks, looks_at_images
 from pipeline.masking.maskset import leave_out
 from pipeline.models import model_identity
 from pipeline.recalibrate import recalibrate
@@ -150,7 +150,7 @@ def choose(job: Job, dense: Checkpoint, how: str | Path, images: Images | None) 
             lambda: _copied(given_masks(module_of(job.model, dense), dense.provenance, how), out),
         )
     options = replace(job.recipe.mask, method=how)
-    looks = how == LEARNED or options.keep_dense_budget > 0
+    looks = looks_at_images(options, how)
     data, sets = (images.data, images.sets.shaping) if images and looks else (None, ())
     files = LearnFiles(job.ws.hidden(_STATE), log=job.ws.hidden(_LOG))
     return job.ws.stage(

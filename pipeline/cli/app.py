@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import typer
 
-from pipeline.cli import calibrate, checkpoints, engines, gates, line, probe
+from pipeline.cli import calibrate, checkpoints, convert, engines, gates, line, permute, probe
 from pipeline.errors import PipelineError
 from pipeline.interrupts import INTERRUPTS, listening
 from pipeline.progress import narrator, speaks
@@ -35,7 +35,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (line, checkpoints, gates, calibrate, engines, probe):
+for module in (line, checkpoints, permute, convert, gates, calibrate, engines, probe):
     module.register(app)
 
 

@@ -30,7 +30,8 @@ def mask(
     method: Annotated[
         str | None,
         typer.Option(
-            help="auto (learned where there are images), learned, magnitude, or report (for comparison only)."
+            help="auto (learned where there are images), learned, magnitude, layerwise (least change of each layer's "
+            "outputs; needs images, no labels), transposable (along C and K at once), or report (for comparison only)."
         ),
     ] = None,
     weights: options.Weights = "auto",
@@ -70,7 +71,7 @@ def mask(
     from pipeline.data import identify
     from pipeline.files import write_json
     from pipeline.learning.recipes import LearnFiles
-    from pipeline.mask import MAGNITUDE, choose_masks, method_for
+    from pipeline.mask import choose_masks, looks_at_images, method_for
     from pipeline.progress import speaks
     from pipeline.recipe import read_recipe
     from pipeline.report import masks_values
@@ -90,9 +91,8 @@ def mask(
         keep_dense_budget=chosen.mask.keep_dense_budget if keep_dense_budget is None else keep_dense_budget,
         learn=learn,
     )
-    sets = (
-        (identify(dataset.train), identify(dataset.select)) if dataset is not None and how.method != MAGNITUDE else ()
-    )
+    looks = dataset is not None and looks_at_images(how, how.method)
+    sets = (identify(dataset.train), identify(dataset.select)) if dataset is not None and looks else ()
     files = LearnFiles(out.with_name(f"{out.name}.learning"), resume, log_dir)
     masks = choose_masks(module, provenance, how, out, dataset, sets, init=init, files=files, device=device)
     if not speaks():

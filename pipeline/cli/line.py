@@ -36,7 +36,9 @@ def engine(
     data: options.Data = None,
     masks: Annotated[
         str | None,
-        typer.Option(help="auto (learned where there are images), learned, magnitude, or a mask file."),
+        typer.Option(
+            help="auto (learned where there are images), learned, magnitude, layerwise, transposable, or a mask file."
+        ),
     ] = None,
     precision: Annotated[
         str | None,

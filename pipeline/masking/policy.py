@@ -12,6 +12,7 @@ from pipeline.masking.eligibility import ineligible_reason
 
 STEM, LINEAR, UNUSED = "stem", "linear", "not_used_in_inference"
 NARROW, NOT_NAMED, TOO_COSTLY = "fewer_channels_than_asked", "not_named", "costs_too_much_accuracy"
+OUTPUTS = "output_channels_not_in_tiles"
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,13 @@ class LayerPolicy:
         include_linear: Mask linear layers too, the head among them.
         names: Patterns of names (`layer3.*`); none means all.
         min_channels: Leave convolutions with fewer input channels dense.
+        transposable: Leave layers dense whose output channels are not a multiple of M.
     """
 
     include_linear: bool = False
     names: tuple[str, ...] = ()
     min_channels: int = 0
+    transposable: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,17 @@ def select_layers(layers: Sequence[Layer], pattern: Pattern, policy: LayerPolicy
             reason = NOT_NAMED
         elif reason is None and layer.shape[1] < policy.min_channels:
             reason = NARROW
+        elif reason is None and policy.transposable and layer.shape[0] % pattern.m:
+            reason = OUTPUTS
         if reason is None:
             masked.append(layer)
         else:
             dense.append(DenseLayer(layer.name, layer.shape, layer.macs, reason))
     if not masked:
+        channels = "input and output channels" if policy.transposable else "input channels"
         raise InputError(
             f"no layer of the model can be masked {pattern}",
             found=listed(f"{d.name} {d.shape} ({d.reason})" for d in dense) or "no convolution and no linear layer",
-            fix=f"masks need ungrouped convolutions, beyond the first, with input channels in multiples of {pattern.m}",
+            fix=f"masks need ungrouped convolutions, beyond the first, with {channels} in multiples of {pattern.m}",
         )
     return Selection(tuple(masked), tuple(dense))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -20,9 +22,13 @@ from pipeline.artifacts import Pattern
 from pipeline.bundled.digits import load_digits
 from pipeline.checkpoint import ModelOptions, open_checkpoint
 from pipeline.errors import InputError
+from pipeline.layers import survey
 from pipeline.learning.recipes import LearnFiles, LearnOptions
-from pipeline.mask import AUTO, LEARNED, MAGNITUDE, MaskOptions, choose_masks, method_for
+from pipeline.mask import AUTO, LAYERWISE, LEARNED, MAGNITUDE, TRANSPOSABLE, MaskOptions, choose_masks, method_for
+from pipeline.masking.layerwise import output_error
 from pipeline.masking.magnitude import magnitude_mask
+from pipeline.masking.transposable import transposed_violations
+from pipeline.second_moments import MomentOptions, second_moments
 
 TWO_FOUR = Pattern(2, 4)
 QUICK = LearnOptions(epochs=1, batch=256)
@@ -139,6 +145,100 @@ def test_a_gpu_that_is_not_there_is_told(cli: Callable[..., Any], tmp_path: Path
     ran = cli("mask", "digits_resnet", "--device", "cuda", "-o", tmp_path / "m.safetensors")
     assert ran.code == 3
     assert "error: PyTorch sees no GPU" in ran.err
+
+
+@pytest.fixture(scope="module")
+def layerwise(net: tuple[nn.Module, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray[Any, Any]]:
+    return masked(net, tmp_path_factory.mktemp("masks") / "m.safetensors", method=LAYERWISE, images=200)
+
+
+def test_layerwise_masks_change_every_layers_outputs_less_than_magnitude_masks(
+    net: tuple[nn.Module, Any], layerwise: dict[str, np.ndarray[Any, Any]]
+) -> None:
+    module, provenance = net
+    layers = [layer for layer in survey(module, provenance.preprocessing)[0] if layer.name in layerwise]
+    assert len(layers) == 8
+    # On images that the masks were not chosen on.
+    select = load_digits().select
+    for layer, found in second_moments(module, layers, provenance.preprocessing, select, MomentOptions()):
+        weight = module.state_dict()[layer.name].numpy()
+        ours, theirs = (
+            output_error(np.where(mask, 0, weight), found.effective).sum()
+            for mask in (layerwise[layer.name], magnitude_mask(weight, TWO_FOUR))
+        )
+        assert ours < theirs, layer.name
+
+
+def test_learned_masks_may_start_from_layerwise_ones(
+    net: tuple[nn.Module, Any], layerwise: dict[str, np.ndarray[Any, Any]], tmp_path: Path
+) -> None:
+    """At no rate to speak of, what comes out is what it started from, and the gates never were for anything else."""
+    learn = dataclasses.replace(QUICK, rate=1e-12, noise_start=0.0, lead=1000.0)
+    options = MaskOptions(method=LEARNED, prior=LAYERWISE, images=200, learn=learn)
+    out = tmp_path / "m.safetensors"
+    choose_masks(*net, options, out, load_digits(), files=LearnFiles(log=tmp_path / "log"))
+    found = safetensors.numpy.load_file(out)
+    assert found.keys() == layerwise.keys()
+    assert all(np.array_equal(found[name], layerwise[name]) for name in layerwise)
+    rows = list(csv.DictReader((tmp_path / "log" / "learning.csv").read_text().splitlines()))
+    assert [float(row["moved"]) for row in rows] == [0.0] * len(rows)
+    assert rows
+
+
+def test_transposable_masks_hold_along_both_axes(net: tuple[nn.Module, Any], tmp_path: Path) -> None:
+    found = masked(net, tmp_path / "m.safetensors", method=TRANSPOSABLE, include_linear=True)
+    assert "head.weight" not in found, "ten outputs are no multiple of four"
+    assert len(found) == 8
+    assert all(transposed_violations(mask, TWO_FOUR) == (0, 0) for mask in found.values())
+
+
+@pytest.mark.parametrize("method", ["layerwise", "transposable"])
+def test_masks_of_every_method_are_conforming_once_baked_and_exported(
+    method: str, cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    masks, sparse, model = (tmp_path / name for name in ("m.safetensors", "s.safetensors", "s.onnx"))
+    assert cli("mask", "digits_resnet", "--method", method, "-o", masks).code == 0
+    assert cli("bake", "digits_resnet", "--masks", masks, "-o", sparse).code == 0
+    assert cli("export", "digits_resnet", "--weights", sparse, "-o", model).code == 0
+    checked = cli("check", model, "--masks", masks)
+    assert checked.code == 0, checked.err
+    transposed = {
+        name: np.ascontiguousarray(np.swapaxes(weight, 0, 1))
+        for name, weight in safetensors.numpy.load_file(sparse).items()
+        if name in safetensors.numpy.load_file(masks)
+    }
+    wrong = [name for name, weight in transposed.items() if transposed_violations(weight != 0, TWO_FOUR)[0]]
+    assert bool(wrong) == (method == "layerwise")
+
+
+def test_the_images_are_named_where_they_were_looked_at(cli: Callable[..., Any], tmp_path: Path) -> None:
+    for method, roles in (("layerwise", ["train", "select"]), ("transposable", []), ("magnitude", [])):
+        out, report = tmp_path / f"{method}.safetensors", tmp_path / f"{method}.json"
+        assert cli("mask", "digits_resnet", "--method", method, "-o", out, "--report", report).code == 0
+        told = json.loads(report.read_text())
+        assert told["method"] == method
+        assert [images["role"] for images in told["image_sets"]] == roles
+
+
+@pytest.mark.parametrize("options", [{"method": LAYERWISE}, {"method": LEARNED, "prior": LAYERWISE}])
+def test_masks_that_need_images_say_so(options: dict[str, Any], net: tuple[nn.Module, Any], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="masks need images"):
+        choose_masks(*net, MaskOptions(**options), tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", [LAYERWISE, TRANSPOSABLE])
+def test_masks_along_c_refuse_the_flat_layout(method: str, net: tuple[nn.Module, Any], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="chosen along C only"):
+        masked(net, tmp_path / "m.safetensors", method=method, layout="flat")
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_that_mean_nothing_are_told() -> None:
+    with pytest.raises(InputError, match="unknown prior"):
+        MaskOptions(prior="random")
+    with pytest.raises(InputError, match="images is 0"):
+        MaskOptions(images=0)
 
 
 def test_an_interrupted_command_goes_on_with_resume(

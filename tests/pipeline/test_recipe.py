@@ -26,6 +26,8 @@ OTHERS: dict[str, dict[str, tuple[str, Any]]] = {
         "layers": ("['layer3.*']", ("layer3.*",)),
         "min_channels": ("64", 64),
         "keep_dense_budget": ("5", 5.0),
+        "images": ("64", 64),
+        "prior": ("'layerwise'", "layerwise"),
     },
     "learn": {
         "epochs": ("7", 7),

@@ -20,6 +20,8 @@ COMMANDS = (
     "mask",
     "bake",
     "export",
+    "permute",
+    "convert",
     "check",
     "prune",
     "compare",

@@ -9,7 +9,7 @@ import torchvision
 from pipeline.artifacts import Layer, Pattern
 from pipeline.errors import InputError
 from pipeline.layers import survey
-from pipeline.masking.policy import select_layers
+from pipeline.masking.policy import LayerPolicy, select_layers
 from pipeline.models import build_model
 from pipeline.preprocessing import IMAGENET
 
@@ -116,3 +116,16 @@ def test_the_tiny_model_has_one_eligible_convolution_of_each_kind(tiny_spec: str
         "odd.weight": "channels_not_multiple_of_4",
         "head.weight": "linear",
     }
+
+
+def test_tiles_need_output_channels_too() -> None:
+    layers = [conv("stem", 4, 0), conv("whole", 8, 1), Layer("cut", "Conv", (6, 8, 3, 3), 1, 2, 100)]
+    assert [layer.name for layer in select_layers(layers, TWO_FOUR).masked] == ["whole", "cut"]
+    selection = select_layers(layers, TWO_FOUR, LayerPolicy(transposable=True))
+    assert [layer.name for layer in selection.masked] == ["whole"]
+    assert {layer.name: layer.reason for layer in selection.dense} == {
+        "stem": "stem",
+        "cut": "output_channels_not_in_tiles",
+    }
+    with pytest.raises(InputError, match="input and output channels in multiples of 4"):
+        select_layers([layers[0], layers[2]], TWO_FOUR, LayerPolicy(transposable=True))

@@ -1,0 +1,325 @@
+"""Which channels of a network can change places with which others, read off its operators, whatever its modules' classes."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.artifacts import Preprocessing
+from pipeline.errors import InputError
+from pipeline.layers import sample_input
+from pipeline.permutation.axes import Channels, Integers, Places, Value
+from pipeline.permutation.operators import Call, follow
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.export import ExportedProgram
+
+_ALONE = "no other channel is used in the same places"
+_UNSAVED = "a tensor that checkpoints do not hold goes with it"
+
+
+class UnexportableError(InputError):
+    """The model cannot be permuted, because its operators cannot be read off; it can go on as it is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where a group's channels lie along one axis of a tensor.
+
+    Attributes:
+        tensor: Name in the state dict.
+        axis: Of the tensor.
+        positions: (channels, copies), int64: those of one channel in a row.
+    """
+
+    tensor: str
+    axis: int
+    positions: Integers
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Channels that can be brought into any order, if all places follow: the network's function stays the same.
+
+    Attributes:
+        name: Of the layer that makes them, with a number where it makes several groups.
+        places: Every axis that they run along, first the one that names them; channels in one order in all of them.
+    """
+
+    name: str
+    places: tuple[Place, ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.places[0].positions)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Channels that cannot move.
+
+    Attributes:
+        name: Of the layer that makes or reads them.
+        channels: How many.
+        reason: Why not.
+    """
+
+    name: str
+    channels: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Axes:
+    """All channels of a network's layers."""
+
+    movable: tuple[Group, ...]
+    fixed: tuple[Fixed, ...]
+
+
+def find_groups(module: nn.Module, how: Preprocessing) -> Axes:
+    """Export a module to ATen operators and follow its channels from the input to the output.
+
+    Raises:
+        UnexportableError: `torch.export` refuses the module.
+    """
+    program = _exported(module, how)
+    channels = Channels()
+    values, parameters = _walk(program, channels)
+    return _grouped(channels, values, _under_all_names(parameters, module), set(module.state_dict()))
+
+
+def _exported(module: nn.Module, how: Preprocessing) -> ExportedProgram:
+    import torch
+
+    # Two images: with one, a dimension of length 1 could be taken for the batch.
+    sample = sample_input(how, 2)
+    for parameter in module.parameters():
+        sample = sample.to(parameter)
+        break
+    try:
+        with _quiet(), torch.no_grad():
+            program: ExportedProgram = torch.export.export(module.eval(), (sample,)).run_decompositions()
+            return program
+    except Exception as error:  # the exporter raises whatever the model's code leads it to
+        raise UnexportableError(
+            "the model cannot be permuted: torch.export cannot read its operators",
+            found=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+            fix="go on without permuting it, or rewrite what depends on values of the input",
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter logs and prints what it raises anyway."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stderr(StringIO()), redirect_stdout(StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _walk(program: ExportedProgram, channels: Channels) -> tuple[list[Value], dict[str, Value]]:
+    """All tensors of a network, and those that it is saved by."""
+    signature = program.graph_signature
+    saved = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    found: dict[torch.fx.Node, Any] = {}
+    parameters: dict[str, Value] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            found[node] = _input(channels, node, saved, parameters)
+        elif node.op == "output":
+            for value in _tensors(_looked_up(node.args, found)):
+                for places in value.places:
+                    channels.hold(places, "it is an output of the network")
+        elif node.op == "call_function" and isinstance(node.target, _overload()):
+            found[node] = follow(channels, _call(node, found), _is_pointwise(node.target))
+        elif node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem":
+            source, index = _looked_up(node.args, found)
+            found[node] = source[index] if isinstance(source, list) else source
+        else:
+            for value in _tensors(_looked_up((node.args, node.kwargs), found)):
+                for places in value.places:
+                    channels.hold(places, f"the operator {node.target} is not known")
+            found[node] = Value(_shape(node))
+    return list(_tensors(found.values())), parameters
+
+
+def _input(channels: Channels, node: torch.fx.Node, saved: Mapping[str, str], parameters: dict[str, Value]) -> Value:
+    shape = _shape(node)
+    name = saved.get(node.name)
+    if name is not None:
+        dims = [d for d, size in enumerate(shape) if size > 1]
+        value = Value(shape, tuple(channels.fresh(shape, d) for d in dims))
+        parameters[name] = value
+        return value
+    if node.name in _user_inputs(node) and len(shape) == 4 and shape[1] > 1:
+        return Value(shape, (channels.fresh(shape, 1, "it is an input of the network"),))
+    return Value(shape)
+
+
+def _user_inputs(node: torch.fx.Node) -> set[str]:
+    # Images come last; everything before them is the module's own.
+    last = [n.name for n in node.graph.nodes if n.op == "placeholder"][-1:]
+    return set(last)
+
+
+def _call(node: torch.fx.Node, found: Mapping[Any, Any]) -> Call:
+    target: Any = node.target
+    values = {a.name: a.default_value for a in target._schema.arguments if a.has_default_value()}
+    values |= {a.name: v for a, v in zip(target._schema.arguments, node.args, strict=False)}
+    values |= node.kwargs
+    used = {n.args[1] for n in node.users if getattr(n.target, "__name__", "") == "getitem"}
+    return Call(
+        target._schema.name.removeprefix("aten::"),
+        {name: _looked_up(value, found) for name, value in values.items()},
+        _shape(node),
+        frozenset(i for i in used if isinstance(i, int)),
+        _same_layout(node),
+    )
+
+
+def _looked_up(value: Any, found: Mapping[Any, Any]) -> Any:
+    """An argument with `Value` in place of the graph's nodes."""
+    if isinstance(value, list | tuple):
+        return [_looked_up(v, found) for v in value]
+    if isinstance(value, dict):
+        return {k: _looked_up(v, found) for k, v in value.items()}
+    return found.get(value, Value(())) if hasattr(value, "users") else value
+
+
+def _tensors(values: Any) -> Iterable[Value]:
+    if isinstance(values, Value):
+        yield values
+    elif isinstance(values, dict):
+        yield from _tensors(values.values())
+    elif not isinstance(values, str) and isinstance(values, Iterable):
+        for value in values:
+            yield from _tensors(value)
+
+
+def _overload() -> type:
+    from torch._ops import OpOverload
+
+    return OpOverload
+
+
+def _is_pointwise(target: Any) -> bool:
+    import torch
+
+    return torch.Tag.pointwise in target.tags
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, list | tuple) and value else value
+
+
+def _shape(node: torch.fx.Node) -> tuple[int, ...]:
+    return tuple(int(size) for size in getattr(_first(node.meta.get("val")), "shape", ()))
+
+
+def _same_layout(node: torch.fx.Node) -> bool:
+    made, given = (_first(n.meta.get("val")) if n is not None else None for n in (node, _first_tensor(node)))
+    if made is None or given is None or not hasattr(made, "stride") or made.shape != given.shape:
+        return False
+    pairs = zip(made.shape, made.stride(), given.stride(), strict=True)
+    return all(size == 1 or one == other for size, one, other in pairs)
+
+
+def _first_tensor(node: torch.fx.Node) -> torch.fx.Node | None:
+    first = node.args[0] if node.args else None
+    return first if first is not None and hasattr(first, "users") else None  # type: ignore[return-value]
+
+
+def _under_all_names(parameters: Mapping[str, Value], module: nn.Module) -> dict[str, Value]:
+    """A tensor that the module knows by several names moves under each of them."""
+    state = module.state_dict(keep_vars=True)
+    by_id = {id(state[name]): value for name, value in parameters.items() if name in state}
+    found = {name: by_id[id(tensor)] for name, tensor in state.items() if id(tensor) in by_id}
+    return found | {name: value for name, value in parameters.items() if name not in found}
+
+
+def _grouped(channels: Channels, values: Sequence[Value], parameters: Mapping[str, Value], saved: set[str]) -> Axes:
+    for name, value in parameters.items():
+        if name not in saved:
+            for places in value.places:
+                channels.hold(places, _UNSAVED)
+    signatures = channels.signatures(values)
+    held = channels.held()
+    owned = [
+        (name, places.dims[0], channels.resolved(places))
+        for name, value in sorted(parameters.items(), key=lambda item: len(item[1].shape) < 2)
+        for places in value.places
+        if name in saved
+    ]
+    classes = _classes(owned, signatures, held)
+    movable: list[Group] = []
+    fixed: list[Fixed] = []
+    names: dict[str, int] = defaultdict(int)
+    index = np.full(len(signatures), -1)
+    for (reason, _), (members, axes) in classes.items():
+        index[members] = np.arange(len(members))
+        lies = [Place(name, axis, _positions(index, each, len(members))) for name, axis, each in axes]
+        index[members] = -1
+        layers = [p for p in lies if len(parameters[p.tensor].shape) > 1 and p.axis < 2]
+        if not layers:
+            continue
+        first = min(layers, key=lambda p: p.axis)
+        name = first.tensor.removesuffix(".weight")
+        if reason is None and len(members) > 1:
+            names[name] += 1
+            number = f"#{names[name]}" if names[name] > 1 else ""
+            movable.append(Group(name + number, (first, *(p for p in lies if p is not first))))
+        else:
+            fixed.append(Fixed(name, len(members), reason or _ALONE))
+    return Axes(tuple(movable), _merged(fixed))
+
+
+_Owned = tuple[str, int, Places]
+
+
+def _classes(
+    owned: Sequence[_Owned], signatures: npt.NDArray[np.uint64], held: Mapping[int, str]
+) -> dict[tuple[str | None, int], tuple[Integers, list[_Owned]]]:
+    """Channels by what holds them and where they lie, in the order of tensors and positions, and the axes they run along."""
+    members: dict[tuple[str | None, int], dict[int, None]] = defaultdict(dict)
+    axes: dict[tuple[str | None, int], list[_Owned]] = defaultdict(list)
+    for each in owned:
+        met = set()
+        for channel in each[2].channels.ravel().tolist():
+            key = (held.get(channel), int(signatures[channel]))
+            members[key][channel] = None
+            met.add(key)
+        for key in met:
+            axes[key].append(each)
+    return {key: (np.fromiter(own, np.int64), axes[key]) for key, own in members.items()}
+
+
+def _positions(index: Integers, places: Places, count: int) -> Integers:
+    """(channels, copies), the copies in the order of their numbers."""
+    ids, copies = index[places.channels.ravel()], places.copies.ravel()
+    own = np.flatnonzero(ids >= 0)
+    order = own[np.lexsort((copies[own], ids[own]))]
+    # Of channels that are held, some may own more places than others.
+    return order.reshape(count, -1) if order.size % count == 0 else order[:, None]
+
+
+def _merged(fixed: Sequence[Fixed]) -> tuple[Fixed, ...]:
+    counts: dict[tuple[str, str], int] = defaultdict(int)
+    for each in fixed:
+        counts[each.name, each.reason] += each.channels
+    return tuple(Fixed(name, count, reason) for (name, reason), count in counts.items())

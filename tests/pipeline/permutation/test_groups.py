@@ -1,0 +1,497 @@
+"""Groups of channels: any order of all of them at once leaves the outputs as they are, in float64; wrong ones do not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from pipeline.artifacts import Preprocessing
+from pipeline.layers import sample_input
+from pipeline.models import build_model
+from pipeline.permutation.apply import Move, permuted_state
+from pipeline.permutation.groups import Axes, Group, UnexportableError, find_groups
+
+HOW = Preprocessing(3, 16, 16, 0, "bilinear", (0.5,) * 3, (0.25,) * 3)
+
+
+class Net(nn.Module):
+    """Layers by name and a function of them: a network of an unknown class."""
+
+    def __init__(self, forward: Callable[[Any, torch.Tensor], torch.Tensor], **layers: nn.Module) -> None:
+        super().__init__()
+        self._forward = forward
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._forward(self, x)
+
+
+def conv(c: int, k: int, size: int = 1, **options: Any) -> nn.Conv2d:
+    return nn.Conv2d(c, k, size, padding=size // 2, **options)
+
+
+def bn(k: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(k)
+
+
+def drawn(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Parameters and statistics that differ from channel to channel."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if tensor.is_floating_point():
+                if name.endswith("running_var") or (tensor.ndim == 1 and name.endswith("weight")):
+                    tensor.uniform_(0.5, 2, generator=generator)
+                elif tensor.ndim < 2:
+                    tensor.normal_(0, 0.3, generator=generator)
+                elif not tensor.any():
+                    tensor.normal_(0, 0.1, generator=generator)
+    return module.eval()
+
+
+def settled(module: nn.Module, how: Preprocessing) -> nn.Module:
+    """BatchNorm statistics of noise, so that what an image says reaches the outputs of a deep random network."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    with torch.no_grad():
+        module(sample_input(how, 4, seed=3))
+    return module.eval()
+
+
+def moved(module: nn.Module, groups: tuple[Group, ...], how: Preprocessing, seed: int = 0) -> float:
+    """How far outputs move when all groups are shuffled, beside how far two images' outputs lie apart, in float64."""
+    rng = np.random.default_rng(seed)
+    orders = [rng.permutation(group.size) for group in groups]
+    moves = [
+        Move(g, np.roll(o, 1) if (o == np.arange(g.size)).all() else o) for g, o in zip(groups, orders, strict=True)
+    ]
+    return difference(module, permuted_state(module.state_dict(), moves), how)
+
+
+def difference(module: nn.Module, state: dict[str, torch.Tensor], how: Preprocessing) -> float:
+    other = copy.deepcopy(module)
+    other.load_state_dict(state)
+    sample = sample_input(how, 2, seed=7).double()
+    with torch.no_grad():
+        before, after = (m.double().eval()(sample) for m in (copy.deepcopy(module), other))
+    spread = (before[0] - before[1]).abs().max()
+    assert spread > 0
+    return float((before - after).abs().max() / spread)
+
+
+def stays(module: nn.Module, how: Preprocessing = HOW) -> Axes:
+    """Assert that some groups can move, and that moving all of them changes nothing."""
+    axes = find_groups(module, how)
+    assert axes.movable
+    assert moved(module, axes.movable, how) < 1e-9
+    return axes
+
+
+def sizes(axes: Axes) -> dict[str, int]:
+    return {group.name: group.size for group in axes.movable}
+
+
+def reasons(axes: Axes) -> dict[str, str]:
+    """Why layers' channels are fixed, but for the ends of the network."""
+    return {
+        f.name: f.reason
+        for f in axes.fixed
+        if f.reason not in ("it is an input of the network", "it is an output of the network")
+    }
+
+
+def pooled(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def chain(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return pooled(self, functional.relu(self.bn(self.two(functional.relu(self.one(x))))))
+
+
+def residual(self: Any, x: torch.Tensor) -> torch.Tensor:
+    x = self.stem(x)
+    return pooled(self, x + self.two(functional.relu(self.one(x))))
+
+
+def squeezed(self: Any, x: torch.Tensor) -> torch.Tensor:
+    x = functional.silu(self.stem(x))
+    scale = torch.sigmoid(self.up(functional.silu(self.down(x.mean((2, 3), keepdim=True)))))
+    return pooled(self, x * scale)
+
+
+def dense(self: Any, x: torch.Tensor) -> torch.Tensor:
+    x = self.stem(x)
+    x = torch.cat([x, self.one(functional.relu(self.bn(x)))], 1)
+    return pooled(self, torch.cat([x, self.two(x)], 1))
+
+
+def shuffled(self: Any, x: torch.Tensor) -> torch.Tensor:
+    x = self.stem(x)
+    for block in (self.one, self.two):
+        left, right = x.chunk(2, 1)
+        x = torch.cat([left, functional.relu(block(right))], 1)
+        n, c, h, w = x.shape
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).flatten(1, 2)
+    return pooled(self, x)
+
+
+def flattened(self: Any, x: torch.Tensor) -> torch.Tensor:
+    x = functional.adaptive_avg_pool2d(functional.relu(self.one(x)), 3)
+    return self.head(functional.relu(self.fc(torch.flatten(x, 1))))  # type: ignore[no-any-return]
+
+
+def channels_last(self: Any, x: torch.Tensor) -> torch.Tensor:
+    x = self.stem(x)
+    y = self.depthwise(x).permute(0, 2, 3, 1)
+    y = self.down(functional.gelu(self.up(self.norm(y)))).permute(0, 3, 1, 2)
+    return pooled(self, x + y * self.scale.weight.view(-1, 1, 1))
+
+
+def pooled_twice(self: Any, x: torch.Tensor) -> torch.Tensor:
+    x = self.one(x)
+    return self.head(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1))  # type: ignore[no-any-return]
+
+
+def attended(self: Any, x: torch.Tensor) -> torch.Tensor:
+    x = self.one(x)
+    where = torch.sigmoid(self.two(torch.cat([x.mean(1, keepdim=True), x.max(1, keepdim=True)[0]], 1)))
+    return pooled(self, functional.interpolate(x * where, scale_factor=2.0, mode="bilinear"))
+
+
+def unfolded(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return pooled(self, self.two(functional.pixel_shuffle(self.one(x), 2)))
+
+
+def padded(self: Any, x: torch.Tensor) -> torch.Tensor:
+    x = self.one(x)
+    return pooled(self, self.two(x) + functional.pad(x, (0, 0, 0, 0, 2, 2)))
+
+
+def gated(self: Any, x: torch.Tensor) -> torch.Tensor:
+    a, b = self.one(x).split(8, 1)
+    return pooled(self, a * torch.sigmoid(b))
+
+
+def thrice_gated(self: Any, x: torch.Tensor) -> torch.Tensor:
+    a, b, c = self.one(x).chunk(3, 1)
+    return pooled(self, self.two(b * torch.sigmoid(a)) + c * b)
+
+
+def mirrored(self: Any, x: torch.Tensor) -> torch.Tensor:
+    x = self.one(x)
+    return pooled(self, x + functional.relu(x.flip(1)))
+
+
+def head(c: int) -> nn.Linear:
+    return nn.Linear(c, 5)
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
+    "a chain": (
+        lambda: Net(chain, one=conv(3, 8, 3), two=conv(8, 12, 3), bn=bn(12), head=head(12)),
+        {"one": 8, "two": 12},
+    ),
+    "a residual": (
+        lambda: Net(residual, stem=conv(3, 8), one=conv(8, 12), two=conv(12, 8), head=head(8)),
+        {"stem": 8, "one": 12},
+    ),
+    "squeeze and excite": (
+        lambda: Net(squeezed, stem=conv(3, 8), down=conv(8, 4), up=conv(4, 8), head=head(8)),
+        {"stem": 8, "down": 4},
+    ),
+    "dense concatenation": (
+        lambda: Net(dense, stem=conv(3, 8), bn=bn(8), one=conv(8, 4), two=conv(12, 4), head=head(16)),
+        {"stem": 8, "one": 4, "two": 4},
+    ),
+    # The first split parts the stem; the shuffles part it, and what the blocks make, further.
+    "a channel shuffle": (lambda: Net(shuffled, stem=conv(3, 16), one=conv(8, 8), two=conv(8, 8), head=head(16)), {}),
+    "a flattened head": (
+        lambda: Net(flattened, one=conv(3, 6), fc=nn.Linear(54, 10), head=head(10)),
+        {"one": 6, "fc": 10},
+    ),
+    "channels last": (
+        lambda: Net(
+            channels_last,
+            stem=conv(3, 8, 3),
+            depthwise=conv(8, 8, 3, groups=8),
+            norm=nn.LayerNorm(8),
+            up=nn.Linear(8, 16),
+            down=nn.Linear(16, 8),
+            scale=nn.PReLU(8),
+            head=head(8),
+        ),
+        {"stem": 8, "up": 16},
+    ),
+    "two poolings of one tensor": (lambda: Net(pooled_twice, one=conv(3, 8), head=head(16)), {"one": 8}),
+    "attention over positions": (lambda: Net(attended, one=conv(3, 8), two=conv(2, 1, 3), head=head(8)), {"one": 8}),
+    "a gate": (lambda: Net(gated, one=conv(3, 16), head=head(8)), {"one": 8}),
+    "three parts that meet": (
+        lambda: Net(thrice_gated, one=conv(3, 24), two=conv(8, 8), head=head(8)),
+        {"one": 8},
+    ),
+    # Channels move with their mirror images.
+    "a mirror": (lambda: Net(mirrored, one=conv(3, 8), head=head(8)), {"one": 4}),
+    # A group of the norm, or of the convolution, keeps its channels.
+    "group norm": (
+        lambda: Net(chain, one=conv(3, 8), two=conv(8, 12), bn=nn.GroupNorm(3, 12), head=head(12)),
+        {"one": 8, "two": 4, "two#2": 4, "two#3": 4},
+    ),
+    "instance norm": (
+        lambda: Net(chain, one=conv(3, 8), two=conv(8, 12), bn=nn.InstanceNorm2d(12, affine=True), head=head(12)),
+        {"one": 8, "two": 12},
+    ),
+    "a grouped convolution": (
+        lambda: Net(chain, one=conv(3, 8), two=conv(8, 12, groups=2), bn=bn(12), head=head(12)),
+        {"two": 6, "two#2": 6},
+    ),
+    "a depthwise multiplier": (
+        lambda: Net(chain, one=conv(3, 8), two=conv(8, 16, 3, groups=8), bn=bn(16), head=head(16)),
+        {"one": 8},
+    ),
+    "a transposed convolution": (
+        lambda: Net(chain, one=conv(3, 8), two=nn.ConvTranspose2d(8, 12, 2, 2), bn=bn(12), head=head(12)),
+        {"one": 8, "two": 12},
+    ),
+    # Padding moves nowhere, and holds what it is added to.
+    "padded channels": (lambda: Net(padded, one=conv(3, 8), two=conv(8, 12), head=head(12)), {"one": 8}),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_shuffled_groups_leave_the_outputs_as_they_are(name: str) -> None:
+    torch.manual_seed(0)
+    build, expected = NETS[name]
+    axes = stays(drawn(build()))
+    if expected:
+        assert sizes(axes) == expected
+    assert all(name in ("two", "one") for name in reasons(axes))
+
+
+@pytest.mark.parametrize(
+    "name", ["a residual", "dense concatenation", "squeeze and excite", "a flattened head", "a gate"]
+)
+def test_a_group_that_moves_at_all_places_but_one_changes_the_outputs(name: str) -> None:
+    torch.manual_seed(0)
+    module = drawn(NETS[name][0]())
+    for group in find_groups(module, HOW).movable:
+        for left_out in group.places:
+            places = tuple(p for p in group.places if p is not left_out)
+            assert moved(module, (Group(group.name, places),), HOW) > 1e-3, (group.name, left_out.tensor)
+
+
+def test_channels_of_two_groups_that_change_places_change_the_outputs() -> None:
+    """A shuffle's groups are as fine as they have to be."""
+    torch.manual_seed(0)
+    module = drawn(NETS["a channel shuffle"][0]())
+    one, other, *_ = [g for g in find_groups(module, HOW).movable if g.name.startswith("stem")]
+    swapped = dict(module.state_dict())
+    for name in ("stem.weight", "stem.bias"):
+        a, b = (next(p.positions[0, 0] for p in g.places if p.tensor == name) for g in (one, other))
+        index = torch.arange(16)
+        index[[a, b]] = index[[b, a]]
+        swapped[name] = swapped[name][index]
+    assert difference(module, swapped, HOW) > 1e-3
+
+
+def test_what_the_network_reads_and_writes_is_fixed_and_named() -> None:
+    axes = find_groups(drawn(NETS["a chain"][0]()), HOW)
+    assert [(f.name, f.channels, f.reason) for f in axes.fixed] == [
+        ("one", 3, "it is an input of the network"),
+        ("head", 5, "it is an output of the network"),
+    ]
+
+
+def test_what_a_grouped_convolution_reads_is_fixed_and_named() -> None:
+    assert reasons(find_groups(drawn(NETS["a grouped convolution"][0]()), HOW)) == {
+        "one": "a grouped convolution reads it",
+        "two": "a grouped convolution reads it",
+    }
+
+
+def test_an_unknown_operator_holds_its_channels_only() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return pooled(self, self.two(functional.relu(self.one(x))).cumsum(1))
+
+    axes = stays(drawn(Net(forward, one=conv(3, 8), two=conv(8, 12), head=head(12))))
+    assert sizes(axes) == {"one": 8}
+    assert reasons(axes) == {"two": "the operator cumsum is not known", "head": "it meets values that cannot move"}
+
+
+def test_channels_that_meet_constants_are_held() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return pooled(self, self.one(x) * torch.linspace(1, 2, 8).view(1, -1, 1, 1))
+
+    axes = find_groups(drawn(Net(forward, one=conv(3, 8), head=head(8))), HOW)
+    assert not axes.movable
+    assert reasons(axes) == {"one": "it meets values that cannot move"}
+
+
+def test_positions_of_channels_as_an_output_hold_them() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        x = self.one(x)
+        return pooled(self, x * x.max(1, keepdim=True)[1])
+
+    axes = find_groups(drawn(Net(forward, one=conv(3, 8), head=head(8))), HOW)
+    assert reasons(axes) == {"one": "its position is an output"}
+
+
+def test_a_buffer_that_checkpoints_do_not_hold_fixes_its_channels() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return pooled(self, self.one(x) * self.factor)
+
+    net = Net(forward, one=conv(3, 8), head=head(8))
+    net.register_buffer("factor", torch.linspace(1, 2, 8).view(1, -1, 1, 1), persistent=False)
+    assert reasons(find_groups(drawn(net), HOW)) == {"one": "a tensor that checkpoints do not hold goes with it"}
+
+
+def test_a_channel_used_alone_stays() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        x = self.one(x)
+        return pooled(self, x * torch.sigmoid(x[:, 2:3]))
+
+    axes = stays(drawn(Net(forward, one=conv(3, 8), head=head(8))))
+    assert sizes(axes) == {"one": 7}
+    assert reasons(axes) == {"one": "it is used alone"}
+
+
+def test_one_layer_under_two_names_moves_under_both() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return pooled(self, self.again(functional.relu(self.one(x))) + self.two(x))
+
+    shared = conv(8, 8)
+    net = Net(forward, one=conv(3, 8), first=shared, again=shared, two=conv(3, 8), head=head(8))
+    axes = stays(drawn(net))
+    tensors = {place.tensor for group in axes.movable for place in group.places}
+    assert {"first.weight", "again.weight"} <= tensors
+
+
+def test_a_layer_used_twice_in_a_row_ties_its_two_sides() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return pooled(self, self.one(functional.relu(self.one(self.stem(x)))))
+
+    assert sizes(stays(drawn(Net(forward, stem=conv(3, 8), one=conv(8, 8), head=head(8))))) == {"stem": 8}
+
+
+def test_weights_that_are_standardised_before_use_move() -> None:
+    class Standardised(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            flat = self.weight.view(1, self.out_channels, -1)
+            weight = functional.batch_norm(flat, None, None, training=True).view_as(self.weight)
+            return functional.conv2d(x, weight, self.bias, padding=1)
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return pooled(self, self.two(functional.relu(self.one(x))))
+
+    net = Net(forward, one=Standardised(3, 8, 3), two=Standardised(8, 12, 3), head=head(12))
+    assert sizes(stays(drawn(net))) == {"one": 8, "two": 12}
+
+
+def test_pixel_shuffle_holds_what_it_takes_apart() -> None:
+    axes = find_groups(drawn(Net(unfolded, one=conv(3, 16), two=conv(4, 8), head=head(8))), HOW)
+    assert sizes(axes) == {"two": 8}
+    assert set(reasons(axes)) == {"one", "two"}
+
+
+def test_a_module_that_cannot_be_exported_is_told_in_one_message(capfd: pytest.CaptureFixture[str]) -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        x = self.one(x)
+        return pooled(self, x if float(x.sum()) > 0 else -x)
+
+    with pytest.raises(
+        UnexportableError, match=r"torch\.export cannot read its operators\n  found: .*\n  fix:   go on"
+    ):
+        find_groups(Net(forward, one=conv(3, 8), head=head(8)), HOW)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_networks_drawn_at_random_stay(seed: int) -> None:
+    """Blocks of many kinds one after another, in orders that nobody thought of."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    layers: dict[str, nn.Module] = {"stem": conv(3, 16)}
+    steps: list[tuple[str, str]] = []
+    for i in range(6):
+        kind = str(
+            rng.choice(["conv", "residual", "cat", "shuffle", "depthwise", "norm", "grouped", "split", "squeeze"])
+        )
+        steps.append((kind, f"l{i}"))
+        layers[f"l{i}"] = {
+            "conv": lambda: conv(16, 16, 3),
+            "residual": lambda: conv(16, 16),
+            "cat": lambda: conv(16, 8),
+            "shuffle": nn.Identity,
+            "depthwise": lambda: conv(16, 16, 3, groups=16),
+            "norm": lambda: nn.GroupNorm(int(rng.choice([1, 2, 4])), 16),
+            "grouped": lambda: conv(16, 16, groups=2),
+            "split": lambda: conv(8, 8),
+            "squeeze": lambda: conv(16, 16),
+        }[kind]()
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for kind, name in steps:
+            layer = getattr(self, name)
+            if kind == "residual":
+                x = x + functional.relu(layer(x))
+            elif kind == "cat":
+                x = torch.cat([layer(x), x[:, 4:12]], 1)
+            elif kind == "shuffle":
+                x = x.unflatten(1, (4, 4)).transpose(1, 2).flatten(1, 2)
+            elif kind == "split":
+                a, b = x.split(8, 1)
+                x = torch.cat([b, layer(a)], 1)
+            elif kind == "squeeze":
+                x = x * torch.sigmoid(layer(x.mean((2, 3), keepdim=True)))
+            else:
+                x = functional.relu(layer(x))
+        return pooled(self, x)
+
+    module = drawn(Net(forward, **layers, head=head(16)), seed)
+    axes = find_groups(module, HOW)
+    assert moved(module, axes.movable, HOW, seed) < 1e-9
+    covered = sum(g.size for g in axes.movable) + sum(f.channels for f in axes.fixed)
+    assert covered >= 3 + 16 + 5
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet", "test_convnext", "test_nfnet", "test_byobnet"])
+def test_timms_own_classes_move(name: str) -> None:
+    """`BatchNormAct2d` and its like are no classes of torch's."""
+    built = build_model(f"timm/{name}", seed=0)
+    how = replace(built.preprocessing, height=64, width=64)
+    stays(settled(drawn(built.module), how), how)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [
+        ("resnet18", 12),
+        ("resnet50", 37),
+        ("vgg16_bn", 15),
+        ("shufflenet_v2_x1_0", 80),
+        ("densenet121", 120),
+        ("convnext_tiny", 22),
+        ("efficientnet_b0", 40),
+        ("timm/efficientnet_b0", 40),
+        ("regnet_y_400mf", 500),
+        ("googlenet", 69),
+    ],
+)
+def test_families_move(name: str, least: int) -> None:
+    built = build_model(name, seed=0)
+    how = replace(built.preprocessing, height=64, width=64)
+    axes = stays(settled(drawn(built.module), how), how)
+    assert len(axes.movable) >= least

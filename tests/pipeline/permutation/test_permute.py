@@ -1,0 +1,367 @@
+"""The permute stage and its command: the same function, more kept, done again to newer weights; and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from torch import nn
+
+from pipeline.artifacts import Preprocessing, Provenance
+from pipeline.checkpoint import read_checkpoint
+from pipeline.errors import InputError
+from pipeline.layers import sample_input, survey
+from pipeline.masking.magnitude import magnitude_mask
+from pipeline.masking.patterns import parse_pattern
+from pipeline.masking.policy import select_layers
+from pipeline.models import build_model
+from pipeline.permutation.groups import UnexportableError
+from pipeline.permutation.permute import PermuteOptions, permute, repermute
+from pipeline.permutation.record import AS_GIVEN, FIXED, MOVED, UNREAD, Permuted, read_permutation
+from pipeline.weights import METADATA_KEY, fit_weights, read_weights, tensors_sha256
+
+HOW = Preprocessing(3, 16, 16, 0, "bilinear", (0.5,) * 3, (0.25,) * 3)
+MADE = Provenance("net", True, "w.pth", "ab" * 32, 5, (), HOW)
+QUICK = PermuteOptions(effort=0.002)
+
+
+class Net(nn.Module):
+    """A residual stream whose 16 channels are also read between others, so that quadruples are shared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.one, self.bn = nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32)
+        self.two = nn.Conv2d(32, 16, 1)
+        self.few = nn.Conv2d(16, 6, 1)
+        self.grouped = nn.Conv2d(6, 6, 3, padding=1, groups=2)
+        self.wide = nn.Conv2d(28, 8, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        x = x + self.two(torch.relu(self.bn(self.one(x))))
+        few = self.few(x)
+        x = self.wide(torch.cat([self.grouped(few), x, few], 1))
+        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def trained(seed: int = 0, build: Callable[[], nn.Module] = Net) -> nn.Module:
+    """Weights whose rows and columns differ in scale, as those of trained networks do."""
+    torch.manual_seed(seed)
+    module = build().eval()
+    with torch.no_grad():
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if tensor.ndim > 1:
+                tensor *= torch.randn(tensor.shape[0], 1).exp().view(-1, *[1] * (tensor.ndim - 1))
+                tensor *= torch.randn(1, tensor.shape[1]).exp().view(1, -1, *[1] * (tensor.ndim - 2))
+            elif name.endswith(("running_var", "bn.weight")):
+                tensor.uniform_(0.5, 2)
+    return module
+
+
+def run(module: nn.Module, folder: Path, options: PermuteOptions = QUICK) -> Permuted:
+    return permute(module, MADE, options, folder / "permuted.safetensors", folder / "order.safetensors")
+
+
+def loaded(module: nn.Module, done: Permuted) -> nn.Module:
+    other = copy.deepcopy(module)
+    fit_weights(other, read_weights(done.checkpoint.path), where=done.checkpoint.path)
+    return other
+
+
+def outputs(module: nn.Module, how: Preprocessing = HOW) -> torch.Tensor:
+    with torch.no_grad():
+        return copy.deepcopy(module).double().eval()(sample_input(how, 3, seed=9).double())  # type: ignore[no-any-return]
+
+
+def kept(module: nn.Module, pattern: str = "2:4", how: Preprocessing = HOW) -> float:
+    """What magnitude masks of the usual layers keep, by the mask stage's own function."""
+    state = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+    masked = select_layers(survey(module, how)[0], parse_pattern(pattern)).masked
+    masks = {layer.name: magnitude_mask(state[layer.name], parse_pattern(pattern)) for layer in masked}
+    return float(sum(np.abs(state[name]).sum(where=mask, dtype=np.float64) for name, mask in masks.items()))
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "1:2"])
+def test_outputs_stay_and_masks_keep_more(pattern: str, tmp_path: Path) -> None:
+    module = trained()
+    before = copy.deepcopy(module.state_dict())
+    done = run(module, tmp_path, replace(QUICK, pattern=pattern))
+    after = loaded(module, done)
+    torch.testing.assert_close(outputs(after), outputs(module), rtol=1e-9, atol=1e-9)
+    assert done.kept_before == pytest.approx(kept(module, pattern))
+    assert done.kept_after == pytest.approx(kept(after, pattern))
+    assert done.kept_before < done.kept_after < done.kept_bound
+    assert 0 < done.efficacy < 100
+    # The given module is as it was.
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_every_tensor_keeps_its_values(tmp_path: Path) -> None:
+    module = trained()
+    after = loaded(module, run(module, tmp_path)).state_dict()
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(after[name].flatten().sort()[0], tensor.flatten().sort()[0]), name
+
+
+def test_each_group_tells_what_became_of_it(tmp_path: Path) -> None:
+    done = run(trained(), tmp_path)
+    groups = {group.name: group for group in done.permutation.groups if group.state != FIXED}
+    fixed = {(group.name, group.channels): group.reason for group in done.permutation.groups if group.state == FIXED}
+    assert groups["one"].state == groups["stem"].state == MOVED
+    assert groups["one"].readers == ("two.weight",)
+    assert groups["one"].efficacy is not None
+    # The stream, which `wide` reads from its sixth column on; what a grouped convolution makes moves within its groups.
+    assert set(groups["stem"].readers) == {"one.weight", "few.weight", "wide.weight"}
+    assert groups["grouped"].channels == groups["grouped#2"].channels == 3
+    assert fixed == {
+        ("stem", 3): "it is an input of the network",
+        ("few", 6): "a grouped convolution reads it",
+        ("grouped", 3): "a grouped convolution reads it",
+        ("head", 5): "it is an output of the network",
+    }
+    assert groups["wide"] == replace(groups["wide"], channels=8, state=UNREAD, readers=(), kept_before=0, kept_after=0)
+    states = {group.state for group in done.permutation.groups}
+    assert states <= {MOVED, AS_GIVEN, UNREAD, FIXED}
+    assert all((group.reason is None) == (group.state == MOVED) for group in done.permutation.groups)
+    assert all(g.kept_after > g.kept_before > 0 for g in done.permutation.groups if g.state == MOVED)
+
+
+class Shared(nn.Module):
+    """The channels of `one` and `two` alternate in what `three` reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.two = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.three, self.head = nn.Conv2d(16, 24, 3), nn.Linear(24, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = torch.cat([self.one(x), torch.relu(self.two(x))], 1).unflatten(1, (2, 8)).transpose(1, 2).flatten(1, 2)
+        return self.head(torch.relu(self.three(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_groups_that_share_quadruples_gain_too(tmp_path: Path) -> None:
+    module = trained(build=Shared)
+    done = run(module, tmp_path)
+    found = {g.name: g for g in done.permutation.groups if g.readers == ("three.weight",)}
+    assert set(found) == {"one", "two"}
+    assert all(g.state == MOVED and g.efficacy is None for g in found.values())
+    # Gains of groups and of the whole are the same ones.
+    gains = sum(g.kept_after - g.kept_before for g in done.permutation.groups)
+    assert gains == pytest.approx(done.kept_after - done.kept_before, rel=1e-4)
+    torch.testing.assert_close(outputs(loaded(module, done)), outputs(module), rtol=1e-9, atol=1e-9)
+
+
+def test_the_same_seed_gives_the_same_files(tmp_path: Path) -> None:
+    first, second = (run(trained(), tmp_path / name) for name in ("a", "b"))
+    assert first.checkpoint.sha256 == second.checkpoint.sha256
+    assert first.permutation.sha256 == second.permutation.sha256
+
+
+def test_it_is_done_again_to_newer_weights(tmp_path: Path) -> None:
+    old, new = trained(), trained(seed=1)
+    first = run(old, tmp_path)
+    again = repermute(new, MADE, first.permutation.path, QUICK, tmp_path / "again.safetensors")
+    assert again.permutation == first.permutation
+    torch.testing.assert_close(outputs(loaded(new, again)), outputs(new), rtol=1e-9, atol=1e-9)
+    assert again.kept_before == pytest.approx(kept(new))
+    # The very same weights become the very same file.
+    same = repermute(old, MADE, first.permutation.path, QUICK, tmp_path / "same.safetensors")
+    assert same.checkpoint.sha256 == first.checkpoint.sha256
+
+
+def test_the_file_tells_what_the_record_told(tmp_path: Path) -> None:
+    done = run(trained(), tmp_path)
+    found, moves = read_permutation(done.permutation.path)
+    assert found == done.permutation
+    assert [m.group.name for m in moves] == [g.name for g in found.groups if g.state == MOVED]
+    assert found.weights_sha256 == tensors_sha256(trained().state_dict())
+    assert read_checkpoint(done.checkpoint.path).provenance.origin == "w.pth, permuted"
+
+
+def written(folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob("*") if path.is_file()]
+
+
+def test_an_unexportable_model_is_left_as_it_is(tmp_path: Path) -> None:
+    class Choosing(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x if float(x.mean()) > -100 else -x)
+
+    with pytest.raises(UnexportableError, match="cannot be permuted"):
+        run(trained(build=Choosing), tmp_path)
+    assert not written(tmp_path)
+
+
+def test_weights_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    module = trained()
+    with torch.no_grad():
+        module.get_parameter("one.weight")[0, 0, 0, 0] = torch.nan
+        module.get_parameter("head.bias")[1] = torch.inf
+    with pytest.raises(InputError, match=r"2 tensors hold NaN or infinity\n  found: one\.weight, head\.bias"):
+        run(module, tmp_path)
+    pruned = replace(MADE, masked=("one.weight",), pattern="2:4")
+    with pytest.raises(InputError, match="pruned already"):
+        permute(trained(), pruned, QUICK, tmp_path / "p.safetensors", tmp_path / "o.safetensors")
+    assert not written(tmp_path)
+
+
+def test_a_model_without_a_layer_to_mask_is_refused(tmp_path: Path) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.one, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 10, 1), nn.Linear(10, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.one(self.stem(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+    with pytest.raises(InputError, match=r"one\.weight \(10, 6, 1, 1\) \(channels_not_multiple_of_4\)"):
+        run(trained(build=Odd), tmp_path)
+    assert not written(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"pattern": "5:4"}, "N:M"), ({"effort": 0.0}, "effort"), ({"restarts": 0}, "restarts"), ({"seed": -1}, "seed")],
+)
+def test_options_out_of_range_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        PermuteOptions(**options)  # type: ignore[arg-type]
+
+
+def damaged(path: Path, change: Callable[[dict[str, np.ndarray]], None]) -> Path:
+    """A copy of a permutation's file with other tensors."""
+    tensors = safetensors.numpy.load_file(path)
+    with safetensors.safe_open(path, "np") as file:
+        header = file.metadata()
+    change(tensors)
+    safetensors.numpy.save_file(tensors, path.with_name("damaged.safetensors"), {METADATA_KEY: header[METADATA_KEY]})
+    return path.with_name("damaged.safetensors")
+
+
+def repeated(tensors: dict[str, np.ndarray]) -> None:
+    tensors["one/order"][0] = tensors["one/order"][1]
+
+
+def negative(tensors: dict[str, np.ndarray]) -> None:
+    tensors["one/two.weight/1"][0] = -1
+
+
+def missing(tensors: dict[str, np.ndarray]) -> None:
+    del tensors["one/order"]
+
+
+@pytest.mark.parametrize("change", [repeated, negative, missing])
+def test_a_damaged_permutation_is_refused(change: Callable[[dict[str, np.ndarray]], None], tmp_path: Path) -> None:
+    done = run(trained(), tmp_path)
+    with pytest.raises(InputError, match="not a permutation's file"):
+        read_permutation(damaged(done.permutation.path, change))
+
+
+def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
+    done = run(trained(), tmp_path)
+    with pytest.raises(InputError, match="not a permutation's file"):
+        read_permutation(done.checkpoint.path)
+    (tmp_path / "text.safetensors").write_text("no")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_permutation(tmp_path / "text.safetensors")
+    with pytest.raises(InputError, match="not found"):
+        read_permutation(tmp_path / "none.safetensors")
+
+
+def test_a_permutation_of_another_model_is_refused(tmp_path: Path) -> None:
+    order = run(trained(), tmp_path).permutation.path
+    with pytest.raises(InputError, match=r"of another model\n.*\n  found: \d+ axes do not fit"):
+        repermute(trained(build=Shared), MADE, order, QUICK, tmp_path / "again.safetensors")
+    assert not (tmp_path / "again.safetensors").exists()
+
+
+def test_a_permutation_that_changes_the_outputs_is_not_written(tmp_path: Path) -> None:
+    """All its axes fit, but one of them was left out."""
+    order = run(trained(), tmp_path).permutation.path
+
+    def forgetful(tensors: dict[str, np.ndarray]) -> None:
+        del tensors["one/two.weight/1"]
+
+    with pytest.raises(InputError, match=r"computes something else\n(.*\n)*  found: outputs differ by"):
+        repermute(trained(), MADE, damaged(order, forgetful), QUICK, tmp_path / "again.safetensors")
+    assert not (tmp_path / "again.safetensors").exists()
+
+
+def test_the_command_permutes_masks_and_applies_again(cli: Callable[..., object], tmp_path: Path) -> None:
+    out, report = tmp_path / "p.safetensors", tmp_path / "r.json"
+    ran = cli("permute", "digits_resnet", "-o", out, "--effort", "0.01", "--report", report)
+    assert ran.code == 0, ran.err
+    assert "kept magnitude under 2:4" in ran.out
+    assert "10 channels) cannot move: it is an output of the network" in ran.out
+    told = json.loads(report.read_text())
+    assert told["kept_after"] > told["kept_before"]
+    assert {"name", "state", "reason", "efficacy"} <= set(told["permutation"]["groups"][0])
+    order = tmp_path / "p.permutation.safetensors"
+    again = tmp_path / "again.safetensors"
+    ran = cli("permute", "digits_resnet", "--permutation", order, "-o", again)
+    assert ran.code == 0, ran.err
+    assert again.read_bytes() == out.read_bytes()
+    masks = tmp_path / "m.safetensors"
+    for command in (
+        ("mask", "digits_resnet", "--method", "magnitude", "--weights", out, "-o", masks),
+        ("bake", "digits_resnet", "--masks", masks, "--weights", out, "-o", tmp_path / "s.safetensors"),
+        ("export", "digits_resnet", "--weights", tmp_path / "s.safetensors", "-o", tmp_path / "s.onnx"),
+        ("check", tmp_path / "s.onnx"),
+    ):
+        ran = cli(*command)
+        assert ran.code == 0, ran.err
+    ran = cli("permute", "digits_resnet", "--weights", tmp_path / "s.safetensors", "-o", tmp_path / "no.safetensors")
+    assert (ran.code, "pruned already" in ran.err) == (3, True)
+    assert not (tmp_path / "no.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "linear"),
+    [
+        ("resnet18", False),
+        ("resnet50", False),
+        ("vgg16_bn", False),
+        ("shufflenet_v2_x1_0", False),
+        ("densenet121", False),
+        ("convnext_tiny", False),
+        ("convnext_tiny", True),
+        ("efficientnet_b0", False),
+        ("timm/efficientnet_b0", False),
+    ],
+)
+def test_nine_in_ten_groups_of_each_family_gain(model: str, linear: bool, tmp_path: Path) -> None:
+    built = build_model(model, seed=0)
+    how = replace(built.preprocessing, height=64, width=64)
+    module = trained(build=lambda: built.module)
+    for norm in module.modules():
+        # Statistics of noise, so that what an image says reaches the outputs.
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+    with torch.no_grad():
+        module(sample_input(how, 4, seed=3))
+    done = permute(
+        module,
+        replace(MADE, preprocessing=how),
+        PermuteOptions(effort=0.002, include_linear=linear),
+        tmp_path / "p.safetensors",
+        tmp_path / "o.safetensors",
+    )
+    can_gain = [g for g in done.permutation.groups if g.readers]
+    assert len(can_gain) >= 3
+    assert sum(g.state == MOVED for g in can_gain) >= 0.9 * len(can_gain)
+    assert done.kept_after > done.kept_before
+    before, after = outputs(module, how), outputs(loaded(module, done), how)
+    assert (before - after).abs().max() < 1e-6 * (before[0] - before[1]).abs().max()
