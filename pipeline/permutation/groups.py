@@ -18,7 +18,8 @@ from pipeline.artifacts import Preprocessing
 from pipeline.errors import InputError
 from pipeline.layers import sample_input
 from pipeline.permutation.axes import Channels, Integers, Places, Value
-from pipeline.permutation.operators import Call, follow
+from pipeline.permutation.calls import Call
+from pipeline.permutation.operators import follow
 
 if TYPE_CHECKING:
     import torch

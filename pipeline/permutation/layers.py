@@ -1,0 +1,178 @@
+"""Rules for layers and statistics: what is contracted, normalised or reduced, and over which channels."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipeline.permutation.axes import Channels, Integers, Places, Value
+from pipeline.permutation.calls import FIXED_VALUES, Call, Result, hold_all, hold_beyond, joined, moved_to, spread
+
+
+def convolution(channels: Channels, call: Call) -> Result:
+    """`convolution` of any kind: (N, C, ...) by filters (K, C / groups, ...), or transposed (C, K / groups, ...)."""
+    x, weight, bias = (call.args[name] for name in ("input", "weight", "bias"))
+    groups, transposed = call.args["groups"], call.args["transposed"]
+    inputs, outputs = (0, 1) if transposed else (1, 0)
+    for places in weight.places:
+        if len(places.dims) > 1 or places.dims[0] > 1:
+            channels.hold(places, "it runs over positions of a kernel")
+    hold_beyond(channels, x, {1}, "a convolution runs over it")
+    result = weight.along(outputs)
+    if groups == 1:
+        _contract(channels, (x, 1), (weight, inputs))
+    elif not transposed and weight.shape[1] == 1 and groups == x.shape[1]:
+        result = _depthwise(channels, x, weight)
+    else:
+        for each in (x.along(1), weight.along(inputs)):
+            if each is not None:
+                channels.hold(each, "a grouped convolution reads it")
+        if result is not None and transposed:
+            channels.hold(result, "a transposed grouped convolution makes it")
+        elif result is not None:
+            filters = weight.shape[0]
+            group = np.arange(filters) // (filters // groups)
+            channels.tell_apart(result, group.reshape(result.channels.shape))
+    if result is None:
+        return Value(call.shape)
+    made = Value(call.shape, (moved_to(result, 1, len(call.shape)),))
+    return made if bias is None else joined(channels, [made, spread(bias, 1, len(call.shape))], call.shape)
+
+
+def _depthwise(channels: Channels, x: Value, weight: Value) -> Places | None:
+    """Filters of one channel each: several in a row for the same one are its copies."""
+    made, read = weight.along(0), x.along(1)
+    if made is None:
+        return None
+    if read is None:
+        channels.hold(made, FIXED_VALUES)
+        return made
+    each = weight.shape[0] // x.shape[1]
+    ids, copies = read.channels.ravel(), read.copies.ravel()
+    repeated = Places(np.repeat(ids, each), (copies[:, None] * each + np.arange(each)).ravel())
+    shaped = repeated.rearranged(lambda x: x.reshape(made.channels.shape))
+    channels.tie(shaped, made)
+    return shaped
+
+
+def matmul(channels: Channels, call: Call) -> Result:
+    """`mm`, `bmm`, `addmm` and `baddbmm`: (..., rows, inner) by (..., inner, columns)."""
+    first, second = ("self", "mat2") if call.name in ("mm", "bmm") else _FACTORS[call.name]
+    a, b = call.args[first], call.args[second]
+    inner_a, inner_b = len(a.shape) - 1, len(b.shape) - 2
+    for value, inner, own in ((a, inner_a, inner_a - 1), (b, inner_b, inner_b + 1)):
+        hold_beyond(channels, value, {inner, own}, "a product takes it in parts")
+        for places in value.places:
+            if len(places.dims) > 1:
+                channels.hold(places, "a product takes it in parts")
+    _contract(channels, (a, inner_a), (b, inner_b))
+    made = Value(call.shape, tuple(p for p in (a.along(inner_a - 1), b.along(inner_b + 1)) if p is not None))
+    if first == "self":
+        return made
+    return joined(channels, [made, call.args["self"]], call.shape)
+
+
+_FACTORS = {"addmm": ("mat1", "mat2"), "baddbmm": ("batch1", "batch2")}
+
+
+def _contract(channels: Channels, one: tuple[Value, int], other: tuple[Value, int]) -> None:
+    """Two tensors are multiplied and summed along a dimension of each."""
+    for (value, dim), (against, along) in ((one, other), (other, one)):
+        places, met = value.along(dim), against.along(along)
+        if places is None:
+            continue
+        if met is not None:
+            channels.tie(places.rearranged(np.ravel), met.rearranged(np.ravel))
+        elif against.varies(along):
+            channels.hold(places, FIXED_VALUES)
+
+
+def batch_norm(channels: Channels, call: Call) -> Result:
+    """With running statistics, or over all dimensions but the second."""
+    x = call.args["input"]
+    if "running_mean" not in call.args:
+        _within(channels, x, set(range(len(x.shape))) - {1})
+    parameters = [call.args.get(name) for name in ("weight", "bias", "running_mean", "running_var")]
+    vectors = [spread(p, 1, len(x.shape)) for p in parameters if p is not None]
+    return [joined(channels, [x, *vectors], x.shape), None, None]
+
+
+def layer_norm(channels: Channels, call: Call) -> Result:
+    """Over the last dimensions."""
+    x = call.args["input"]
+    count = len(call.args["normalized_shape"])
+    _within(channels, x, set(range(len(x.shape) - count, len(x.shape))))
+    parameters = [call.args[name] for name in ("weight", "bias") if call.args[name] is not None]
+    return [joined(channels, [x, *parameters], x.shape), None, None]
+
+
+def group_norm(channels: Channels, call: Call) -> Result:
+    """Over all channels, or in groups that keep theirs."""
+    x, groups = call.args["input"], call.args["group"]
+    places = x.along(1)
+    if places is not None and groups > 1:
+        group = np.arange(x.shape[1]) // (x.shape[1] // groups)
+        channels.tell_apart(places, group.reshape(places.channels.shape))
+    parameters = [call.args[name] for name in ("weight", "bias") if call.args[name] is not None]
+    vectors = [spread(p, 1, len(x.shape)) for p in parameters]
+    return [joined(channels, [x, *vectors], x.shape), None, None]
+
+
+def softmax(channels: Channels, call: Call) -> Result:
+    """Along one dimension."""
+    x: Value = call.args["self"]
+    _within(channels, x, {call.args["dim"] % len(x.shape)})
+    return x
+
+
+def _within(channels: Channels, x: Value, dims: set[int]) -> None:
+    """Statistics are taken over some dimensions, apart for each place along the others."""
+    for places in x.places:
+        own = set(places.dims)
+        if own & dims and own - dims:
+            channels.tell_apart(places, _coordinates(places, own - dims))
+
+
+def reduce(channels: Channels, call: Call) -> Result:
+    """Sums, means and extremes; of pairs such as `max`, the second tells positions, which notice where channels lie."""
+    x = call.args["self"]
+    given = call.args.get("dim")
+    listed = [] if given is None else [given] if isinstance(given, int) else list(given)
+    dims = {d % len(x.shape) for d in listed} or set(range(len(x.shape)))
+    _within(channels, x, dims)
+    keep = bool(call.args.get("keepdim", False))
+    left = []
+    for places in x.places:
+        if not set(places.dims) & dims:
+            left.append(places if keep else places.rearranged(lambda p: p.squeeze(tuple(dims))))
+        elif call.name in _POSITIONS or (call.name in ("max", "min") and 1 in call.used):
+            channels.hold(places, "its position is an output")
+    made = Value(call.shape, tuple(left))
+    return [made, made] if call.name in ("max", "min", "var_mean") and given is not None else made
+
+
+_POSITIONS = ("argmax", "argmin")
+
+
+def pooling(channels: Channels, call: Call) -> Result:
+    """Channels pass; dimensions behind them are pooled or interpolated."""
+    x, *others = call.tensors()
+    for other in others:
+        hold_all(channels, other, "it tells positions")
+    spatial = next(int(c) for c in call.name if c.isdigit())
+    first = len(x.shape) - spatial
+    hold_beyond(channels, x, set(range(first)), "positions are pooled or interpolated")
+    passed = tuple(p for p in x.places if max(p.dims) < first)
+    made = Value(call.shape, passed)
+    return [made, made] if call.name in _WITH_INDICES else made
+
+
+_WITH_INDICES = ("max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d", "adaptive_max_pool3d")
+
+
+def _coordinates(places: Places, dims: set[int]) -> Integers:
+    """A number for each place that tells its position along these dimensions."""
+    shape = places.channels.shape
+    number = np.zeros(shape, np.int64)
+    for d in sorted(dims):
+        number = number * shape[d] + np.arange(shape[d]).reshape([-1 if i == d else 1 for i in range(len(shape))])
+    return number
