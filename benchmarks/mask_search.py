@@ -30,7 +30,7 @@ from pipeline.report import versions
 from pipeline.timing import cpu_name
 
 # Efforts on Apex' matrix.
-EFFORTS = (0.25, 1.0, 4.0, 16.0)
+EFFORTS = (0.25, 1.0, 2.0, 4.0, 8.0, 16.0)
 SEEDS = range(2, 22)
 # From the README beside Apex' search: efficacy, seconds and where.
 APEX = (
