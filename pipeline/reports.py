@@ -284,3 +284,41 @@ class Refinement:
     reason: str
     first: PassFigures
     refined: PassFigures | None
+
+
+@dataclass(frozen=True)
+class LayerDifference:
+    """How far one layer's output departs from the dense model's, over the fixed images.
+
+    Attributes:
+        node: The layer that makes it, as both graphs call it.
+        op: Its ONNX op.
+        tensor: The output's name in the dense graph.
+        relative: Norm of the difference over norm of the dense output, all images together; None where not finite.
+        cosine_min: Smallest cosine similarity of one image's output; None where not finite.
+    """
+
+    node: str
+    op: str
+    tensor: str
+    relative: float | None
+    cosine_min: float | None
+
+
+@dataclass(frozen=True)
+class DepthReport:
+    """Where two models begin to differ.
+
+    Attributes:
+        images: How many of the fixed images both ran on.
+        tolerance: The relative difference beyond which an output counts as another.
+        layers: From input to output, those that both graphs have.
+        first: Node of the first layer beyond the tolerance; None where there is none.
+        unmatched: Layers that only one of the graphs has.
+    """
+
+    images: int
+    tolerance: float
+    layers: tuple[LayerDifference, ...]
+    first: str | None
+    unmatched: tuple[str, ...]
