@@ -36,9 +36,9 @@ TENSORRT_BINDINGS := cu12-10.3.0 cu12-10.13.3.9 cu12-10.16.1.11 cu13-11.4.0.106
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target .venv/triton \
 	  'tritonclient[grpc,http]==2.73.0' && touch $@ || true
 
-engine: .venv/.ready ## Checkpoint to engine: MODEL= WEIGHTS= DATA= MASKS= PRECISION= BACKEND= OUT=
+engine: .venv/.ready ## Checkpoint to engine: MODEL= WEIGHTS= DATA= MASKS= PERMUTE=1 PRECISION= BACKEND= OUT=
 	$(BIN)/maskplan engine $(MODEL) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(DATA),--data $(DATA)) \
-	  $(if $(MASKS),--masks $(MASKS)) $(if $(PRECISION),--precision $(PRECISION)) \
+	  $(if $(MASKS),--masks $(MASKS)) $(if $(PERMUTE),--permute) $(if $(PRECISION),--precision $(PRECISION)) \
 	  $(if $(BACKEND),--backend $(BACKEND)) $(if $(OUT),--out $(OUT))
 
 parity: .venv/.ready ## Compare the engines of MODEL= once more, over DATA=; fails when accuracy is not kept

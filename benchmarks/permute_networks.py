@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.artifacts import Preprocessing
+from pipeline.artifacts import Pattern, Preprocessing
 from pipeline.checkpoint import ModelOptions, module_of, open_checkpoint
 from pipeline.files import write_json
 from pipeline.layers import sample_input
+from pipeline.masking.policy import LayerPolicy
 from pipeline.permutation.permute import PermuteOptions, permute
 from pipeline.permutation.record import FIXED, MOVED, UNREAD, Permuted
 from pipeline.permutation.search import SearchOptions, search
@@ -41,6 +42,7 @@ MODELS = (
     "efficientnet_b0",
     "timm/efficientnet_b0",
 )
+PATTERN = Pattern(2, 4)
 # ConvNeXt is made of linear layers, which masks leave out by default.
 ALSO_LINEAR = ("convnext_tiny",)
 
@@ -56,7 +58,9 @@ def measure(model: str, effort: float, include_linear: bool) -> dict[str, Any]:
         done = permute(
             module,
             provenance,
-            PermuteOptions(effort=effort, include_linear=include_linear),
+            PATTERN,
+            LayerPolicy(include_linear),
+            PermuteOptions(effort=effort),
             Path(folder) / "permuted.safetensors",
             Path(folder) / "permutation.safetensors",
         )

@@ -88,6 +88,7 @@ class Provenance:
         method: How the masks were chosen, or None for a dense model.
         recalibrated_images: Images that BatchNorm statistics were estimated from; 0 if they were not.
         image_sets: Images that shaped masks or statistics.
+        permutation: Digest of the permutation file by which channels were moved; None where they lie as the model has them.
     """
 
     model: str
@@ -103,6 +104,7 @@ class Provenance:
     method: str | None = None
     recalibrated_images: int = 0
     image_sets: tuple[ImageSet, ...] = ()
+    permutation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,10 @@ class Learning:
 
 @dataclass(frozen=True)
 class MaskSet:
-    """A safetensors file with a bool tensor for each masked weight, under the weight's own name and shape."""
+    """A safetensors file with a bool tensor for each masked weight, under the weight's own name and shape.
+
+    `permutation` is that of the weights which the masks were chosen for.
+    """
 
     path: Path
     sha256: str
@@ -193,6 +198,7 @@ class MaskSet:
     dense: tuple[DenseLayer, ...]
     learning: Learning | None = None
     image_sets: tuple[ImageSet, ...] = ()
+    permutation: str | None = None
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,13 @@ def bake(module: nn.Module, provenance: Provenance, masks: MaskSet, out: Path) -
         )
     if masks.weights_sha256 and masks.weights_sha256 != tensors_sha256(module.state_dict()):
         log.warning("the masks were made for other weights of %s; baking them into these", masks.model)
+        if masks.permutation not in (None, provenance.permutation):
+            log.warning(
+                "the masks are for permuted channels: unless these weights were trained from permuted ones, bring them into"
+                " that order first with `maskplan permute --permutation FILE`"
+            )
+        elif masks.permutation != provenance.permutation:
+            log.warning("the weights are permuted and the masks are not for that order: make the masks anew")
     return save_checkpoint(
         baked_state(module, masks),
         replace(

@@ -82,6 +82,11 @@ class MaskOptions:
             )
 
 
+def policy_of(options: MaskOptions, method: str) -> LayerPolicy:
+    """Which layers the method would mask; `method` is not `auto`."""
+    return LayerPolicy(options.include_linear, options.layers, options.min_channels, method == TRANSPOSABLE)
+
+
 def method_for(asked: str, has_images: bool) -> str:
     """What `auto` means: learned masks where there are images to learn from."""
     return asked if asked != AUTO else LEARNED if has_images else MAGNITUDE
@@ -127,11 +132,7 @@ def choose_masks(
     if method == REPORT:
         return _as_reported(module, provenance, layers, pattern, options.learn, out, data, image_sets)
     _require_images(method, options, data)
-    selection = select_layers(
-        layers,
-        pattern,
-        LayerPolicy(options.include_linear, options.layers, options.min_channels, method == TRANSPOSABLE),
-    )
+    selection = select_layers(layers, pattern, policy_of(options, method))
     given = _start(init, layers, pattern) if init is not None else None
     only = only if given is None else given.keys()
     chosen = [layer for layer in selection.masked if only is None or layer.name in only]
@@ -185,6 +186,7 @@ def choose_masks(
         weights_sha256=tensors_sha256(state),
         learning=learning,
         image_sets=image_sets if looks_at_images(options, method) else (),
+        permutation=provenance.permutation,
     )
     if files is not None and files.state is not None:
         files.state.unlink(missing_ok=True)
@@ -264,6 +266,7 @@ def _as_reported(
         weights_sha256=tensors_sha256(state),
         learning=learning,
         image_sets=image_sets,
+        permutation=provenance.permutation,
     )
 
 

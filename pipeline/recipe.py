@@ -17,6 +17,7 @@ from pipeline.files import read_bytes
 from pipeline.in_turn import TimeOptions
 from pipeline.learning.recipes import LearnOptions
 from pipeline.mask import MaskOptions
+from pipeline.permutation.permute import PermuteOptions
 from pipeline.recalibrate import RecalibrateOptions
 from pipeline.records import decode
 
@@ -25,6 +26,7 @@ from pipeline.records import decode
 class Recipe:
     """The options of every stage; a recipe's tables bear these names, with `[learn]` beside `[mask]`."""
 
+    permute: PermuteOptions = field(default_factory=PermuteOptions)
     mask: MaskOptions = field(default_factory=MaskOptions)
     learn: LearnOptions = field(default_factory=LearnOptions)
     recalibrate: RecalibrateOptions = field(default_factory=RecalibrateOptions)
@@ -36,6 +38,7 @@ class Recipe:
 
 
 _TABLES: dict[str, type] = {
+    "permute": PermuteOptions,
     "mask": MaskOptions,
     "learn": LearnOptions,
     "recalibrate": RecalibrateOptions,

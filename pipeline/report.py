@@ -12,6 +12,7 @@ from engines.evidence import totals
 from pipeline import __version__
 from pipeline.artifacts import EngineFile, MaskSet, Provenance
 from pipeline.files import write_atomically, write_json
+from pipeline.permutation.record import Permuted
 from pipeline.recipe import Recipe
 from pipeline.records import encode
 from pipeline.reports import CalibrationReport, ConformanceReport, Fidelity, ParityReport, Refinement, TimingReport
@@ -21,7 +22,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class RunReport:
-    """Everything that a run found; `model` is the pruned checkpoint's record; the last two are None unless asked for."""
+    """All that a run found; `model` is the pruned checkpoint's record, what has a default may not have been asked for."""
 
     model: Provenance
     precision: str
@@ -37,6 +38,8 @@ class RunReport:
     timing: TimingReport
     refine: Refinement | None = None
     calibration: CalibrationReport | None = None
+    permutation: Permuted | None = None
+    permutation_reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ def report_values(report: RunReport) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "model": {**model, "seed": report.seed, "precision": report.precision},
+        "permutation": permutation_values(report, root),
         "masks": masks_values(report.masks, root),
         "conformance": encode(report.conformance),
         "calibration": encode(report.calibration),
@@ -87,6 +91,16 @@ def report_values(report: RunReport) -> dict[str, Any]:
         "recipe": encode(report.recipe),
         "versions": versions(),
     }
+
+
+def permutation_values(report: RunReport, root: Path) -> dict[str, Any] | None:
+    """The permutation's part of the report, or why there is none; None where none was asked for."""
+    done, reason = report.permutation, report.permutation_reason
+    if done is None:
+        return None if reason is None else {"reason": reason}
+    values: dict[str, Any] = encode(done.permutation, root)
+    kept = {"kept_before": done.kept_before, "kept_after": done.kept_after, "efficacy": done.efficacy}
+    return {**values, **kept, "reason": None}
 
 
 def masks_values(masks: MaskSet, root: Path) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from pipeline.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
+_AS_GIVEN = stages.Reordered(None, None)
+
 
 @dataclass(frozen=True)
 class LineOptions:
@@ -41,6 +43,7 @@ class LineOptions:
         repository: Triton's, to deploy to.
         allow_untrained: Deploy even random weights.
         out: The folder to write.
+        permute: Bring channels into an order that masks keep more of first.
         device: Where masks are learned: `auto`, `cpu` or `cuda`.
         refine: Give masked layers that the engine runs dense their weights back, build again, keep the better engine.
     """
@@ -56,6 +59,7 @@ class LineOptions:
     out: Path
     device: str = "auto"
     refine: bool = False
+    permute: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,9 +101,11 @@ def run(options: LineOptions) -> Finished:
         # The dense model first: one that cannot be exported is found out before masks are learned for it.
         dense_onnx = stages.export(job, dense, "dense")
         dense_int8 = stages.quantise(job, dense_onnx, "dense", images) if precision == INT8 else None
-        masks = stages.choose(job, dense, how, images)
+        reordered = _permuted(job, dense, how) if options.permute else _AS_GIVEN
+        start = reordered.permuted.checkpoint if reordered.permuted is not None else dense
+        masks = stages.choose(job, start, how, images)
         ws.keep()
-        line = _Line(dense, dense_onnx, dense_int8, images, backend, floats, candidates=options.refine)
+        line = _Line(dense, start, dense_onnx, dense_int8, images, backend, floats, candidates=options.refine)
         kept = _pass(job, line, masks, (dense_int8.models if dense_int8 else dense_onnx).of(floats))
         engine, refinement = kept.engines.sparse, None
         if options.refine:
@@ -120,6 +126,8 @@ def run(options: LineOptions) -> Finished:
             parity=kept.compared.parity,
             timing=kept.timing,
             refine=refinement,
+            permutation=reordered.permuted,
+            permutation_reason=reordered.reason,
         )
         files = stages.report(job, found)
         reused = tuple(ws.reused)
@@ -136,12 +144,15 @@ class _Line:
     """What both passes start from.
 
     Attributes:
+        dense: The untouched model, which the gate compares with.
+        start: What masks are chosen for: `dense`, or the same with its channels in another order.
         dense_int8: The dense model in INT8, where that is asked for.
         floats: `fp32` or `fp16`: the precision, or what stands beside INT8.
         candidates: Put the passes' engines aside, to keep one of them.
     """
 
     dense: Checkpoint
+    start: Checkpoint
     dense_onnx: stages.Exported
     dense_int8: stages.Quantised | None
     images: stages.Images | None
@@ -169,7 +180,7 @@ class _Pass:
 def _pass(job: stages.Job, line: _Line, masks: MaskSet, dense: OnnxModel | EngineFile) -> _Pass:
     """From masks to a checked, compared and timed engine."""
     images, pattern = line.images, str(masks.pattern)
-    sparse = stages.prune(job, line.dense, masks, "sparse", job.ws.path("sparse.safetensors"), images)
+    sparse = stages.prune(job, line.start, masks, "sparse", job.ws.path("sparse.safetensors"), images)
     exported = stages.export(job, sparse, "sparse")
     checked = stages.check(job, exported, pattern)
     others = stages.baselines(job, line.dense, masks, images)
@@ -200,6 +211,13 @@ def _refine(job: stages.Job, line: _Line, first: _Pass) -> tuple[_Pass, Refineme
     log.info("refine: the %s engine is kept: %s", choice.kept, choice.reason)
     kept = second if choice.kept == REFINED else first
     return kept, Refinement(restored, choice.kept, choice.reason, first.figures(), second.figures())
+
+
+def _permuted(job: stages.Job, dense: Checkpoint, how: str | Path) -> stages.Reordered:
+    if isinstance(how, Path):
+        fix = "leave --permute out, or choose a method: masks are made for one order of the channels"
+        raise InputError("masks of a file cannot follow a permutation", where=how, fix=fix)
+    return stages.permute(job, dense, how)
 
 
 def _data(options: LineOptions, dense: Checkpoint) -> Dataset | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +17,11 @@ from pipeline.data import Dataset, ImageFiles, identify, listing_sha256, require
 from pipeline.errors import InputError
 from pipeline.files import read_bytes, sha256_of, write_atomically
 from pipeline.learning.recipes import LearnFiles
-from pipeline.mask import MAGNITUDE, choose_masks, given_masks, looks_at_images
+from pipeline.mask import MAGNITUDE, choose_masks, given_masks, looks_at_images, policy_of
 from pipeline.masking.maskset import leave_out
+from pipeline.masking.patterns import parse_pattern
 from pipeline.models import model_identity
+from pipeline.permutation.record import Permuted
 from pipeline.recalibrate import recalibrate
 from pipeline.recipe import Recipe
 from pipeline.records import encode
@@ -26,6 +29,8 @@ from pipeline.refine import RAN_DENSE
 from pipeline.report import ReportFiles, RunReport, write_report
 from pipeline.reports import CalibrationReport, ConformanceReport
 from pipeline.workspace import Workspace
+
+log = logging.getLogger(__name__)
 
 _STATE, _LOG = "learning.safetensors", "learning"
 
@@ -91,6 +96,14 @@ class Quantised:
     report: CalibrationReport
 
 
+@dataclass(frozen=True)
+class Reordered:
+    """Channels in a better order, or why they are as they were."""
+
+    permuted: Permuted | None
+    reason: str | None
+
+
 class ConformanceError(Exception):
     """The line made a file that does not conform: a gate that failed, not bad input."""
 
@@ -137,6 +150,32 @@ def export(job: Job, checkpoint: Checkpoint, name: str) -> Exported:
             *export_onnx(module_of(job.model, checkpoint), checkpoint.provenance, job.recipe.export, paths)
         ),
     )
+
+
+def permute(job: Job, dense: Checkpoint, method: str) -> Reordered:
+    """`permuted.safetensors`: the same function, whose masks keep more; a model that cannot be read off goes on as it is."""
+    policy, mask = policy_of(job.recipe.mask, method), job.recipe.mask
+
+    def work() -> Reordered:
+        from pipeline.permutation.groups import UnexportableError
+        from pipeline.permutation.permute import permute as permute_stage
+
+        module, made = module_of(job.model, dense), dense.provenance
+        files = job.ws.path("permuted.safetensors"), job.ws.path("permutation.safetensors")
+        try:
+            done = permute_stage(module, made, parse_pattern(mask.pattern), policy, job.recipe.permute, *files)
+        except UnexportableError as error:
+            log.warning("%s; it goes on unpermuted", error.what)
+            return Reordered(None, f"{error.what}: {error.found}")
+        return Reordered(done, None)
+
+    inputs = {
+        "checkpoint": dense.sha256,
+        "pattern": mask.pattern,
+        "policy": policy,
+        "options": job.recipe.permute,
+    }
+    return job.ws.stage("permute", Reordered, inputs, work)
 
 
 def choose(job: Job, dense: Checkpoint, how: str | Path, images: Images | None) -> MaskSet:
@@ -254,7 +293,10 @@ def quantise(job: Job, exported: Exported, name: str, images: Images | None) -> 
 
 
 def baselines(job: Job, dense: Checkpoint, masks: MaskSet, images: Images | None) -> dict[str, OnnxModel]:
-    """Magnitude masks on the same layers, without and with recalibration, to stand beside the chosen ones."""
+    """Magnitude masks on the same layers, without and with recalibration, to stand beside the chosen ones.
+
+    They are for the channels as the model has them, so that what a permutation gains shows too.
+    """
     if images is None or not dense.provenance.trained:
         return {}
     names = [m.name for m in masks.masked]
@@ -268,7 +310,7 @@ def baselines(job: Job, dense: Checkpoint, masks: MaskSet, images: Images | None
     )
     found: dict[str, OnnxModel] = {}
     for name, used in (("magnitude", None), ("magnitude-recalibrated", images)):
-        if used is not None and masks.method == MAGNITUDE:
+        if used is not None and masks.method == MAGNITUDE and masks.permutation is None:
             continue
         checkpoint = prune(job, dense, magnitude, name, job.ws.hidden(f"{name}.safetensors"), used)
         row = row_of(checkpoint.provenance)
@@ -294,9 +336,10 @@ def beside_int8(
 
 def row_of(made: Provenance, precision: str = "fp32") -> str:
     """What the table of methods calls a model."""
+    permuted = ", permuted" if made.permutation else ""
     recalibrated = ", recalibrated" if made.recalibrated_images else ""
     quantised = ", INT8" if precision == INT8 else ""
-    return f"{made.method or 'dense'}{recalibrated}{quantised}"
+    return f"{made.method or 'dense'}{permuted}{recalibrated}{quantised}"
 
 
 def _export_baseline(job: Job, checkpoint: Checkpoint, name: str) -> OnnxModel:

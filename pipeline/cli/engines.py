@@ -11,7 +11,7 @@ import typer
 from pipeline.cli import build, options
 
 if TYPE_CHECKING:
-    from pipeline.artifacts import EngineFile
+    from pipeline.artifacts import EngineFile, Provenance
     from pipeline.in_turn import TimeOptions
     from pipeline.reports import GpuClocks, Latency
 
@@ -157,9 +157,7 @@ def inspect(engine: _Engine, report: options.Report = None) -> None:
         "inputs": ", ".join(f"{t.name} {t.dtype} {_shape(t.shape)}" for t in record.inputs),
         "outputs": ", ".join(f"{t.name} {t.dtype} {_shape(t.shape)}" for t in record.outputs),
         "from": f"ONNX sha256 {record.onnx_sha256}",
-        "model": f"{made.model}, weights {made.origin}{'' if made.trained else ' (untrained)'}"
-        if made
-        else "unknown: another tool's file",
+        "model": f"{made.model}, weights {_weights(made)}" if made else "unknown: another tool's file",
         "masks": f"{made.pattern} {made.method} on {len(made.masked)} weights"
         if made and made.masked
         else "none known",
@@ -171,6 +169,11 @@ def inspect(engine: _Engine, report: options.Report = None) -> None:
         sizes = f"C {layer.c or '?'} K {layer.k or '?'}"
         why = f" ({layer.reason})" if layer.reason else ""
         print(f"  {layer.state:<8} {sizes:<16} {layer.name}: {layer.kernel or 'no kernel told'}{why}")
+
+
+def _weights(made: Provenance) -> str:
+    permuted = ", permuted" if made.permutation else ""
+    return f"{made.origin}{permuted}{'' if made.trained else ' (untrained)'}"
 
 
 def _flags(record: EngineFile) -> list[str]:

@@ -50,17 +50,19 @@ def permute(
     """
     from pipeline.checkpoint import ModelOptions, open_checkpoint
     from pipeline.files import write_json
+    from pipeline.masking.patterns import parse_pattern
+    from pipeline.masking.policy import LayerPolicy
     from pipeline.permutation.permute import PermuteOptions, repermute
     from pipeline.permutation.permute import permute as permute_stage
 
-    how = PermuteOptions(
-        pattern, include_linear, tuple(layers or ()), min_channels=min_channels, effort=effort, seed=seed
-    )
+    n_of_m, how = parse_pattern(pattern), PermuteOptions(effort=effort, seed=seed)
+    policy = LayerPolicy(include_linear, tuple(layers or ()), min_channels)
     module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed))
     if permutation is not None:
-        done = repermute(module, provenance, permutation, how, out)
+        done = repermute(module, provenance, permutation, policy, out)
     else:
-        done = permute_stage(module, provenance, how, out, out.with_suffix(".permutation.safetensors"))
+        record = out.with_suffix(".permutation.safetensors")
+        done = permute_stage(module, provenance, n_of_m, policy, how, out, record)
     if report is not None:
         write_json(report, _values(done, report.parent))
     for line in _told(done, out):

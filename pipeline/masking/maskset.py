@@ -43,11 +43,23 @@ def write_masks(
     weights_sha256: str,
     learning: Learning | None = None,
     image_sets: tuple[ImageSet, ...] = (),
+    permutation: str | None = None,
 ) -> MaskSet:
     """Write one bool tensor a masked weight; the header says pattern, layout, method and the digest of the weights."""
     described = describe(masks, weights, layers, pattern, layout)
     made = MaskSet(
-        out, "", model, pattern, layout, method, weights_sha256, described, tuple(dense), learning, image_sets
+        path=out,
+        sha256="",
+        model=model,
+        pattern=pattern,
+        layout=layout,
+        method=method,
+        weights_sha256=weights_sha256,
+        masked=described,
+        dense=tuple(dense),
+        learning=learning,
+        image_sets=image_sets,
+        permutation=permutation,
     )
     return _written(made, masks)
 
@@ -73,6 +85,7 @@ def _written(made: MaskSet, masks: Masks) -> MaskSet:
         "method": made.method,
         "weights_sha256": made.weights_sha256,
         "image_sets": encode(made.image_sets),
+        "permutation": made.permutation,
     }
     tensors = {name: np.ascontiguousarray(mask) for name, mask in masks.items()}
     data = safetensors.numpy.save(tensors, {METADATA_KEY: json.dumps(header, sort_keys=True)})
@@ -164,6 +177,7 @@ def read_masks(
         masked=describe(masks, weights, [known[name] for name in masks], pattern, layout),
         dense=tuple(dense),
         image_sets=_image_sets(header),
+        permutation=header.get("permutation"),
     )
 
 

@@ -55,40 +55,41 @@ _TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class PermuteOptions:
-    """What to search for, and how long.
+    """How long to search.
 
     Attributes:
-        pattern: N:M.
-        include_linear: Linear layers will be masked too.
-        layers: Patterns of names of the weights that will be masked; all eligible ones by default.
-        min_channels: Layers with fewer input channels will stay dense.
         effort: Multiplies the steps of the search, see `SearchOptions`.
         restarts: Searches for each group, of which the best counts.
         seed: Of the search.
     """
 
-    pattern: str = "2:4"
-    include_linear: bool = False
-    layers: tuple[str, ...] = ()
-    min_channels: int = 0
     effort: float = 1.0
     restarts: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        parse_pattern(self.pattern)
-        at_least(0, min_channels=self.min_channels, seed=self.seed)
+        at_least(0, seed=self.seed)
         at_least(1, restarts=self.restarts)
         above(0, effort=self.effort)
 
 
-def permute(module: nn.Module, provenance: Provenance, options: PermuteOptions, out: Path, record: Path) -> Permuted:
+def permute(
+    module: nn.Module,
+    provenance: Provenance,
+    pattern: Pattern,
+    policy: LayerPolicy,
+    options: PermuteOptions,
+    out: Path,
+    record: Path,
+) -> Permuted:
     """Search an order for every group of channels that masked layers read, and write checkpoint and permutation.
 
     Args:
         module: The dense model; it stays as it is.
         provenance: Of its weights.
-        options: What will be masked, and how long to search.
+        pattern: N:M that masks will have.
+        policy: Which layers will be masked; their weights alone count.
+        options: How long to search.
         out: The checkpoint to write.
         record: The permutation to write.
 
@@ -96,10 +97,9 @@ def permute(module: nn.Module, provenance: Provenance, options: PermuteOptions, 
         UnexportableError: Its operators cannot be read off; the caller may go on with the model as it is.
         InputError: Weights that are pruned, NaN or infinite, or a model without a layer that can be masked.
     """
-    pattern = parse_pattern(options.pattern)
     state = module.state_dict()
     _require_usable(state, provenance)
-    masked = _masked(module, provenance.preprocessing, pattern, options)
+    masked = _masked(module, provenance.preprocessing, pattern, policy)
     axes = find_groups(module, provenance.preprocessing)
     log.info("%d groups of channels can move, %d cannot", len(axes.movable), len(axes.fixed))
     scores = _scores(state, masked)
@@ -108,12 +108,10 @@ def permute(module: nn.Module, provenance: Provenance, options: PermuteOptions, 
     return _done(module, provenance, found, moves, masked, out, written=False)
 
 
-def repermute(
-    module: nn.Module, provenance: Provenance, permutation: Path, options: PermuteOptions, out: Path
-) -> Permuted:
+def repermute(module: nn.Module, provenance: Provenance, permutation: Path, policy: LayerPolicy, out: Path) -> Permuted:
     """Apply a written permutation to other weights of the same architecture; nothing is searched or exported.
 
-    Of the options only those count that tell what will be masked; the pattern is the permutation's.
+    The pattern is the permutation's; the policy only tells which layers the figures are of.
 
     Raises:
         InputError: The permutation is damaged or of another model, or weights that cannot be used.
@@ -122,7 +120,7 @@ def repermute(
     state = module.state_dict()
     _require_usable(state, provenance)
     require_fit(moves, {name: tuple(tensor.shape) for name, tensor in state.items()}, where=permutation)
-    masked = _masked(module, provenance.preprocessing, parse_pattern(found.pattern), options)
+    masked = _masked(module, provenance.preprocessing, parse_pattern(found.pattern), policy)
     return _done(module, provenance, found, moves, masked, out, written=True)
 
 
@@ -152,9 +150,9 @@ def _done(
         )
     before, after = (_kept(_scores(each, masked), pattern) for each in (state, moved))
     bound = sum(kept(s, s.shape[1] // pattern.m * pattern.n, s.shape[1]) for s in _scores(state, masked).values())
-    origin = provenance.origin if not moves else f"{provenance.origin}, permuted"
     permutation = found if written else write_permutation(found, moves)
-    checkpoint = save_checkpoint(moved, replace(provenance, origin=origin), out)
+    digest = permutation.sha256 if moves else provenance.permutation
+    checkpoint = save_checkpoint(moved, replace(provenance, permutation=digest), out)
     return Permuted(checkpoint, permutation, before, after, bound)
 
 
@@ -174,10 +172,9 @@ def _require_usable(state: Mapping[str, torch.Tensor], provenance: Provenance) -
         )
 
 
-def _masked(module: nn.Module, how: Preprocessing, pattern: Pattern, options: PermuteOptions) -> tuple[Layer, ...]:
+def _masked(module: nn.Module, how: Preprocessing, pattern: Pattern, policy: LayerPolicy) -> tuple[Layer, ...]:
     """The layers that masks are for, which alone count."""
     layers, _ = survey(module, how)
-    policy = LayerPolicy(options.include_linear, options.layers, options.min_channels)
     return select_layers(layers, pattern, policy).masked
 
 

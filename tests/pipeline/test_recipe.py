@@ -18,6 +18,7 @@ from pipeline.recipe import Recipe, read_recipe
 
 # A value other than the default for every option of every table, as TOML and as Python has it.
 OTHERS: dict[str, dict[str, tuple[str, Any]]] = {
+    "permute": {"effort": ("0.5", 0.5), "restarts": ("3", 3), "seed": ("14", 14)},
     "mask": {
         "method": ("'magnitude'", "magnitude"),
         "pattern": ("'1:4'", "1:4"),

@@ -95,7 +95,7 @@ def test_the_header_says_what_made_the_masks(
     tmp_path: Path, masks: Masks, weights: dict[str, npt.NDArray[np.float32]]
 ) -> None:
     images = (ImageSet("select", 1, "ef" * 32, ("1" * 16,)),)
-    written = write(tmp_path / "m.safetensors", masks, weights, image_sets=images)
+    written = write(tmp_path / "m.safetensors", masks, weights, image_sets=images, permutation="cd" * 32)
     assert read_metadata(written.path) == {
         "model": "net",
         "pattern": "2:4",
@@ -103,6 +103,7 @@ def test_the_header_says_what_made_the_masks(
         "method": "magnitude",
         "weights_sha256": "ab" * 32,
         "image_sets": [{"role": "select", "images": 1, "sha256": "ef" * 32, "sketch": ["1" * 16]}],
+        "permutation": "cd" * 32,
     }
 
 

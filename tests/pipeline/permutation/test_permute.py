@@ -20,7 +20,7 @@ from pipeline.errors import InputError
 from pipeline.layers import sample_input, survey
 from pipeline.masking.magnitude import magnitude_mask
 from pipeline.masking.patterns import parse_pattern
-from pipeline.masking.policy import select_layers
+from pipeline.masking.policy import LayerPolicy, select_layers
 from pipeline.models import build_model
 from pipeline.permutation.groups import UnexportableError
 from pipeline.permutation.permute import PermuteOptions, permute, repermute
@@ -67,8 +67,12 @@ def trained(seed: int = 0, build: Callable[[], nn.Module] = Net) -> nn.Module:
     return module
 
 
-def run(module: nn.Module, folder: Path, options: PermuteOptions = QUICK) -> Permuted:
-    return permute(module, MADE, options, folder / "permuted.safetensors", folder / "order.safetensors")
+def run(
+    module: nn.Module, folder: Path, pattern: str = "2:4", made: Provenance = MADE, linear: bool = False
+) -> Permuted:
+    policy = LayerPolicy(include_linear=linear)
+    files = folder / "permuted.safetensors", folder / "order.safetensors"
+    return permute(module, made, parse_pattern(pattern), policy, QUICK, *files)
 
 
 def loaded(module: nn.Module, done: Permuted) -> nn.Module:
@@ -94,7 +98,7 @@ def kept(module: nn.Module, pattern: str = "2:4", how: Preprocessing = HOW) -> f
 def test_outputs_stay_and_masks_keep_more(pattern: str, tmp_path: Path) -> None:
     module = trained()
     before = copy.deepcopy(module.state_dict())
-    done = run(module, tmp_path, replace(QUICK, pattern=pattern))
+    done = run(module, tmp_path, pattern)
     after = loaded(module, done)
     torch.testing.assert_close(outputs(after), outputs(module), rtol=1e-9, atol=1e-9)
     assert done.kept_before == pytest.approx(kept(module, pattern))
@@ -170,12 +174,12 @@ def test_the_same_seed_gives_the_same_files(tmp_path: Path) -> None:
 def test_it_is_done_again_to_newer_weights(tmp_path: Path) -> None:
     old, new = trained(), trained(seed=1)
     first = run(old, tmp_path)
-    again = repermute(new, MADE, first.permutation.path, QUICK, tmp_path / "again.safetensors")
+    again = repermute(new, MADE, first.permutation.path, LayerPolicy(), tmp_path / "again.safetensors")
     assert again.permutation == first.permutation
     torch.testing.assert_close(outputs(loaded(new, again)), outputs(new), rtol=1e-9, atol=1e-9)
     assert again.kept_before == pytest.approx(kept(new))
     # The very same weights become the very same file.
-    same = repermute(old, MADE, first.permutation.path, QUICK, tmp_path / "same.safetensors")
+    same = repermute(old, MADE, first.permutation.path, LayerPolicy(), tmp_path / "same.safetensors")
     assert same.checkpoint.sha256 == first.checkpoint.sha256
 
 
@@ -185,7 +189,7 @@ def test_the_file_tells_what_the_record_told(tmp_path: Path) -> None:
     assert found == done.permutation
     assert [m.group.name for m in moves] == [g.name for g in found.groups if g.state == MOVED]
     assert found.weights_sha256 == tensors_sha256(trained().state_dict())
-    assert read_checkpoint(done.checkpoint.path).provenance.origin == "w.pth, permuted"
+    assert read_checkpoint(done.checkpoint.path).provenance == replace(MADE, permutation=done.permutation.sha256)
 
 
 def written(folder: Path) -> list[str]:
@@ -211,7 +215,7 @@ def test_weights_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         run(module, tmp_path)
     pruned = replace(MADE, masked=("one.weight",), pattern="2:4")
     with pytest.raises(InputError, match="pruned already"):
-        permute(trained(), pruned, QUICK, tmp_path / "p.safetensors", tmp_path / "o.safetensors")
+        run(trained(), tmp_path, made=pruned)
     assert not written(tmp_path)
 
 
@@ -231,7 +235,7 @@ def test_a_model_without_a_layer_to_mask_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"pattern": "5:4"}, "N:M"), ({"effort": 0.0}, "effort"), ({"restarts": 0}, "restarts"), ({"seed": -1}, "seed")],
+    [({"effort": 0.0}, "effort"), ({"restarts": 0}, "restarts"), ({"seed": -1}, "seed")],
 )
 def test_options_out_of_range_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
@@ -281,7 +285,7 @@ def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
 def test_a_permutation_of_another_model_is_refused(tmp_path: Path) -> None:
     order = run(trained(), tmp_path).permutation.path
     with pytest.raises(InputError, match=r"of another model\n.*\n  found: \d+ axes do not fit"):
-        repermute(trained(build=Shared), MADE, order, QUICK, tmp_path / "again.safetensors")
+        repermute(trained(build=Shared), MADE, order, LayerPolicy(), tmp_path / "again.safetensors")
     assert not (tmp_path / "again.safetensors").exists()
 
 
@@ -293,7 +297,7 @@ def test_a_permutation_that_changes_the_outputs_is_not_written(tmp_path: Path) -
         del tensors["one/two.weight/1"]
 
     with pytest.raises(InputError, match=r"computes something else\n(.*\n)*  found: outputs differ by"):
-        repermute(trained(), MADE, damaged(order, forgetful), QUICK, tmp_path / "again.safetensors")
+        repermute(trained(), MADE, damaged(order, forgetful), LayerPolicy(), tmp_path / "again.safetensors")
     assert not (tmp_path / "again.safetensors").exists()
 
 
@@ -352,13 +356,7 @@ def test_nine_in_ten_groups_of_each_family_gain(model: str, linear: bool, tmp_pa
             norm.train()
     with torch.no_grad():
         module(sample_input(how, 4, seed=3))
-    done = permute(
-        module,
-        replace(MADE, preprocessing=how),
-        PermuteOptions(effort=0.002, include_linear=linear),
-        tmp_path / "p.safetensors",
-        tmp_path / "o.safetensors",
-    )
+    done = run(module, tmp_path, made=replace(MADE, preprocessing=how), linear=linear)
     can_gain = [g for g in done.permutation.groups if g.readers]
     assert len(can_gain) >= 3
     assert sum(g.state == MOVED for g in can_gain) >= 0.9 * len(can_gain)
