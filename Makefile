@@ -59,7 +59,7 @@ lint: .venv/.ready ## Style and types
 	$(BIN)/mypy
 
 bench: .venv/.ready ## The benchmarks that need no data of yours; they write JSON beside their scripts
-	for name in line conformance mask_step; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in line conformance mask_step mask_search transposable permute_networks norms; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean: ## Remove what the line wrote
 	rm -rf build

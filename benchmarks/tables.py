@@ -24,7 +24,9 @@ class Results:
     def read(self, name: str) -> list[dict[str, Any]]:
         """The runs of one benchmark so far."""
         path = self.folder / f"{name}.json"
-        return list(json.loads(path.read_text())) if path.is_file() else []
+        found = json.loads(path.read_text()) if path.is_file() else []
+        # Some benchmarks keep one run.
+        return [found] if isinstance(found, dict) else list(found)
 
     def add(self, name: str, run: Mapping[str, Any], key: Sequence[str] = ("model", "seed")) -> list[dict[str, Any]]:
         """Add a run, in the place of one that agrees with it in the key; all runs that there are then."""
@@ -65,6 +67,27 @@ sparse); top-1 there: {methods}. Drops are against dense FP32; sparse INT8 loses
 
 | network | top-1 % | drop | 95% |
 |---|---|---|---|"""
+
+_LAYERWISE = """## Masks without learning: {model}
+
+Layer-wise masks ({images} training images, no labels, {seconds:.1f} CPU seconds) beside magnitude masks: they lose
+{gain:.2f} points less ({low:.2f} to {high:.2f}). And a network with the smaller half of its weights at zero, wherever they
+are, brought to 2:4 by `maskplan convert`: the update of the weights that stay gives back {update:.2f} points
+({update_low:.2f} to {update_high:.2f}). `{command}`
+
+| weights | top-1 % | drop | 95% |
+|---|---|---|---|"""
+
+_DIVERSITY = """## Do more masks cost less? {model}
+
+Hubara et al. (2021) hold that a kind of sparsity costs less accuracy the more masks it allows. Half of {weights} weights by
+magnitude, in kinds that differ in how many masks they allow (the decimal logarithm of the number), recalibrated; their
+networks are trained under the mask, these are not. Rank correlation of top-1 with the exact count: {exact:.2f}; with the
+paper's formula, which counts some transposable masks more than once: {paper:.2f}; with kept magnitude: {kept:.2f}.
+`{command}`
+
+| kind | masks, exact | masks, paper's formula | magnitude kept % | top-1 % | drop | 95% |
+|---|---|---|---|---|---|---|"""
 
 _ABLATION = """## What each part of the recipe buys
 
@@ -192,7 +215,55 @@ def _int8(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield "\n".join([head, *_rows(run)])
 
 
-_SECTIONS = {"accuracy": _accuracy, "int8": _int8, "ablation": _ablations, "reported": _reported, "exchange": _exchange}
+def _layerwise(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for run in (r["accuracy"] for r in runs if "accuracy" in r):
+        # Points that the second of each pair loses are points that it gains below zero.
+        gain, update = run["layerwise_against_magnitude"], run["update_against_no_update"]
+        head = _LAYERWISE.format(
+            model=run["model"],
+            images=run["images"],
+            seconds=run["layerwise_cpu_seconds"],
+            gain=-gain["drop"],
+            low=-gain["drop_ci95"][1],
+            high=-gain["drop_ci95"][0],
+            update=-update["drop"],
+            update_low=-update["drop_ci95"][1],
+            update_high=-update["drop_ci95"][0],
+            command=run["command"],
+        )
+        yield "\n".join([head, *_rows(run)])
+
+
+def _diversity(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for run in runs:
+        found = {name: row["spearman"] for name, row in run["correlation"].items()}
+        head = _DIVERSITY.format(
+            model=run["model"],
+            weights=run["masked_weights"],
+            exact=found["exact count and top-1"],
+            paper=found["paper's count and top-1"],
+            kept=found["kept magnitude and top-1"],
+            command=run["command"],
+        )
+        lines = []
+        for kind, row in run["rows"].items():
+            counts, (low, high) = row["log10_masks"], row["drop_ci95"]
+            lines.append(
+                f"| {kind} | {counts['exact']:.0f} | {counts['by_paper']:.0f} | {row['kept_magnitude_percent']:.2f} |"
+                f" {row['top1']:.2f} | {row['drop']:+.2f} | {low:+.2f} to {high:+.2f} |"
+            )
+        yield "\n".join([head, *lines])
+
+
+_SECTIONS = {
+    "accuracy": _accuracy,
+    "layerwise": _layerwise,
+    "diversity": _diversity,
+    "int8": _int8,
+    "ablation": _ablations,
+    "reported": _reported,
+    "exchange": _exchange,
+}
 
 
 if __name__ == "__main__":
