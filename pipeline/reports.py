@@ -228,12 +228,21 @@ class BatchTiming:
 
 @dataclass(frozen=True)
 class TimingReport:
-    """Interleaved latencies; `note` says what they can and cannot show."""
+    """Interleaved latencies.
+
+    Attributes:
+        device: What ran the engines.
+        threads: CPUs that the process may use; ONNX Runtime takes no more threads than these.
+        note: What the figures can and cannot show.
+        batches: By batch size.
+        affinity: Those CPUs by number, as `0-3,8`.
+    """
 
     device: str
     threads: int
     note: str
     batches: tuple[BatchTiming, ...]
+    affinity: str = ""
 
 
 @dataclass(frozen=True)

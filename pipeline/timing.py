@@ -50,7 +50,8 @@ def time_engines(
         for batch in track(options.batches, "time", len(options.batches))
         if all(e.fixed_batch in (None, batch) for e in engines.values())
     ]
-    return TimingReport(device or cpu_name(), os.cpu_count() or 1, note, tuple(timed))
+    allowed = cpus_allowed()
+    return TimingReport(device or cpu_name(), len(allowed), note, tuple(timed), in_ranges(allowed))
 
 
 def cpu_name() -> str:
@@ -61,6 +62,24 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def cpus_allowed() -> list[int]:
+    """Numbers of the CPUs that the process may use, ascending; all of them where the system does not tell."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def in_ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as `taskset` writes them: `0-3,8`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
 
 
 def _time_batch(

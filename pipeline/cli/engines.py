@@ -85,7 +85,7 @@ def _time_two(dense: Path, sparse: Path, how: TimeOptions, report: Path | None) 
         )
     if report is not None:
         write_json(report, encode(timed))
-    print(f"{timed.device}, {timed.threads} threads")
+    print(f"{timed.device}, CPUs {timed.affinity}")
     for b in timed.batches:
         low, high = b.ratio_ci95
         print(

@@ -7,6 +7,8 @@ import json
 import math
 import os
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +26,7 @@ from pipeline.artifacts import TensorSpec
 from pipeline.errors import InputError
 from pipeline.in_turn import Runs, TimeOptions
 from pipeline.reports import TimingReport
-from pipeline.timing import cpu_name, latency, ratio_interval, time_engines
+from pipeline.timing import cpu_name, in_ranges, latency, ratio_interval, time_engines
 
 # After the timed runs, Polygraphy's runner runs each engine this often for a figure of its own.
 BY_POLYGRAPHY = 3
@@ -201,10 +203,25 @@ def test_the_report_says_what_ran_it_and_what_it_cannot_show() -> None:
     engines = engine(bench, "dense", 1), engine(bench, "sparse", 1)
     options = TimeOptions(batches=(1,), seconds=0.0)
     here = time_engines(*engines, None, options, note="a note", clock=bench.clock)
-    assert (here.device, here.note, here.threads) == (cpu_name(), "a note", os.cpu_count())
+    assert (here.device, here.note) == (cpu_name(), "a note")
+    assert here.threads == len(os.sched_getaffinity(0)) <= (os.cpu_count() or 1)
     assert cpu_name().strip() == cpu_name() != ""
     there = time_engines(*engines, None, options, device="an accelerator", clock=bench.clock)
     assert (there.device, there.note) == ("an accelerator", "")
+
+
+def test_cpus_are_told_as_taskset_writes_them() -> None:
+    assert in_ranges([]) == ""
+    assert in_ranges([3]) == "3"
+    assert in_ranges([0, 1, 2, 3, 8, 10, 11]) == "0-3,8,10-11"
+
+
+def test_the_report_says_which_cpus_the_process_may_use() -> None:
+    """A process that is bound to one CPU, as `taskset` binds it."""
+    one = min(os.sched_getaffinity(0))
+    code = f"import os; os.sched_setaffinity(0, [{one}]); from pipeline.timing import *; print(in_ranges(cpus_allowed()))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.split() == [str(one)]
 
 
 SECONDS = st.lists(st.floats(1e-6, 10), min_size=2, max_size=40)
