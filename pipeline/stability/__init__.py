@@ -1,0 +1,1 @@
+"""How far masking or an update moves a network's outputs: norms, bounds, certificates."""
