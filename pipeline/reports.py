@@ -100,19 +100,123 @@ class MethodRow:
 
 
 @dataclass(frozen=True)
+class Flips:
+    """Images whose first choice changed between two models.
+
+    Attributes:
+        changed: All of them, with or without a label.
+        right_to_wrong: The dense model was right.
+        wrong_to_right: The sparse model is.
+        wrong_to_wrong: Neither is, and they differ.
+    """
+
+    changed: int
+    right_to_wrong: int
+    wrong_to_right: int
+    wrong_to_wrong: int
+
+
+@dataclass(frozen=True)
+class ClassDrop:
+    """One class: accuracies in percent over its own images, drop in points."""
+
+    name: str
+    images: int
+    top1_dense: float
+    top1_sparse: float
+    drop: float
+
+
+@dataclass(frozen=True)
+class OutputCloseness:
+    """One output of two models over the fixed images; a number that is not finite is None.
+
+    Attributes:
+        name: The output, as the dense model calls it.
+        images: How many fixed images.
+        max_abs: Absolute differences, over all elements: largest, mean, median, 99th percentile.
+        max_rel: Differences as shares of the dense model's element, in the same four.
+        cosine_min: Smallest cosine similarity of one image's output.
+        cosine_mean: Mean over the images.
+        psnr_min_db: Smallest peak signal-to-noise ratio of one image's output; None also where all are equal.
+    """
+
+    name: str
+    images: int
+    max_abs: float | None
+    mean_abs: float | None
+    median_abs: float | None
+    p99_abs: float | None
+    max_rel: float | None
+    mean_rel: float | None
+    median_rel: float | None
+    p99_rel: float | None
+    cosine_min: float | None
+    cosine_mean: float | None
+    psnr_min_db: float | None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One threshold of the gate and what was held against it.
+
+    Attributes:
+        name: The option: `max_top1_drop`, `min_agreement` and so on.
+        limit: Its value.
+        value: What was measured, in the limit's unit; None where it could not be.
+        judged: What the limit is held against: `value`, or with `--confident` the bad end of its 95% interval.
+        passed: None where the threshold could not be judged.
+        message: For a reader: why it failed, or what was found.
+        images_needed: Where there were too few images for even equal models to pass: how many would do; None elsewhere.
+    """
+
+    name: str
+    limit: float
+    value: float | None
+    judged: float | None
+    passed: bool | None
+    message: str
+    images_needed: int | None = None
+
+
+@dataclass(frozen=True)
+class DriftRow:
+    """One number now and in an earlier report; `change` is now minus then, None where either is missing."""
+
+    name: str
+    before: float | None
+    now: float | None
+    change: float | None
+
+
+@dataclass(frozen=True)
 class ParityReport:
     """Whether the sparse model may replace the dense one.
 
     Attributes:
         verdict: `pass`, `fail` or `not_applicable`, the last two with a reason.
         images: Labelled images compared.
-        top1_dense: Percent; the four accuracies and `agreement` are None without labelled images.
+        top1_dense: Percent; the four accuracies are None without labelled images.
         top1_drop: Points; positive when the sparse model is worse.
         drop_ci95: Paired interval of the drop (Newcombe 1998, method 10), points.
-        agreement: Percent of images where both models' first choice is the same.
-        max_abs_diff: Of the outputs, over the fixed batches; None, as `cosine_min`, when they are not finite.
-        cosine_min: Smallest cosine similarity of an image's outputs, over the fixed batches.
+        agreement: Percent of images where both models' first choice is the same; None without images.
+        max_abs_diff: Of the outputs, over the fixed images; None, as `cosine_min`, when they are not finite.
+        cosine_min: Smallest cosine similarity of an image's outputs, over the fixed images.
         methods: Accuracy by method, where baselines were made.
+        unlabelled_images: Images without a label: they count for agreement and flips only.
+        top5_drop: Points, with `top5_drop_ci95` as `top1_drop`.
+        flips: Changed first choices by direction; None without images.
+        flip_rate: Percent of images whose first choice changed.
+        flip_rate_ci95: Its interval (Clopper and Pearson 1934), percent.
+        mcnemar_p: Two-sided p of McNemar's exact test: how likely flips this lopsided are between equal accuracies.
+        classes: By class, those that occur.
+        outputs: Differences of the outputs on the fixed images.
+        checks: One for each threshold.
+        confident: Whether intervals' bad ends were judged.
+        notes: What a reader should know: unlabelled images, outputs matched by order, few images.
+        images_sha256: Digest of the image set; None where it was not taken.
+        drift: Against an earlier report, where one was given.
+        depth: Where the models begin to differ, where that was asked for.
     """
 
     verdict: str
@@ -129,6 +233,25 @@ class ParityReport:
     cosine_min: float | None
     max_top1_drop: float
     methods: tuple[MethodRow, ...] = ()
+    unlabelled_images: int = 0
+    top5_drop: float | None = None
+    top5_drop_ci95: tuple[float, float] | None = None
+    flips: Flips | None = None
+    flip_rate: float | None = None
+    flip_rate_ci95: tuple[float, float] | None = None
+    mcnemar_p: float | None = None
+    classes: tuple[ClassDrop, ...] = ()
+    outputs: tuple[OutputCloseness, ...] = ()
+    checks: tuple[Check, ...] = ()
+    confident: bool = False
+    notes: tuple[str, ...] = ()
+    images_sha256: str | None = None
+    drift: tuple[DriftRow, ...] = ()
+    depth: DepthReport | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict == PASS
 
 
 @dataclass(frozen=True)
@@ -305,6 +428,8 @@ class LayerDifference:
         tensor: The output's name in the dense graph.
         relative: Norm of the difference over norm of the dense output, all images together; None where not finite.
         cosine_min: Smallest cosine similarity of one image's output; None where not finite.
+        channel: Largest norm of one channel's difference, over what a channel's dense output measures on average: one bad
+            filter of a wide layer shows here; None where not finite.
     """
 
     node: str
@@ -312,6 +437,7 @@ class LayerDifference:
     tensor: str
     relative: float | None
     cosine_min: float | None
+    channel: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,588 @@
+"""Where two models begin to differ, on residual networks that are spoilt in one place."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from calibration.placement import place
+from calibration.qdq import insert_qdq
+from engines.build import BuildOptions, build_engine
+from engines.sidecar import write_sidecar
+from exporters.metadata import describe_onnx
+from exporters.onnx_export import ExportOptions, export_onnx
+from exporters.precision import to_fp16
+from pipeline.artifacts import EngineFile
+from pipeline.bisect import BisectOptions, bisect
+from pipeline.checkpoint import ModelOptions, load_checkpoint, module_of
+from pipeline.errors import InputError
+from pipeline.files import sha256_of
+from pipeline.intermediates import Intermediates
+from pipeline.reports import DepthReport, LayerDifference
+
+Array = npt.NDArray[Any]
+
+IMAGES = np.random.default_rng(1).standard_normal((5, 3, 8, 8), dtype=np.float32)
+WEIGHTS = {"stem": (16, 3), "one.a": (16, 16), "one.b": (16, 16), "two.a": (32, 16), "two.b": (32, 32)}
+WEIGHTS |= {"two.short": (32, 16), "head": (5, 32)}
+LAYERS = [
+    "stem",
+    "stem.relu",
+    "one.a",
+    "one.a.relu",
+    "one.b",
+    "one.add",
+    "one.relu",
+    "two.short",
+    "two.a",
+    "two.a.relu",
+]
+LAYERS += ["two.b", "two.add", "two.relu", "pool", "flatten", "head"]
+
+
+def weights(seed: int = 0) -> dict[str, Array]:
+    generator = np.random.default_rng(seed)
+    made = {}
+    for name, (k, c) in WEIGHTS.items():
+        shape = (k, c) if name == "head" else (k, c, 3, 3)
+        made[name] = (generator.normal(size=shape) * np.sqrt(2 / np.prod(shape[1:]))).astype(np.float32)
+    return made
+
+
+def residual_net(path: Path, tensors: dict[str, Array], *, batch: int | str = "batch", norm: bool = False) -> Path:
+    """Two residual blocks, the second with a convolution on its shortcut; with BatchNormalization behind each if asked."""
+    nodes: list[onnx.NodeProto] = []
+    initializers = [numpy_helper.from_array(value, f"{name}.weight") for name, value in tensors.items()]
+
+    def conv(name: str, source: str) -> str:
+        nodes.append(helper.make_node("Conv", [source, f"{name}.weight"], [f"{name}.out"], name, pads=[1, 1, 1, 1]))
+        if not norm:
+            return f"{name}.out"
+        scale = np.linspace(0.5, 1.5, len(tensors[name])).astype(np.float32)
+        stored = {"scale": scale, "bias": 0 * scale, "mean": 0 * scale, "var": 0 * scale + 1}
+        initializers.extend(numpy_helper.from_array(value, f"{name}.{key}") for key, value in stored.items())
+        names = [f"{name}.out", *(f"{name}.{key}" for key in stored)]
+        nodes.append(helper.make_node("BatchNormalization", names, [f"{name}.normed"], f"{name}.bn", epsilon=0.0))
+        return f"{name}.normed"
+
+    def relu(name: str, source: str) -> str:
+        nodes.append(helper.make_node("Relu", [source], [f"{name}.relu.out"], f"{name}.relu"))
+        return f"{name}.relu.out"
+
+    def block(name: str, source: str, shortcut: str) -> str:
+        inner = conv(f"{name}.b", relu(f"{name}.a", conv(f"{name}.a", source)))
+        nodes.append(helper.make_node("Add", [inner, shortcut], [f"{name}.add.out"], f"{name}.add"))
+        return relu(name, f"{name}.add.out")
+
+    x = relu("stem", conv("stem", "input"))
+    x = block("one", x, x)
+    x = block("two", x, conv("two.short", x))
+    nodes.append(helper.make_node("GlobalAveragePool", [x], ["pool.out"], "pool"))
+    nodes.append(helper.make_node("Flatten", ["pool.out"], ["flatten.out"], "flatten"))
+    nodes.append(helper.make_node("Gemm", ["flatten.out", "head.weight"], ["logits"], "head", transB=1))
+    graph = helper.make_graph(
+        nodes,
+        "net",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, [batch, 3, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, 5])],
+        initializers,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def pruned(tensors: dict[str, Array]) -> dict[str, Array]:
+    """2:4 by magnitude along the input channels, but for the stem."""
+    made = dict(tensors)
+    for name, weight in tensors.items():
+        if name != "stem":
+            groups = np.moveaxis(weight, 1, -1).reshape(-1, 4).copy()
+            np.put_along_axis(groups, np.argsort(np.abs(groups), axis=1)[:, :2], 0, axis=1)
+            shape = np.moveaxis(weight, 1, -1).shape
+            made[name] = np.ascontiguousarray(np.moveaxis(groups.reshape(shape), -1, 1))
+    return made
+
+
+def spoilt(tensors: dict[str, Array], name: str, seed: int, factor: float) -> dict[str, Array]:
+    """One weight of a layer, drawn from those that are not small, times a factor."""
+    weight = tensors[name].copy()
+    generator = np.random.default_rng(seed)
+    large = np.argwhere(np.abs(weight) > np.nanmedian(np.abs(weight[weight != 0])))
+    weight[tuple(generator.choice(large))] *= factor
+    return {**tensors, name: weight}
+
+
+def edited(path: Path, out: Path, edit: Callable[[onnx.ModelProto], None]) -> Path:
+    model = onnx.load(path)
+    edit(model)
+    out.write_bytes(model.SerializeToString())
+    return out
+
+
+def run(dense: Path, sparse: Path, images: Array = IMAGES, **options: Any) -> DepthReport:
+    return bisect(dense, sparse, images, BisectOptions(**options))
+
+
+def by_node(report: DepthReport) -> dict[str, LayerDifference]:
+    return {layer.node: layer for layer in report.layers}
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    return residual_net(tmp_path / "dense.onnx", weights())
+
+
+def assert_all_the_same(report: DepthReport, nodes: Sequence[str] = tuple(LAYERS), most: float = 1e-5) -> None:
+    assert sorted(layer.node for layer in report.layers) == sorted(nodes)
+    assert max(layer.relative if layer.relative is not None else np.inf for layer in report.layers) <= most
+    assert report.unmatched == ()
+    assert report.first is None
+
+
+def test_a_model_does_not_differ_from_itself(dense: Path, tmp_path: Path) -> None:
+    for other in (dense, residual_net(tmp_path / "again.onnx", weights())):
+        report = run(dense, other, tolerance=0)
+        assert_all_the_same(report, most=0)
+        assert (report.images, report.tolerance) == (5, 0)
+        assert [layer.op for layer in report.layers[:3]] == ["Conv", "Relu", "Conv"]
+        assert [layer.cosine_min for layer in report.layers] == pytest.approx([1] * len(LAYERS))
+        made = [node.name for node in onnx.load(dense).graph.node]
+        assert [layer.node for layer in report.layers] == made
+
+
+@pytest.mark.parametrize(
+    ("name", "seed", "factor"),
+    [*itertools.product(WEIGHTS, range(3), [1000.0]), *itertools.product(WEIGHTS, [3], [np.nan, np.inf, -1000.0])],
+)
+@pytest.mark.parametrize("mask", [False, True])
+def test_one_spoilt_weight_is_found(mask: bool, name: str, seed: int, factor: float, tmp_path: Path) -> None:
+    tensors = weights(seed)
+    good = residual_net(tmp_path / "good.onnx", tensors)
+    kept = pruned(tensors) if mask else tensors
+    assert run(good, residual_net(tmp_path / "kept.onnx", kept)).first is None
+    report = run(good, residual_net(tmp_path / "bad.onnx", spoilt(kept, name, seed, factor)))
+    assert report.first == name
+    if not np.isfinite(factor):
+        assert by_node(report)[name].relative is None
+        assert by_node(report)[name].cosine_min is None
+
+
+def test_the_numbers_are_those_of_a_plain_reference(dense: Path, tmp_path: Path) -> None:
+    """ONNX's own evaluator, and the formulas written out."""
+    sparse = residual_net(tmp_path / "sparse.onnx", pruned(weights()))
+    outputs = []
+    for path in (dense, sparse):
+        model = onnx.load(path)
+        names = [node.output[0] for node in model.graph.node]
+        del model.graph.output[:]
+        model.graph.output.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in names)
+        outputs.append(dict(zip(names, ReferenceEvaluator(model).run(None, {"input": IMAGES}), strict=True)))
+    report = run(dense, sparse)
+    assert len(report.layers) == len(LAYERS)
+    for layer in report.layers:
+        a, b = (side[layer.tensor].astype(np.float64).reshape(5, -1) for side in outputs)
+        cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+        assert layer.relative == pytest.approx(np.linalg.norm(b - a) / np.linalg.norm(a), abs=1e-5)
+        assert layer.cosine_min == pytest.approx(cosines.min(), abs=1e-5)
+    assert by_node(report)["one.a"].relative > 0.2
+
+
+def test_the_tolerance_is_what_the_first_layer_exceeds(dense: Path, tmp_path: Path) -> None:
+    sparse = residual_net(tmp_path / "sparse.onnx", pruned(weights()))
+    layers = run(dense, sparse).layers
+    for tolerance in (0.0, 0.3, 0.45):
+        beyond = [layer.node for layer in layers if layer.relative > tolerance]
+        assert run(dense, sparse, tolerance=tolerance).first == beyond[0]
+    assert run(dense, sparse, tolerance=0).first == "one.a"
+
+
+def test_one_bad_filter_of_a_wide_layer_is_found(tmp_path: Path) -> None:
+    """It is lost in the norm of the whole output, which pruning moves by more."""
+    generator = np.random.default_rng(3)
+    wide = generator.normal(size=(2048, 16, 1, 1)).astype(np.float32)
+    nodes = [
+        helper.make_node("Conv", ["input", "stem.weight"], ["stem.out"], "stem", pads=[1, 1, 1, 1]),
+        helper.make_node("Conv", ["stem.out", "wide.weight"], ["logits"], "wide"),
+    ]
+
+    def net(path: Path, weight: Array) -> Path:
+        stored = {"stem.weight": weights()["stem"], "wide.weight": weight}
+        graph = helper.make_graph(
+            nodes,
+            "net",
+            [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, 8, 8])],
+            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 2048, 8, 8])],
+            [numpy_helper.from_array(value, name) for name, value in stored.items()],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        path.write_bytes(model.SerializeToString())
+        return path
+
+    whole, masked = net(tmp_path / "dense.onnx", wide), pruned({"wide": wide})["wide"]
+    sound = bisect(whole, net(tmp_path / "sound.onnx", masked), IMAGES, BisectOptions())
+    assert sound.first is None
+    bad = masked.copy()
+    bad[1000] *= 30
+    found = bisect(whole, net(tmp_path / "bad.onnx", bad), IMAGES, BisectOptions())
+    assert found.first == "wide"
+    last = by_node(found)["wide"]
+    assert last.relative is not None
+    assert last.relative < 1
+    # By hand: the stem's outputs through the difference of both weights, filter by filter.
+    stem = next(iter(Intermediates(whole, (3, 8, 8)).open(["stem.out"])(IMAGES).values())).astype(np.float64)
+    apart, dense_out = (np.einsum("kc,nchw->knhw", w[:, :, 0, 0].astype(np.float64), stem) for w in (wide - bad, wide))
+    worst = np.linalg.norm(apart.reshape(2048, -1), axis=1).max() / (np.linalg.norm(dense_out) / np.sqrt(2048))
+    assert last.channel == pytest.approx(worst, rel=1e-4)
+
+
+def test_little_memory_means_more_runs_and_the_same_report(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sparse = residual_net(tmp_path / "sparse.onnx", pruned(weights()))
+    opened: list[int] = []
+    whole = Intermediates.open
+
+    def watched(self: Intermediates, names: Sequence[str]) -> Any:
+        opened.append(len(names))
+        return whole(self, names)
+
+    monkeypatch.setattr(Intermediates, "open", watched)
+    report = run(dense, sparse)
+    assert opened == [len(LAYERS)] * 2
+    # One image of 16 channels in float32, both models: 8192 bytes.
+    for most_bytes, at_most in ((1, 1), (3 * 8192, 3)):
+        opened.clear()
+        assert run(dense, sparse, most_bytes=most_bytes) == report
+        assert sum(opened) == 2 * len(LAYERS)
+        assert max(opened[:14]) == at_most
+
+
+def test_batches_that_graphs_are_fixed_to_make_no_difference(dense: Path, tmp_path: Path) -> None:
+    sparse = residual_net(tmp_path / "sparse.onnx", pruned(weights()))
+    expected = run(dense, sparse)
+    for first, second in ((4, "batch"), ("batch", 2), (2, 3), (8, 8)):
+        a = residual_net(tmp_path / "a.onnx", weights(), batch=first)
+        b = residual_net(tmp_path / "b.onnx", pruned(weights()), batch=second)
+        report = run(a, b)
+        for layer, other in zip(report.layers, expected.layers, strict=True):
+            assert (layer.node, layer.relative) == (other.node, pytest.approx(other.relative, abs=1e-6))
+            assert layer.cosine_min == pytest.approx(other.cosine_min, abs=1e-6)
+
+
+def test_half_precision_differs_by_rounding_only(dense: Path, tmp_path: Path) -> None:
+    half = edited(dense, tmp_path / "half.onnx", lambda model: model.CopyFrom(to_fp16(model)))
+    assert describe_onnx(half).precision == "fp16"
+    report = run(dense, half)
+    assert_all_the_same(report, most=0.005)
+    assert by_node(report)["two.b"].relative > 0
+    assert_all_the_same(run(half, dense), most=0.005)
+
+
+def quantised(path: Path, out: Path) -> Path:
+    model = onnx.load(path)
+    placement = place(model)
+    out.write_bytes(insert_qdq(model, placement, {a.tensor: 4.0 for a in placement.activations}).SerializeToString())
+    return out
+
+
+def test_int8_differs_by_rounding_and_its_extra_nodes_are_no_layers(dense: Path, tmp_path: Path) -> None:
+    report = run(dense, quantised(dense, tmp_path / "int8.onnx"))
+    assert_all_the_same(report, most=0.2)
+    assert by_node(report)["stem"].relative > 0.001
+    bad = residual_net(tmp_path / "bad.onnx", spoilt(weights(), "two.a", 0, 1000.0))
+    assert run(dense, quantised(bad, tmp_path / "bad.int8.onnx")).first == "two.a"
+
+
+def renamed(model: onnx.ModelProto, *, keep_weights: bool = False) -> None:
+    """No node names, and other names for all tensors."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        node.name = ""
+        for names in (node.input, node.output):
+            names[:] = [n if keep_weights and n in stored else f"t.{n}" for n in names]
+    for value in (*model.graph.input, *model.graph.output, *([] if keep_weights else model.graph.initializer)):
+        value.name = f"t.{value.name}"
+
+
+@pytest.mark.parametrize("keep_weights", [True, False])
+def test_without_names_layers_are_told_by_weights_and_by_what_they_read(
+    keep_weights: bool, dense: Path, tmp_path: Path
+) -> None:
+    def edit(model: onnx.ModelProto) -> None:
+        renamed(model, keep_weights=keep_weights)
+        # One more activation than the dense graph has: counting would not do.
+        model.graph.node[-1].input[0] = "extra"
+        model.graph.node.insert(len(model.graph.node) - 1, helper.make_node("Relu", ["t.flatten.out"], ["extra"]))
+
+    report = run(dense, edited(dense, tmp_path / "other.onnx", edit))
+    assert report.unmatched == ("extra",)
+    assert_all_the_same(replace(report, unmatched=()), most=0)
+
+
+def test_layers_that_read_something_else_are_told_by_their_order(dense: Path, tmp_path: Path) -> None:
+    def edit(model: onnx.ModelProto) -> None:
+        renamed(model)
+        # Everything now reads a doubled image.
+        model.graph.node[0].input[0] = "doubled"
+        model.graph.node.insert(0, helper.make_node("Add", ["t.input", "t.input"], ["doubled"]))
+
+    report = run(dense, edited(dense, tmp_path / "other.onnx", edit), tolerance=0.5)
+    assert report.first == "stem"
+    assert [layer.node for layer in report.layers] == [node.name for node in onnx.load(dense).graph.node]
+    assert [layer.relative for layer in report.layers] == pytest.approx([1] * len(LAYERS), abs=1e-5)
+    assert report.unmatched == ("doubled",)
+
+
+def test_a_weights_name_counts_more_than_a_nodes(dense: Path, tmp_path: Path) -> None:
+    """Exporters that number their nodes call other layers by the same names in other graphs."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        nodes = {node.name: node for node in model.graph.node}
+        nodes["one.a"].name, nodes["one.b"].name = "one.b", "one.a"
+
+    assert_all_the_same(run(dense, edited(dense, tmp_path / "other.onnx", edit)), most=0)
+
+
+def insert(model: onnx.ModelProto, before: str, *nodes: onnx.NodeProto) -> None:
+    """Put nodes where the graph has one of this name."""
+    at = next(n for n, node in enumerate(model.graph.node) if node.name == before)
+    for node in reversed(nodes):
+        model.graph.node.insert(at, node)
+
+
+def test_a_layer_that_reads_something_new_is_told_by_its_name(dense: Path, tmp_path: Path) -> None:
+    def edit(model: onnx.ModelProto) -> None:
+        model.graph.node[1].input[0] = "n.out"
+        model.graph.node[-1].input[0] = "e.out"
+        insert(model, "head", helper.make_node("Relu", ["flatten.out"], ["e.out"], "e"))
+        negations = ("Neg", ["stem.out"], ["m.out"], "m"), ("Neg", ["m.out"], ["n.out"], "n")
+        insert(model, "stem.relu", *(helper.make_node(*negation) for negation in negations))
+
+    report = run(dense, edited(dense, tmp_path / "other.onnx", edit))
+    assert report.unmatched == ("m", "n", "e")
+    assert_all_the_same(replace(report, unmatched=()), most=0)
+
+
+def test_a_layer_of_another_op_is_another_layer(dense: Path, tmp_path: Path) -> None:
+    def edit(model: onnx.ModelProto) -> None:
+        assert model.graph.node[1].name == "stem.relu"
+        model.graph.node[1].op_type = "Abs"
+
+    report = run(dense, edited(dense, tmp_path / "other.onnx", edit), tolerance=0.1)
+    assert report.unmatched == ("stem.relu", "stem.relu")
+    assert report.first == "one.a"
+
+
+def test_of_two_layers_that_read_the_same_each_keeps_its_name(dense: Path, tmp_path: Path) -> None:
+    def edit(model: onnx.ModelProto, order: int) -> None:
+        pools = [
+            helper.make_node(
+                "AveragePool", ["stem.relu.out"], [f"{name}.out"], name, kernel_shape=[k, k], pads=[k // 2] * 4
+            )
+            for name, k in (("p3", 3), ("p5", 5))
+        ]
+        insert(model, "head", *pools[::order])
+
+    one, two = (edited(dense, tmp_path / f"{n}.onnx", lambda model, n=n: edit(model, n)) for n in (1, -1))  # type: ignore[misc]
+    assert_all_the_same(run(one, two), [*LAYERS, "p3", "p5"], most=0)
+
+
+def test_order_tells_nothing_where_one_graph_has_more(dense: Path, tmp_path: Path) -> None:
+    def other(model: onnx.ModelProto) -> None:
+        renamed(model)
+        model.graph.node[0].input[0] = "doubled"
+        model.graph.node.insert(0, helper.make_node("Add", ["t.input", "t.input"], ["doubled"]))
+
+    more = edited(
+        dense,
+        tmp_path / "more.onnx",
+        lambda model: insert(model, "stem", helper.make_node("Relu", ["input"], ["more.out"], "more")),
+    )
+    report = run(more, edited(dense, tmp_path / "other.onnx", other))
+    # The convolutions are as many, and what reads them is known by them.
+    assert [layer.node for layer in report.layers] == [node.name for node in onnx.load(dense).graph.node]
+    assert report.unmatched == ("more", "doubled")
+
+
+def batchnorm_folded() -> dict[str, Array]:
+    """The weights of the net without BatchNormalization that computes the same."""
+    tensors = weights()
+    for name, value in tensors.items():
+        if name != "head":
+            tensors[name] = value * np.linspace(0.5, 1.5, len(value)).astype(np.float32)[:, None, None, None]
+    return tensors
+
+
+def test_a_folded_batchnorm_is_compared_as_what_it_was(tmp_path: Path) -> None:
+    unfolded = residual_net(tmp_path / "unfolded.onnx", weights(), norm=True)
+    folded = residual_net(tmp_path / "folded.onnx", batchnorm_folded())
+    for pair in ((unfolded, folded), (folded, unfolded)):
+        assert_all_the_same(run(*pair))
+    # Where both have it, it is a layer like any other.
+    report = run(unfolded, unfolded)
+    assert "one.a.bn" in by_node(report)
+    assert len(report.layers) == len(LAYERS) + 6
+    bad = residual_net(tmp_path / "bad.onnx", spoilt(batchnorm_folded(), "two.b", 0, 1000.0))
+    assert run(unfolded, bad).first == "two.b"
+
+
+def test_numbered_names_mislead_nobody(tmp_path: Path) -> None:
+    """With BatchNormalization in one graph only, the numbers of all other nodes move on."""
+
+    def number(model: onnx.ModelProto) -> None:
+        for n, node in enumerate(model.graph.node):
+            node.name = f"{node.op_type}_{n // 2}" if node.op_type == "Relu" else f"node_{n}"
+
+    unfolded = residual_net(tmp_path / "unfolded.onnx", weights(), norm=True)
+    folded = residual_net(tmp_path / "folded.onnx", batchnorm_folded())
+    pair = [edited(path, path.with_suffix(".numbered.onnx"), number) for path in (unfolded, folded)]
+    names = [{node.name for node in onnx.load(path).graph.node} for path in pair]
+    assert len([name for name in names[0] & names[1] if name.startswith("Relu")]) >= 2
+    report = run(*pair)
+    assert len(report.layers) == len(LAYERS)
+    assert max(layer.relative for layer in report.layers) < 1e-5
+    assert report.unmatched == ()
+
+
+def test_nan_that_both_models_have_is_no_difference(tmp_path: Path) -> None:
+    both = spoilt(weights(), "one.b", 0, np.nan)
+    first = residual_net(tmp_path / "first.onnx", both)
+    assert_all_the_same(run(first, residual_net(tmp_path / "second.onnx", both)), most=0)
+    worse = residual_net(tmp_path / "worse.onnx", spoilt(both, "one.b", 1, np.nan))
+    assert run(first, worse).first == "one.b"
+    assert run(worse, first).first == "one.b"
+
+
+def test_outputs_of_nothing_but_zeros(tmp_path: Path) -> None:
+    none = {**weights(), "one.b": 0 * weights()["one.b"]}
+    dark, lit = residual_net(tmp_path / "dark.onnx", none), residual_net(tmp_path / "lit.onnx", weights())
+    layer = by_node(run(dark, dark, tolerance=0))["one.b"]
+    assert (layer.relative, layer.cosine_min) == (0, 1)
+    # Against zeros no number is small.
+    assert (run(dark, lit).first, by_node(run(dark, lit))["one.b"].relative) == ("one.b", None)
+    layer = by_node(run(lit, dark))["one.b"]
+    assert (layer.relative, layer.cosine_min) == (pytest.approx(1), 0)
+
+
+def test_shapes_that_only_a_run_can_tell(dense: Path, tmp_path: Path) -> None:
+    def edit(model: onnx.ModelProto) -> None:
+        nodes = model.graph.node
+        nodes[-1].input[0] = "kept"
+        nodes.insert(len(nodes) - 1, helper.make_node("Compress", ["flatten.out", "all"], ["kept"], "keep", axis=1))
+        model.graph.initializer.append(numpy_helper.from_array(np.ones(32, bool), "all"))
+
+    path = edited(dense, tmp_path / "compress.onnx", edit)
+    assert_all_the_same(run(path, path, most_bytes=1), [*LAYERS, "keep"], most=0)
+
+
+def externally(path: Path, out: Path, location: str = "weights.bin") -> Path:
+    out.parent.mkdir(exist_ok=True)
+    onnx.save_model(onnx.load(path), out, save_as_external_data=True, location=location, size_threshold=0)
+    return out
+
+
+def test_external_data_is_read_from_the_files_own_folder(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside = externally(dense, tmp_path / "external" / "net.onnx")
+    assert not onnx.load(outside, load_external_data=False).graph.initializer[0].raw_data
+    assert_all_the_same(run(dense, outside), most=0)
+    monkeypatch.chdir(outside.parent)
+    assert_all_the_same(run(dense, Path("net.onnx")), most=0)
+
+
+def test_external_data_is_not_followed_out_of_the_folder(dense: Path, tmp_path: Path) -> None:
+    net = externally(dense, tmp_path / "external" / "net.onnx")
+    data = net.with_name("weights.bin")
+    data.rename(tmp_path / "weights.bin")
+    data.symlink_to(tmp_path / "weights.bin")
+    with pytest.raises(InputError, match="outside the model's folder"):
+        run(dense, net)
+    data.unlink()
+    with pytest.raises(InputError, match="missing"):
+        run(dense, net)
+
+    def edit(model: onnx.ModelProto) -> None:
+        for tensor in model.graph.initializer:
+            tensor.external_data[0].value = "../weights.bin"
+
+    model = onnx.load(net, load_external_data=False)
+    edit(model)
+    net.write_bytes(model.SerializeToString())
+    with pytest.raises(InputError, match="outside the model's folder"):
+        run(dense, net)
+
+
+def engine_of(onnx_file: Path, out: Path) -> EngineFile:
+    return build_engine(describe_onnx(onnx_file), BuildOptions("onnxruntime"), out)
+
+
+def test_engines_stand_for_their_graphs(dense: Path, tmp_path: Path) -> None:
+    bad = residual_net(tmp_path / "bad.onnx", spoilt(weights(), "one.b", 0, 1000.0))
+    engine = engine_of(bad, tmp_path / "engine.onnx")
+    assert run(dense, engine.path).first == "one.b"
+    # A plan's tensors cannot be seen; the file that it was built from is found by its digest, whatever its name.
+    plan = tmp_path / "engine.plan"
+    plan.write_bytes(b"plan")
+    write_sidecar(replace(engine, path=plan, sha256=sha256_of(plan), backend="tensorrt"))
+    engine.path.unlink()
+    assert run(dense, plan).first == "one.b"
+    bad.rename(tmp_path / "zz.onnx")
+    assert run(dense, plan).first == "one.b"
+    (tmp_path / "zz.onnx").unlink()
+    with pytest.raises(InputError, match="does not show its intermediate tensors") as caught:
+        run(dense, plan)
+    assert caught.value.where == plan
+    assert engine.onnx_sha256[:12] in str(caught.value.found)
+
+
+def test_a_checkpoint_stands_for_its_export(tmp_path: Path) -> None:
+    options = ModelOptions("digits_resnet")
+    checkpoint = load_checkpoint(options, tmp_path / "w.safetensors")
+    exported = tmp_path / "net.onnx"
+    export_onnx(module_of(options, checkpoint), checkpoint.provenance, ExportOptions(), {"fp32": exported})
+    report = run(checkpoint.path, exported, IMAGES[:, :1])
+    assert (report.first, report.unmatched) == (None, ())
+    assert len(report.layers) == len(onnx.load(exported).graph.node)
+
+
+@pytest.mark.parametrize("name", ["none.onnx", "none.plan", "none.safetensors", "none.pth"])
+def test_what_is_missing_or_of_no_known_kind_is_one_error(name: str, dense: Path, tmp_path: Path) -> None:
+    for pair in ((dense, tmp_path / name), (tmp_path / name, dense)):
+        with pytest.raises(InputError) as caught:
+            run(*pair)
+        assert name in str(caught.value)
+
+
+def test_images_that_a_model_does_not_take_are_one_error(dense: Path) -> None:
+    for shape in ((2, 1, 8, 8), (2, 3, 9, 8)):
+        with pytest.raises(InputError, match="does not take the images"):
+            run(dense, dense, np.zeros(shape, np.float32))
+
+
+def test_models_without_a_common_layer_are_refused(dense: Path, tmp_path: Path) -> None:
+    def edit(model: onnx.ModelProto) -> None:
+        del model.graph.node[:], model.graph.initializer[:]
+        model.graph.node.append(helper.make_node("Flatten", ["input"], ["f"], "f"))
+        model.graph.node.append(helper.make_node("MatMul", ["f", "w"], ["logits"], "m"))
+        model.graph.initializer.append(numpy_helper.from_array(np.ones((192, 5), np.float32), "w"))
+
+    with pytest.raises(InputError, match="no layer in common"):
+        run(dense, edited(dense, tmp_path / "other.onnx", edit))
+
+
+@pytest.mark.parametrize("options", [{"tolerance": -1}, {"tolerance": np.nan}, {"most_bytes": 0}])
+def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        BisectOptions(**options)
