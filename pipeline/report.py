@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -12,17 +14,36 @@ from engines.evidence import totals
 from pipeline import __version__
 from pipeline.artifacts import EngineFile, MaskSet, Provenance
 from pipeline.files import write_atomically, write_json
+from pipeline.masking.statistics import MaskStatistics
 from pipeline.permutation.record import Permuted
 from pipeline.recipe import Recipe
 from pipeline.records import encode
-from pipeline.reports import CalibrationReport, ConformanceReport, Fidelity, ParityReport, Refinement, TimingReport
+from pipeline.reports import (
+    CalibrationReport,
+    ConformanceReport,
+    DepthReport,
+    Fidelity,
+    ParityReport,
+    Refinement,
+    TimingReport,
+)
 
 SCHEMA = 1
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """All that a run found; `model` is the pruned checkpoint's record, what has a default may not have been asked for."""
+    """All that a run found; what has a default may not have been asked for.
+
+    Attributes:
+        model: The pruned checkpoint's record.
+        backend_reason: Why this backend.
+        permutation: How channels were ordered before the masks were chosen.
+        permutation_reason: Why a permutation that was asked for was not done.
+        depth: How far each layer of the sparse model departs from the dense one.
+        mask_statistics: Of the masks in `masks`, against magnitude masks of the same weights.
+        command: As `as_typed` gives it.
+    """
 
     model: Provenance
     precision: str
@@ -40,6 +61,9 @@ class RunReport:
     calibration: CalibrationReport | None = None
     permutation: Permuted | None = None
     permutation_reason: str | None = None
+    depth: DepthReport | None = None
+    mask_statistics: MaskStatistics | None = None
+    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,28 +103,38 @@ def report_values(report: RunReport) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "model": {**model, "seed": report.seed, "precision": report.precision},
-        "permutation": permutation_values(report, root),
+        "permutation": permutation_values(report.permutation, report.permutation_reason, root),
         "masks": masks_values(report.masks, root),
+        "mask_statistics": encode(report.mask_statistics),
         "conformance": encode(report.conformance),
         "calibration": encode(report.calibration),
         "engine": engine_values(report.engine, root, report.fidelity, report.backend_reason),
         "dense_engine": engine_values(report.dense_engine, root, None, report.backend_reason),
         "parity": encode(report.parity),
+        "depth": encode(report.depth),
         "timing": encode(report.timing),
         "refine": encode(report.refine),
         "recipe": encode(report.recipe),
+        "command": report.command,
         "versions": versions(),
     }
 
 
-def permutation_values(report: RunReport, root: Path) -> dict[str, Any] | None:
+def permutation_values(done: Permuted | None, reason: str | None, root: Path) -> dict[str, Any] | None:
     """The permutation's part of the report, or why there is none; None where none was asked for."""
-    done, reason = report.permutation, report.permutation_reason
     if done is None:
         return None if reason is None else {"reason": reason}
-    values: dict[str, Any] = encode(done.permutation, root)
-    kept = {"kept_before": done.kept_before, "kept_after": done.kept_after, "efficacy": done.efficacy}
-    return {**values, **kept, "reason": None}
+    path = done.permutation.path
+    values: dict[str, Any] = encode(done.permutation)
+    return {
+        **values,
+        "path": path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name,
+        "kept_before": done.kept_before,
+        "kept_after": done.kept_after,
+        "kept_bound": done.kept_bound,
+        "efficacy": done.efficacy,
+        "reason": None,
+    }
 
 
 def masks_values(masks: MaskSet, root: Path) -> dict[str, Any]:
@@ -139,6 +173,19 @@ def engine_values(engine: EngineFile, root: Path, fidelity: Fidelity | None, rea
             "layers": layers,
         },
     }
+
+
+def as_typed(arguments: Sequence[str]) -> str:
+    """A command line for a shell; of absolute paths the last part is left, for a report names no place on its host."""
+    return shlex.join(["maskplan", *(_without_place(argument) for argument in arguments)])
+
+
+def _without_place(argument: str) -> str:
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    if value.startswith(("/", "~")):
+        # A factory's name may follow the file's: DIR/net.py:build.
+        value = value.rstrip("/").rpartition("/")[2] or value
+    return f"{option}{equals}{value}"
 
 
 def versions() -> dict[str, str]:

@@ -46,6 +46,7 @@ class LineOptions:
         permute: Bring channels into an order that masks keep more of first.
         device: Where masks are learned: `auto`, `cpu` or `cuda`.
         refine: Give masked layers that the engine runs dense their weights back, build again, keep the better engine.
+        command: What was typed, for the report.
     """
 
     model: ModelOptions
@@ -60,6 +61,7 @@ class LineOptions:
     device: str = "auto"
     refine: bool = False
     permute: bool = False
+    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ def run(options: LineOptions) -> Finished:
         line = _Line(dense, start, dense_onnx, dense_int8, images, backend, floats, candidates=options.refine)
         kept = _pass(job, line, masks, (dense_int8.models if dense_int8 else dense_onnx).of(floats))
         engine, refinement = kept.engines.sparse, None
+        # Layers can only be compared where channels lie in one order.
+        reference = dense_onnx.fp32 if start is dense else stages.export_aside(job, start, "permuted")
         if options.refine:
             kept, refinement = _refine(job, line, kept)
             engine = engine_stages.keep_engine(job, kept.engines.sparse)
@@ -128,6 +132,9 @@ def run(options: LineOptions) -> Finished:
             refine=refinement,
             permutation=reordered.permuted,
             permutation_reason=reordered.reason,
+            depth=stages.depth(job, reference, kept.models.fp32, images),
+            mask_statistics=stages.statistics(job, start, kept.masks),
+            command=options.command,
         )
         files = stages.report(job, found)
         reused = tuple(ws.reused)
@@ -167,6 +174,7 @@ class _Pass:
 
     masks: MaskSet
     sparse: Checkpoint
+    models: stages.Exported
     conformance: ConformanceReport
     calibration: CalibrationReport | None
     engines: engine_stages.Engines
@@ -194,7 +202,7 @@ def _pass(job: stages.Job, line: _Line, masks: MaskSet, dense: OnnxModel | Engin
     engines = engine_stages.build(job, line.backend, dense, own_onnx, candidate=line.candidates)
     compared = engine_stages.judge(job, engines, own_onnx, others, sparse, images, untouched)
     timing = engine_stages.clock(job, engines)
-    return _Pass(masks, sparse, checked.of(line.floats), calibration, engines, compared, timing)
+    return _Pass(masks, sparse, models, checked.of(line.floats), calibration, engines, compared, timing)
 
 
 def _refine(job: stages.Job, line: _Line, first: _Pass) -> tuple[_Pass, Refinement]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import typer
 
-from pipeline.cli import calibrate, checkpoints, convert, engines, gates, line, permute, probe
+from pipeline.cli import calibrate, checkpoints, compare, convert, engines, gates, line, permute, probe, stability
 from pipeline.errors import PipelineError
 from pipeline.interrupts import INTERRUPTS, listening
 from pipeline.progress import narrator, speaks
@@ -35,7 +35,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (line, checkpoints, permute, convert, gates, calibrate, engines, probe):
+for module in (line, checkpoints, permute, convert, gates, compare, calibrate, engines, stability, probe):
     module.register(app)
 
 
@@ -70,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         with listening():
-            app(args=None if argv is None else list(argv), prog_name="maskplan")
+            typed = list(sys.argv[1:] if argv is None else argv)
+            # Commands find in `obj` what was typed, for the record.
+            app(args=typed, prog_name="maskplan", obj=tuple(typed))
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT

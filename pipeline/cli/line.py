@@ -32,6 +32,7 @@ def register(app: typer.Typer) -> None:
 
 
 def engine(
+    context: typer.Context,
     model: options.Model = "digits_resnet",
     weights: options.Weights = "auto",
     data: options.Data = None,
@@ -77,10 +78,10 @@ def engine(
     from pipeline.artifacts import FP16, FP32, INT8
     from pipeline.checkpoint import ModelOptions
     from pipeline.errors import InputError
-    from pipeline.files import write_json
+    from pipeline.files import write_atomically
     from pipeline.models import folder_name
     from pipeline.recipe import read_recipe
-    from pipeline.report import report_values
+    from pipeline.report import as_typed
     from pipeline.run import LineOptions, run
     from pipeline.stages import ConformanceError
 
@@ -108,12 +109,13 @@ def engine(
                 device=device,
                 refine=refine,
                 permute=permute,
+                command=as_typed(context.obj or ()),
             )
         )
     except ConformanceError as error:
         raise GateError(str(error)) from error
     if report is not None:
-        write_json(report, report_values(finished.report))
+        write_atomically(report, finished.files.json.path.read_bytes())
     show(finished, folder)
     if finished.report.parity.verdict == "fail":
         raise GateError(f"parity: {finished.report.parity.reason}")

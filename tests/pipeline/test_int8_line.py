@@ -31,7 +31,8 @@ PRECISIONS = ("", ", FP16", ", INT8")
 FILES = [f"{name}.int8{rest}.onnx" for name in ("dense", "sparse") for rest in ("", ".fp16")]
 # What follows from other options of calibration, in order.
 CALIBRATED = (
-    "calibrate-dense", "calibrate-sparse", "check-int8", "build-sparse", "build-dense", "compare", "time", "report",
+    "calibrate-dense", "calibrate-sparse", "check-int8", "build-sparse", "build-dense", "compare", "time", "depth",
+    "report",
 )  # fmt: skip
 # By entropy the dense digits network loses an image, so that it can be told from the untouched one.
 QUICK = "[time]\nseconds = 0.1\nbatches = [1]\n[calibrate]\nmethod = 'entropy'\n"

@@ -233,7 +233,7 @@ SECOND = (
     "refined-baseline-mask", "refined-bake-magnitude", "refined-export-magnitude", "refined-build-candidate",
     "refined-build-pruned", "refined-compare", "refined-time",
 )  # fmt: skip
-LAST = ("keep-engine", "report")
+LAST = ("keep-engine", "depth", "statistics", "report")
 
 
 @dataclass(frozen=True)
@@ -499,7 +499,7 @@ def test_a_run_without_the_option_has_the_first_engine_again_without_a_build(
     ran = cli("engine", *plain.options, "--backend", "tensorrt", "--out", plain.out)
 
     assert ran.code == 0
-    assert stages_of(ran.err).made == ("build-sparse", "report")
+    assert stages_of(ran.err).made == ("build-sparse", "depth", "statistics", "report")
     assert trt.builds == builds
     assert digests(plain.out, ["engine.plan"]) == first
     assert read_engine(plain.out / "engine.plan").provenance.masked == ("a.weight", "b.weight", "c.weight")  # type: ignore[union-attr]

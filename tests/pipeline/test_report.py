@@ -20,6 +20,7 @@ from onnx import numpy_helper
 from safetensors.numpy import load_file
 
 from pipeline.artifacts import (
+    Checkpoint,
     DenseLayer,
     EngineFile,
     ImageSet,
@@ -34,9 +35,21 @@ from pipeline.artifacts import (
 )
 from pipeline.bundled.digits import load_digits
 from pipeline.data import batches
+from pipeline.masking.statistics import mask_statistics
+from pipeline.permutation.record import ChannelGroup, Permutation, Permuted
 from pipeline.recipe import Recipe
-from pipeline.report import RunReport, report_values, weighted_mean, write_report
-from pipeline.reports import PASS, BatchTiming, ConformanceReport, Fidelity, Latency, ParityReport, TimingReport
+from pipeline.report import RunReport, as_typed, report_values, weighted_mean, write_report
+from pipeline.reports import (
+    PASS,
+    BatchTiming,
+    ConformanceReport,
+    DepthReport,
+    Fidelity,
+    Latency,
+    LayerDifference,
+    ParityReport,
+    TimingReport,
+)
 
 # From the design's section on report.json, word for word.
 CONFORMANCE = "verdict eligible conforming violating dense_by_choice ineligible weights"
@@ -293,6 +306,78 @@ def test_means_are_weighted_by_parameters_and_samples_of_digests_left_out(tmp_pa
     for part in ("model", "masks"):
         assert values[part]["image_sets"] == [{"role": "train", "images": 9, "sha256": "3" * 64}]
     assert (weighted_mean([]), weighted_mean([(3.0, 1), (7.0, 3)])) == (0, 6)
+
+
+def test_what_was_not_asked_for_is_null(tmp_path: Path) -> None:
+    values = report_values(small(tmp_path))
+    assert [values[name] for name in ("depth", "mask_statistics", "permutation", "command")] == [None, None, None, ""]
+
+
+def test_depth_and_statistics_stand_as_their_records_have_them(tmp_path: Path) -> None:
+    depth = DepthReport(4, 0.5, (LayerDifference("conv", "Conv", "t", math.nan, None),), "conv", ("other",))
+    mask = np.array([[True, True, False, False]] * 8)
+    found = mask_statistics(
+        {"w": mask}, {"w": np.array([[4.0, 3.0, 2.0, 1.0]] * 7 + [[1.0, 2.0, 3.0, 4.0]])}, Pattern(2, 4)
+    )
+    values = report_values(replace(small(tmp_path), depth=depth, mask_statistics=found))
+    (layer,) = values["depth"].pop("layers")
+    assert values["depth"] == {"images": 4, "tolerance": 0.5, "first": "conv", "unmatched": ["other"]}
+    assert {k: layer[k] for k in ("node", "op", "relative")} == {"node": "conv", "op": "Conv", "relative": None}
+    counts = {
+        "groups": 8,
+        "keeping": [0, 0, 8, 0, 0],
+        "changed": 1,
+        "patterns": [{"pattern": "1100", "groups": 8, "by_magnitude": 7}],
+        "others": 0,
+    }
+    assert values["mask_statistics"] == {"pattern": "2:4", "layers": [{"name": "w", "found": counts}], "total": counts}
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_permutation_is_told_with_its_groups_and_without_places_on_the_host(beside: bool, tmp_path: Path) -> None:
+    report = small(tmp_path)
+    path = tmp_path / "sub/p.safetensors" if beside else tmp_path.parent / "p.safetensors"
+    groups = (ChannelGroup("a", 8, "moved", None, 4, ("w",), 1.0, 1.5, 80.0), ChannelGroup("b", 16, "fixed", "why"))
+    made = Checkpoint(tmp_path / "permuted.safetensors", "1" * 64, 10, report.model)
+    done = Permuted(made, Permutation(path, "2" * 64, "net", "2:4", "3" * 64, groups), 200.0, 230.0, 260.0)
+    found = report_values(replace(report, permutation=done))["permutation"]
+    assert found["path"] == ("sub/p.safetensors" if beside else "p.safetensors")
+    assert {
+        k: found[k] for k in ("sha256", "pattern", "kept_before", "kept_after", "kept_bound", "efficacy", "reason")
+    } == {
+        "sha256": "2" * 64,
+        "pattern": "2:4",
+        "kept_before": 200.0,
+        "kept_after": 230.0,
+        "kept_bound": 260.0,
+        "efficacy": 50.0,
+        "reason": None,
+    }
+    assert [(g["name"], g["state"], g["reason"]) for g in found["groups"]] == [
+        ("a", "moved", None),
+        ("b", "fixed", "why"),
+    ]
+    assert not [text for text in strings(found) if str(tmp_path.parent) in text]
+
+
+def test_why_no_permutation_was_done_stands_alone(tmp_path: Path) -> None:
+    values = report_values(replace(small(tmp_path), permutation_reason="no layer reads them"))
+    assert values["permutation"] == {"reason": "no layer reads them"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "typed"),
+    [
+        ((), "maskplan"),
+        (("engine", "resnet50", "--out", "build/r50"), "maskplan engine resnet50 --out build/r50"),
+        (("engine", "my net.py:build", "--seed", "3"), "maskplan engine 'my net.py:build' --seed 3"),
+        (("engine", "/srv/models/net.py:build", "--out", "/data/runs/r50/"), "maskplan engine net.py:build --out r50"),
+        (("engine", "--data=/data/imagenet", "--weights=~/w.pth"), "maskplan engine --data=imagenet --weights=w.pth"),
+        (("engine", "--out", "/"), "maskplan engine --out /"),
+    ],
+)
+def test_a_command_is_told_as_typed_without_places_on_the_host(arguments: tuple[str, ...], typed: str) -> None:
+    assert as_typed(arguments) == typed
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])

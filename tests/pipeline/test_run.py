@@ -146,6 +146,7 @@ AFTER_RECALIBRATION = {
     "build-sparse",
     "compare",
     "time",
+    "depth",
     "report",
 }
 EXPORTS = {"export-dense", "export-sparse", "export-magnitude", "export-magnitude-recalibrated"}

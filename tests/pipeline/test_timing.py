@@ -219,7 +219,9 @@ def test_cpus_are_told_as_taskset_writes_them() -> None:
 def test_the_report_says_which_cpus_the_process_may_use() -> None:
     """A process that is bound to one CPU, as `taskset` binds it."""
     one = min(os.sched_getaffinity(0))
-    code = f"import os; os.sched_setaffinity(0, [{one}]); from pipeline.timing import *; print(in_ranges(cpus_allowed()))"
+    code = (
+        f"import os; os.sched_setaffinity(0, [{one}]); from pipeline.timing import *; print(in_ranges(cpus_allowed()))"
+    )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.split() == [str(one)]
 

@@ -83,6 +83,8 @@ STAGES = (
     "build-dense",
     "compare",
     "time",
+    "depth",
+    "statistics",
     "report",
 )
 
