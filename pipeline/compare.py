@@ -2,83 +2,64 @@
 
 from __future__ import annotations
 
-import math
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from engines.base import Classifier, polygraphy_runner, quiet_polygraphy
+from engines.base import Classifier
+from pipeline.answers import UNLABELLED, Answers, ask, fixed_images, logits_of
 from pipeline.artifacts import Preprocessing, Provenance
 from pipeline.bounds import at_least
-from pipeline.data import Split, batches
+from pipeline.class_order import class_names, looks_reordered, require_one_order
+from pipeline.closeness import closeness
+from pipeline.data import Split
 from pipeline.errors import InputError
-from pipeline.intervals import PairedCounts, drop_interval
-from pipeline.progress import track
-from pipeline.reports import FAIL, NOT_APPLICABLE, PASS, Fidelity, MethodRow, ParityReport
+from pipeline.intervals import PairedCounts, drop_interval, mcnemar_p
+from pipeline.reports import NOT_APPLICABLE, Fidelity, MethodRow, ParityReport
+from pipeline.stability.flip_rate import clopper_pearson
+from pipeline.tally import Tally, tally
+from pipeline.verdict import judge
 
-_SEED = 20240229
-_BATCH = 64
+_LOG = logging.getLogger(__name__)
+_DENSE = "dense"
 
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """What is compared, and what passes.
+    """What is compared, and what passes. A threshold that is None asks for nothing.
 
     Attributes:
         max_top1_drop: Points of top-1 that the sparse model may lose.
-        min_agreement: Percent of images on which the models must agree; None asks for nothing.
-        fixed_images: Images, one a batch, on which the outputs themselves are compared.
+        max_top5_drop: Points of top-5.
+        min_agreement: Percent of images on which the models must agree.
+        max_flip_rate: Percent of images whose first choice may change: 100 minus agreement.
+        max_class_drop: Points of top-1 that any class may lose.
+        min_cosine: Smallest cosine similarity of one fixed image's outputs.
+        confident: Hold the bad end of the 95% interval against the thresholds of drops, agreement and flips.
+        fixed_images: Images on which the outputs themselves are compared.
     """
 
     max_top1_drop: float = 1.0
     min_agreement: float | None = None
-    fixed_images: int = 32
+    fixed_images: int = 256
+    max_top5_drop: float | None = None
+    max_flip_rate: float | None = None
+    max_class_drop: float | None = None
+    min_cosine: float | None = None
+    confident: bool = False
 
     def __post_init__(self) -> None:
-        at_least(-100, max_top1_drop=self.max_top1_drop)
-        at_least(0, min_agreement=self.min_agreement)
+        at_least(-100, max_top1_drop=self.max_top1_drop, max_top5_drop=self.max_top5_drop)
+        at_least(-100, max_class_drop=self.max_class_drop)
+        at_least(0, min_agreement=self.min_agreement, max_flip_rate=self.max_flip_rate)
+        at_least(-1, min_cosine=self.min_cosine)
         at_least(1, fixed_images=self.fixed_images)
-
-
-@dataclass
-class Tally:
-    """Running counts of one model beside the dense one, over labelled images."""
-
-    images: int = 0
-    top1: int = 0
-    top5: int = 0
-    agreeing: int = 0
-    pairs: dict[tuple[bool, bool], int] = field(default_factory=dict)
-
-    def add(
-        self, logits: npt.NDArray[np.float32], dense: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]
-    ) -> None:
-        """Count one batch: logits (N, classes) of both models and labels (N,)."""
-        first, dense_first = logits.argmax(axis=1), dense.argmax(axis=1)
-        hit, dense_hit = first == labels, dense_first == labels
-        self.images += len(labels)
-        self.top1 += int(hit.sum())
-        self.top5 += int(in_top(logits, labels, 5).sum())
-        self.agreeing += int((first == dense_first).sum())
-        for key in ((True, True), (True, False), (False, True), (False, False)):
-            count = int(((dense_hit == key[0]) & (hit == key[1])).sum())
-            self.pairs[key] = self.pairs.get(key, 0) + count
-
-    @property
-    def counts(self) -> PairedCounts:
-        return PairedCounts(*(self.pairs[k] for k in ((True, True), (True, False), (False, True), (False, False))))
-
-    def percent(self, count: int) -> float:
-        return 100 * count / self.images
-
-
-def in_top(logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.bool_]:
-    """Whether fewer than `k` classes score above the label; NaN scores count as above."""
-    own = np.take_along_axis(logits, labels[:, None], axis=1)
-    return np.asarray((~(logits <= own)).sum(axis=1) < k)
+        for name, value, most in (("min_agreement", self.min_agreement, 100), ("min_cosine", self.min_cosine, 1)):
+            if value is not None and value > most:
+                raise InputError(f"{name} is {value}", fix=f"give a number of at most {most}: nothing could pass")
 
 
 def compare(
@@ -90,138 +71,188 @@ def compare(
     options: CompareOptions,
     others: Mapping[str, Classifier] | None = None,
     sparse_name: str = "sparse",
+    *,
+    dense_answers: Answers | None = None,
 ) -> ParityReport:
-    """Compare two classifiers, and others beside them.
+    """Compare two classifiers, and others beside them; each runs once on every image.
 
     Args:
         dense: The reference.
         sparse: What shall replace it.
         how: Preprocessing of both.
         provenances: Of both, where known; untrained weights make parity not applicable.
-        val: Labelled images; without them the task's metrics are off.
+        val: Labelled images; without them the task's metrics are off. Images may be `UNLABELLED`, which leaves agreement.
         options: Thresholds.
         others: Baselines by name, for the table of methods.
         sparse_name: What that table calls `sparse`.
+        dense_answers: What the reference said before; it is not run then.
 
     Raises:
-        InputError: The models differ in their numbers of outputs.
+        InputError: The models' inputs or outputs differ in shape, or the classes are not in one order.
     """
-    images = fixed_images(how, val, options.fixed_images)
-    outputs = run_side_by_side([dense, sparse], images)
-    if outputs[0].shape != outputs[1].shape:
-        raise InputError(
-            "the models differ in their outputs",
-            found=f"{dense.name} gives {outputs[0].shape[1:]}, {sparse.name} gives {outputs[1].shape[1:]}",
-            fix="compare models of the same classes",
-        )
-    max_abs_diff, cosine_min = closeness(dense, sparse, images)
-    finite = all(bool(np.isfinite(o).all()) for o in outputs)
-    tallies: dict[str, Tally] = {}
-    if val is not None and len(val):
-        everyone = {"dense": dense, **(others or {}), sparse_name: sparse}
-        tallies, all_finite = _count(everyone, how, val)
-        finite = finite and all_finite
-    own, reference = tallies.get(sparse_name), tallies.get("dense")
-    verdict, reason = _verdict(finite, provenances, own, options)
-    return ParityReport(
-        verdict=verdict,
-        reason=reason,
-        images=own.images if own else 0,
-        top1_dense=reference.percent(reference.top1) if reference else None,
-        top5_dense=reference.percent(reference.top5) if reference else None,
-        top1_sparse=own.percent(own.top1) if own else None,
-        top5_sparse=own.percent(own.top5) if own else None,
-        top1_drop=own.counts.drop if own else None,
-        drop_ci95=drop_interval(own.counts) if own else None,
-        agreement=own.percent(own.agreeing) if own else None,
-        max_abs_diff=max_abs_diff,
-        cosine_min=cosine_min,
-        max_top1_drop=options.max_top1_drop,
-        methods=tuple(_row(name, tally) for name, tally in tallies.items()),
+    require_comparable(dense, sparse)
+    require_one_order(val, provenances)
+    models = {_DENSE: dense, **(others or {}), sparse_name: sparse}
+    if dense_answers is not None:
+        del models[_DENSE]
+    said = ask(models, how, val, options.fixed_images)
+    if dense_answers is not None:
+        said = {_DENSE: dense_answers, **said}
+    return parity(said, sparse_name, provenances, val, options, *_names(dense, sparse))
+
+
+def require_comparable(dense: Classifier, sparse: Classifier) -> None:
+    """Refuse models whose inputs or outputs differ in shape, as far as their graphs tell. Names may differ.
+
+    Raises:
+        InputError: They do; both are listed.
+    """
+    for part in ("input", "output"):
+        mine, theirs = getattr(dense, part).shape, getattr(sparse, part).shape
+        # The batch is the caller's choice, and what a graph does not tell shows when it runs.
+        if any(a is not None and b is not None and a != b for a, b in zip(mine[1:], theirs[1:], strict=False)):
+            raise _differ(part, dense.name, mine, sparse.name, theirs)
+
+
+def parity(
+    said: Mapping[str, Answers],
+    sparse_name: str,
+    provenances: Sequence[Provenance | None],
+    val: Split | None,
+    options: CompareOptions,
+    output: str = "logits",
+    sparse_output: str = "logits",
+) -> ParityReport:
+    """Judge answers that were given before; no model runs.
+
+    Args:
+        said: By model, `dense` first; all but `dense` and `sparse_name` are baselines for the table of methods.
+        sparse_name: Whose answers are judged.
+        provenances: Of the dense and the sparse model, where known.
+        val: What was answered.
+        options: Thresholds.
+        output: What the dense model calls its output.
+        sparse_output: What the sparse one does.
+
+    Raises:
+        InputError: The models differ in their number of outputs, or the dense one knows the classes in another order.
+    """
+    dense, own = said[_DENSE], said[sparse_name]
+    for name, answers in said.items():
+        if answers.fixed.shape != dense.fixed.shape:
+            raise _differ("output", _DENSE, dense.fixed.shape, name, answers.fixed.shape)
+    labels = val.labels if val is not None else np.empty(0, np.int64)
+    trained = all(p is None or p.trained for p in provenances)
+    tallies = (
+        {n: tally(dense, a, labels, class_names(val, provenances)) for n, a in said.items()} if len(labels) else {}
     )
+    notes = _same_classes(said, sparse_name, labels) if trained else ()
+    if output != sparse_output:
+        notes = (*notes, f"the outputs are called {output!r} and {sparse_output!r}: matched by their order")
+    near = closeness(dense.fixed, own.fixed, output)
+    measured = ParityReport(
+        verdict=NOT_APPLICABLE,
+        reason=None,
+        images=0,
+        top1_dense=None,
+        top5_dense=None,
+        top1_sparse=None,
+        top5_sparse=None,
+        top1_drop=None,
+        drop_ci95=None,
+        agreement=None,
+        max_abs_diff=near.max_abs,
+        cosine_min=near.cosine_min,
+        max_top1_drop=options.max_top1_drop,
+        outputs=(near,),
+        notes=notes,
+    )
+    if tallies:
+        measured = _counted(measured, tallies, sparse_name)
+    judged = judge(measured, options, finite=dense.finite and own.finite, provenances=provenances)
+    for note in judged.notes:
+        _LOG.warning(note)
+    return judged
 
 
 def fidelity(engine: Classifier, reference: Classifier, how: Preprocessing, val: Split | None, count: int) -> Fidelity:
-    """How close an engine is to its own ONNX file on the fixed batches."""
+    """How close an engine is to its own ONNX file on the fixed images."""
     images = fixed_images(how, val, count)
-    mine, own_onnx = run_side_by_side([engine, reference], images)
-    max_abs_diff, cosine_min = closeness(reference, engine, images)
+    mine, own_onnx = (logits_of(model, images) for model in (engine, reference))
+    near = closeness(own_onnx, mine)
     agreement = 100 * float((mine.argmax(axis=1) == own_onnx.argmax(axis=1)).mean())
-    return Fidelity(len(images), max_abs_diff, cosine_min, agreement)
+    return Fidelity(len(images), near.max_abs, near.cosine_min, agreement)
 
 
-def fixed_images(how: Preprocessing, val: Split | None, count: int) -> npt.NDArray[np.float32]:
-    """The same images every time: labelled ones drawn with a fixed seed, or else normal noise."""
-    if val is not None and len(val):
-        return np.concatenate([x for x, _ in batches(val.first(count, _SEED), how, _BATCH)])
-    shape = (count, how.channels, how.height, how.width)
-    return np.random.default_rng(_SEED).standard_normal(shape, dtype=np.float32)
+def _counted(measured: ParityReport, tallies: Mapping[str, Tally], sparse_name: str) -> ParityReport:
+    """The report with what was counted over the images."""
+    own = tallies[sparse_name]
+    changed = own.flips.changed
+    low, high = clopper_pearson(changed, own.images, 0.95)
+    counted = replace(
+        measured,
+        unlabelled_images=own.images - own.labelled,
+        agreement=100 * (own.images - changed) / own.images,
+        flips=own.flips,
+        flip_rate=100 * changed / own.images,
+        flip_rate_ci95=(100 * low, 100 * high),
+    )
+    if not own.labelled:
+        return counted
+    return replace(
+        counted,
+        images=own.labelled,
+        top1_dense=_first(own.top1),
+        top5_dense=_first(own.top5),
+        top1_sparse=_second(own.top1),
+        top5_sparse=_second(own.top5),
+        top1_drop=own.top1.drop,
+        drop_ci95=drop_interval(own.top1),
+        top5_drop=own.top5.drop,
+        top5_drop_ci95=drop_interval(own.top5),
+        mcnemar_p=mcnemar_p(own.top1.only_first, own.top1.only_second),
+        classes=own.classes,
+        methods=tuple(
+            MethodRow(name, _second(t.top1), _second(t.top5), t.top1.drop, drop_interval(t.top1))
+            for name, t in tallies.items()
+        ),
+    )
 
 
-def run_side_by_side(models: Sequence[Classifier], images: npt.NDArray[np.float32]) -> list[npt.NDArray[np.float32]]:
-    """Logits of each model, an image at a time."""
-    return [np.concatenate([m.logits(images[i : i + 1]) for i in range(len(images))]) for m in models]
+def _first(counts: PairedCounts) -> float:
+    return 100 * (counts.both + counts.only_first) / counts.images
 
 
-def closeness(
-    reference: Classifier, other: Classifier, images: npt.NDArray[np.float32]
-) -> tuple[float | None, float | None]:
-    """Largest absolute difference and smallest cosine similarity of the outputs, by Polygraphy's comparators.
-
-    Both are None when outputs are not finite.
-    """
-    from polygraphy.comparator import Comparator, CosineSimilarityCompareFunc, SimpleCompareFunc
-
-    quiet_polygraphy()
-    feeds = [{"input": images[i : i + 1]} for i in range(len(images))]
-    # Overflow in a diverged model shows as None in the report; NumPy need not warn of it as well.
-    with np.errstate(all="ignore"):
-        results = Comparator.run(
-            [polygraphy_runner(reference, "reference"), polygraphy_runner(other, "other")], data_loader=feeds
-        )
-        differences = _per_image(
-            Comparator.compare_accuracy(results, compare_func=SimpleCompareFunc(check_error_stat="max"))
-        )
-        cosines = _per_image(Comparator.compare_accuracy(results, compare_func=CosineSimilarityCompareFunc()))
-    largest = max(float(d.max_absdiff) for d in differences)
-    smallest = min(float(c.cosine_similarity) for c in cosines)
-    return largest if math.isfinite(largest) else None, smallest if math.isfinite(smallest) else None
+def _second(counts: PairedCounts) -> float:
+    return 100 * (counts.both + counts.only_second) / counts.images
 
 
-def _per_image(accuracy: Any) -> list[Any]:
-    ((_, results),) = accuracy[0].items()
-    return [result["logits"] for result in results]
+def _same_classes(said: Mapping[str, Answers], sparse_name: str, labels: npt.NDArray[np.int64]) -> tuple[str, ...]:
+    """Refuse a dense model that knows the classes in another order; say so of a sparse one, which fails by itself."""
+    known = labels != UNLABELLED
+    notes = []
+    for name in (_DENSE, sparse_name):
+        found = looks_reordered(said[name].first[known], labels[known]) if known.any() else None
+        if found is None:
+            continue
+        told = f"{found[0]:.1f}% right as it is, {found[1]:.1f}% with its classes in another order"
+        if name == _DENSE:
+            raise InputError(
+                "the dense model's classes are not in the order of the data's",
+                found=told,
+                fix="write classes.txt into the data folder: the class folders in the order of the model's outputs",
+            )
+        notes.append(f"the sparse model's classes seem to be in another order: {told}")
+    return tuple(notes)
 
 
-def _count(models: Mapping[str, Classifier], how: Preprocessing, val: Split) -> tuple[dict[str, Tally], bool]:
-    tallies = {name: Tally() for name in models}
-    finite = True
-    for x, labels in track(batches(val, how, _BATCH), "compare", -(-len(val) // _BATCH)):
-        logits = {name: m.logits(x) for name, m in models.items()}
-        finite = finite and all(bool(np.isfinite(v).all()) for v in logits.values())
-        for name, tally in tallies.items():
-            tally.add(logits[name], logits["dense"], labels)
-    return tallies, finite
+def _names(dense: Classifier, sparse: Classifier) -> tuple[str, str]:
+    return dense.output.name, sparse.output.name
 
 
-def _row(name: str, tally: Tally) -> MethodRow:
-    top1, top5 = tally.percent(tally.top1), tally.percent(tally.top5)
-    return MethodRow(name, top1, top5, tally.counts.drop, drop_interval(tally.counts))
-
-
-def _verdict(
-    finite: bool, provenances: Sequence[Provenance | None], sparse: Tally | None, options: CompareOptions
-) -> tuple[str, str | None]:
-    if not finite:
-        return FAIL, "outputs are NaN or infinite"
-    if any(p is not None and not p.trained for p in provenances):
-        return NOT_APPLICABLE, "the weights are random: there is no accuracy to keep"
-    if sparse is None:
-        return NOT_APPLICABLE, "no labelled images: give --data"
-    problems = []
-    if sparse.counts.drop > options.max_top1_drop:
-        problems.append(f"top-1 drops by {sparse.counts.drop:.2f} points; {options.max_top1_drop:g} are allowed")
-    agreement = sparse.percent(sparse.agreeing)
-    if options.min_agreement is not None and agreement < options.min_agreement:
-        problems.append(f"the models agree on {agreement:.2f}% of images; {options.min_agreement:g}% are asked for")
-    return (FAIL, "; ".join(problems)) if problems else (PASS, None)
+def _differ(part: str, name: str, shape: object, other: str, other_shape: object) -> InputError:
+    return InputError(
+        f"the models differ in their {part}s",
+        found=f"{name} has {shape}, {other} has {other_shape}",
+        fix="compare models of the same classes and image size",
+    )

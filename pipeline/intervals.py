@@ -1,8 +1,9 @@
-"""Confidence intervals for paired proportions."""
+"""Paired proportions: intervals of their difference, McNemar's test, and how many images an interval needs."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 _Z95 = 1.959963984540054
@@ -38,6 +39,36 @@ def drop_interval(counts: PairedCounts, z: float = _Z95) -> tuple[float, float]:
     down = (p1 - low1) ** 2 - 2 * phi * (p1 - low1) * (high2 - p2) + (high2 - p2) ** 2
     up = (high1 - p1) ** 2 - 2 * phi * (high1 - p1) * (p2 - low2) + (p2 - low2) ** 2
     return 100 * (difference - math.sqrt(max(down, 0))), 100 * (difference + math.sqrt(max(up, 0)))
+
+
+def mcnemar_p(only_first: int, only_second: int) -> float:
+    """Two-sided p of McNemar's exact test: images that one model alone got right, as tosses of a fair coin."""
+    tosses, fewer = only_first + only_second, min(only_first, only_second)
+    if 2 * fewer >= tosses:
+        return 1.0
+    whole = math.lgamma(tosses + 1) - tosses * math.log(2)
+    tail = math.fsum(math.exp(whole - math.lgamma(k + 1) - math.lgamma(tosses - k + 1)) for k in range(fewer + 1))
+    return min(2 * tail, 1.0)
+
+
+def best_drop_limit(images: int, accuracy: float) -> float:
+    """Upper limit of the drop, in points, when two models of this accuracy in [0, 1] agree on every one of the images."""
+    right = round(accuracy * images)
+    return drop_interval(PairedCounts(right, 0, 0, images - right))[1]
+
+
+def fewest(images_suffice: Callable[[int], bool], most: int = 10**9) -> int | None:
+    """The smallest number of images for which a condition holds that more images can only help; None beyond `most`."""
+    high = 1
+    while not images_suffice(high):
+        if high > most:
+            return None
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if images_suffice(middle) else (middle, high)
+    return high
 
 
 def wilson(successes: int, trials: int, z: float = _Z95) -> tuple[float, float]:

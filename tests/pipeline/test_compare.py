@@ -19,21 +19,20 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
+from scipy.stats import binomtest
 
 from engines.base import Arrays, Classifier
 from engines.ort import OrtEngine
 from exporters.metadata import write_provenance
+from pipeline.answers import ask, fixed_images
 from pipeline.artifacts import ImageSet, Preprocessing, Profile, Provenance, TensorSpec
-from pipeline.compare import CompareOptions, Tally, compare, fidelity, fixed_images, in_top
+from pipeline.compare import CompareOptions, compare, fidelity
 from pipeline.data import Split, identify, open_folder, open_val
 from pipeline.errors import InputError
 from pipeline.intervals import PairedCounts, drop_interval
-from pipeline.reports import FAIL, NOT_APPLICABLE, PASS, ParityReport
+from pipeline.reports import FAIL, NOT_APPLICABLE, PASS, Flips, ParityReport
 
 Array = npt.NDArray[Any]
 
@@ -131,6 +130,18 @@ def test_the_counts_are_exactly_those_known_beforehand(tmp_path: Path) -> None:
     assert report.drop_ci95 == drop_interval(PairedCounts(both, 8, 4, n - both - 12))
     assert report.drop_ci95 is not None
     assert report.drop_ci95[0] < report.top1_drop < report.drop_ci95[1]
+    assert report.flips == Flips(12, 8, 4, 0)
+    assert report.flip_rate == pytest.approx(100 * 12 / n)
+    exact = binomtest(12, n).proportion_ci(0.95, "exact")
+    assert report.flip_rate_ci95 == pytest.approx((100 * exact.low, 100 * exact.high))
+    assert report.mcnemar_p == pytest.approx(binomtest(4, 12).pvalue)
+    drops = {c.name: (c.images, c.drop) for c in report.classes}
+    right = [[int(((said == LABELS) & (c == LABELS)).sum()) for said in (first, second)] for c in range(3)]
+    assert drops == {
+        str(c): (int((c == LABELS).sum()), pytest.approx(100 * (right[c][0] - right[c][1]) / (c == LABELS).sum()))
+        for c in range(3)
+    }
+    assert (report.top5_drop, report.unlabelled_images, report.outputs[0].images) == (0, 0, 46)
     assert report.verdict == FAIL
     assert report.reason == "top-1 drops by 8.70 points; 1 are allowed"
 
@@ -149,6 +160,7 @@ def test_equal_models_drop_nothing_and_pass(tmp_path: Path) -> None:
     report = compared(path, path, pictures(), max_top1_drop=0, min_agreement=100)
     assert (report.verdict, report.reason) == (PASS, None)
     assert (report.top1_drop, report.agreement, report.max_abs_diff) == (0, 100, 0)
+    assert (report.flips, report.flip_rate, report.mcnemar_p) == (Flips(0, 0, 0, 0), 0, 1)
     assert report.cosine_min == pytest.approx(1)
     assert report.drop_ci95 is not None
     assert report.drop_ci95[0] <= 0 <= report.drop_ci95[1]
@@ -223,7 +235,7 @@ def test_one_bad_picture_among_many_fails_though_it_is_not_among_the_fixed_ones(
     colours[hot, 0] = 250
     val = split_of(colours, np.ones(200))
     good, bad = graph_of(tmp_path / "good.onnx", np.zeros(3)), spoilt(tmp_path / "bad.onnx", math.nan, 0.9)
-    report = compared(good, bad, val, max_top1_drop=100)
+    report = compared(good, bad, val, max_top1_drop=100, fixed_images=32)
     # The outputs on the fixed pictures are equal, so the picture is indeed none of these.
     assert report.max_abs_diff == 0
     assert (report.verdict, report.reason) == (FAIL, "outputs are NaN or infinite")
@@ -322,7 +334,7 @@ def test_no_call_takes_more_pictures_than_the_profiles_allow() -> None:
         report = compare(first, second, HOW, [None, None], pictures(), CompareOptions())
     assert (report.verdict, report.images) == (PASS, 46)
     assert max(narrow.batches) == 5
-    assert max(wide.batches) == 46
+    assert wide.batches == [32, 14]
 
 
 def test_the_fixed_pictures_are_the_same_every_time() -> None:
@@ -346,54 +358,96 @@ def test_an_engine_is_faithful_to_itself_and_not_to_another(tmp_path: Path) -> N
     assert apart.max_abs_diff == pytest.approx(0.15, abs=1e-6)
 
 
-# The counting itself.
+# What the models and the data say of themselves.
 
 
-def brute_in_top(row: Array, label: int, k: int) -> bool:
-    """By ranks: how many classes come before the label when NaN comes first; where its own score is NaN, all do."""
-    own = float(row[label])
-    before = [score for score in row.tolist() if math.isnan(score) or math.isnan(own) or score > own]
-    return len(before) < k
+def test_models_of_other_image_sizes_are_refused_and_both_are_listed(tmp_path: Path) -> None:
+    small, large = graph_of(tmp_path / "small.onnx", np.zeros(3)), graph_of(tmp_path / "large.onnx", np.zeros(3))
+    model = onnx.load(large)
+    for axis in (2, 3):
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = 8
+    large.write_bytes(model.SerializeToString())
+    with pytest.raises(InputError, match="differ in their inputs") as caught:
+        compared(small, large, pictures())
+    assert "small.onnx has (None, 3, 4, 4), large.onnx has (None, 3, 8, 8)" in str(caught.value)
 
 
-logit_tables = st.tuples(st.integers(1, 6), st.integers(1, 8)).flatmap(
-    lambda shape: hnp.arrays(
-        np.float32,
-        shape,
-        elements=st.sampled_from([-2.0, -1.0, 0.0, 0.5, 1.0, 3.0, math.nan, math.inf, -math.inf]),
-    )
-)
+def test_outputs_of_other_names_are_matched_by_order_and_it_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dense, sparse = graph_of(tmp_path / "dense.onnx", np.zeros(3)), graph_of(tmp_path / "sparse.onnx", np.zeros(3))
+    model = onnx.load(sparse)
+    model.graph.output[0].name = model.graph.node[-1].output[0] = "scores"
+    sparse.write_bytes(model.SerializeToString())
+    with caplog.at_level("WARNING", logger="pipeline"):
+        report = compared(dense, sparse, pictures(), max_top1_drop=3)
+    assert (report.verdict, report.agreement) == (PASS, 100)
+    assert report.notes == ("the outputs are called 'logits' and 'scores': matched by their order",)
+    assert report.notes[0] in caplog.text
+    assert compared(dense, dense, pictures(), max_top1_drop=3).notes == ()
 
 
-@settings(max_examples=100, deadline=None)
-@given(logits=logit_tables, k=st.integers(1, 6), data=st.data())
-def test_in_top_is_what_ranks_say(logits: Array, k: int, data: st.DataObject) -> None:
-    labels = data.draw(hnp.arrays(np.int64, len(logits), elements=st.integers(0, logits.shape[1] - 1)))
-    expected = [brute_in_top(row, int(label), k) for row, label in zip(logits, labels, strict=True)]
-    assert in_top(logits, labels, k).tolist() == expected
+def many() -> Split:
+    """Each picture four times: enough to be sure."""
+    return split_of(np.repeat(COLOURS, 4, axis=0) * 25, np.repeat(LABELS, 4))
 
 
-@settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), batches=st.integers(1, 4), classes=st.integers(2, 8))
-def test_a_tally_over_batches_is_the_count_over_all(seed: int, batches: int, classes: int) -> None:
-    generator = np.random.default_rng(seed)
-    tally, rows = Tally(), []
-    for _ in range(batches):
-        size = int(generator.integers(1, 6))
-        mine, dense = (generator.integers(0, 4, (size, classes)).astype(np.float32) for _ in range(2))
-        labels = generator.integers(0, classes, size)
-        tally.add(mine, dense, labels)
-        rows += list(zip(mine.tolist(), dense.tolist(), labels.tolist(), strict=True))
-    firsts = [(mine.index(max(mine)), dense.index(max(dense)), label) for mine, dense, label in rows]
-    assert tally.images == len(rows)
-    assert tally.top1 == sum(a == label for a, _, label in firsts)
-    assert tally.agreeing == sum(a == b for a, b, _ in firsts)
-    assert tally.top5 == sum(sum(score > mine[label] for score in mine) < 5 for mine, _, label in rows)
-    counts = tally.counts
-    assert counts.both == sum(a == b == label for a, b, label in firsts)
-    assert counts.only_first == sum(b == label != a for a, b, label in firsts)
-    assert counts.only_second == sum(a == label != b for a, b, label in firsts)
-    assert counts.images == len(rows)
+def turned(path: Path) -> Path:
+    """The plain graph with its classes in the order green, blue, red."""
+    graph_of(path, np.zeros(3), nodes=[helper.make_node("Gather", ["means", "order"], ["logits"], axis=1)])
+    model = onnx.load(path)
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1, 2, 0]), "order"))
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_a_dense_model_with_its_classes_in_another_order_is_refused_though_no_names_tell(tmp_path: Path) -> None:
+    """Both sides are wrong alike, so that they agree and nothing drops: the gate would pass what is never right."""
+    path = turned(tmp_path / "turned.onnx")
+    with pytest.raises(InputError, match="classes are not in the order of the data's") as caught:
+        compared(path, path, many())
+    assert "4.3% right as it is, 82.6% with its classes" in str(caught.value)
+
+
+def test_a_sparse_model_with_its_classes_in_another_order_fails_and_it_is_said(tmp_path: Path) -> None:
+    report = compared(graph_of(tmp_path / "dense.onnx", np.zeros(3)), turned(tmp_path / "turned.onnx"), many())
+    assert report.verdict == FAIL
+    assert any("the sparse model's classes seem to be in another order" in note for note in report.notes)
+
+
+def test_records_whose_labels_differ_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    first, second = Remembering(), Remembering()
+    records = [dataclasses.replace(MADE, labels=labels) for labels in (("r", "g", "b"), ("g", "r", "b"))]
+    with pytest.raises(InputError, match="not in the same order"):
+        compare(Classifier(first, "a"), Classifier(second, "b"), HOW, records, pictures(), CompareOptions())
+    assert first.batches == second.batches == []
+
+
+def test_each_model_runs_once_on_each_image_and_the_dense_one_not_at_all_where_its_answers_are_known() -> None:
+    dense, sparse = Remembering(), Remembering()
+    models = Classifier(dense, "dense"), Classifier(sparse, "sparse")
+    report = compare(*models, HOW, [None, None], pictures(), CompareOptions(max_top1_drop=3))
+    assert (sum(dense.batches), sum(sparse.batches)) == (46, 46)
+    said = ask({"dense": models[0]}, HOW, pictures(), 256)["dense"]
+    dense.batches.clear()
+    again = compare(*models, HOW, [None, None], pictures(), CompareOptions(max_top1_drop=3), dense_answers=said)
+    assert again == report
+    assert dense.batches == []
+
+
+def test_images_without_labels_leave_agreement_and_outputs(tmp_path: Path) -> None:
+    dense, sparse = graph_of(tmp_path / "dense.onnx", np.zeros(3)), graph_of(tmp_path / "sparse.onnx", BIAS)
+    val = split_of(COLOURS * 25, np.full(len(LABELS), -1))
+    report = compared(dense, sparse, val)
+    assert (report.verdict, report.images, report.unlabelled_images) == (NOT_APPLICABLE, 0, 46)
+    assert report.agreement == pytest.approx(100 * 34 / 46)
+    assert report.flips == Flips(12, 0, 0, 0)
+    assert [report.top1_dense, report.top5_sparse, report.top1_drop, report.mcnemar_p, report.classes] == [None] * 4 + [
+        ()
+    ]
+    assert any("no labels" in note for note in report.notes)
+    assert compared(dense, sparse, val, min_agreement=70).verdict == PASS
+    assert compared(dense, sparse, val, min_agreement=80).verdict == FAIL
 
 
 # The command.

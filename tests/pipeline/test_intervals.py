@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from scipy.special import gammaln
 from scipy.stats import binomtest
 
-from pipeline.intervals import PairedCounts, drop_interval, wilson
+from pipeline.intervals import PairedCounts, best_drop_limit, drop_interval, fewest, mcnemar_p, wilson
+from pipeline.stability.flip_rate import clopper_pearson
 
 counts = st.builds(PairedCounts, *[st.integers(0, 60)] * 4).filter(lambda c: c.images > 0)
 
@@ -112,3 +113,64 @@ def test_exact_coverage_is_near_95_percent(cells: tuple[float, ...], n: int) -> 
         covered += chance * (low <= truth <= high)
     assert total == pytest.approx(1)
     assert 0.93 <= covered <= 0.995
+
+
+@pytest.mark.parametrize(
+    ("rates", "n"),
+    [
+        ((0.7, 0.05, 0.05, 0.2), 200),
+        ((0.6, 0.1, 0.02, 0.28), 200),
+        ((0.7, 0.05, 0.05, 0.2), 1000),
+        ((0.9, 0.02, 0.005, 0.075), 2000),
+        ((0.95, 0.004, 0.004, 0.042), 5000),
+    ],
+)
+def test_simulated_coverage_of_the_drop_and_of_the_flip_rate(rates: tuple[float, ...], n: int) -> None:
+    """2,000 drawn data sets each: Newcombe's interval holds the true drop in about 95%, the exact one in no less."""
+    drawn = np.random.default_rng(7).multinomial(n, rates, 2000).tolist()
+    drop, flips = 100 * (rates[1] - rates[2]), rates[1] + rates[2]
+    drops = [drop_interval(PairedCounts(*cells)) for cells in drawn]
+    covered = np.mean([low <= drop <= high for low, high in drops])
+    assert 0.935 <= covered <= 0.985
+    changed = [cells[1] + cells[2] for cells in drawn]
+    limits = {count: clopper_pearson(count, n, 0.95) for count in set(changed)}
+    exact = [limits[count] for count in changed]
+    assert 0.94 <= np.mean([low <= flips <= high for low, high in exact]) <= 0.995
+    # What `--confident` promises is the bad end alone: it is below the truth in at most about 2.5%.
+    assert np.mean([high < drop for _, high in drops]) <= 0.035
+    assert np.mean([high < flips for _, high in exact]) <= 0.035
+
+
+@given(st.integers(0, 400), st.integers(0, 400))
+@settings(max_examples=100, deadline=None)
+def test_mcnemars_test_is_the_exact_test_of_a_fair_coin(lost: int, gained: int) -> None:
+    expected = binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
+    assert mcnemar_p(lost, gained) == pytest.approx(expected, rel=1e-9)
+
+
+def test_mcnemars_test_of_many_images_neither_overflows_nor_takes_long() -> None:
+    assert mcnemar_p(24_800, 25_200) == pytest.approx(binomtest(24_800, 50_000).pvalue, rel=1e-6)
+    assert mcnemar_p(0, 50_000) == 0
+    assert mcnemar_p(50_000, 50_000) == 1
+
+
+def test_the_best_limit_is_that_of_models_that_agree_everywhere() -> None:
+    assert best_drop_limit(200, 0.9) == drop_interval(PairedCounts(180, 0, 0, 20))[1]
+    assert best_drop_limit(20_000, 0.9) < best_drop_limit(200, 0.9) / 10
+
+
+@pytest.mark.parametrize("threshold", [1, 2, 3, 4, 7, 8, 9, 1000, 123_457])
+def test_the_fewest_images_are_found(threshold: int) -> None:
+    asked: list[int] = []
+
+    def suffices(n: int) -> bool:
+        asked.append(n)
+        return n >= threshold
+
+    assert fewest(suffices) == threshold
+    assert len(asked) < 60
+
+
+def test_what_never_suffices_has_no_number() -> None:
+    assert fewest(lambda n: False) is None
+    assert fewest(lambda n: n >= 5000, most=1000) is None

@@ -78,6 +78,11 @@ OTHERS: dict[str, dict[str, tuple[str, Any]]] = {
         "max_top1_drop": ("-0.5", -0.5),
         "min_agreement": ("99", 99.0),
         "fixed_images": ("5", 5),
+        "max_top5_drop": ("0.25", 0.25),
+        "max_flip_rate": ("2", 2.0),
+        "max_class_drop": ("5.0", 5.0),
+        "min_cosine": ("0.99", 0.99),
+        "confident": ("true", True),
     },
     "time": {
         "batches": ("[2, 4, 16]", (2, 4, 16)),

@@ -30,6 +30,7 @@ COMMANDS = (
     "time",
     "inspect",
     "deploy",
+    "stability",
     "probe",
 )
 

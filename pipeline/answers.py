@@ -1,0 +1,125 @@
+"""What models say of the same images, asked once: logits on the fixed ones, first choices on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from engines.base import Classifier
+from pipeline.artifacts import Preprocessing
+from pipeline.data import Split, batches
+from pipeline.progress import track
+
+UNLABELLED = -1
+"""The label of an image that has none."""
+
+_SEED = 20240229
+_BATCH = 32
+
+Batches = Iterable[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one model says. Logits are kept for the fixed images only, so that any number of images fits into memory.
+
+    Attributes:
+        fixed: Logits on the fixed images, (F, classes) float32.
+        first: Highest class of each image, (N,) int32; empty where there are no images but noise.
+        in_top5: Whether fewer than five classes score above the label, (N,) bool; False without a label.
+        finite: Whether every logit was, on all images.
+    """
+
+    fixed: npt.NDArray[np.float32]
+    first: npt.NDArray[np.int32]
+    in_top5: npt.NDArray[np.bool_]
+    finite: bool
+
+
+def ask(
+    models: Mapping[str, Classifier], how: Preprocessing, images: Split | None, fixed_count: int
+) -> dict[str, Answers]:
+    """Run every model once on every image; without images, on noise.
+
+    Args:
+        models: By name.
+        how: Preprocessing of all of them.
+        images: All to be answered; those with the label `UNLABELLED` have no top-5.
+        fixed_count: How many of them are fixed images.
+    """
+    if images is None or not len(images):
+        noise = _noise(how, fixed_count)
+        return answers_of(models, _cut(noise, np.full(len(noise), UNLABELLED)), 0, np.arange(len(noise)))
+    total = -(-len(images) // _BATCH)
+    stream = track(batches(images, how, _BATCH), "compare", total)
+    return answers_of(models, stream, len(images), fixed_positions(images, fixed_count))
+
+
+def answers_of(
+    models: Mapping[str, Classifier], stream: Batches, count: int, fixed: npt.NDArray[np.int64]
+) -> dict[str, Answers]:
+    """As `ask`, from batches of images (N, channels, H, W) and labels (N,).
+
+    Args:
+        models: By name.
+        stream: The batches.
+        count: How many images are answered; those that come after are looked at for the fixed ones only.
+        fixed: Positions of the fixed images in the stream, ascending.
+    """
+    kept: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in models}
+    first = {name: np.empty(count, np.int32) for name in models}
+    in_top5 = {name: np.zeros(count, np.bool_) for name in models}
+    finite = dict.fromkeys(models, True)
+    start = 0
+    for x, labels in stream:
+        rows = fixed[np.searchsorted(fixed, start) : np.searchsorted(fixed, start + len(x))] - start
+        here = slice(start, min(start + len(x), count))
+        size = here.stop - here.start
+        for name, model in models.items():
+            logits = model.logits(x)
+            finite[name] = finite[name] and bool(np.isfinite(logits).all())
+            kept[name].append(logits[rows])
+            if size > 0:
+                first[name][here] = logits[:size].argmax(axis=1)
+                in_top5[name][here] = in_top(logits[:size], labels[:size], 5)
+        start += len(x)
+    return {name: Answers(np.concatenate(kept[name]), first[name], in_top5[name], finite[name]) for name in models}
+
+
+def in_top(logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.bool_]:
+    """Whether fewer than `k` classes score above the label; NaN scores count as above, and no label is in no top."""
+    own = np.take_along_axis(logits, np.maximum(labels, 0)[:, None], axis=1)
+    return np.asarray(((~(logits <= own)).sum(axis=1) < k) & (labels != UNLABELLED))
+
+
+def fixed_positions(images: Split, count: int) -> npt.NDArray[np.int64]:
+    """Where the fixed images lie in a split, ascending: drawn with a fixed seed, all where there are no more."""
+    return np.flatnonzero(np.isin(images.indices, images.first(count, _SEED).indices))
+
+
+def fixed_images(how: Preprocessing, images: Split | None, count: int) -> npt.NDArray[np.float32]:
+    """The same images every time, in the order in which `ask` meets them; without any, normal noise."""
+    if images is None or not len(images):
+        return _noise(how, count)
+    positions = fixed_positions(images, count)
+    return np.concatenate([x for x, _ in batches(images, how, _BATCH, positions)])
+
+
+def logits_of(model: Classifier, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Images (N, channels, H, W) to logits (N, classes), a batch at a time."""
+    return np.concatenate([model.logits(x) for x, _ in _cut(images, np.full(len(images), UNLABELLED))])
+
+
+def _noise(how: Preprocessing, count: int) -> npt.NDArray[np.float32]:
+    shape = (count, how.channels, how.height, how.width)
+    return np.random.default_rng(_SEED).standard_normal(shape, dtype=np.float32)
+
+
+def _cut(
+    images: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]
+) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]]:
+    for start in range(0, len(images), _BATCH):
+        yield images[start : start + _BATCH], labels[start : start + _BATCH]

@@ -1,0 +1,65 @@
+"""The gate's numbers beside those of an earlier report: what has changed since the last release."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import InputError
+from pipeline.files import read_bytes
+from pipeline.reports import DriftRow, ParityReport
+
+_NUMBERS = (
+    "top1_dense",
+    "top1_sparse",
+    "top5_sparse",
+    "top1_drop",
+    "agreement",
+    "flip_rate",
+    "max_abs_diff",
+    "cosine_min",
+)
+
+
+def read_baseline(path: Path) -> Mapping[str, Any]:
+    """An earlier report of `compare`, or the part of the line's report.json that is one.
+
+    Raises:
+        InputError: Neither.
+    """
+    try:
+        found = json.loads(read_bytes(path))
+    except ValueError as error:
+        raise InputError("the baseline is not JSON", where=path, found=error, fix="give a file of --report") from error
+    told = found.get("parity", found) if isinstance(found, dict) else None
+    if not isinstance(told, dict) or not {"verdict", "top1_drop"} <= set(told):
+        raise InputError(
+            "the baseline is no report of compare",
+            where=path,
+            found=sorted(found)[:8] if isinstance(found, dict) else type(found).__name__,
+            fix="give a file that `maskplan compare --report` or the line wrote",
+        )
+    return told
+
+
+def with_drift(report: ParityReport, baseline: Mapping[str, Any]) -> ParityReport:
+    """The report with its numbers beside the baseline's; a number that either lacks has no change."""
+    rows = []
+    for name in _NUMBERS:
+        before, now = _number(baseline.get(name)), _number(getattr(report, name))
+        change = now - before if now is not None and before is not None else None
+        rows.append(DriftRow(name, before, now, change))
+    notes = report.notes
+    then, digest = baseline.get("images"), baseline.get("images_sha256")
+    if then != report.images:
+        notes = (*notes, f"the baseline was measured on {then} labelled images, this report on {report.images}")
+    elif digest is not None and report.images_sha256 is not None and digest != report.images_sha256:
+        notes = (*notes, "the baseline was measured on other images")
+    return replace(report, drift=tuple(rows), notes=notes)
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

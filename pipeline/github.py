@@ -1,0 +1,71 @@
+"""The gate's verdict where GitHub Actions shows it: annotations on stdout, and a table for the job's summary."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pipeline.errors import host_error
+from pipeline.reports import NOT_APPLICABLE, PASS, ParityReport
+
+
+def workflow_commands(report: ParityReport, title: str) -> tuple[str, ...]:
+    """Annotations: an error for each threshold that failed, a warning for each note, and one notice of a pass."""
+    problems = [c.message for c in report.checks if c.passed is False] if report.verdict != NOT_APPLICABLE else []
+    if not report.passed and report.reason is not None and not problems:
+        problems = [report.reason]
+    lines = [_command("error", title, problem) for problem in problems]
+    lines += [_command("warning", title, note) for note in report.notes]
+    if report.passed:
+        lines.append(_command("notice", title, "; ".join(c.message for c in report.checks if c.passed)))
+    return tuple(lines)
+
+
+def summary(report: ParityReport, title: str) -> str:
+    """A Markdown section: the verdict, and a table of the thresholds."""
+    lines = [f"### {_cell(title)}: {report.verdict.replace('_', ' ')}", ""]
+    if report.reason is not None:
+        lines += [_cell(report.reason), ""]
+    lines += ["| threshold | limit | judged | |", "|---|---:|---:|---|"]
+    for check in report.checks:
+        state = {None: "not judged", True: PASS, False: "**fail**"}[check.passed]
+        judged = "" if check.judged is None else f"{check.judged:.6g}"
+        lines.append(f"| {_cell(check.name)} | {check.limit:g} | {judged} | {state} |")
+    if report.drift:
+        lines += ["", "| since the baseline | then | now | change |", "|---|---:|---:|---:|"]
+        for row in report.drift:
+            then, now = ("" if v is None else f"{v:.6g}" for v in (row.before, row.now))
+            change = "" if row.change is None else f"{row.change:+.6g}"
+            lines.append(f"| {_cell(row.name)} | {then} | {now} | {change} |")
+    lines += ["", *(f"* {_cell(note)}" for note in report.notes)]
+    return "\n".join(lines).rstrip() + "\n\n"
+
+
+def append_summary(text: str) -> None:
+    """Add to the job's summary page, where the environment names its file.
+
+    Raises:
+        HostError: It cannot be written.
+    """
+    name = os.environ.get("GITHUB_STEP_SUMMARY")
+    if not name:
+        return
+    try:
+        with Path(name).open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise host_error(error, where=name) from error
+
+
+def _command(kind: str, title: str, text: str) -> str:
+    named = _escaped(title).replace(":", "%3A").replace(",", "%2C")
+    return f"::{kind} title={named}::{_escaped(text)}"
+
+
+def _escaped(text: str) -> str:
+    """What GitHub's own toolkit escapes; the percent sign first, or it would be escaped twice."""
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\r", " ").replace("\n", " ")

@@ -1,0 +1,186 @@
+"""Thresholds to a verdict: every one is held against a number, or against the bad end of that number's interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pipeline.artifacts import Provenance
+from pipeline.intervals import best_drop_limit, fewest
+from pipeline.reports import FAIL, NOT_APPLICABLE, PASS, Check, ParityReport
+from pipeline.stability.flip_rate import clopper_pearson
+
+if TYPE_CHECKING:
+    from pipeline.compare import CompareOptions
+
+_CONFIDENCE = 0.95
+
+Interval = tuple[float, float]
+
+
+def judge(
+    measured: ParityReport, options: CompareOptions, *, finite: bool, provenances: Sequence[Provenance | None]
+) -> ParityReport:
+    """The report with its checks, notes and verdict.
+
+    Outputs that are not finite fail whatever else holds. Random weights have no accuracy to keep. What cannot be judged
+    never passes: without labels, the verdict is that of the thresholds that need none, and there must be one. Outputs on
+    noise, where there are no images, can fail and not pass.
+
+    Args:
+        measured: All numbers; its own verdict is not looked at.
+        options: Thresholds.
+        finite: Whether every output of both models was.
+        provenances: Of both, where known.
+    """
+    checks = _checks(measured, options)
+    notes = (*measured.notes, *_notes(measured, options))
+    verdict, reason = _verdict(measured, checks, finite, provenances)
+    return replace(measured, verdict=verdict, reason=reason, checks=checks, notes=notes, confident=options.confident)
+
+
+def _verdict(
+    measured: ParityReport, checks: Sequence[Check], finite: bool, provenances: Sequence[Provenance | None]
+) -> tuple[str, str | None]:
+    if not finite:
+        return FAIL, "outputs are NaN or infinite"
+    if any(p is not None and not p.trained for p in provenances):
+        return NOT_APPLICABLE, "the weights are random: there is no accuracy to keep"
+    problems = [c.message for c in checks if c.passed is False]
+    if problems:
+        return FAIL, "; ".join(problems)
+    if not (measured.images or measured.unlabelled_images) or not any(c.passed for c in checks):
+        return NOT_APPLICABLE, "no labelled images: give --data"
+    return PASS, None
+
+
+def _checks(found: ParityReport, options: CompareOptions) -> tuple[Check, ...]:
+    checks = [_drop("top1", found, options.max_top1_drop, options.confident)]
+    if options.max_top5_drop is not None:
+        checks.append(_drop("top5", found, options.max_top5_drop, options.confident))
+    if options.min_agreement is not None:
+        checks.append(_agreement(found, options.min_agreement, options.confident))
+    if options.max_flip_rate is not None:
+        checks.append(_flip_rate(found, options.max_flip_rate, options.confident))
+    if options.max_class_drop is not None:
+        checks.append(_class_drop(found, options.max_class_drop))
+    if options.min_cosine is not None:
+        checks.append(_cosine(found, options.min_cosine))
+    return tuple(checks)
+
+
+def _drop(top: str, found: ParityReport, limit: float, confident: bool) -> Check:
+    name, shown = f"max_{top}_drop", top.replace("top", "top-")
+    value, interval, accuracy = (
+        (found.top1_drop, found.drop_ci95, found.top1_dense)
+        if top == "top1"
+        else (found.top5_drop, found.top5_drop_ci95, found.top5_dense)
+    )
+    if value is None or interval is None or accuracy is None:
+        return _unjudged(name, limit, "no labelled images")
+    judged = interval[1] if confident else value
+    message = f"{shown} drops by {value:.2f} points{_at_worst(judged, confident)}; {limit:g} are allowed"
+    if not confident or judged <= limit:
+        return Check(name, limit, value, judged, judged <= limit, message)
+    share = accuracy / 100
+    return _undecided(
+        Check(name, limit, value, judged, False, message),
+        found.images,
+        lambda n: best_drop_limit(n, share) <= limit,
+        f"with {found.images} images, {shown} of equal models could drop by {best_drop_limit(found.images, share):.2f}"
+        f" points (95%); {limit:g} are allowed",
+    )
+
+
+def _agreement(found: ParityReport, limit: float, confident: bool) -> Check:
+    if found.agreement is None or found.flip_rate_ci95 is None:
+        return _unjudged("min_agreement", limit, "no images")
+    value, judged = found.agreement, 100 - found.flip_rate_ci95[1] if confident else found.agreement
+    message = f"the models agree on {value:.2f}% of images{_at_worst(judged, confident)}; {limit:g}% are asked for"
+    check = Check("min_agreement", limit, value, judged, judged >= limit, message)
+    return _undecided_flips(check, found, 100 - limit) if confident and not check.passed else check
+
+
+def _flip_rate(found: ParityReport, limit: float, confident: bool) -> Check:
+    if found.flip_rate is None or found.flip_rate_ci95 is None:
+        return _unjudged("max_flip_rate", limit, "no images")
+    value, judged = found.flip_rate, found.flip_rate_ci95[1] if confident else found.flip_rate
+    message = f"{value:.2f}% of first choices changed{_at_worst(judged, confident)}; {limit:g}% are allowed"
+    check = Check("max_flip_rate", limit, value, judged, judged <= limit, message)
+    return _undecided_flips(check, found, limit) if confident and not check.passed else check
+
+
+def _class_drop(found: ParityReport, limit: float) -> Check:
+    if not found.classes:
+        return _unjudged("max_class_drop", limit, "no labelled images")
+    worst = max(found.classes, key=lambda c: c.drop)
+    over = sum(c.drop > limit for c in found.classes)
+    others = f" ({over} such classes)" if over > 1 else ""
+    message = (
+        f"class {worst.name} drops by {worst.drop:.2f} points on {worst.images} images{others}; {limit:g} are allowed"
+    )
+    return Check("max_class_drop", limit, worst.drop, worst.drop, worst.drop <= limit, message)
+
+
+def _cosine(found: ParityReport, limit: float) -> Check:
+    if found.cosine_min is None:
+        return Check("min_cosine", limit, None, None, False, "the outputs' cosine similarity is not a number")
+    message = f"the outputs' smallest cosine similarity is {found.cosine_min:.6f}; {limit:g} is asked for"
+    return Check("min_cosine", limit, found.cosine_min, found.cosine_min, found.cosine_min >= limit, message)
+
+
+def _at_worst(judged: float, confident: bool) -> str:
+    return f", at worst {judged:.2f} (95%)" if confident else ""
+
+
+def _unjudged(name: str, limit: float, why: str) -> Check:
+    return Check(name, limit, None, None, None, f"not judged: {why}")
+
+
+def _undecided_flips(check: Check, found: ParityReport, limit: float) -> Check:
+    images = found.images + found.unlabelled_images
+
+    def most(n: int) -> float:
+        return 100 * clopper_pearson(0, n, _CONFIDENCE)[1]
+
+    return _undecided(
+        check,
+        images,
+        lambda n: most(n) <= limit,
+        f"with {images} images, none of which changed, {most(images):.2f}% could (95%); {limit:g}% are allowed",
+    )
+
+
+def _undecided(check: Check, images: int, suffices: Callable[[int], bool], story: str) -> Check:
+    """A failed check, told as what it is where even equal models would fail it: too few images."""
+    if suffices(images):
+        return check
+    needed = fewest(suffices)
+    how_many = "no number of images can show less" if needed is None else f"it takes {needed:,}"
+    return replace(check, message=f"too few images to tell: {story}; {how_many}", images_needed=needed)
+
+
+def _notes(found: ParityReport, options: CompareOptions) -> tuple[str, ...]:
+    notes = []
+    if found.unlabelled_images:
+        notes.append(
+            f"{found.unlabelled_images} images have no labels: accuracy is not judged, only agreement and outputs"
+        )
+    if options.confident and options.max_class_drop is not None:
+        notes.append("max_class_drop is held against the drop itself: a class has too few images for an interval")
+    images = found.images + found.unlabelled_images
+    if images and not options.confident:
+        limits = {
+            "max_top1_drop": options.max_top1_drop,
+            "max_top5_drop": options.max_top5_drop,
+            "min_agreement": None if options.min_agreement is None else 100 - options.min_agreement,
+            "max_flip_rate": options.max_flip_rate,
+        }
+        tight = [name for name, limit in limits.items() if limit is not None and 0 < limit < 100 / images]
+        if tight:
+            notes.append(
+                f"one of {images} images is {100 / images:.2f} points, more than {' and '.join(tight)} leaves room for:"
+                " a single image decides"
+            )
+    return tuple(notes)

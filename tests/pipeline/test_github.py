@@ -1,0 +1,89 @@
+"""Annotations and the summary of a GitHub Actions job."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import HostError
+from pipeline.github import append_summary, summary, workflow_commands
+from pipeline.reports import FAIL, NOT_APPLICABLE, PASS, Check, DriftRow, ParityReport
+
+GOOD = Check("max_top1_drop", 1.0, 0.25, 0.25, True, "top-1 drops by 0.25 points; 1 are allowed")
+BAD = Check("min_agreement", 99.0, 98.0, 98.0, False, "the models agree on 98.00% of images; 99% are asked for")
+OPEN = Check("max_class_drop", 5.0, None, None, None, "not judged: no labelled images")
+EMPTY = ParityReport(NOT_APPLICABLE, "no labelled images", 0, None, None, None, None, None, None, None, 0.5, 0.9, 1.0)
+PASSED = replace(EMPTY, verdict=PASS, reason=None, checks=(GOOD,))
+FAILED = replace(EMPTY, verdict=FAIL, reason=BAD.message, checks=(GOOD, BAD, OPEN), notes=("few images",))
+
+
+def test_each_failure_is_an_error_and_each_note_a_warning() -> None:
+    assert workflow_commands(FAILED, "parity of a.onnx") == (
+        "::error title=parity of a.onnx::the models agree on 98.00%25 of images; 99%25 are asked for",
+        "::warning title=parity of a.onnx::few images",
+    )
+
+
+def test_a_pass_is_one_notice() -> None:
+    assert workflow_commands(PASSED, "p") == ("::notice title=p::top-1 drops by 0.25 points; 1 are allowed",)
+
+
+@pytest.mark.parametrize("verdict", [FAIL, NOT_APPLICABLE])
+def test_a_gate_that_no_threshold_failed_but_did_not_pass_is_an_error(verdict: str) -> None:
+    """NaN, or nothing to judge by: the job is red, and says why."""
+    report = replace(EMPTY, verdict=verdict, reason="outputs are NaN or infinite", checks=(GOOD, OPEN))
+    assert workflow_commands(report, "p") == ("::error title=p::outputs are NaN or infinite",)
+
+
+def test_text_cannot_end_an_annotation_or_start_another() -> None:
+    report = replace(FAILED, checks=(replace(BAD, message="100%\n::notice::all is well\r"),), notes=())
+    (line,) = workflow_commands(report, "a,b:c\nd%")
+    assert line == "::error title=a%2Cb%3Ac%0Ad%25::100%25%0A::notice::all is well%0D"
+    assert len(line.splitlines()) == 1
+
+
+def test_the_summary_is_a_table_of_thresholds() -> None:
+    lines = summary(FAILED, "parity of a|b").splitlines()
+    assert lines[0] == "### parity of a\\|b: fail"
+    rows = [line for line in lines if line.startswith("| m")]
+    assert rows == [
+        "| max_top1_drop | 1 | 0.25 | pass |",
+        "| min_agreement | 99 | 98 | **fail** |",
+        "| max_class_drop | 5 |  | not judged |",
+    ]
+    assert "* few images" in lines
+
+
+def test_the_summary_shows_drift_where_there_is_a_baseline() -> None:
+    report = replace(PASSED, drift=(DriftRow("top1_drop", 0.5, 0.25, -0.25), DriftRow("agreement", None, 99.0, None)))
+    text = summary(report, "p")
+    assert "| top1_drop | 0.5 | 0.25 | -0.25 |" in text
+    assert "| agreement |  | 99 |  |" in text
+    assert "baseline" not in summary(PASSED, "p")
+
+
+def test_summaries_follow_each_other_in_the_jobs_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "s.md"))
+    for title in ("one", "two"):
+        append_summary(summary(PASSED, title))
+    text = (tmp_path / "s.md").read_text()
+    assert text.index("### one") < text.index("### two")
+    assert text.count("| threshold |") == 2
+
+
+def test_without_a_job_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for value in (None, ""):
+        monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+        if value is not None:
+            monkeypatch.setenv("GITHUB_STEP_SUMMARY", value)
+        append_summary("text")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_summary_that_cannot_be_written_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path))
+    with pytest.raises(HostError):
+        append_summary("text")

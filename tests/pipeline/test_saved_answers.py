@@ -1,0 +1,129 @@
+"""Answers that are read again are the same, and belong to the same model, images and preprocessing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import safetensors.numpy
+
+from pipeline.answers import Answers
+from pipeline.artifacts import ImageSet, Preprocessing
+from pipeline.data import Split
+from pipeline.errors import InputError
+from pipeline.saved_answers import Question, load_answers, question, save_answers
+
+HOW = Preprocessing(3, 4, 4, 0, "nearest", (0.25,) * 3, (0.5,) * 3)
+SET = ImageSet("val", 4, "7" * 64, ())
+RNG = np.random.default_rng(0)
+SAID = Answers(
+    RNG.normal(size=(3, 5)).astype(np.float32),
+    RNG.integers(0, 5, 4).astype(np.int32),
+    np.array([1, 0, 1, 1], bool),
+    True,
+)
+
+
+@dataclass(frozen=True)
+class Named:
+    names: tuple[str, ...]
+    labels: npt.NDArray[np.int64]
+
+    def name(self, index: int) -> str:
+        return self.names[index]
+
+    def read(self, index: int) -> bytes:
+        raise AssertionError
+
+
+def asked(
+    names: str = "abcd", labels: tuple[int, ...] = (0, 1, 2, 3), order: tuple[int, ...] = (0, 1, 2, 3)
+) -> Question:
+    split = Split("val", Named(tuple(names), np.array(labels)), np.array(order))
+    return question("1" * 64, HOW, split, SET, 3)
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_what_is_read_is_what_was_written(finite: bool, tmp_path: Path) -> None:
+    said = replace(SAID, finite=finite)
+    if not finite:
+        said.fixed[0, 0] = np.nan
+    save_answers(tmp_path / "d", asked(), said)
+    found = load_answers(tmp_path / "d", asked())
+    for name in ("fixed", "first", "in_top5"):
+        mine, theirs = getattr(found, name), getattr(said, name)
+        assert mine.dtype == theirs.dtype
+        assert np.array_equal(mine, theirs, equal_nan=name == "fixed")
+    assert found.finite is finite
+
+
+def test_the_same_answers_are_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_answers(tmp_path / name, asked(), SAID)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (replace(asked(), model_sha256="2" * 64), "the dense model is another file"),
+        (replace(asked(), preprocessing=replace(HOW, mean=(0.0,) * 3)), "images are preprocessed otherwise"),
+        (asked(names="abce"), "the images or their labels are others"),
+        (asked(labels=(0, 1, 3, 2)), "the images or their labels are others"),
+        (asked(order=(1, 0, 2, 3)), "the images or their labels are others"),
+        (question("1" * 64, HOW, None, None, 3), "the images or their labels are others"),
+        (replace(asked(), fixed_images=4), "4 fixed images are asked for, 3 were"),
+    ],
+)
+def test_answers_to_another_question_are_refused(other: Question, told: str, tmp_path: Path) -> None:
+    save_answers(tmp_path / "d", asked(), SAID)
+    with pytest.raises(InputError, match=told):
+        load_answers(tmp_path / "d", other)
+
+
+def test_every_difference_is_told_at_once(tmp_path: Path) -> None:
+    save_answers(tmp_path / "d", asked(), SAID)
+    with pytest.raises(InputError) as caught:
+        load_answers(tmp_path / "d", replace(asked(), model_sha256="2" * 64, fixed_images=9))
+    assert "another file; 9 fixed images" in str(caught.value)
+
+
+def spoilt(**changes: Any) -> bytes:
+    tensors = {"fixed": SAID.fixed, "first": SAID.first, "in_top5": SAID.in_top5} | changes
+    return safetensors.numpy.save({k: v for k, v in tensors.items() if v is not None}, {"maskplan": "{}"})
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"rubbish" * 9, spoilt(), safetensors.numpy.save({"w": SAID.fixed}), spoilt(first=None)]
+)
+def test_what_is_no_such_file_is_one_error(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "d.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        load_answers(path, asked())
+    assert "d.safetensors" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"first": np.zeros(4, np.int64)},
+        {"first": np.zeros(3, np.int32)},
+        {"fixed": np.zeros(5, np.float32)},
+        {"in_top5": np.zeros(4, np.uint8)},
+    ],
+)
+def test_tensors_of_another_shape_or_type_are_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "d"
+    save_answers(path, asked(), SAID)
+    with safetensors.safe_open(path, "np") as file:
+        header = file.metadata()
+    tensors = {"fixed": SAID.fixed, "first": SAID.first, "in_top5": SAID.in_top5} | changes
+    path.write_bytes(safetensors.numpy.save(tensors, header))
+    with pytest.raises(InputError, match="not a file of saved results"):
+        load_answers(path, asked())
