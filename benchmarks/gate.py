@@ -29,12 +29,12 @@ from engines.base import Classifier
 from engines.ort import OrtEngine
 from exporters.onnx_export import ExportOptions, export_onnx
 from exporters.prune import prune_onnx
-from pipeline.answers import answers_of, fixed_positions
 from pipeline.artifacts import Pattern, Preprocessing
 from pipeline.checkpoint import ModelOptions, open_checkpoint
 from pipeline.compare import CompareOptions, compare, parity
 from pipeline.data import Split, batches, identify
 from pipeline.files import write_json
+from pipeline.parity.answers import answers_of, fixed_positions
 from pipeline.report import versions
 from pipeline.timing import cpu_name
 

@@ -10,18 +10,18 @@ import numpy as np
 import numpy.typing as npt
 
 from engines.base import Classifier
-from pipeline.answers import UNLABELLED, Answers, ask, fixed_images, logits_of
 from pipeline.artifacts import Preprocessing, Provenance
 from pipeline.bounds import at_least
-from pipeline.class_order import class_names, looks_reordered, require_one_order
-from pipeline.closeness import closeness
 from pipeline.data import Split
 from pipeline.errors import InputError
 from pipeline.intervals import PairedCounts, drop_interval, mcnemar_p
+from pipeline.parity.answers import UNLABELLED, Answers, ask, fixed_images, logits_of
+from pipeline.parity.class_order import class_names, looks_reordered, require_one_order
+from pipeline.parity.closeness import closeness
+from pipeline.parity.tally import Tally, tally
+from pipeline.parity.verdict import judge
 from pipeline.reports import NOT_APPLICABLE, Fidelity, MethodRow, ParityReport
 from pipeline.stability.flip_rate import clopper_pearson
-from pipeline.tally import Tally, tally
-from pipeline.verdict import judge
 
 _LOG = logging.getLogger(__name__)
 _DENSE = "dense"

@@ -27,6 +27,9 @@ from pipeline.reports import Fidelity, ParityReport, TimingReport
 from pipeline.stages import Images, Job, row_of
 from pipeline.timing import time_engines
 
+# Images on which an engine is held against its own ONNX file, and noise on which random weights are compared.
+_FIDELITY_IMAGES, _NOISE_IMAGES = 32, 32
+
 # Stages that build the same sparse engine: as the line's own, and as one of two of which one will be kept.
 _BUILD, _BUILD_CANDIDATE = "build-sparse", "build-candidate"
 
@@ -123,6 +126,8 @@ def judge(
     # Labelled images say nothing about random weights.
     val = images.data.val if images is not None and made.trained else None
     options = job.recipe.compare
+    if val is None:
+        options = replace(options, fixed_images=min(options.fixed_images, _NOISE_IMAGES))
 
     def work() -> Compared:
         with contextlib.ExitStack() as stack:
@@ -141,7 +146,8 @@ def judge(
                 sparse_name=row_of(made, own_onnx.precision),
             )
             reference = stack.enter_context(Classifier(OrtEngine(own_onnx.path, optimised=False), "its ONNX file"))
-            return Compared(parity, fidelity(sparse_model, reference, made.preprocessing, val, options.fixed_images))
+            count = min(options.fixed_images, _FIDELITY_IMAGES)
+            return Compared(parity, fidelity(sparse_model, reference, made.preprocessing, val, count))
 
     inputs = {
         "engines": [_identity(e) for e in (engines.dense, engines.sparse)],

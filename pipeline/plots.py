@@ -17,7 +17,8 @@ from xml.etree import ElementTree
 
 from pipeline.artifacts import MaskSet
 from pipeline.masking.statistics import GroupStatistics
-from pipeline.reports import ClassDrop, DepthReport, Latency, MethodRow, TimingReport
+from pipeline.parity.depth import DepthReport
+from pipeline.reports import ClassDrop, Latency, MethodRow, TimingReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,18 +15,11 @@ from pipeline import __version__
 from pipeline.artifacts import EngineFile, MaskSet, Provenance
 from pipeline.files import write_atomically, write_json
 from pipeline.masking.statistics import MaskStatistics
+from pipeline.parity.depth import DepthReport
 from pipeline.permutation.record import Permuted
 from pipeline.recipe import Recipe
 from pipeline.records import encode
-from pipeline.reports import (
-    CalibrationReport,
-    ConformanceReport,
-    DepthReport,
-    Fidelity,
-    ParityReport,
-    Refinement,
-    TimingReport,
-)
+from pipeline.reports import CalibrationReport, ConformanceReport, Fidelity, ParityReport, Refinement, TimingReport
 
 SCHEMA = 1
 

@@ -14,11 +14,12 @@ from engines.build import ONNXRUNTIME
 from engines.evidence import DENSE, SPARSE, UNKNOWN, totals
 from pipeline import plots
 from pipeline.artifacts import LayerSparsity
+from pipeline.parity.depth import LayerDifference
 from pipeline.permutation.record import AS_GIVEN, FIXED, MOVED, UNREAD
 from pipeline.recipe import Recipe
 from pipeline.records import encode
 from pipeline.report import RunReport
-from pipeline.reports import CONFORMING, BatchTiming, LayerDifference, WeightVerdict
+from pipeline.reports import CONFORMING, BatchTiming, WeightVerdict
 
 FASTER, SLOWER, NO_DIFFERENCE = "faster", "slower", "no difference"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engines.build import TENSORRT, choose_backend
-from pipeline import engine_stages, stages
+from pipeline import engine_stages, report_stages, stages
 from pipeline.artifacts import FP16, FP32, INT8, Checkpoint, Deployment, EngineFile, MaskSet, OnnxModel
 from pipeline.bundled.digits import load_digits
 from pipeline.checkpoint import ModelOptions
@@ -132,11 +132,11 @@ def run(options: LineOptions) -> Finished:
             refine=refinement,
             permutation=reordered.permuted,
             permutation_reason=reordered.reason,
-            depth=stages.depth(job, reference, kept.models.fp32, images),
-            mask_statistics=stages.statistics(job, start, kept.masks),
+            depth=report_stages.depth(job, reference, kept.models.fp32, images),
+            mask_statistics=report_stages.statistics(job, start, kept.masks),
             command=options.command,
         )
-        files = stages.report(job, found)
+        files = report_stages.report(job, found)
         reused = tuple(ws.reused)
     deployment = None
     if options.repository is not None and found.parity.verdict != FAIL:

@@ -10,33 +10,26 @@ from pathlib import Path
 from calibration.calibrate import CalibrationImages, calibrate
 from exporters.conformance import CheckOptions, check_2to4
 from exporters.onnx_export import export_onnx
-from pipeline.answers import fixed_images
 from pipeline.artifacts import FP16, FP32, INT8, Checkpoint, ImageSet, MaskSet, OnnxModel, Provenance
 from pipeline.bake import bake
-from pipeline.bisect import BisectOptions, bisect
 from pipeline.checkpoint import ModelOptions, load_checkpoint, module_of, weights_file
 from pipeline.data import Dataset, ImageFiles, identify, listing_sha256, require_disjoint
 from pipeline.errors import InputError
 from pipeline.files import read_bytes, sha256_of, write_atomically
 from pipeline.learning.recipes import LearnFiles
 from pipeline.mask import MAGNITUDE, choose_masks, given_masks, looks_at_images, policy_of
-from pipeline.masking.maskset import leave_out, load_masks
+from pipeline.masking.maskset import leave_out
 from pipeline.masking.patterns import parse_pattern
-from pipeline.masking.statistics import MaskStatistics, mask_statistics
 from pipeline.models import model_identity
 from pipeline.permutation.record import Permuted
 from pipeline.recalibrate import recalibrate
 from pipeline.recipe import Recipe
-from pipeline.records import encode
 from pipeline.refine import RAN_DENSE
-from pipeline.report import ReportFiles, RunReport, write_report
-from pipeline.reports import CalibrationReport, ConformanceReport, DepthReport
-from pipeline.weights import read_weights
+from pipeline.reports import CalibrationReport, ConformanceReport
 from pipeline.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
-_DEPTH_IMAGES = 16
 _STATE, _LOG = "learning.safetensors", "learning"
 
 
@@ -355,46 +348,4 @@ def export_aside(job: Job, checkpoint: Checkpoint, name: str) -> OnnxModel:
         OnnxModel,
         {"checkpoint": checkpoint.sha256, "options": job.recipe.export},
         lambda: export_onnx(module_of(job.model, checkpoint), checkpoint.provenance, job.recipe.export, paths)[0],
-    )
-
-
-def depth(job: Job, dense: OnnxModel, sparse: OnnxModel, images: Images | None) -> DepthReport:
-    """How far each layer of the sparse model departs from the dense one, on a few of the fixed images."""
-    assert sparse.provenance is not None  # our own export
-    made = sparse.provenance
-    val = images.data.val if images is not None and made.trained else None
-    count = min(job.recipe.compare.fixed_images, _DEPTH_IMAGES)
-
-    def work() -> DepthReport:
-        return bisect(dense.path, sparse.path, fixed_images(made.preprocessing, val, count), BisectOptions())
-
-    inputs = {
-        "onnx": [dense.sha256, sparse.sha256],
-        "val": images.sets.val.sha256 if images and val else None,
-        "count": count,
-    }
-    return job.ws.stage("depth", DepthReport, inputs, work)
-
-
-def statistics(job: Job, checkpoint: Checkpoint, masks: MaskSet) -> MaskStatistics:
-    """Patterns of the masks' groups, beside magnitude masks of the weights that they were chosen for."""
-
-    def work() -> MaskStatistics:
-        chosen = load_masks(masks.path)
-        stored = read_weights(checkpoint.path)
-        weights = {name: stored[name].float().numpy() for name in chosen}
-        return mask_statistics(chosen, weights, masks.pattern, masks.layout)
-
-    return job.ws.stage("statistics", MaskStatistics, {"checkpoint": checkpoint.sha256, "masks": masks.sha256}, work)
-
-
-def report(job: Job, found: RunReport) -> ReportFiles:
-    """report.json and report.html."""
-    # Another command that comes to the same does not make it anew.
-    values = encode(replace(found, command=""), job.ws.folder)
-    return job.ws.stage(
-        "report",
-        ReportFiles,
-        {"report": values},
-        lambda: write_report(found, job.ws.path("report.json"), job.ws.path("report.html")),
     )

@@ -116,7 +116,7 @@ def calibration_images(
     from pipeline.data import open_folder
     from pipeline.errors import InputError
     from pipeline.models import BUNDLED
-    from pipeline.sides import open_side, shared_preprocessing
+    from pipeline.parity.sides import open_side, shared_preprocessing
 
     with open_side(model) as side:
         prepared = shared_preprocessing([side], mean, std)

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from pipeline.artifacts import ImageSet, Preprocessing
     from pipeline.compare import CompareOptions
     from pipeline.data import Split
-    from pipeline.reports import DepthReport, ParityReport
-    from pipeline.sides import Side
+    from pipeline.parity.depth import DepthReport
+    from pipeline.parity.sides import Side
+from pipeline.reports import ParityReport
 
 _THRESHOLDS, _FOREIGN, _RESULTS, _WHERE = "Thresholds", "Foreign ONNX files", "Results", "Where they differ"
 _BISECT_IMAGES = 32
@@ -137,10 +138,10 @@ def compare(
 
     On images without labels the thresholds that need none decide, if any is given; by default none is.
     """
-    from pipeline.answers import fixed_images as images_of
     from pipeline.data import identify, require_disjoint
-    from pipeline.drift import read_baseline, with_drift
-    from pipeline.sides import open_side, shared_preprocessing
+    from pipeline.parity.answers import fixed_images as images_of
+    from pipeline.parity.drift import read_baseline, with_drift
+    from pipeline.parity.sides import open_side, shared_preprocessing
 
     if bisect_tolerance is not None or plot is not None:
         _require_bisect(bisect)
@@ -160,7 +161,7 @@ def compare(
         sides = [stack.enter_context(open_side(path)) for path in (dense, sparse)]
         how = shared_preprocessing(sides, mean, std)
         if print_polygraphy:
-            from pipeline.print_polygraphy import polygraphy_command
+            from pipeline.parity.print_polygraphy import polygraphy_command
 
             print(polygraphy_command(dense, sparse, (how.channels, how.height, how.width)))
             return
@@ -199,7 +200,7 @@ def _images(data: Path | None, sides: list[Side]) -> Split | None:
     from pipeline.bundled.digits import load_digits
     from pipeline.data import open_val
     from pipeline.models import BUNDLED
-    from pipeline.unlabelled import open_unlabelled
+    from pipeline.parity.unlabelled import open_unlabelled
 
     known = next((s.provenance for s in reversed(sides) if s.provenance), None)
     if data is not None:
@@ -222,11 +223,11 @@ def _gate(
     """The verdict; the dense side is run, or what it answered before is read."""
     from dataclasses import replace
 
-    from pipeline.answers import ask
     from pipeline.compare import compare as compare_stage
     from pipeline.compare import require_comparable
     from pipeline.files import sha256_of
-    from pipeline.saved_answers import load_answers, question, save_answers
+    from pipeline.parity.answers import ask
+    from pipeline.parity.saved_answers import load_answers, question, save_answers
 
     reference, other = (side.classifier for side in sides)
     require_comparable(reference, other)
@@ -250,8 +251,8 @@ def _require_bisect(bisect: bool) -> None:
 
 
 def _bisect(dense: Path, sparse: Path, images: npt.NDArray[np.float32], tolerance: float | None) -> DepthReport:
-    from pipeline.bisect import BisectOptions
-    from pipeline.bisect import bisect as bisect_stage
+    from pipeline.parity.bisect import BisectOptions
+    from pipeline.parity.bisect import bisect as bisect_stage
 
     return bisect_stage(dense, sparse, images, BisectOptions() if tolerance is None else BisectOptions(tolerance))
 
@@ -286,7 +287,7 @@ def _tell(
         write_atomically(junit, parity_junit(verdict, str(sparse)))
     _show(verdict)
     if github if github is not None else os.environ.get("GITHUB_ACTIONS") == "true":
-        from pipeline.github import append_summary, summary, workflow_commands
+        from pipeline.parity.github import append_summary, summary, workflow_commands
 
         print("\n".join(workflow_commands(verdict, title)))
         append_summary(summary(verdict, title))

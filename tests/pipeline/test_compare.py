@@ -26,12 +26,12 @@ from scipy.stats import binomtest
 from engines.base import Arrays, Classifier
 from engines.ort import OrtEngine
 from exporters.metadata import write_provenance
-from pipeline.answers import ask, fixed_images
 from pipeline.artifacts import ImageSet, Preprocessing, Profile, Provenance, TensorSpec
 from pipeline.compare import CompareOptions, compare, fidelity
 from pipeline.data import Split, identify, open_folder, open_val
 from pipeline.errors import InputError
 from pipeline.intervals import PairedCounts, drop_interval
+from pipeline.parity.answers import ask, fixed_images
 from pipeline.reports import FAIL, NOT_APPLICABLE, PASS, Flips, ParityReport
 
 Array = npt.NDArray[Any]

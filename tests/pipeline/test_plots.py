@@ -13,7 +13,8 @@ import pytest
 from pipeline import plots
 from pipeline.artifacts import MaskedLayer, MaskSet, Pattern
 from pipeline.masking.statistics import GroupStatistics, PatternCount
-from pipeline.reports import BatchTiming, ClassDrop, DepthReport, Latency, LayerDifference, MethodRow, TimingReport
+from pipeline.parity.depth import DepthReport, LayerDifference
+from pipeline.reports import BatchTiming, ClassDrop, Latency, MethodRow, TimingReport
 
 SVG = "{http://www.w3.org/2000/svg}"
 ROWS = (

@@ -36,20 +36,11 @@ from pipeline.artifacts import (
 from pipeline.bundled.digits import load_digits
 from pipeline.data import batches
 from pipeline.masking.statistics import mask_statistics
+from pipeline.parity.depth import DepthReport, LayerDifference
 from pipeline.permutation.record import ChannelGroup, Permutation, Permuted
 from pipeline.recipe import Recipe
 from pipeline.report import RunReport, as_typed, report_values, weighted_mean, write_report
-from pipeline.reports import (
-    PASS,
-    BatchTiming,
-    ConformanceReport,
-    DepthReport,
-    Fidelity,
-    Latency,
-    LayerDifference,
-    ParityReport,
-    TimingReport,
-)
+from pipeline.reports import PASS, BatchTiming, ConformanceReport, Fidelity, Latency, ParityReport, TimingReport
 
 # From the design's section on report.json, word for word.
 CONFORMANCE = "verdict eligible conforming violating dense_by_choice ineligible weights"

@@ -31,6 +31,7 @@ from pipeline.artifacts import (
     Provenance,
 )
 from pipeline.masking.statistics import GroupStatistics, LayerStatistics, MaskStatistics, PatternCount
+from pipeline.parity.depth import DepthReport, LayerDifference
 from pipeline.permutation.record import ChannelGroup, Permutation, Permuted
 from pipeline.recipe import Recipe
 from pipeline.report import RunReport, report_values
@@ -40,12 +41,10 @@ from pipeline.reports import (
     Check,
     ClassDrop,
     ConformanceReport,
-    DepthReport,
     Fidelity,
     Flips,
     GpuClocks,
     Latency,
-    LayerDifference,
     MethodRow,
     ParityReport,
     TimingReport,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.drift import read_baseline, with_drift
 from pipeline.errors import InputError
 from pipeline.files import write_json
+from pipeline.parity.drift import read_baseline, with_drift
 from pipeline.records import decode, encode
 from pipeline.reports import DriftRow, ParityReport
 

@@ -15,11 +15,11 @@ import numpy.typing as npt
 from pipeline.artifacts import TensorSpec
 from pipeline.bounds import at_least
 from pipeline.errors import InputError
-from pipeline.intermediates import Intermediates
-from pipeline.onnx_side import onnx_of
+from pipeline.parity.depth import DepthReport, LayerDifference
+from pipeline.parity.intermediates import Intermediates
+from pipeline.parity.onnx_side import onnx_of
+from pipeline.parity.same_layers import GraphLayer, computed_tensors, layers_of, same_layers
 from pipeline.progress import track
-from pipeline.reports import DepthReport, LayerDifference
-from pipeline.same_layers import GraphLayer, computed_tensors, layers_of, same_layers
 
 _Array = npt.NDArray[Any]
 _Pair = tuple[GraphLayer, TensorSpec, TensorSpec]

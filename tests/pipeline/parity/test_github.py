@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import HostError
-from pipeline.github import append_summary, summary, workflow_commands
+from pipeline.parity.github import append_summary, summary, workflow_commands
 from pipeline.reports import FAIL, NOT_APPLICABLE, PASS, Check, DriftRow, ParityReport
 
 GOOD = Check("max_top1_drop", 1.0, 0.25, 0.25, True, "top-1 drops by 0.25 points; 1 are allowed")

@@ -14,9 +14,18 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from engines.base import Arrays, Classifier
-from pipeline.answers import UNLABELLED, Batches, answers_of, ask, fixed_images, fixed_positions, in_top, logits_of
 from pipeline.artifacts import Preprocessing, TensorSpec
 from pipeline.data import Split
+from pipeline.parity.answers import (
+    UNLABELLED,
+    Batches,
+    answers_of,
+    ask,
+    fixed_images,
+    fixed_positions,
+    in_top,
+    logits_of,
+)
 
 Array = npt.NDArray[Any]
 

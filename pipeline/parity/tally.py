@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.answers import UNLABELLED, Answers
 from pipeline.intervals import PairedCounts
+from pipeline.parity.answers import UNLABELLED, Answers
 from pipeline.reports import ClassDrop, Flips
 
 

@@ -22,7 +22,7 @@ from exporters.metadata import describe_onnx, write_provenance
 from pipeline.artifacts import Preprocessing, Provenance, TensorSpec
 from pipeline.checkpoint import ModelOptions, load_checkpoint, open_checkpoint
 from pipeline.errors import InputError
-from pipeline.sides import Side, open_side, shared_preprocessing
+from pipeline.parity.sides import Side, open_side, shared_preprocessing
 
 Array = npt.NDArray[Any]
 

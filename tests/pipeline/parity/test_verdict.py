@@ -13,8 +13,8 @@ from pipeline.artifacts import Preprocessing, Provenance
 from pipeline.compare import CompareOptions
 from pipeline.errors import InputError
 from pipeline.intervals import PairedCounts, drop_interval
+from pipeline.parity.verdict import judge
 from pipeline.reports import FAIL, NOT_APPLICABLE, PASS, Check, ClassDrop, Flips, ParityReport
-from pipeline.verdict import judge
 
 HOW = Preprocessing(3, 4, 4, 0, "nearest", (0.0,) * 3, (1.0,) * 3)
 MADE = Provenance("net", True, "test", "0" * 64, 4, (), HOW)

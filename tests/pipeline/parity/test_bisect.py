@@ -23,12 +23,12 @@ from exporters.metadata import describe_onnx
 from exporters.onnx_export import ExportOptions, export_onnx
 from exporters.precision import to_fp16
 from pipeline.artifacts import EngineFile
-from pipeline.bisect import BisectOptions, bisect
 from pipeline.checkpoint import ModelOptions, load_checkpoint, module_of
 from pipeline.errors import InputError
 from pipeline.files import sha256_of
-from pipeline.intermediates import Intermediates
-from pipeline.reports import DepthReport, LayerDifference
+from pipeline.parity.bisect import BisectOptions, bisect
+from pipeline.parity.depth import DepthReport, LayerDifference
+from pipeline.parity.intermediates import Intermediates
 
 Array = npt.NDArray[Any]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.answers import UNLABELLED
 from pipeline.data import ImageFiles, Split
+from pipeline.parity.answers import UNLABELLED
 
 
 def open_unlabelled(folder: Path) -> Split | None:

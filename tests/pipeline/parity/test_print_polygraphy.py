@@ -22,7 +22,7 @@ from pipeline.artifacts import EngineFile
 from pipeline.checkpoint import ModelOptions, load_checkpoint
 from pipeline.errors import InputError
 from pipeline.files import sha256_of
-from pipeline.print_polygraphy import OUTPUTS, polygraphy_command
+from pipeline.parity.print_polygraphy import OUTPUTS, polygraphy_command
 
 SHAPE = (3, 8, 8)
 

@@ -11,11 +11,11 @@ import numpy.typing as npt
 import pytest
 import safetensors.numpy
 
-from pipeline.answers import Answers
 from pipeline.artifacts import ImageSet, Preprocessing
 from pipeline.data import Split
 from pipeline.errors import InputError
-from pipeline.saved_answers import Question, load_answers, question, save_answers
+from pipeline.parity.answers import Answers
+from pipeline.parity.saved_answers import Question, load_answers, question, save_answers
 
 HOW = Preprocessing(3, 4, 4, 0, "nearest", (0.25,) * 3, (0.5,) * 3)
 SET = ImageSet("val", 4, "7" * 64, ())

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.answers import Answers
 from pipeline.artifacts import ImageSet, Preprocessing
 from pipeline.data import Split
 from pipeline.errors import InputError
 from pipeline.files import readable, write_atomically
+from pipeline.parity.answers import Answers
 from pipeline.records import decode, encode
 from pipeline.weights import METADATA_KEY
 

@@ -10,10 +10,10 @@ import numpy.typing as npt
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.answers import UNLABELLED, Answers
 from pipeline.intervals import PairedCounts
+from pipeline.parity.answers import UNLABELLED, Answers
+from pipeline.parity.tally import tally
 from pipeline.reports import ClassDrop, Flips
-from pipeline.tally import tally
 
 Array = npt.NDArray[Any]
 
