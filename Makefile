@@ -41,8 +41,8 @@ engine: .venv/.ready ## Checkpoint to engine: MODEL= WEIGHTS= DATA= MASKS= PERMU
 	  $(if $(MASKS),--masks $(MASKS)) $(if $(PERMUTE),--permute) $(if $(PRECISION),--precision $(PRECISION)) \
 	  $(if $(BACKEND),--backend $(BACKEND)) $(if $(OUT),--out $(OUT))
 
-parity: .venv/.ready ## Compare the engines of MODEL= once more, over DATA=; fails when accuracy is not kept
-	$(BIN)/maskplan compare $(DENSE_ENGINE) $(ENGINE) $(if $(DATA),--data $(DATA))
+parity: .venv/.ready ## Compare the engines of MODEL= once more, over DATA=, by ARGS="--confident ..."; fails when accuracy is not kept
+	$(BIN)/maskplan compare $(DENSE_ENGINE) $(ENGINE) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 deploy: .venv/.ready ## Add the engine of MODEL= to the Triton model repository REPOSITORY=
 	$(BIN)/maskplan deploy $(ENGINE) --repository $(REPOSITORY)
@@ -59,7 +59,7 @@ lint: .venv/.ready ## Style and types
 	$(BIN)/mypy
 
 bench: .venv/.ready ## The benchmarks that need no data of yours; they write JSON beside their scripts
-	for name in line conformance mask_step mask_search transposable permute_networks norms; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in line conformance mask_step mask_search transposable permute_networks norms gate; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean: ## Remove what the line wrote
 	rm -rf build
