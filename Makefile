@@ -2,7 +2,7 @@
 MODEL ?= digits_resnet
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 BIN := .venv/bin
-REPOSITORY ?= build/models
+REPOSITORY ?= models
 # As the command names it: timm/x in timm_x, nets/mine.py:build in mine_build.
 NAME = $(if $(findstring .py:,$(MODEL)),$(notdir $(subst .py:,_,$(MODEL))),$(subst /,_,$(MODEL)))
 DIR = $(or $(OUT),build/$(NAME))

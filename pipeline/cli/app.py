@@ -39,10 +39,21 @@ for module in (line, checkpoints, permute, convert, gates, compare, calibrate, e
     module.register(app)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from pipeline import __version__
+
+        print(f"maskplan {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def common(
     verbose: bool = typer.Option(False, "--verbose", "-v", help="Say more on stderr."),
     quiet: bool = typer.Option(False, "--quiet", "-q", help="Only warnings and errors on stderr."),
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and end.", is_eager=True, callback=_print_version
+    ),
 ) -> None:
     """Options of every command."""
     level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,11 @@ def examples(page: str) -> list[list[str]]:
     """Commands in the part of a help page that gives examples."""
     _, _, after = page.partition("Example")
     return [shlex.split(line)[1:] for line in map(str.strip, after.splitlines()) if line.startswith("maskplan ")]
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"maskplan {metadata.version('maskplan')}\n"
 
 
 def test_help_needs_none_of_the_heavy_libraries(helped: dict[str, Any]) -> None:
