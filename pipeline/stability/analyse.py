@@ -1,0 +1,400 @@
+"""The stability stage: a network, masks and held-out images to bounds, certificates and a flip rate."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.artifacts import ImageSet, Preprocessing, Provenance
+from pipeline.bounds import at_least
+from pipeline.data import Split, batches
+from pipeline.errors import InputError, listed
+from pipeline.progress import track
+from pipeline.stability.bounds import (
+    Floats,
+    Pair,
+    Seen,
+    change_bounds,
+    difference_norms,
+    largest_image,
+    look,
+    pair_of,
+    worst_case,
+)
+from pipeline.stability.certify import Bools, Certificates, Tail, certify, tails
+from pipeline.stability.flip_rate import flip_rate_limit, quantile_limit
+from pipeline.stability.network import Network, affine_maps, read_network
+from pipeline.stability.probabilities import spread_limit, total_variation_limit
+from pipeline.stability.record import (
+    FlipRate,
+    LayerNorms,
+    PairReport,
+    Quantiles,
+    Regime,
+    Share,
+    StabilityReport,
+    UpdateBall,
+    UpdateReport,
+    WorstCase,
+    percent,
+    quantiles,
+    regime_name,
+    tightness,
+    verdict_of,
+)
+from pipeline.stability.updates import Ball, ball_of, keeps_class, largest_radius
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+log = logging.getLogger(__name__)
+
+State = Mapping[str, "torch.Tensor"]
+
+_ARITHMETIC = "float64"
+_QUANTILE = 0.95
+
+
+@dataclass(frozen=True)
+class StabilityOptions:
+    """How to look.
+
+    Attributes:
+        images: Held-out images, drawn with the seed; all of them where there are no more.
+        confidence: Of the statistical certificate.
+        radii: Relative sizes of updates for which shares are told.
+        batch: Images at a time; None for as many as fit well.
+        seed: Which images.
+    """
+
+    images: int = 1000
+    confidence: float = 0.95
+    radii: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2)
+    batch: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(1, images=self.images, batch=self.batch)
+        at_least(0, seed=self.seed)
+        if not 0 < self.confidence < 1:
+            raise InputError(f"confidence is {self.confidence}", fix="give a number between 0 and 1, such as 0.95")
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """State dicts of one architecture.
+
+    Attributes:
+        dense: Before masking.
+        masked: After it.
+        updated: Newer weights, dense.
+        updated_masked: The same masked.
+    """
+
+    dense: State
+    masked: State
+    updated: State | None = None
+    updated_masked: State | None = None
+
+
+def analyse(
+    module: nn.Module,
+    provenance: Provenance,
+    weights: Weights,
+    method: str,
+    val: Split,
+    known: ImageSet,
+    options: StabilityOptions,
+) -> StabilityReport:
+    """Bound and measure what masking, and an update, do to a network's outputs.
+
+    Args:
+        module: The architecture; its own weights are not looked at.
+        provenance: Of the masked weights.
+        weights: What to compare.
+        method: How the masks were chosen.
+        val: Held-out images, which shaped none of the weights and masks.
+        known: Their digests.
+        options: How many of them, and what to tell.
+
+    Raises:
+        InputError: The bounds do not cover the model, or there are no images.
+    """
+    how = provenance.preprocessing
+    if not len(val):
+        raise InputError("there are no held-out images", fix="give --data DIR with images in val/")
+    network = read_network(module, how)
+    ends = tails(network)
+    if not network.layers:
+        raise InputError("the model has no layer with weights", where=provenance.model)
+    dense, masked = affine_maps(network, weights.dense), affine_maps(network, weights.masked)
+    pair = pair_of(network, dense, masked)
+    differences = difference_norms(network, dense, masked)
+    frobenius = {i: affine.frobenius for i, affine in dense.items()}
+    balls = [
+        (end, ball_of(network, masked, pair.second_norms, frobenius, [i for i in network.layers if i > end.start]))
+        for end in _reported(ends)
+    ]
+    masking = _Tally("dense against masked", ends)
+    held = [_Held(end, ball, options.radii) for end, ball in balls]
+    update = None if weights.updated is None else _Update.of(pair, weights, ends)
+    margins = []
+    split = val.first(options.images, options.seed)
+    for images in _batches(split, how, options):
+        seen = look(pair, images)
+        masking.add(pair, seen)
+        for each in held:
+            each.add(seen)
+        margins.append(_margin(seen.logits_first))
+        if update is not None:
+            update.add(seen, images)
+    worst = worst_case(pair, differences, largest_image(how))
+    report, updates = masking.report(), tuple(each.report(ends) for each in held)
+    return StabilityReport(
+        model=provenance.model,
+        trained=provenance.trained,
+        method=method,
+        recalibrated_images=provenance.recalibrated_images,
+        arithmetic=_ARITHMETIC,
+        images=known,
+        layers=tuple(
+            LayerNorms(network.nodes[i].name, pair.first_norms[i], pair.second_norms[i], differences[i])
+            for i in network.layers
+        ),
+        masking=report,
+        worst_case=_worst(worst.radius, float(worst.changes[-1]), report, np.concatenate(margins)),
+        balls=updates,
+        update=None if update is None else update.report(),
+        flip_rate=_flip_rate(masking, options.confidence),
+        verdict=verdict_of(report, updates),
+    )
+
+
+def under_masks(
+    module: nn.Module, masks: Mapping[str, np.ndarray], statistics_of: State | None
+) -> dict[str, torch.Tensor]:
+    """A module's weights under masks, with its own statistics or, as an update without recalibration keeps them, older ones.
+
+    Args:
+        module: With the newer weights; it stays as it is.
+        masks: By the weights' names.
+        statistics_of: The state dict whose buffers to take; None for the module's own.
+    """
+    import torch
+
+    state = dict(module.state_dict())
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    if statistics_of is not None:
+        state |= {name: value for name, value in statistics_of.items() if name not in parameters}
+    for name, mask in masks.items():
+        state[name] = torch.where(
+            torch.from_numpy(mask).to(state[name].device), state[name], torch.zeros_like(state[name])
+        )
+    return state
+
+
+def require_masked(sparse: State, masks: Mapping[str, np.ndarray], *, where: object) -> None:
+    """Raise unless a checkpoint is zero wherever masks drop a weight.
+
+    Raises:
+        InputError: It is not; all layers are counted.
+    """
+    wrong = [
+        f"{name}: {count} weights"
+        for name, mask in masks.items()
+        if (count := int(np.count_nonzero(sparse[name].detach().cpu().double().numpy()[~mask])))
+    ]
+    if wrong:
+        raise InputError(
+            "the sparse checkpoint was not made with these masks",
+            where=where,
+            found=f"{len(wrong)} of {len(masks)} layers keep what the masks drop: {listed(wrong, 3)}",
+            fix="give the masks it was baked with, or leave --sparse out",
+        )
+
+
+def _batches(split: Split, how: Preprocessing, options: StabilityOptions) -> Iterator[torch.Tensor]:
+    import torch
+
+    # Both networks keep several nodes' values at a time, in float64.
+    size = options.batch or (64 if how.height * how.width <= 64**2 else 8)
+    for x, _ in track(batches(split, how, size), "stability", -(-len(split) // size)):
+        yield torch.from_numpy(x)
+
+
+def _reported(ends: Sequence[Tail]) -> list[Tail]:
+    """The head, the last block and the whole network."""
+    return [*ends[:2], *ends[2:][-1:]]
+
+
+def _name(end: Tail, ends: Sequence[Tail]) -> str:
+    return regime_name(len(end.layers), len(ends[0].layers), len(ends[-1].layers))
+
+
+def _margin(logits: Floats) -> Floats:
+    """(N,), the largest logit minus the second largest; infinite for a single class."""
+    if logits.shape[1] < 2:
+        return np.full(len(logits), np.inf)
+    highest = np.partition(logits, -2, axis=1)
+    found: Floats = highest[:, -1] - highest[:, -2]
+    return found
+
+
+def _total_variation(first: Floats, second: Floats) -> Floats:
+    p, q = (_softmax(logits) for logits in (first, second))
+    found: Floats = np.abs(p - q).sum(axis=1) / 2
+    return found
+
+
+def _softmax(logits: Floats) -> Floats:
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    found: Floats = powers / powers.sum(axis=1, keepdims=True)
+    return found
+
+
+class _Tally:
+    """Two networks, batch after batch."""
+
+    def __init__(self, name: str, ends: Sequence[Tail]) -> None:
+        self._name, self._ends = name, ends
+        self._changes: list[Floats] = []
+        self._variation: list[Floats] = []
+        self._flips: list[Bools] = []
+        self._found: list[list[Certificates]] = [[] for _ in ends]
+
+    def add(self, pair: Pair, seen: Seen) -> None:
+        self._changes.append(seen.changes[-1])
+        self._variation.append(_total_variation(seen.logits_first, seen.logits_second))
+        self._flips.append(seen.logits_first.argmax(axis=1) != seen.logits_second.argmax(axis=1))
+        for end, found in zip(self._ends, self._found, strict=True):
+            found.append(certify(pair, seen, end.start))
+
+    @property
+    def flips(self) -> Bools:
+        return np.concatenate(self._flips)
+
+    @property
+    def variation(self) -> Floats:
+        return np.concatenate(self._variation)
+
+    def report(self) -> PairReport:
+        changes = np.concatenate(self._changes)
+        certified = np.stack([np.concatenate([c.certified for c in found]) for found in self._found])
+        return PairReport(
+            self._name,
+            len(changes),
+            int(self.flips.sum()),
+            int((certified.any(axis=0) & self.flips).sum()),
+            quantiles(changes),
+            quantiles(self.variation),
+            tuple(self._regime(end, found, changes) for end, found in zip(self._ends, self._found, strict=True)),
+        )
+
+    def _regime(self, end: Tail, found: Sequence[Certificates], changes: Floats) -> Regime:
+        def share(held: Callable[[Certificates], Bools]) -> float:
+            return percent(np.concatenate([held(c) for c in found]))
+
+        certified = share(lambda c: c.certified)
+        return Regime(
+            _name(end, self._ends),
+            end.after,
+            len(end.layers),
+            certified,
+            by_norm=share(lambda c: c.by_norm),
+            by_largest=share(lambda c: c.by_largest),
+            by_pairs=share(lambda c: c.by_pairs),
+            tightness=tightness(np.concatenate([c.change for c in found]), changes),
+            probability_change=quantiles(total_variation_limit(np.concatenate([c.odds for c in found]))),
+            vacuous=certified == 0,
+        )
+
+
+class _Held:
+    """Updates of some layers, batch after batch."""
+
+    def __init__(self, end: Tail, ball: Ball, radii: Sequence[float]) -> None:
+        self._end, self._ball, self._radii = end, ball, radii
+        self._largest: list[Floats] = []
+        self._kept: list[list[Bools]] = [[] for _ in radii]
+
+    def add(self, seen: Seen) -> None:
+        sizes, logits = seen.sizes_second, seen.logits_second
+        self._largest.append(largest_radius(self._ball, sizes, logits))
+        for radius, kept in zip(self._radii, self._kept, strict=True):
+            kept.append(keeps_class(self._ball, sizes, logits, np.full(len(logits), radius)))
+
+    def report(self, ends: Sequence[Tail]) -> UpdateBall:
+        shares = [Share(r, percent(np.concatenate(k))) for r, k in zip(self._radii, self._kept, strict=True)]
+        return UpdateBall(
+            _name(self._end, ends),
+            len(self._end.layers),
+            quantiles(np.concatenate(self._largest)),
+            tuple(shares),
+            vacuous=max(s.certified for s in shares) == 0,
+        )
+
+
+class _Update:
+    """A given update, batch after batch."""
+
+    def __init__(self, dense: Pair, masked: Pair, both: Pair, ends: Sequence[Tail]) -> None:
+        self._dense, self._masked, self._both = dense, masked, both
+        self._old_and_new = _Tally("old masked against new masked", ends)
+        self._new = _Tally("new dense against new masked", ends)
+        self._in_parts: list[Floats] = []
+        self._measured: list[Floats] = []
+        self._certified: list[Bools] = []
+
+    @classmethod
+    def of(cls, pair: Pair, weights: Weights, ends: Sequence[Tail]) -> _Update:
+        assert weights.updated is not None
+        assert weights.updated_masked is not None
+        network: Network = pair.network
+        new, new_masked = affine_maps(network, weights.updated), affine_maps(network, weights.updated_masked)
+        return cls(
+            pair_of(network, pair.first, new),
+            pair_of(network, pair.second, new_masked),
+            pair_of(network, new, new_masked),
+            ends,
+        )
+
+    def add(self, before: Seen, images: torch.Tensor) -> None:
+        """Take a batch, and what was seen of dense and masked network before the update."""
+        dense, masked, both = (look(pair, images) for pair in (self._dense, self._masked, self._both))
+        self._old_and_new.add(self._masked, masked)
+        self._new.add(self._both, both)
+        moved = change_bounds(self._dense, dense)[-1] + change_bounds(self._masked, masked)[-1]
+        self._in_parts.append(moved + before.changes[-1])
+        self._measured.append(both.changes[-1])
+        self._certified.append(_margin(both.logits_first) > 2**0.5 * self._in_parts[-1] * (1 + 1e-9))
+
+    def report(self) -> UpdateReport:
+        found: Quantiles | None = tightness(np.concatenate(self._in_parts), np.concatenate(self._measured))
+        return UpdateReport(
+            self._old_and_new.report(), self._new.report(), percent(np.concatenate(self._certified)), found
+        )
+
+
+def _worst(radius: float, change: float, masking: PairReport, margins: Floats) -> WorstCase:
+    largest = masking.logits_change.max
+    certified = percent(margins > spread_limit(change) * (1 + 1e-9))
+    above = float(np.log10(change / largest)) if largest > 0 else None
+    variation = float(total_variation_limit(spread_limit(change)))
+    return WorstCase(radius, change, variation, above, certified, vacuous=certified == 0)
+
+
+def _flip_rate(masking: _Tally, confidence: float) -> FlipRate:
+    flips, images = int(masking.flips.sum()), len(masking.flips)
+    return FlipRate(
+        images,
+        flips,
+        100 * flips / images,
+        100 * flip_rate_limit(flips, images, confidence),
+        quantile_limit(masking.variation, _QUANTILE, confidence, highest=1.0),
+        confidence,
+    )

@@ -1,0 +1,126 @@
+"""Updates of the weights under masks that stay: how large they may be before a class can change (lemma L6)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from pipeline.stability.bounds import ROUNDING, Floats, Norms, distances, head_of, largest_product, propagate
+from pipeline.stability.network import Affine, Conv, Maps, Network, Scale
+from pipeline.stability.norms import conv_update_factor
+
+_STEPS = 60
+_SMALLEST, _LARGEST = 1e-12, 1e3
+
+
+@dataclass(frozen=True, eq=False)
+class Ball:
+    """All updates U with |U| <= rho |W| in the Frobenius norm, of each of some layers; biases and statistics stay.
+
+    Attributes:
+        network: The architecture.
+        maps: The layers that are updated.
+        norms: Upper bounds of their spectral norms.
+        reach: By node, the norm of the largest update of a layer at rho = 1 as a map; 0 of layers that stay.
+    """
+
+    network: Network
+    maps: Maps
+    norms: Norms
+    reach: Norms
+
+    @cached_property
+    def rows_apart(self) -> Floats | None:
+        """(K, K), how far the rows of the head lie apart; None without a head."""
+        head = head_of(self.network)
+        return None if head is None else distances(self.maps[head].weight.numpy())
+
+
+def ball_of(network: Network, maps: Maps, norms: Norms, sizes: Norms, layers: Collection[int]) -> Ball:
+    """The ball around a masked network.
+
+    A mask makes no update larger, so masked updates are in it too.
+
+    Args:
+        network: The architecture.
+        maps: Its layers, masked.
+        norms: Upper bounds of their spectral norms.
+        sizes: Frobenius norms |W| that the update's is measured on, by node: those of the dense weights.
+        layers: Nodes of the layers that are updated.
+    """
+    reach = {i: _reach(network, i, affine) * sizes[i] if i in layers else 0.0 for i, affine in maps.items()}
+    return Ball(network, maps, norms, reach)
+
+
+def ball_changes(ball: Ball, sizes: Floats, rho: Floats) -> Floats:
+    """Bounds of how far an update in the ball moves each node's values, (nodes, N).
+
+    Args:
+        ball: Its centre and layers.
+        sizes: (nodes, N), norms of the values before the update.
+        rho: (N,), the radius for each image.
+    """
+
+    def layer(i: int, before: Floats) -> Floats:
+        moved: Floats = ball.reach[i] * rho
+        found: Floats = moved * sizes[ball.network.nodes[i].inputs[0]] + (ball.norms[i] + moved) * before
+        return found
+
+    return propagate(ball.network, layer, np.zeros(sizes.shape[1]))
+
+
+def keeps_class(ball: Ball, sizes: Floats, logits: Floats, rho: Floats) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """Which images keep their class under every update in the ball.
+
+    Args:
+        ball: Its centre and layers.
+        sizes: (nodes, N), norms of the values before the update.
+        logits: (N, K) before the update.
+        rho: (N,), the radius for each image.
+    """
+    changes = ball_changes(ball, sizes, rho)
+    rows = np.arange(len(logits))
+    top = logits.argmax(axis=1)
+    margins = logits[rows, top][:, None] - logits
+    limits = np.broadcast_to(2**0.5 * changes[-1][:, None], margins.shape)
+    head, between = head_of(ball.network), ball.rows_apart
+    if head is not None and between is not None:
+        read = ball.network.nodes[head].inputs[0]
+        # Two rows of an update differ by at most sqrt(2) times its norm.
+        moved = 2**0.5 * ball.reach[head] * rho
+        apart = between[top]
+        pairs = (moved * sizes[read])[:, None] + (apart + moved[:, None]) * changes[read][:, None]
+        limits = np.minimum(limits, pairs)
+    rounding = ROUNDING * largest_product(ball.network, ball.norms, sizes)
+    kept = margins - limits * (1 + 1e-9) > rounding[:, None]
+    kept[rows, top] = True
+    found: np.ndarray[tuple[int], np.dtype[np.bool_]] = kept.all(axis=1)
+    return found
+
+
+def largest_radius(ball: Ball, sizes: Floats, logits: Floats) -> Floats:
+    """(N,): for each image the largest radius, by bisection, that keeps its class; 0 where none of 1e-12 or more does."""
+    low = np.full(len(logits), np.log(_SMALLEST))
+    high = np.full(len(logits), np.log(_LARGEST))
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        kept = keeps_class(ball, sizes, logits, np.exp(middle))
+        low, high = np.where(kept, middle, low), np.where(kept, high, middle)
+    radius = np.exp(low)
+    found: Floats = np.where(keeps_class(ball, sizes, logits, radius), radius, 0.0)
+    return found
+
+
+def _reach(network: Network, i: int, affine: Affine) -> float:
+    """The norm of the largest map that an update of Frobenius norm 1 makes of a layer."""
+    op = network.nodes[i].op
+    if isinstance(op, Scale):
+        return 0.0
+    factor = 1.0
+    if isinstance(op, Conv):
+        height, width = affine.weight.shape[2:]
+        factor = conv_update_factor((height, width), op.stride, op.dilation)
+    return affine.gain * factor

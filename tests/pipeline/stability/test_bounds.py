@@ -1,0 +1,218 @@
+"""Bounds are never violated by random networks, and bounds with a mistake are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_nets import Case, architecture, case, exceeds, seen_of, violated
+from torch import nn
+
+from pipeline.artifacts import Preprocessing
+from pipeline.stability.bounds import (
+    Pair,
+    Seen,
+    change_bounds,
+    cuts,
+    difference_norms,
+    largest_image,
+    look,
+    pair_of,
+    worst_case,
+)
+from pipeline.stability.certify import certify, tails
+from pipeline.stability.network import Network, Node, Operator, affine_maps, read_network
+
+ARCHITECTURES = 30
+NETWORKS = st.integers(0, ARCHITECTURES - 1)
+SEEDS = st.integers(0, 10**6)
+
+
+@settings(max_examples=500)
+@given(NETWORKS, SEEDS)
+def test_no_bound_is_violated_and_no_certified_image_flips(network: int, seed: int) -> None:
+    drawn = case(network, seed)
+    pair, seen = seen_of(drawn)
+    # The true difference is torch's own, of the module; nodes in between are ours, computed on the way.
+    first, second = drawn.logits(drawn.first), drawn.logits(drawn.second)
+    rounding = 1e-11 * (first.norm(dim=1) + second.norm(dim=1)).numpy()
+    true = (first - second).norm(dim=1).numpy()
+    flips = (first.argmax(1) != second.argmax(1)).numpy()
+    for end in tails(pair.network):
+        bounds = change_bounds(pair, seen, end.start)
+        assert (true <= bounds[-1] * (1 + 1e-9) + rounding).all()
+        assert not exceeds(seen, bounds, end.start)
+        assert not (certify(pair, seen, end.start).certified & flips).any()
+
+
+@settings(max_examples=100)
+@given(NETWORKS, SEEDS)
+def test_the_worst_case_covers_every_image_of_its_norm(network: int, seed: int) -> None:
+    pair, seen = seen_of(case(network, seed))
+    radius = float(seen.sizes_first[0].max())
+    worst = worst_case(pair, difference_norms(pair.network, pair.first, pair.second), radius)
+    assert not exceeds(seen, worst.changes[:, None])
+    assert (seen.sizes_first <= worst.sizes_first[:, None] * (1 + 1e-9)).all()
+    assert (seen.sizes_second <= worst.sizes_second[:, None] * (1 + 1e-9)).all()
+    # What was measured can only help.
+    assert (change_bounds(pair, seen)[-1] <= worst.changes[-1] * (1 + 1e-6)).all()
+
+
+@settings(max_examples=100)
+@given(NETWORKS, SEEDS)
+def test_starting_later_never_loosens_a_bound(network: int, seed: int) -> None:
+    pair, seen = seen_of(case(network, seed))
+    found = [change_bounds(pair, seen, end.start)[-1] for end in tails(pair.network)]
+    for shorter, longer in pairwise(found):
+        assert (shorter <= longer * (1 + 1e-9) + 1e-11 * (1 + seen.sizes_first.max())).all()
+
+
+@pytest.fixture(scope="module")
+def examples() -> list[tuple[Case, Pair, Seen]]:
+    """450 random networks."""
+    drawn = [case(network, seed) for network in range(ARCHITECTURES) for seed in range(15)]
+    return [(each, *seen_of(each)) for each in drawn]
+
+
+def of_operators(network: Network, change: Callable[[Operator], Operator]) -> Network:
+    def changed(node: Node) -> Node:
+        return replace(node, op=change(node.op)) if isinstance(node.op, Operator) else node
+
+    return replace(network, nodes=tuple(map(changed, network.nodes)))
+
+
+def masked_norms_dropped(pair: Pair) -> Pair:
+    return replace(pair, second_norms=dict.fromkeys(pair.second_norms, 1.0))
+
+
+def dense_norms_for_masked(pair: Pair) -> Pair:
+    return replace(pair, second_norms=pair.first_norms)
+
+
+def pooling_factor_one(pair: Pair) -> Pair:
+    return replace(
+        pair, network=of_operators(pair.network, lambda op: replace(op, factor=min(op.factor, 1)) if op.pools else op)
+    )
+
+
+def average_pooling_as_if_of_more(pair: Pair) -> Pair:
+    return replace(
+        pair,
+        network=of_operators(
+            pair.network, lambda op: replace(op, factor=op.factor**2) if op.pools and op.factor < 1 else op
+        ),
+    )
+
+
+def activation_factor_dropped(pair: Pair) -> Pair:
+    return replace(pair, network=of_operators(pair.network, lambda op: op if op.pools else replace(op, factor=1.0)))
+
+
+MUTANTS = (
+    masked_norms_dropped,
+    dense_norms_for_masked,
+    pooling_factor_one,
+    average_pooling_as_if_of_more,
+    activation_factor_dropped,
+)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
+def test_random_networks_catch_a_wrong_bound(
+    mutant: Callable[[Pair], Pair], examples: list[tuple[Case, Pair, Seen]]
+) -> None:
+    assert not any(violated(pair, seen) for _, pair, seen in examples)
+    assert any(violated(mutant(pair), seen) for _, pair, seen in examples)
+
+
+def test_the_random_networks_are_of_all_kinds(examples: list[tuple[Case, Pair, Seen]]) -> None:
+    modules = [type(m) for seed in range(ARCHITECTURES) for m in architecture(seed)[0].modules()]
+    for kind in (nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Linear):
+        assert kind in modules
+    convs = [m for seed in range(ARCHITECTURES) for m in architecture(seed)[0].modules() if isinstance(m, nn.Conv2d)]
+    assert {m.stride[0] for m in convs} == {1, 2} == {m.dilation[0] for m in convs}
+    assert {m.padding[0] for m in convs} == {0, 1, 2}
+    assert any(m.groups > 1 for m in convs)
+    layers = {len(pair.network.layers) for _, pair, _ in examples}
+    assert {1, 2, 3, 4, 5, 6} <= layers
+    grown = [pair.second_norms[i] > 1.001 * pair.first_norms[i] for _, pair, _ in examples for i in pair.network.layers]
+    # Masking enlarges some spectral norms.
+    assert sum(grown) > 20
+
+
+def linear_pair(first: torch.Tensor, second: torch.Tensor) -> tuple[Pair, torch.nn.Module]:
+    how = Preprocessing(1, 1, first.shape[1], 0, "bilinear", (0.0,), (1.0,))
+    module = nn.Sequential(nn.Flatten(), nn.Linear(first.shape[1], first.shape[0], bias=False))
+    network = read_network(module, how)
+    maps = [affine_maps(network, {"1.weight": weight}) for weight in (first, second)]
+    return pair_of(network, *maps), module
+
+
+def test_masking_can_enlarge_a_spectral_norm() -> None:
+    dense = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    pair, _ = linear_pair(dense, torch.tensor([[1.0, 1.0], [1.0, 0.0]]))
+    (node,) = pair.network.layers
+    assert pair.first_norms[node] == pytest.approx(2**0.5, rel=1e-5)
+    assert pair.second_norms[node] == pytest.approx((1 + 5**0.5) / 2, rel=1e-5)
+
+
+def test_one_layer_is_bounded_exactly() -> None:
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(4, 8, generator=generator, dtype=torch.float64)
+    masked = dense * (torch.rand(4, 8, generator=generator) < 0.5)
+    pair, _ = linear_pair(dense, masked)
+    x = torch.randn(5, 1, 1, 8, generator=generator, dtype=torch.float64)
+    expected = (x.flatten(1) @ (dense - masked).T).norm(dim=1)
+    np.testing.assert_allclose(change_bounds(pair, look(pair, x))[-1], expected, rtol=1e-12)
+
+
+def test_masks_that_drop_nothing_bound_all_changes_by_zero() -> None:
+    drawn = case(3, 0)
+    maps = affine_maps(drawn.network, drawn.dense)
+    pair = pair_of(drawn.network, maps, affine_maps(drawn.network, drawn.dense))
+    seen = look(pair, drawn.images)
+    assert not change_bounds(pair, seen).any()
+    assert not seen.changes.any()
+    radius = float(seen.sizes_first[0].max())
+    assert worst_case(pair, difference_norms(drawn.network, maps, maps), radius).changes[-1] == 0
+
+
+def test_layers_before_the_first_change_add_nothing() -> None:
+    drawn = case(26, 0)
+    last = drawn.network.nodes[drawn.network.layers[-1]].op
+    name = last.weight
+    changed = drawn.dense | {name: drawn.dense[name] * 1.01}
+    pair = pair_of(drawn.network, affine_maps(drawn.network, drawn.dense), affine_maps(drawn.network, changed))
+    bounds = change_bounds(pair, look(pair, drawn.images))
+    assert not bounds[: drawn.network.layers[-1]].any()
+    assert bounds[-1].any()
+
+
+def test_all_paths_lead_through_cuts_only() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.head = nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1), nn.Linear(16, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.relu(self.one(x))
+            return self.head(torch.flatten(torch.relu(x + self.two(x)), 1))
+
+    network = read_network(Residual(), Preprocessing(1, 4, 4, 0, "bilinear", (0.0,), (1.0,)))
+    names = [network.nodes[i].name for i in cuts(network)]
+    assert "two" not in names
+    assert names[:2] == ["input", "one"]
+    assert names[-1] == "head"
+    assert len(network.nodes) - len(names) == 1
+
+
+def test_the_largest_image_is_that_of_the_furthest_pixel_values() -> None:
+    how = Preprocessing(2, 3, 5, 0, "bilinear", (0.25, 0.9), (0.5, 0.3))
+    # 0.75 / 0.5 = 1.5 and 0.9 / 0.3 = 3 at each of 15 positions.
+    assert largest_image(how) == pytest.approx((15 * (1.5**2 + 3**2)) ** 0.5)

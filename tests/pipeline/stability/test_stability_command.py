@@ -1,0 +1,265 @@
+"""`maskplan stability`: what it reports of the digits, that its figures are true, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from pipeline.bundled import weights_path
+from pipeline.bundled.digits import load_digits
+from pipeline.checkpoint import ModelOptions, open_checkpoint
+from pipeline.data import batches, identify, open_val
+from pipeline.errors import InputError
+from pipeline.records import decode, encode
+from pipeline.stability.analyse import StabilityOptions, Weights, analyse, under_masks
+from pipeline.stability.record import StabilityReport
+
+Cli = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def digits_files(maskplan: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Masks of the head and the last block, the checkpoint baked with them, and slightly newer weights."""
+    folder = tmp_path_factory.mktemp("stability")
+    masks = folder / "masks.safetensors"
+    ran = maskplan("mask", "digits_resnet", "--method", "magnitude", "--layers", "blocks.2.conv2.*", "-o", masks)
+    assert ran.code == 0, ran.err
+    ran = maskplan("bake", "digits_resnet", "--masks", masks, "-o", folder / "sparse.safetensors")
+    assert ran.code == 0, ran.err
+    newer = safetensors.torch.load_file(weights_path())
+    newer["head.weight"] = newer["head.weight"] * 1.001
+    newer["blocks.2.conv2.weight"] = newer["blocks.2.conv2.weight"] + 1e-5
+    safetensors.torch.save_file(newer, folder / "newer.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def told(maskplan: Cli, digits_files: Path) -> dict[str, Any]:
+    masks, report = digits_files / "masks.safetensors", digits_files / "report.json"
+    command = ("stability", "digits_resnet", "--masks", masks, "--updated", digits_files / "newer.safetensors")
+    ran = maskplan(*command, "--images", 120, "--report", report)
+    assert ran.code == 0, ran.err
+    return {"out": ran.out, "report": json.loads(report.read_text())}
+
+
+def test_the_report_is_a_record(told: dict[str, Any]) -> None:
+    found = decode(StabilityReport, told["report"])
+    assert encode(found) == told["report"]
+    assert (found.model, found.method, found.trained) == ("digits_resnet", "magnitude", True)
+    assert found.arithmetic == "float64"
+    assert [layer.name for layer in found.layers if layer.difference > 0] == ["blocks.2.conv2"]
+
+
+def test_flips_and_changes_are_those_of_the_two_networks(told: dict[str, Any], digits_files: Path) -> None:
+    dense, provenance = open_checkpoint(ModelOptions("digits_resnet"))
+    sparse, _ = open_checkpoint(ModelOptions("digits_resnet", str(digits_files / "sparse.safetensors")))
+    flips, changes = 0, []
+    with torch.no_grad():
+        for x, _ in batches(load_digits().val.first(120, 0), provenance.preprocessing, 32):
+            one, other = (m.double()(torch.from_numpy(x).double()) for m in (dense, sparse))
+            flips += int((one.argmax(1) != other.argmax(1)).sum())
+            changes += (one - other).norm(dim=1).tolist()
+    masking = told["report"]["masking"]
+    assert masking["images"] == 120 == told["report"]["flip_rate"]["images"]
+    assert masking["flips"] == flips == told["report"]["flip_rate"]["flips"]
+    assert masking["logits_change"]["p50"] == pytest.approx(float(np.median(changes)), rel=1e-9)
+
+
+def test_masks_of_the_last_block_leave_images_certified(told: dict[str, Any]) -> None:
+    report = told["report"]
+    for pair in (report["masking"], report["update"]["masked"], report["update"]["dense_and_masked"]):
+        assert pair["certified_flips"] == 0
+        for regime in pair["regimes"]:
+            assert regime["vacuous"] == (regime["certified"] == 0)
+            assert regime["certified"] >= max(regime[k] for k in ("by_norm", "by_largest", "by_pairs"))
+            assert regime["tightness"] is None or regime["tightness"]["p10"] > -1e-6
+    names = [regime["name"] for regime in report["masking"]["regimes"]]
+    assert names == ["head", "last 4 layers", "last 7 layers", "last 9 layers", "whole network"]
+    certified = [regime["certified"] for regime in report["masking"]["regimes"]]
+    assert certified[-1] > 50
+    # Nothing before the last block changes, so where the bound starts makes no difference.
+    assert certified[1:] == [certified[-1]] * 4
+    assert report["worst_case"]["vacuous"] is True
+    assert "any image at all" in told["out"]
+
+
+def test_a_small_update_is_certified_and_its_ball_tells_how_small(told: dict[str, Any]) -> None:
+    report = told["report"]
+    assert report["update"]["masked"]["regimes"][-1]["certified"] > 90
+    head, block, whole = report["balls"]
+    assert [ball["name"] for ball in (head, block, whole)] == ["head", "last 4 layers", "whole network"]
+    assert head["radius"]["p50"] > block["radius"]["p50"] > whole["radius"]["p50"] > 0
+    for ball in (head, block, whole):
+        shares = [share["certified"] for share in ball["shares"]]
+        assert shares == sorted(shares, reverse=True)
+        assert ball["vacuous"] == (shares[0] == 0)
+
+
+def test_the_sparse_checkpoint_may_take_the_place_of_masks_times_weights(
+    cli: Cli, told: dict[str, Any], digits_files: Path, tmp_path: Path
+) -> None:
+    command = ("stability", "digits_resnet", "--masks", digits_files / "masks.safetensors", "--images", 120)
+    ran = cli("-q", *command, "--sparse", digits_files / "sparse.safetensors", "--report", tmp_path / "r.json")
+    assert ran.code == 0, ran.err
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["masking"] == told["report"]["masking"]
+    assert found["update"] is None
+
+
+def test_vacuous_bounds_are_called_so(cli: Cli, tmp_path: Path) -> None:
+    masks = tmp_path / "masks.safetensors"
+    assert cli("-q", "mask", "digits_resnet", "--method", "magnitude", "-o", masks).code == 0
+    ran = cli("-q", "stability", "digits_resnet", "--masks", masks, "--images", 40, "--confidence", "0.99")
+    assert ran.code == 0, ran.err
+    (whole,) = (line for line in ran.out.splitlines() if line.strip().startswith("whole network"))
+    assert "vacuous" in whole
+    assert "the bound is 10^" in whole
+    assert "99% confidence" in ran.out
+
+
+def test_an_update_keeps_the_masks_and_the_statistics_it_is_told() -> None:
+    module, _ = open_checkpoint(ModelOptions("digits_resnet"))
+    name = "blocks.2.conv2.weight"
+    mask = np.random.default_rng(0).random(module.state_dict()[name].shape) < 0.5
+    other = {key: value + 1 for key, value in module.state_dict().items()}
+    found = under_masks(module, {name: mask}, other)
+    assert (found[name] == 0).sum() == (~mask).sum()
+    torch.testing.assert_close(found["bn.running_mean"], other["bn.running_mean"])
+    torch.testing.assert_close(found["bn.weight"], module.state_dict()["bn.weight"])
+    torch.testing.assert_close(under_masks(module, {}, None)["bn.running_mean"], module.state_dict()["bn.running_mean"])
+
+
+@pytest.fixture
+def tiny(cli: Cli, tiny_spec: str, tmp_path: Path) -> tuple[str, Path]:
+    """A model of one's own and its masks."""
+    masks = tmp_path / "tiny.safetensors"
+    ran = cli("-q", "mask", tiny_spec, "--method", "magnitude", "--weights", "random", "-o", masks)
+    assert ran.code == 0, ran.err
+    return tiny_spec, masks
+
+
+def test_a_model_and_images_of_ones_own(cli: Cli, tiny: tuple[str, Path], toy_data: Path) -> None:
+    model, masks = tiny
+    ran = cli("-q", "stability", model, "--masks", masks, "--weights", "random", "--data", toy_data)
+    assert ran.code == 0, ran.err
+    assert "24 images" in ran.out
+    # Nobody takes certificates of a random network for more than they are.
+    assert "the weights are random" in ran.out
+
+
+def refused(ran: Any, *told: str) -> None:
+    assert ran.code == 3
+    assert "Traceback" not in ran.err
+    for each in told:
+        assert each in ran.err, ran.err
+
+
+def test_without_images_there_is_nothing_to_say(cli: Cli, tiny: tuple[str, Path], tmp_path: Path) -> None:
+    model, masks = tiny
+    command = ("-q", "stability", model, "--weights", "random", "--masks", masks)
+    refused(cli(*command), "stability is measured on images", "--data")
+    refused(cli(*command, "--data", tmp_path / "none"), "data folder not found")
+    (tmp_path / "loose" / "val").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "loose" / "val" / "a.png")
+    refused(cli(*command, "--data", tmp_path / "loose"), "val/ holds no images in class folders", "1 loose images")
+
+
+def test_images_that_shaped_the_masks_are_refused(cli: Cli, tiny_spec: str, toy_data: Path, tmp_path: Path) -> None:
+    masks, mixed = tmp_path / "layerwise.safetensors", tmp_path / "mixed"
+    command = ("--weights", "random", "--data")
+    ran = cli("-q", "mask", tiny_spec, "--method", "layerwise", *command, toy_data, "-o", masks)
+    assert ran.code == 0, ran.err
+    shutil.copytree(toy_data / "train", mixed / "val")
+    refused(
+        cli("-q", "stability", tiny_spec, "--masks", masks, *command, mixed), "val images also shaped the model", "60"
+    )
+    assert cli("-q", "stability", tiny_spec, "--masks", masks, *command, toy_data).code == 0
+
+
+def test_images_that_recalibrated_the_checkpoint_are_refused(
+    cli: Cli, tiny: tuple[str, Path], toy_data: Path, tmp_path: Path
+) -> None:
+    (model, masks), mixed, sparse = tiny, tmp_path / "mixed", tmp_path / "sparse.safetensors"
+    ran = cli("-q", "bake", model, "--weights", "random", "--masks", masks, "--recalibrate", toy_data, "-o", sparse)
+    assert ran.code == 0, ran.err
+    shutil.copytree(toy_data / "train", mixed / "val")
+    command = ("-q", "stability", model, "--weights", "random", "--masks", masks, "--sparse", sparse)
+    refused(cli(*command, "--data", mixed), "val images also shaped the model")
+    ran = cli(*command, "--data", toy_data)
+    assert ran.code == 0, ran.err
+
+
+def test_masks_of_another_model_are_refused(cli: Cli, tiny: tuple[str, Path]) -> None:
+    refused(cli("-q", "stability", "digits_resnet", "--masks", tiny[1]), "the masks are of another model")
+
+
+def test_a_checkpoint_that_other_masks_made_is_refused(cli: Cli, digits_files: Path) -> None:
+    masks = digits_files / "masks.safetensors"
+    refused(
+        cli("-q", "stability", "digits_resnet", "--masks", masks, "--sparse", digits_files / "newer.safetensors"),
+        "was not made with these masks",
+        "blocks.2.conv2.weight",
+    )
+
+
+def test_newer_weights_of_another_model_are_refused(cli: Cli, digits_files: Path, tmp_path: Path) -> None:
+    torch.save({"head.weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
+    masks = digits_files / "masks.safetensors"
+    refused(
+        cli("-q", "stability", "digits_resnet", "--masks", masks, "--updated", tmp_path / "other.pth"),
+        "the checkpoint does not fit the model",
+    )
+
+
+def test_a_model_without_bounds_is_refused_by_the_operators_name(cli: Cli, tmp_path: Path, toy_data: Path) -> None:
+    file = tmp_path / "net.py"
+    file.write_text(
+        "from torch import nn\n"
+        "PREPROCESSING = {'height': 16, 'width': 16, 'resize': 0}\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.stem, self.mix, self.norm = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.GroupNorm(2, 8)\n"
+        "        self.head = nn.Linear(8, 3)\n"
+        "    def forward(self, x):\n"
+        "        return self.head(self.norm(self.mix(self.stem(x))).mean((2, 3)))\n"
+    )
+    masks, command = tmp_path / "m.safetensors", (f"{file}:Net", "--weights", "random")
+    assert cli("-q", "mask", *command, "--method", "magnitude", "-o", masks).code == 0
+    ran = cli("-q", "stability", *command, "--masks", masks, "--data", toy_data)
+    refused(ran, "the bounds do not cover the model", "group_norm at norm")
+
+
+@pytest.mark.parametrize("confidence", ["0", "1", "95", "nan"])
+def test_a_confidence_that_is_none_is_refused(confidence: str, cli: Cli, digits_files: Path) -> None:
+    masks = digits_files / "masks.safetensors"
+    refused(cli("-q", "stability", "digits_resnet", "--masks", masks, "--confidence", confidence), "confidence is")
+
+
+def test_a_split_without_images_is_refused(toy_data: Path) -> None:
+    module, provenance = open_checkpoint(ModelOptions("digits_resnet"))
+    val = load_digits().val
+    empty = type(val)("val", val.images, val.indices[:0])
+    states = Weights(module.state_dict(), module.state_dict())
+    with pytest.raises(InputError, match="no held-out images"):
+        analyse(module, provenance, states, "", empty, identify(open_val(toy_data, (), 3)), StabilityOptions())
+
+
+def test_masks_that_drop_nothing_flip_nothing() -> None:
+    module, provenance = open_checkpoint(ModelOptions("digits_resnet"))
+    val = load_digits().val
+    states = Weights(module.state_dict(), module.state_dict())
+    found = analyse(module, provenance, states, "", val, identify(val), StabilityOptions(images=50))
+    assert found.masking.flips == 0
+    assert [regime.certified for regime in found.masking.regimes] == [100.0] * 5
+    assert all(regime.tightness is None for regime in found.masking.regimes)
+    assert found.worst_case.log10_over_largest_measured is None
