@@ -51,6 +51,7 @@ def stability(
     from pipeline.bake import baked_state
     from pipeline.checkpoint import ModelOptions, open_checkpoint
     from pipeline.data import identify, require_disjoint
+    from pipeline.errors import InputError
     from pipeline.files import write_json
     from pipeline.mask import given_masks
     from pipeline.masking.maskset import load_masks
@@ -60,6 +61,12 @@ def stability(
     how = StabilityOptions(images, confidence, seed=seed)
     module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed))
     mask_set = given_masks(module, provenance, masks, deployable=False)
+    if mask_set.permutation != provenance.permutation:
+        raise InputError(
+            "the masks are for channels in another order than the weights'",
+            where=masks,
+            fix="give the weights that the masks were chosen for, such as permuted.safetensors of the same run",
+        )
     shaped = [*provenance.image_sets, *mask_set.image_sets]
     dense, masked, about = module.state_dict(), baked_state(module, mask_set), provenance
     tensors = load_masks(masks)

@@ -211,6 +211,15 @@ def test_a_checkpoint_that_other_masks_made_is_refused(cli: Cli, digits_files: P
     )
 
 
+def test_masks_for_another_order_of_channels_are_refused(cli: Cli, digits_files: Path, tmp_path: Path) -> None:
+    moved, masks = tmp_path / "p.safetensors", tmp_path / "m.safetensors"
+    assert cli("permute", "digits_resnet", "-o", moved, "--effort", "0.01").code == 0
+    assert cli("mask", "digits_resnet", "--method", "magnitude", "--weights", moved, "-o", masks).code == 0
+    refused(cli("stability", "digits_resnet", "--masks", masks), "channels in another order", "permuted.safetensors")
+    ran = cli("stability", "digits_resnet", "--masks", masks, "--weights", moved, "--images", "20")
+    assert ran.code == 0, ran.err
+
+
 def test_newer_weights_of_another_model_are_refused(cli: Cli, digits_files: Path, tmp_path: Path) -> None:
     torch.save({"head.weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
     masks = digits_files / "masks.safetensors"
