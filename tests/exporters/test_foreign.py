@@ -185,7 +185,7 @@ def test_parity_fails_for_a_model_that_confuses_two_classes(
     report = dense.with_name("parity.json")
     ran = cli("compare", dense, broken, "--data", toy_data, "--report", report)
     assert ran.code == 1
-    assert ran.err.startswith("failed: top-1 drops by 66.67 points")
+    assert ran.err.splitlines()[-1].startswith("failed: top-1 drops by 66.67 points")
     found = json.loads(report.read_text())
     assert found["verdict"] == "fail"
     assert found["top1_drop"] == pytest.approx(200 / 3)
