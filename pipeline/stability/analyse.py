@@ -27,8 +27,9 @@ from pipeline.stability.bounds import (
 )
 from pipeline.stability.certify import Bools, Certificates, Tail, certify, tails
 from pipeline.stability.flip_rate import flip_rate_limit, quantile_limit
-from pipeline.stability.network import Network, affine_maps, read_network
+from pipeline.stability.network import Network, affine_maps
 from pipeline.stability.probabilities import spread_limit, total_variation_limit
+from pipeline.stability.reader import read_network
 from pipeline.stability.record import (
     FlipRate,
     LayerNorms,

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from pipeline.artifacts import Preprocessing
 from pipeline.stability.bounds import Pair, Seen, change_bounds, look, pair_of
-from pipeline.stability.network import Network, affine_maps, read_network
+from pipeline.stability.network import Network, affine_maps
+from pipeline.stability.reader import read_network
 
 State = dict[str, torch.Tensor]
 

@@ -27,7 +27,8 @@ from pipeline.stability.bounds import (
     worst_case,
 )
 from pipeline.stability.certify import certify, tails
-from pipeline.stability.network import Network, Node, Operator, affine_maps, read_network
+from pipeline.stability.network import Network, Node, Operator, affine_maps
+from pipeline.stability.reader import read_network
 
 ARCHITECTURES = 30
 NETWORKS = st.integers(0, ARCHITECTURES - 1)

@@ -12,7 +12,8 @@ from pipeline.artifacts import Preprocessing
 from pipeline.models import build_model
 from pipeline.stability.bounds import Seen, distances, look, pair_of
 from pipeline.stability.certify import Certificates, certify, tails
-from pipeline.stability.network import affine_maps, read_network
+from pipeline.stability.network import affine_maps
+from pipeline.stability.reader import read_network
 
 
 class Two(nn.Module):

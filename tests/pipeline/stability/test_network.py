@@ -16,7 +16,8 @@ from pipeline.artifacts import Preprocessing
 from pipeline.errors import InputError
 from pipeline.layers import sample_input
 from pipeline.models import build_model
-from pipeline.stability.network import Conv, Network, Operator, Reshape, Scale, affine_maps, apply, read_network
+from pipeline.stability.network import Conv, Network, Operator, Reshape, Scale, affine_maps, apply
+from pipeline.stability.reader import read_network
 
 HOW = Preprocessing(3, 9, 9, 0, "bilinear", (0.5,) * 3, (0.25,) * 3)
 

@@ -15,7 +15,8 @@ from torch import nn
 from pipeline.artifacts import Preprocessing
 from pipeline.stability import updates
 from pipeline.stability.bounds import Seen, look, pair_of, spectral_norms
-from pipeline.stability.network import affine_maps, read_network
+from pipeline.stability.network import affine_maps
+from pipeline.stability.reader import read_network
 from pipeline.stability.updates import Ball, ball_changes, ball_of, keeps_class, largest_radius
 
 NETWORKS, SEEDS = st.integers(0, 29), st.integers(0, 10**6)
