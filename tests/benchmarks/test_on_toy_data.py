@@ -77,6 +77,7 @@ def test_the_reports_recipe(bench: Bench, toy_cifar: Path, tmp_path: Path, weigh
     assert "report's recipe" in (tmp_path / "results.md").read_text()
 
 
+@pytest.mark.slow
 def test_masks_that_stay_while_weights_change(bench: Bench, toy_cifar: Path, tmp_path: Path, weights: Path) -> None:
     bench("exchange.py", NET, "--data", toy_cifar, "--weights", weights, "--results", tmp_path, "--epochs", 1)
     (run,) = written(tmp_path, "exchange")
@@ -104,6 +105,7 @@ def by_hand(module: nn.Module, folder: Path, k: int) -> float:
     return 100 * float(np.mean(right))
 
 
+@pytest.mark.slow
 def test_the_reports_tables_of_imagenet(bench: Bench, toy_imagenet: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = torchvision.models.shufflenet_v2_x0_5(num_classes=6).eval()
