@@ -11,6 +11,7 @@ from pipeline.permutation.axes import Channels, Places, Value
 Result = Value | list[Value | None]
 
 FIXED_VALUES = "it meets values that cannot move"
+LIES_OTHERWISE = "it meets channels that lie otherwise"
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,17 @@ def joined(channels: Channels, values: Sequence[Value], shape: tuple[int, ...]) 
     return Value(shape, tuple(kept), constant)
 
 
+def apart(channels: Channels, value: Value) -> Value:
+    """Of channels that come to lie along one dimension, as those of a flattened outer product, only the first can move."""
+    kept: list[Places] = []
+    for places in value.places:
+        if any(set(p.dims) & set(places.dims) for p in kept):
+            channels.hold(places, LIES_OTHERWISE)
+        else:
+            kept.append(places)
+    return value if len(kept) == len(value.places) else Value(value.shape, tuple(kept), value.constant)
+
+
 def meet(channels: Channels, places: Places, other: Value) -> None:
     """Channels meet another tensor, place by place as broadcasting has it: they are tied to its own, or held."""
     dims = set(places.dims)
@@ -71,7 +83,7 @@ def meet(channels: Channels, places: Places, other: Value) -> None:
             dims -= set(each.dims)
         elif dims & set(each.dims):
             for held in (places, each):
-                channels.hold(held, "it meets channels that lie otherwise")
+                channels.hold(held, LIES_OTHERWISE)
             dims -= set(each.dims)
     if any(other.varies(d) for d in dims):
         channels.hold(places, FIXED_VALUES)

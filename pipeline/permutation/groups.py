@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.artifacts import Preprocessing
+from pipeline.aten import export_aten
 from pipeline.errors import InputError
-from pipeline.layers import sample_input
 from pipeline.permutation.axes import Channels, Integers, Places, Value
 from pipeline.permutation.calls import Call
 from pipeline.permutation.operators import follow
@@ -98,21 +94,16 @@ def find_groups(module: nn.Module, how: Preprocessing) -> Axes:
     program = _exported(module, how)
     channels = Channels()
     values, parameters = _walk(program, channels)
-    return _grouped(channels, values, _under_all_names(parameters, module), set(module.state_dict()))
+    _tie_shared(channels, parameters, module)
+    return _grouped(channels, values, parameters, set(module.state_dict()))
 
 
 def _exported(module: nn.Module, how: Preprocessing) -> ExportedProgram:
-    import torch
-
-    # Two images: with one, a dimension of length 1 could be taken for the batch.
-    sample = sample_input(how, 2)
-    for parameter in module.parameters():
-        sample = sample.to(parameter)
-        break
     try:
-        with _quiet(), torch.no_grad():
-            program: ExportedProgram = torch.export.export(module.eval(), (sample,)).run_decompositions()
-            return program
+        program = export_aten(module, how)
+        for node in program.graph.nodes:
+            _require_sizes(node)
+        return program
     except Exception as error:  # the exporter raises whatever the model's code leads it to
         raise UnexportableError(
             "the model cannot be permuted: torch.export cannot read its operators",
@@ -121,17 +112,11 @@ def _exported(module: nn.Module, how: Preprocessing) -> ExportedProgram:
         ) from error
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter logs and prints what it raises anyway."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with redirect_stderr(StringIO()), redirect_stdout(StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+def _require_sizes(node: torch.fx.Node) -> None:
+    """Sizes that only the values of an input decide are symbols."""
+    value = _first(node.meta.get("val"))
+    if not all(isinstance(size, int) for size in getattr(value, "shape", ())):
+        raise ValueError(f"the size of {node.name} depends on values of the input")
 
 
 def _walk(program: ExportedProgram, channels: Channels) -> tuple[list[Value], dict[str, Value]]:
@@ -151,7 +136,7 @@ def _walk(program: ExportedProgram, channels: Channels) -> tuple[list[Value], di
             found[node] = follow(channels, _call(node, found), _is_pointwise(node.target))
         elif node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem":
             source, index = _looked_up(node.args, found)
-            found[node] = source[index] if isinstance(source, list) else source
+            found[node] = source[index] if isinstance(source, list) else Value(_shape(node))
         else:
             for value in _tensors(_looked_up((node.args, node.kwargs), found)):
                 for places in value.places:
@@ -246,12 +231,26 @@ def _first_tensor(node: torch.fx.Node) -> torch.fx.Node | None:
     return first if first is not None and hasattr(first, "users") else None  # type: ignore[return-value]
 
 
-def _under_all_names(parameters: Mapping[str, Value], module: nn.Module) -> dict[str, Value]:
-    """A tensor that the module knows by several names moves under each of them."""
+def _tie_shared(channels: Channels, parameters: Mapping[str, Value], module: nn.Module) -> None:
+    """Tensors in one memory, as those of a layer under two names, move as one; export reads only one of them."""
     state = module.state_dict(keep_vars=True)
-    by_id = {id(state[name]): value for name, value in parameters.items() if name in state}
-    found = {name: by_id[id(tensor)] for name, tensor in state.items() if id(tensor) in by_id}
-    return found | {name: value for name, value in parameters.items() if name not in found}
+    by_memory: dict[int, list[str]] = defaultdict(list)
+    for name in parameters:
+        if name in state and state[name].numel():
+            by_memory[state[name].untyped_storage().data_ptr()].append(name)
+    for first, *others in by_memory.values():
+        for name in others:
+            one, other = parameters[first], parameters[name]
+            if _layout(state[first]) == _layout(state[name]):
+                for pair in zip(one.places, other.places, strict=True):
+                    channels.tie(*pair)
+            else:
+                for places in (*one.places, *other.places):
+                    channels.hold(places, "another tensor lies in the same memory")
+
+
+def _layout(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
 
 
 def _grouped(channels: Channels, values: Sequence[Value], parameters: Mapping[str, Value], saved: set[str]) -> Axes:

@@ -27,14 +27,14 @@ def convolution(channels: Channels, call: Call) -> Result:
             if each is not None:
                 channels.hold(each, "a grouped convolution reads it")
         if result is not None and transposed:
+            # Each position along the axis makes one channel of every group.
             channels.hold(result, "a transposed grouped convolution makes it")
+            result = None
         elif result is not None:
             filters = weight.shape[0]
             group = np.arange(filters) // (filters // groups)
             channels.tell_apart(result, group.reshape(result.channels.shape))
-    if result is None:
-        return Value(call.shape)
-    made = Value(call.shape, (moved_to(result, 1, len(call.shape)),))
+    made = Value(call.shape, () if result is None else (moved_to(result, 1, len(call.shape)),))
     return made if bias is None else joined(channels, [made, spread(bias, 1, len(call.shape))], call.shape)
 
 
@@ -108,10 +108,9 @@ def layer_norm(channels: Channels, call: Call) -> Result:
 def group_norm(channels: Channels, call: Call) -> Result:
     """Over all channels, or in groups that keep theirs."""
     x, groups = call.args["input"], call.args["group"]
-    places = x.along(1)
-    if places is not None and groups > 1:
-        group = np.arange(x.shape[1]) // (x.shape[1] // groups)
-        channels.tell_apart(places, group.reshape(places.channels.shape))
+    for places in x.places:
+        if groups > 1 and 1 in places.dims:
+            channels.tell_apart(places, _coordinates(places, {1}) // (x.shape[1] // groups))
     parameters = [call.args[name] for name in ("weight", "bias") if call.args[name] is not None]
     vectors = [spread(p, 1, len(x.shape)) for p in parameters]
     return [joined(channels, [x, *vectors], x.shape), None, None]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from pipeline.permutation.axes import Channels, Places, Value
+from pipeline.permutation.axes import Channels, Integers, Places, Value
 from pipeline.permutation.calls import FIXED_VALUES, Call, Result, aligned, hold_all, hold_beyond, meet, unknown
 
 
@@ -178,16 +179,29 @@ def pad(channels: Channels, call: Call) -> Result:
 
 
 def index(channels: Channels, call: Call) -> Result:
-    """Rows and columns are picked by number, as interpolation does; channels before them pass."""
+    """Places along some dimensions are picked by number, as interpolation does; channels along others pass."""
     x, indices = call.args["self"], call.args["indices"]
     for each in indices:
         if each is not None:
             hold_all(channels, each, "it tells positions")
-    leading = next((d for d, each in enumerate(indices) if each is not None), len(indices))
-    hold_beyond(channels, x, set(range(leading)), "places are picked by number")
-    trailing = (1,) * (len(call.shape) - leading)
-    passed = [p for p in x.places if max(p.dims) < leading]
-    return Value(call.shape, tuple(p.rearranged(lambda q: q.reshape(q.shape[:leading] + trailing)) for p in passed))
+    picked = [d for d, each in enumerate(indices) if each is not None]
+    hold_beyond(channels, x, set(range(len(x.shape))) - set(picked), "places are picked by number")
+    # What is picked comes where the first index is, or in front of all if dimensions lie between the indices.
+    start = picked[0] if picked[-1] - picked[0] < len(picked) else 0
+    added = (1,) * (len(call.shape) - len(x.shape) + len(picked))
+
+    def passed(ids: Integers) -> Integers:
+        left = ids.squeeze(tuple(picked))
+        return left.reshape(left.shape[:start] + added + left.shape[start:])
+
+    return Value(call.shape, tuple(p.rearranged(passed) for p in x.places if not set(p.dims) & set(picked)))
+
+
+def index_select(channels: Channels, call: Call) -> Result:
+    """The same along one dimension, as a roll of positions does."""
+    dim = call.args["dim"] % len(call.args["self"].shape)
+    indices = [None] * dim + [call.args["index"]]
+    return index(channels, replace(call, args={"self": call.args["self"], "indices": indices}))
 
 
 def _reshaped(places: Places, before: tuple[int, ...], after: tuple[int, ...]) -> Places:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from pipeline.permutation import layers, movements
 from pipeline.permutation.axes import Channels, Value
-from pipeline.permutation.calls import Call, Result, Rule, joined, unknown
+from pipeline.permutation.calls import Call, Result, Rule, apart, joined, unknown
 
 
 def follow(channels: Channels, call: Call, pointwise: bool) -> Result:
     """Apply the rule for an operator; `pointwise` if it works element by element."""
     rule = RULES.get(call.name, _elementwise if pointwise else unknown)
-    return rule(channels, call)
+    result = rule(channels, call)
+    if isinstance(result, Value):
+        return apart(channels, result)
+    return [value if value is None else apart(channels, value) for value in result]
 
 
 def _elementwise(channels: Channels, call: Call) -> Result:
@@ -26,12 +29,18 @@ def _uniform(channels: Channels, call: Call) -> Result:
     return Value(call.shape, constant=frozenset(range(len(call.shape))))
 
 
+def _ignored(channels: Channels, call: Call) -> Result:
+    return Value(())
+
+
 def _named(rule: Rule, names: str) -> dict[str, Rule]:
     return dict.fromkeys(names.split(), rule)
 
 
 RULES: dict[str, Rule] = {
     **_named(_uniform, "full full_like zeros zeros_like ones ones_like scalar_tensor new_zeros new_ones new_full"),
+    # What export asserts of types and sizes.
+    **_named(_ignored, "_assert_tensor_metadata _assert_async _assert_scalar"),
     # Element by element, though torch does not say so of them.
     **_named(_elementwise, "leaky_relu hardtanh elu celu selu hardswish hardsigmoid softplus threshold mish prelu"),
     **_named(layers.convolution, "convolution"),
@@ -62,4 +71,5 @@ RULES: dict[str, Rule] = {
     **_named(movements.concatenate, "cat"),
     **_named(movements.pad, "constant_pad_nd"),
     **_named(movements.index, "index _unsafe_index"),
+    **_named(movements.index_select, "index_select"),
 }

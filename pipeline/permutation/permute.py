@@ -49,8 +49,10 @@ log = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float32]
 Scores = dict[str, Floats]
 
-# Differences of outputs, beside the largest of them, that another order of summation explains.
+# Differences of outputs, beside the largest of them, that another order of summation explains: in float32, and in steps
+# of rounding in shorter types.
 _TOLERANCE = 1e-3
+_ROUNDINGS = 16
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ def repermute(module: nn.Module, provenance: Provenance, permutation: Path, poli
         InputError: The permutation is damaged or of another model, or weights that cannot be used.
     """
     found, moves = read_permutation(permutation)
+    if found.model != provenance.model:
+        log.warning("the permutation was made for %s, and is applied to %s", found.model, provenance.model)
     state = module.state_dict()
     _require_usable(state, provenance)
     require_fit(moves, {name: tuple(tensor.shape) for name, tensor in state.items()}, where=permutation)
@@ -138,8 +142,8 @@ def _done(
     pattern = parse_pattern(found.pattern)
     state = module.state_dict()
     moved = permuted_state(state, moves)
-    difference = _difference(module, moved, provenance.preprocessing)
-    if not difference <= _TOLERANCE:
+    difference, tolerance = _difference(module, moved, provenance.preprocessing)
+    if not difference <= tolerance:
         raise InputError(
             "the permuted network computes something else",
             where=found.path if written else provenance.model,
@@ -305,8 +309,8 @@ def _kept_near(reader: Reader, order: Integers, pattern: Pattern) -> float:
     return kept(scores[:, columns], pattern.n, pattern.m)
 
 
-def _difference(module: nn.Module, moved: Mapping[str, torch.Tensor], how: Preprocessing) -> float:
-    """The largest difference of the outputs on noise, beside the largest output."""
+def _difference(module: nn.Module, moved: Mapping[str, torch.Tensor], how: Preprocessing) -> tuple[float, float]:
+    """The largest difference of the outputs on noise, beside the largest output; and how much of it may be rounding."""
     import torch
 
     sample = sample_input(how, 2)
@@ -315,5 +319,19 @@ def _difference(module: nn.Module, moved: Mapping[str, torch.Tensor], how: Prepr
         break
     with torch.no_grad():
         before = module.eval()(sample)
-        after = torch.func.functional_call(module, dict(moved), (sample,), tie_weights=False)
-    return float((before - after).abs().max() / before.abs().max().clamp(min=torch.finfo(before.dtype).tiny))
+        after = torch.func.functional_call(module, _each_once(module, moved), (sample,), tie_weights=False)
+    # Half-precision weights round within the network, whatever type comes out.
+    steps = torch.finfo(sample.dtype), torch.finfo(before.dtype)
+    difference = (before - after).abs().max() / before.abs().max().clamp(min=steps[1].tiny)
+    return float(difference), max(_TOLERANCE, _ROUNDINGS * max(step.eps for step in steps))
+
+
+def _each_once(module: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A layer under two names must be exchanged by one of them, for torch puts back what it found by the second."""
+    names = [
+        f"{path}.{name}" if path else name
+        for path, layer in module.named_modules()
+        for kind in (layer.named_parameters, layer.named_buffers)
+        for name, _ in kind(recurse=False, remove_duplicate=False)
+    ]
+    return {name: state[name] for name in names if name in state}

@@ -155,7 +155,7 @@ def require_fit(moves: Sequence[Move], shapes: Mapping[str, tuple[int, ...]], *,
             shape = shapes.get(place.tensor)
             if shape is None:
                 wrong.append(f"no tensor {place.tensor}")
-            elif place.axis >= len(shape) or place.positions.max() >= shape[place.axis]:
+            elif not 0 <= place.axis < len(shape) or place.positions.max() >= shape[place.axis]:
                 wrong.append(f"{place.tensor} {shape} is too small")
             else:
                 taken.setdefault((place.tensor, place.axis), []).append(place.positions.ravel())
@@ -180,7 +180,7 @@ def _moves(tensors: Mapping[str, npt.NDArray[Any]], names: Sequence[str]) -> lis
         for key, positions in tensors.items():
             if key.startswith(f"{name}/") and key != f"{name}/{_ORDER}":
                 tensor, _, axis = key.removeprefix(f"{name}/").rpartition("/")
-                if positions.ndim != 2 or len(positions) != len(order) or positions.min(initial=0) < 0:
+                if positions.ndim != 2 or len(positions) != len(order) or not positions.size or positions.min() < 0:
                     raise ValueError(f"{key}: positions of shape {positions.shape} for {len(order)} channels")
                 places.append(Place(tensor, int(axis), positions.astype(np.int64)))
         if order.ndim != 1 or not places or not np.array_equal(np.sort(order), np.arange(len(order))):

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import operator
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
-from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import Preprocessing
+from pipeline.aten import IMAGES, export_aten
 from pipeline.errors import InputError, listed
-from pipeline.layers import sample_input
 from pipeline.stability.calls import (
     Call,
     UncoveredError,
@@ -30,10 +25,7 @@ from pipeline.stability.rules import RULES
 
 if TYPE_CHECKING:
     from torch import nn
-
-
-# Images in the sample. One could be taken for a dimension of length 1.
-_BATCH = 2
+    from torch.export import ExportedProgram
 
 
 def read_network(module: nn.Module, how: Preprocessing) -> Network:
@@ -56,36 +48,15 @@ def read_network(module: nn.Module, how: Preprocessing) -> Network:
     return reader.network()
 
 
-def _exported(module: nn.Module, how: Preprocessing) -> Any:
-    import torch
-
-    sample = sample_input(how, _BATCH)
-    for parameter in module.parameters():
-        sample = sample.to(parameter)
-        break
+def _exported(module: nn.Module, how: Preprocessing) -> ExportedProgram:
     try:
-        with _quiet(), torch.no_grad():
-            # Without changes in place, but with whole layers: an empty table leaves operators as they are.
-            return torch.export.export(module.eval(), (sample,)).run_decompositions({})
+        return export_aten(module, how, whole_layers=True)
     except Exception as error:  # the exporter raises whatever the model's code leads it to
         raise InputError(
             "the bounds do not cover the model: torch.export cannot read its operators",
             found=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
             fix="rewrite what depends on values of the input",
         ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter logs and prints what it raises anyway."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with redirect_stderr(StringIO()), redirect_stdout(StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 _CUTS = frozenset(("chunk", "split", "split_with_sizes"))
@@ -159,7 +130,7 @@ class _Reader:
         tensors = [n for n in node.all_input_nodes if n in self._made]
         if not tensors:
             raise UncoveredError("it changes weights" if node.all_input_nodes else "it makes a constant")
-        if whole_shape(node)[:1] != (_BATCH,):
+        if whole_shape(node)[:1] != (IMAGES,):
             raise UncoveredError("images do not stay apart")
         call = call_of(node, name)
         if name in _SAME or (name == "slice" and shape_of(node) == shape_of(tensors[0])):

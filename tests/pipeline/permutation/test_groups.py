@@ -329,6 +329,15 @@ def test_an_unknown_operator_holds_its_channels_only() -> None:
     assert reasons(axes) == {"two": "the operator cumsum is not known", "head": "it meets values that cannot move"}
 
 
+def test_a_change_of_type_holds_nothing() -> None:
+    """Export asserts the type that it starts from."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return pooled(self, self.one(x).double().to(x.dtype))
+
+    assert sizes(find_groups(drawn(Net(forward, one=conv(3, 8), head=head(8))), HOW)) == {"one": 8}
+
+
 def test_channels_that_meet_constants_are_held() -> None:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         return pooled(self, self.one(x) * torch.linspace(1, 2, 8).view(1, -1, 1, 1))
@@ -398,6 +407,150 @@ def test_weights_that_are_standardised_before_use_move() -> None:
     assert sizes(stays(drawn(net))) == {"one": 8, "two": 12}
 
 
+def outer(self: Any, x: torch.Tensor) -> torch.Tensor:
+    one, two = (layer(x).flatten(2) for layer in (self.one, self.two))
+    return self.head((one @ two.transpose(1, 2)).flatten(1))  # type: ignore[no-any-return]
+
+
+def test_of_a_flattened_outer_product_one_side_moves() -> None:
+    """Each of its columns is a pair of channels."""
+    axes = stays(drawn(Net(outer, one=conv(3, 4), two=conv(3, 6), head=head(24))))
+    assert sizes(axes) == {"one": 4}
+    assert reasons(axes) == {"two": "it meets channels that lie otherwise"}
+
+
+def test_an_outer_product_of_channels_with_themselves_holds_them() -> None:
+    one = conv(3, 4)
+    axes = find_groups(drawn(Net(outer, one=one, two=one, head=head(16))), HOW)
+    assert not axes.movable
+    assert set(reasons(axes).values()) == {"it meets channels that lie otherwise"}
+
+
+def test_a_transposed_grouped_convolution_holds_what_it_reads_and_makes() -> None:
+    """Its weight is (C, K / groups), and its bias K long."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return pooled(self, self.three(self.two(self.one(x))))
+
+    two = nn.ConvTranspose2d(8, 12, 2, 2, groups=2)
+    axes = stays(drawn(Net(forward, one=conv(3, 8), two=two, three=conv(12, 4), head=head(4))))
+    assert sizes(axes) == {"three": 4}
+    assert reasons(axes)["one"] == "a grouped convolution reads it"
+    assert reasons(axes)["two"] in ("a grouped convolution reads it", "a transposed grouped convolution makes it")
+    assert reasons(axes)["three"] == "it meets values that cannot move"
+
+
+def test_a_bias_added_to_channels_that_stay_stays() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        other = functional.conv2d(x, self.one.weight.cumsum(0), self.two.bias)
+        return pooled(self, self.three(self.two(x)) * self.four(other))
+
+    net = Net(forward, one=conv(3, 8), two=conv(3, 8), three=conv(8, 4), four=conv(8, 4), head=head(4))
+    axes = stays(drawn(net))
+    assert sizes(axes) == {"three": 4}
+    assert reasons(axes)["two"] == "it meets values that cannot move"
+
+
+NORMS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], int]] = {
+    "of all channels": (lambda x: functional.group_norm(x, 1), 1),
+    "of two groups": (lambda x: functional.group_norm(x, 2), 2),
+    "of each row": (functional.instance_norm, 4),
+    "of each layer": (lambda x: functional.layer_norm(x, (3, 256)), 4),
+    "of a softmax": (lambda x: x.softmax(2), 4),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_channels_along_two_dimensions_stay_where_statistics_are_taken(name: str) -> None:
+    norm, parts = NORMS[name]
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return pooled(self, norm(self.one(x).unflatten(1, (4, 3)).flatten(3)).reshape(-1, 12, 16, 16))
+
+    axes = stays(drawn(Net(forward, one=conv(3, 12), head=head(12))))
+    assert list(sizes(axes).values()) == [12 // parts] * parts
+
+
+def test_channels_that_are_summed_in_parts_stay_in_their_parts() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.head(functional.relu(self.one(x)).unflatten(1, (4, 3)).sum((2, 3, 4)))  # type: ignore[no-any-return]
+
+    axes = stays(drawn(Net(forward, one=conv(3, 12), head=head(4))))
+    assert list(sizes(axes).values()) == [3] * 4
+
+
+def test_a_view_in_another_layout_holds_its_channels() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        x = self.one(x)
+        return pooled(self, x.contiguous().as_strided(x.shape, (4096, 16, 256, 1)))
+
+    axes = find_groups(drawn(Net(forward, one=conv(3, 16), head=head(16))), HOW)
+    assert reasons(axes)["one"] == "the operator as_strided is not known"
+
+
+def test_channels_pass_by_what_indices_pick() -> None:
+    """Between indices, channels come behind what is picked; a table's columns come out as they are."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(8)
+        between = self.one(x).unsqueeze(2)[:, :, :, rows, rows].transpose(1, 2)[:, 0]
+        behind = self.two(x).permute(0, 2, 3, 1)[:, rows, rows].transpose(1, 2)
+        apart = self.three(x).transpose(1, 2)[:, rows, :, rows].permute(1, 2, 0)
+        return self.head((between * behind + apart).mean(2))  # type: ignore[no-any-return]
+
+    axes = stays(drawn(Net(forward, one=conv(3, 8), two=conv(3, 8), three=conv(3, 8), head=head(8))))
+    assert sizes(axes) == {"one": 8}
+
+
+def test_channels_pass_where_positions_are_rolled() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return pooled(self, functional.relu(torch.roll(self.one(x), (1, 2), (2, 3)) + self.two(x)))
+
+    assert sizes(stays(drawn(Net(forward, one=conv(3, 8), two=conv(3, 8), head=head(8))))) == {"one": 8}
+
+
+def test_results_of_an_unknown_operator_have_their_own_shapes() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        _, _, vectors = torch.linalg.svd(self.two.weight[:1, :, 0, 0])
+        return self.head(self.one(x).mean((2, 3)) @ vectors)  # type: ignore[no-any-return]
+
+    axes = find_groups(drawn(Net(forward, one=conv(3, 8), two=conv(8, 8), head=head(8))), HOW)
+    assert "one" not in sizes(axes)
+    assert reasons(axes)["one"] == "it meets values that cannot move"
+
+
+def test_channels_that_are_picked_by_number_stay() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return pooled(self, self.one(x)[:, torch.tensor([3, 1, 0, 2])])
+
+    axes = find_groups(drawn(Net(forward, one=conv(3, 4), head=head(4))), HOW)
+    assert reasons(axes) == {"one": "places are picked by number", "head": "it meets values that cannot move"}
+
+
+def in_one_memory(view: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return pooled(self, self.again(functional.relu(self.two(functional.relu(self.one(self.stem(x)))))))
+
+    net = Net(forward, stem=conv(3, 8), one=conv(8, 8), two=conv(8, 8), again=conv(8, 8), head=head(8))
+    net.get_parameter("again.weight").data = view(net.get_parameter("one.weight").data)
+    return drawn(net)
+
+
+def test_parameters_in_one_memory_move_as_one() -> None:
+    axes = find_groups(in_one_memory(lambda weight: weight), HOW)
+    for group in axes.movable:
+        own = {(place.tensor, place.axis) for place in group.places}
+        assert (("one.weight", 0) in own) == (("again.weight", 0) in own)
+        assert (("one.weight", 1) in own) == (("again.weight", 1) in own)
+    assert sizes(axes) == {"stem": 8, "one": 8}
+
+
+def test_parameters_that_lie_otherwise_in_one_memory_stay() -> None:
+    axes = find_groups(in_one_memory(lambda weight: weight.transpose(0, 1)), HOW)
+    assert not axes.movable
+    assert set(reasons(axes).values()) == {"another tensor lies in the same memory"}
+
+
 def test_pixel_shuffle_holds_what_it_takes_apart() -> None:
     axes = find_groups(drawn(Net(unfolded, one=conv(3, 16), two=conv(4, 8), head=head(8))), HOW)
     assert sizes(axes) == {"two": 8}
@@ -414,6 +567,15 @@ def test_a_module_that_cannot_be_exported_is_told_in_one_message(capfd: pytest.C
     ):
         find_groups(Net(forward, one=conv(3, 8), head=head(8)), HOW)
     assert capfd.readouterr() == ("", "")
+
+
+def test_sizes_that_values_decide_are_told_in_one_message() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        x = self.one(x)
+        return pooled(self, x * x[x > 0].mean())
+
+    with pytest.raises(UnexportableError, match="depends on values of the input"):
+        find_groups(Net(forward, one=conv(3, 8), head=head(8)), HOW)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -264,7 +264,12 @@ def missing(tensors: dict[str, np.ndarray]) -> None:
     del tensors["one/order"]
 
 
-@pytest.mark.parametrize("change", [repeated, negative, missing])
+def emptied(tensors: dict[str, np.ndarray]) -> None:
+    for name in tensors:
+        tensors[name] = tensors[name][:0]
+
+
+@pytest.mark.parametrize("change", [repeated, negative, missing, emptied])
 def test_a_damaged_permutation_is_refused(change: Callable[[dict[str, np.ndarray]], None], tmp_path: Path) -> None:
     done = run(trained(), tmp_path)
     with pytest.raises(InputError, match="not a permutation's file"):
@@ -280,6 +285,80 @@ def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
         read_permutation(tmp_path / "text.safetensors")
     with pytest.raises(InputError, match="not found"):
         read_permutation(tmp_path / "none.safetensors")
+
+
+def test_a_file_of_another_tool_is_refused(tmp_path: Path) -> None:
+    safetensors.numpy.save_file({"one/order": np.arange(4)}, tmp_path / "plain.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="not a permutation's file"):
+        read_permutation(tmp_path / "plain.safetensors")
+
+
+@pytest.mark.parametrize("axis", [-1, 4])
+def test_an_axis_that_no_tensor_has_is_refused(axis: int, tmp_path: Path) -> None:
+    order = run(trained(), tmp_path).permutation.path
+
+    def moved(tensors: dict[str, np.ndarray]) -> None:
+        tensors[f"one/two.weight/{axis}"] = tensors.pop("one/two.weight/1")
+
+    with pytest.raises(InputError, match=r"found: 1 axes do not fit: two\.weight"):
+        repermute(trained(), MADE, damaged(order, moved), LayerPolicy(), tmp_path / "again.safetensors")
+
+
+def test_positions_that_move_twice_are_refused(tmp_path: Path) -> None:
+    order = run(trained(), tmp_path).permutation.path
+
+    def doubled(tensors: dict[str, np.ndarray]) -> None:
+        tensors["stem/two.weight/1"] = tensors["one/two.weight/1"][:16]
+
+    with pytest.raises(InputError, match=r"positions of two\.weight move twice"):
+        repermute(trained(), MADE, damaged(order, doubled), LayerPolicy(), tmp_path / "again.safetensors")
+
+
+def test_a_model_of_another_name_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    order = run(trained(), tmp_path).permutation.path
+    repermute(trained(), MADE, order, LayerPolicy(), tmp_path / "again.safetensors")
+    assert not caplog.messages
+    repermute(trained(), replace(MADE, model="other"), order, LayerPolicy(), tmp_path / "again.safetensors")
+    assert caplog.messages == ["the permutation was made for net, and is applied to other"]
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_weights_in_half_precision_move_too(kind: torch.dtype, tmp_path: Path) -> None:
+    """Other orders of summation round otherwise."""
+
+    class Half(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.to(self.head.weight)).float()
+
+    torch.manual_seed(0)
+    module = Half().to(kind).eval()
+    done = run(module, tmp_path)
+    after = loaded(module, done)
+    assert done.kept_after > done.kept_before
+    assert after.get_parameter("one.weight").dtype == kind
+    torch.testing.assert_close(outputs(after), outputs(module), rtol=1e-6, atol=1e-6)
+
+
+def test_weights_in_channels_last_and_tied_ones_move_too(tmp_path: Path) -> None:
+    class Tied(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.again = self.two
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.relu(self.stem(x))
+            for layer in (self.two, self.again):
+                x = x + layer(torch.relu(self.bn(self.one(x))))
+            return self.head(self.wide(torch.cat([self.few(x), x, self.few(x)], 1)).mean((2, 3)))  # type: ignore[no-any-return]
+
+    module = trained(build=Tied).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    before = copy.deepcopy(module.state_dict())
+    done = run(module, tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    assert any(group.state == MOVED for group in done.permutation.groups)
+    written = read_weights(done.checkpoint.path)
+    assert torch.equal(written["two.weight"], written["again.weight"])
+    torch.testing.assert_close(outputs(loaded(module, done)), outputs(module), rtol=1e-9, atol=1e-9)
 
 
 def test_a_permutation_of_another_model_is_refused(tmp_path: Path) -> None:
