@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -314,12 +316,18 @@ def test_positions_that_move_twice_are_refused(tmp_path: Path) -> None:
         repermute(trained(), MADE, damaged(order, doubled), LayerPolicy(), tmp_path / "again.safetensors")
 
 
-def test_a_model_of_another_name_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    order = run(trained(), tmp_path).permutation.path
-    repermute(trained(), MADE, order, LayerPolicy(), tmp_path / "again.safetensors")
-    assert not caplog.messages
-    repermute(trained(), replace(MADE, model="other"), order, LayerPolicy(), tmp_path / "again.safetensors")
-    assert caplog.messages == ["the permutation was made for net, and is applied to other"]
+def test_a_model_of_another_name_is_told(cli: Callable[..., Any], tiny_spec: str, tmp_path: Path) -> None:
+    order, again = tmp_path / "p.permutation.safetensors", tmp_path / "again.safetensors"
+    made = cli("permute", tiny_spec, "-o", tmp_path / "p.safetensors", "--effort", "0.01")
+    assert made.code == 0, made.err
+    source, _, factory = tiny_spec.rpartition(":")
+    other = tmp_path / "other.py"
+    other.write_text(Path(source).read_text())
+    same = cli("permute", tiny_spec, "--permutation", order, "-o", again)
+    assert "the permutation was made for" not in same.err
+    told = cli("permute", f"{other}:{factory}", "--permutation", order, "-o", again)
+    assert told.code == 0, told.err
+    assert re.search(rf"the permutation was made for \w+, and is applied to other_{factory}", told.err)
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
