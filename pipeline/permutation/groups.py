@@ -123,11 +123,13 @@ def _walk(program: ExportedProgram, channels: Channels) -> tuple[list[Value], di
     """All tensors of a network, and those that it is saved by."""
     signature = program.graph_signature
     saved = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    names = saved | signature.inputs_to_lifted_tensor_constants
+    known = {node: program.constants[name] for node, name in names.items() if name in program.constants}
     found: dict[torch.fx.Node, Any] = {}
     parameters: dict[str, Value] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            found[node] = _input(channels, node, saved, parameters)
+            found[node] = _input(channels, node, saved, _even(known.get(node.name)), parameters)
         elif node.op == "output":
             for value in _tensors(_looked_up(node.args, found)):
                 for places in value.places:
@@ -145,17 +147,30 @@ def _walk(program: ExportedProgram, channels: Channels) -> tuple[list[Value], di
     return list(_tensors(found.values())), parameters
 
 
-def _input(channels: Channels, node: torch.fx.Node, saved: Mapping[str, str], parameters: dict[str, Value]) -> Value:
+def _input(
+    channels: Channels,
+    node: torch.fx.Node,
+    saved: Mapping[str, str],
+    even: frozenset[int],
+    parameters: dict[str, Value],
+) -> Value:
     shape = _shape(node)
     name = saved.get(node.name)
     if name is not None:
-        dims = [d for d, size in enumerate(shape) if size > 1]
-        value = Value(shape, tuple(channels.fresh(shape, d) for d in dims))
+        dims = [d for d, size in enumerate(shape) if size > 1 and d not in even]
+        value = Value(shape, tuple(channels.fresh(shape, d) for d in dims), even)
         parameters[name] = value
         return value
     if node.name in _user_inputs(node) and len(shape) == 4 and shape[1] > 1:
         return Value(shape, (channels.fresh(shape, 1, "it is an input of the network"),))
-    return Value(shape)
+    return Value(shape, constant=even)
+
+
+def _even(constant: torch.Tensor | None) -> frozenset[int]:
+    """Dimensions along which all values are the same, as of a blurring filter that each channel gets."""
+    if constant is None or not constant.numel():
+        return frozenset()
+    return frozenset(d for d in range(constant.ndim) if bool((constant == constant.narrow(d, 0, 1)).all()))
 
 
 def _user_inputs(node: torch.fx.Node) -> set[str]:

@@ -20,7 +20,7 @@ def convolution(channels: Channels, call: Call) -> Result:
     result = weight.along(outputs)
     if groups == 1:
         _contract(channels, (x, 1), (weight, inputs))
-    elif not transposed and weight.shape[1] == 1 and groups == x.shape[1]:
+    elif weight.shape[1] == 1 and groups == x.shape[1]:
         result = _depthwise(channels, x, weight)
     else:
         for each in (x.along(1), weight.along(inputs)):
@@ -41,16 +41,18 @@ def convolution(channels: Channels, call: Call) -> Result:
 def _depthwise(channels: Channels, x: Value, weight: Value) -> Places | None:
     """Filters of one channel each: several in a row for the same one are its copies."""
     made, read = weight.along(0), x.along(1)
-    if made is None:
-        return None
     if read is None:
-        channels.hold(made, FIXED_VALUES)
+        if made is not None:
+            channels.hold(made, FIXED_VALUES)
         return made
     each = weight.shape[0] // x.shape[1]
     ids, copies = read.channels.ravel(), read.copies.ravel()
     repeated = Places(np.repeat(ids, each), (copies[:, None] * each + np.arange(each)).ravel())
-    shaped = repeated.rearranged(lambda x: x.reshape(made.channels.shape))
-    channels.tie(shaped, made)
+    shaped = moved_to(repeated, 0, len(weight.shape))
+    if made is not None:
+        channels.tie(shaped, made)
+    elif weight.varies(0):
+        channels.hold(shaped, FIXED_VALUES)
     return shaped
 
 
@@ -58,17 +60,21 @@ def matmul(channels: Channels, call: Call) -> Result:
     """`mm`, `bmm`, `addmm` and `baddbmm`: (..., rows, inner) by (..., inner, columns)."""
     first, second = ("self", "mat2") if call.name in ("mm", "bmm") else _FACTORS[call.name]
     a, b = call.args[first], call.args[second]
-    inner_a, inner_b = len(a.shape) - 1, len(b.shape) - 2
-    for value, inner, own in ((a, inner_a, inner_a - 1), (b, inner_b, inner_b + 1)):
-        hold_beyond(channels, value, {inner, own}, "a product takes it in parts")
+    rows, inner = len(a.shape) - 2, len(a.shape) - 1
+    made: list[Places] = []
+    for value, own, summed in ((a, rows, inner), (b, inner, rows)):
         for places in value.places:
-            if len(places.dims) > 1:
+            if own in places.dims and summed not in places.dims:
+                # Heads of attention keep their channels.
+                _apart_along(channels, places, set(places.dims) - {own})
+                made.append(places)
+            elif places.dims != (summed,):
                 channels.hold(places, "a product takes it in parts")
-    _contract(channels, (a, inner_a), (b, inner_b))
-    made = Value(call.shape, tuple(p for p in (a.along(inner_a - 1), b.along(inner_b + 1)) if p is not None))
+    _contract(channels, (a, inner), (b, rows))
+    result = Value(call.shape, tuple(made))
     if first == "self":
-        return made
-    return joined(channels, [made, call.args["self"]], call.shape)
+        return result
+    return joined(channels, [result, call.args["self"]], call.shape)
 
 
 _FACTORS = {"addmm": ("mat1", "mat2"), "baddbmm": ("batch1", "batch2")}
@@ -127,8 +133,14 @@ def _within(channels: Channels, x: Value, dims: set[int]) -> None:
     """Statistics are taken over some dimensions, apart for each place along the others."""
     for places in x.places:
         own = set(places.dims)
-        if own & dims and own - dims:
-            channels.tell_apart(places, _coordinates(places, own - dims))
+        if own & dims:
+            _apart_along(channels, places, own - dims)
+
+
+def _apart_along(channels: Channels, places: Places, dims: set[int]) -> None:
+    """Channels at different positions along these dimensions cannot change places."""
+    if dims:
+        channels.tell_apart(places, _coordinates(places, dims))
 
 
 def reduce(channels: Channels, call: Call) -> Result:

@@ -57,13 +57,14 @@ def test_parts_of_one_axis_that_meet_are_copies_of_each_other() -> None:
     assert len(set(signatures[:3])) == 1
 
 
-def test_a_flattened_channel_owns_its_columns() -> None:
+@pytest.mark.parametrize("first", [True, False])
+def test_a_flattened_channel_owns_its_columns(first: bool) -> None:
     channels = Channels()
     made, columns = channels.fresh((1, 3), 1), channels.fresh((5, 6), 1)
-    channels.tie(flattened(made, 2), columns)
+    channels.tie(*(flattened(made, 2), columns)[:: 1 if first else -1])
     owned = channels.resolved(columns)
     np.testing.assert_array_equal(owned.copies.ravel(), [0, 1, 0, 1, 0, 1])
-    np.testing.assert_array_equal(owned.channels.ravel(), np.repeat(made.channels.ravel(), 2))
+    np.testing.assert_array_equal(owned.channels.ravel(), np.repeat(channels.resolved(made).channels.ravel(), 2))
     assert not channels.held()
 
 
@@ -72,6 +73,44 @@ def test_copies_in_another_order_are_held() -> None:
     a, b = channels.fresh((1, 2), 1), channels.fresh((1, 2), 1)
     channels.tie(flattened(a, 2), flattened(b, 2).rearranged(lambda x: x[:, [1, 0, 3, 2]]))
     assert set(channels.held()) >= set(channels.resolved(a).channels.ravel().tolist())
+
+
+def test_a_channel_that_meets_two_makes_them_one() -> None:
+    channels = Channels()
+    a, b = channels.fresh((2,), 0), channels.fresh((2,), 0)
+    channels.tie(a, b.rearranged(lambda x: x[[0, 0]]))
+    one, other = channels.resolved(a).channels
+    assert one == other == channels.resolved(b).channels[0]
+
+
+def test_a_copy_that_meets_another_copy_of_a_channel_is_held() -> None:
+    channels = Channels()
+    a, b = (flattened(channels.fresh((1, 2), 1), 3) for _ in range(2))
+    channels.tie(a.rearranged(lambda x: x[:, 1::3]), b.rearranged(lambda x: x[:, 2::3]))
+    assert len(channels.held()) == 4
+
+
+def test_copies_that_meet_in_one_channel_only_are_held() -> None:
+    """The second channel's place meets a copy of it where the first one's meets itself."""
+    channels = Channels()
+    a = channels.fresh((2,), 0)
+    channels.tie(a, Places(a.channels, np.array([0, 1])))
+    assert list(channels.held()) == [1]
+
+
+def test_a_copy_of_a_copy_is_held_when_it_meets_another() -> None:
+    channels = Channels()
+    a, b, c = channels.fresh((1, 2), 1), channels.fresh((1, 4), 1), channels.fresh((1, 12), 1)
+    channels.tie(flattened(a, 2), b)
+    channels.tie(c, flattened(b, 3))
+    assert set(channels.held()) >= {0, 1}
+
+
+def test_places_of_a_channel_that_have_one_number_hold_it() -> None:
+    channels = Channels()
+    a = channels.fresh((3,), 0)
+    channels.signatures([Value((4,), (a.rearranged(lambda x: x[[0, 0, 1, 2]]),))])
+    assert channels.held() == {0: "two of its places in a tensor cannot be told apart"}
 
 
 def test_a_copy_of_a_copy_is_held() -> None:
@@ -101,6 +140,16 @@ def test_signatures_are_equal_for_channels_in_the_same_tensors_only(count: int) 
     signatures = channels.signatures(values)
     assert len(set(signatures[:count])) == len(set(signatures[count:])) == 1
     assert signatures[0] != signatures[-1]
+
+
+def test_signatures_tell_copies_apart() -> None:
+    """A tensor that holds one half of two channels and the other half of a third."""
+    channels = Channels()
+    a = channels.fresh((6,), 0)
+    channels.tie(*(a.rearranged(lambda x, p=part: x[p]) for part in (slice(3), slice(3, 6))))
+    part = a.rearranged(lambda x: x[[0, 1, 5]])
+    signatures = channels.signatures([Value((6,), (a,)), Value((3,), (part,))])
+    assert signatures[0] == signatures[1] != signatures[2]
 
 
 def test_numbers_tell_channels_apart() -> None:

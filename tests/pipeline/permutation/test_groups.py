@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -194,6 +195,13 @@ def mirrored(self: Any, x: torch.Tensor) -> torch.Tensor:
     return pooled(self, x + functional.relu(x.flip(1)))
 
 
+def attention(self: Any, x: torch.Tensor) -> torch.Tensor:
+    x = self.stem(x).flatten(2).transpose(1, 2)
+    q, k, v = self.qkv(x).unflatten(2, (3, 3, 4)).permute(2, 0, 3, 1, 4)
+    found = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return self.head((x + self.out(found)).mean(1))  # type: ignore[no-any-return]
+
+
 def head(c: int) -> nn.Linear:
     return nn.Linear(c, 5)
 
@@ -313,6 +321,16 @@ def test_what_the_network_reads_and_writes_is_fixed_and_named() -> None:
     ]
 
 
+def test_values_of_attention_move_within_their_heads() -> None:
+    net = Net(attention, stem=conv(3, 8), qkv=nn.Linear(8, 36), out=nn.Linear(12, 8), head=head(8))
+    axes = stays(drawn(net))
+    assert list(sizes(axes).values()) == [8, 4, 4, 4]
+    for group in axes.movable[1:]:
+        (read,) = (place.positions for place in group.places if place.tensor == "out.weight")
+        assert np.ptp(read // 4) == 0
+    assert set(reasons(axes)) == {"qkv"}
+
+
 def test_what_a_grouped_convolution_reads_is_fixed_and_named() -> None:
     assert reasons(find_groups(drawn(NETS["a grouped convolution"][0]()), HOW)) == {
         "one": "a grouped convolution reads it",
@@ -338,22 +356,231 @@ def test_a_change_of_type_holds_nothing() -> None:
     assert sizes(find_groups(drawn(Net(forward, one=conv(3, 8), head=head(8))), HOW)) == {"one": 8}
 
 
-def test_channels_that_meet_constants_are_held() -> None:
+@pytest.mark.parametrize(
+    "constant",
+    [
+        lambda: torch.linspace(1, 2, 8).view(1, -1, 1),
+        lambda: torch.linspace(1, 2, 8)[:, None].expand(8, 256),
+        lambda: torch.linspace(1, 2, 8).view(1, -1, 1) + torch.ones(1, 8, 256),
+        lambda: torch.ones(2, 1, 1) * torch.linspace(1, 2, 8)[:, None],
+        lambda: torch.linspace(1, 2, 8).expand(256, 8).t(),
+    ],
+)
+def test_channels_that_meet_constants_are_held(constant: Callable[[], torch.Tensor]) -> None:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return pooled(self, self.one(x) * torch.linspace(1, 2, 8).view(1, -1, 1, 1))
+        return self.head((self.one(x).flatten(2) * constant()).mean(2))  # type: ignore[no-any-return]
 
     axes = find_groups(drawn(Net(forward, one=conv(3, 8), head=head(8))), HOW)
     assert not axes.movable
     assert reasons(axes) == {"one": "it meets values that cannot move"}
 
 
-def test_positions_of_channels_as_an_output_hold_them() -> None:
+@pytest.mark.parametrize(
+    "constant",
+    [
+        lambda: torch.ones(8),
+        lambda: torch.zeros(16, 16, 8),
+        lambda: torch.tensor([1.5] * 8),
+        lambda: torch.ones(8, 16).t().contiguous(),
+        lambda: torch.linspace(1, 2, 16)[:, None] * torch.ones(8),
+        lambda: torch.linspace(1, 2, 16).view(1, 16, 1, 1).expand(1, 16, 1, 8),
+    ],
+)
+def test_channels_that_meet_one_value_everywhere_move(constant: Callable[[], torch.Tensor]) -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.head((self.one(x).permute(0, 2, 3, 1) * constant()).mean((1, 2)))  # type: ignore[no-any-return]
+
+    assert sizes(find_groups(drawn(Net(forward, one=conv(3, 8), head=head(8))), HOW)) == {"one": 8}
+
+
+@pytest.mark.parametrize(
+    "position", [lambda x: x.max(1, keepdim=True)[1], lambda x: x.argmin(1, keepdim=True), lambda x: x.argmax()]
+)
+def test_positions_of_channels_as_an_output_hold_them(position: Callable[[torch.Tensor], torch.Tensor]) -> None:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         x = self.one(x)
-        return pooled(self, x * x.max(1, keepdim=True)[1])
+        return pooled(self, x * position(x))
 
     axes = find_groups(drawn(Net(forward, one=conv(3, 8), head=head(8))), HOW)
     assert reasons(axes) == {"one": "its position is an output"}
+
+
+def test_a_mean_of_all_holds_nothing() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        x = self.one(x)
+        return pooled(self, x * x.mean())
+
+    assert sizes(stays(drawn(Net(forward, one=conv(3, 8), head=head(8))))) == {"one": 8}
+
+
+def test_channels_that_say_where_to_look_stay() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        grid = torch.tanh(self.two(x)).permute(0, 2, 3, 1)
+        return pooled(self, functional.grid_sample(self.one(x), grid, align_corners=False))
+
+    axes = stays(drawn(Net(forward, one=conv(3, 8), two=conv(3, 2), head=head(8))))
+    assert sizes(axes) == {"one": 8}
+    assert reasons(axes) == {"two": "it tells positions"}
+
+
+@pytest.mark.parametrize(
+    ("look", "reason"),
+    [
+        (lambda self: self.table[self.numbers], "it tells positions"),
+        (
+            lambda self: torch.zeros(16, 16).index_put((self.numbers, self.numbers.t()), self.table[0].float()),
+            "the operator index_put is not known",
+        ),
+    ],
+)
+def test_numbers_of_positions_stay(look: Callable[[Any], torch.Tensor], reason: str) -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return pooled(self, self.one(x) * (look(self).to(x) + 1))
+
+    net = Net(forward, one=conv(3, 8), head=head(8))
+    net.register_buffer("numbers", torch.arange(256).view(16, 16) % 7)
+    net.register_buffer("table", torch.linspace(1, 2, 7))
+    axes = stays(drawn(net))
+    assert sizes(axes) == {"one": 8}
+    assert reasons(axes) == {"numbers": reason}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda x: functional.avg_pool2d(x.transpose(1, 2), 3, 1, 1).transpose(1, 2), "positions are pooled"),
+        (lambda x: functional.pad(x, (0, 0, 0, 0, -1, 1)), "padded or cropped in parts"),
+        (lambda x: functional.pad(x.unflatten(1, (2, 4)), (0, 0, 0, 0, 1, 0)).flatten(1, 2)[:, 1:9], "padded or crop"),
+        (lambda x: torch.cat([x.unflatten(1, (2, 4))] * 2, 2).flatten(1, 2)[:, 4:12], "concatenated in parts"),
+        (lambda x: torch.cat([x[:, :4], x.cumsum(1)[:, :4]], 1), "the operator cumsum is not known"),
+    ],
+)
+def test_channels_that_are_taken_in_parts_stay(change: Callable[[torch.Tensor], torch.Tensor], reason: str) -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return pooled(self, self.two(change(self.one(x))))
+
+    axes = stays(drawn(Net(forward, one=conv(3, 8), two=conv(8, 6), head=head(6))))
+    assert sizes(axes) == {"two": 6}
+    assert reason in reasons(axes)["one"]
+
+
+def beside(self: Any, x: torch.Tensor) -> torch.Tensor:
+    one = self.one(x)
+    return self.head(torch.cat([one, self.two(x), torch.zeros_like(one), one[:, :, :0]], 2).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("forward", "two", "found"),
+    [
+        (beside, conv(3, 8), {"one": 8}),
+        (lambda self, x: pooled(self, self.one(x) + torch.cat([x[:, :0], self.two(x)], 1)), conv(3, 8), {"one": 8}),
+        (lambda self, x: self.head((self.one(x)[:, ::2] * self.two(x)).mean((2, 3))), conv(3, 4), {"one": 4}),
+    ],
+)
+def test_channels_that_meet_move_together(forward: Any, two: nn.Module, found: dict[str, int]) -> None:
+    module = drawn(Net(forward, one=conv(3, 8), two=two, head=head(found["one"])))
+    axes = find_groups(module, HOW)
+    assert moved(module, axes.movable, HOW) < 1e-9
+    assert any("two.weight" in {p.tensor for p in g.places} and g.size == found["one"] for g in axes.movable)
+
+
+class Computed(nn.Module):
+    """A convolution whose filters are made from parameters on the way."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], weight: Callable[[Any], torch.Tensor], groups: int) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape)))
+        self.bias = nn.Parameter(torch.randn(8))
+        self._weight, self._groups = weight, groups
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.conv2d(x, self._weight(self), self.bias, padding=1, groups=self._groups)
+
+
+COMPUTED: dict[str, tuple[dict[str, tuple[int, ...]], Callable[[Any], torch.Tensor], int, dict[str, int]]] = {
+    "one filter for each channel": ({"w": (1, 1, 3, 3)}, lambda m: m.w.expand(8, 1, 3, 3), 8, {"one": 8, "three": 4}),
+    "an even filter": ({}, lambda m: torch.ones(8, 1, 3, 3).to(m.bias), 8, {"one": 8, "three": 4}),
+    "unknown filters": ({"w": (8, 1, 3, 3)}, lambda m: m.w.cumsum(0), 8, {"three": 4}),
+    "filters that are less their mean": (
+        {"w": (8, 1, 3, 3)},
+        lambda m: m.w - m.w.mean(0, keepdim=True),
+        8,
+        {"one": 8, "three": 4},
+    ),
+    "filters of rows of a matrix": ({"w": (64, 9)}, lambda m: m.w.view(8, 8, 3, 3), 1, {"three": 4}),
+    "filters with weighted columns": (
+        {"w": (8, 8, 3, 3), "rows": (1, 3)},
+        lambda m: m.w * m.rows,
+        1,
+        {"one": 8, "two.w": 8, "three": 4},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_filters_that_are_computed_hold_what_does_not_follow(name: str) -> None:
+    torch.manual_seed(0)
+    shapes, weight, groups, found = COMPUTED[name]
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return pooled(self, self.three(functional.relu(self.two(functional.relu(self.one(x))))))
+
+    two = Computed(shapes, weight, groups)
+    assert sizes(stays(drawn(Net(forward, one=conv(3, 8), two=two, three=conv(8, 4), head=head(4))))) == found
+
+
+def test_a_blurring_filter_that_checkpoints_do_not_hold_lets_channels_pass() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return pooled(self, functional.conv2d(self.one(x), self.blur, groups=8))
+
+    net = Net(forward, one=conv(3, 8), head=head(8))
+    net.register_buffer("blur", torch.tensor([1.0, 2, 1]).expand(8, 1, 3, 3).clone(), persistent=False)
+    assert sizes(stays(drawn(net))) == {"one": 8}
+
+
+def test_channels_that_nothing_is_known_of_hold_what_filters_them() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return pooled(self, self.two(self.one(x).cumsum(1)))
+
+    axes = stays(drawn(Net(forward, one=conv(3, 8), two=conv(8, 8, 3, groups=8), three=conv(8, 4), head=head(8))))
+    assert "two" not in sizes(axes)
+    assert reasons(axes)["two"] == "it meets values that cannot move"
+
+
+@pytest.mark.parametrize(("groups", "made"), [(8, 8), (2, 2)])
+def test_a_transposed_depthwise_convolution_lets_channels_pass(groups: int, made: int) -> None:
+    """Filters of one channel each do so, if they also read one each."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return pooled(self, self.three(self.two(self.one(x))))
+
+    two = nn.ConvTranspose2d(8, made, 2, 2, groups=groups)
+    axes = stays(drawn(Net(forward, one=conv(3, 8), two=two, three=conv(made, 4), head=head(4))))
+    assert sizes(axes) == ({"one": 8, "three": 4} if groups == 8 else {"three": 4})
+
+
+def test_rows_of_channels_that_are_multiplied_stay() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        rows = functional.relu(self.one(x)).mean((2, 3)).unflatten(1, (2, 4))
+        return self.head((rows @ self.mix).flatten(1))  # type: ignore[no-any-return]
+
+    net = Net(forward, one=conv(3, 8), head=head(8))
+    net.register_parameter("mix", nn.Parameter(torch.randn(4, 4)))
+    axes = find_groups(drawn(net), HOW)
+    assert moved(net, axes.movable, HOW) < 1e-9
+    assert reasons(axes)["one"] == "a product takes it in parts"
+
+
+def test_matrices_for_each_channel_hold_them() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return pooled(self, torch.einsum("nchw,cwv->nchv", self.one(x), self.mix))
+
+    net = Net(forward, one=conv(3, 8), two=conv(3, 8), head=head(8))
+    net.register_parameter("mix", nn.Parameter(torch.randn(8, 16, 16)))
+    axes = find_groups(drawn(net), HOW)
+    assert moved(net, axes.movable, HOW) < 1e-9
+    assert reasons(axes)["one"] == "a product takes it in parts"
 
 
 def test_a_buffer_that_checkpoints_do_not_hold_fixes_its_channels() -> None:
@@ -457,6 +684,7 @@ NORMS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], int]] = {
     "of each row": (functional.instance_norm, 4),
     "of each layer": (lambda x: functional.layer_norm(x, (3, 256)), 4),
     "of a softmax": (lambda x: x.softmax(2), 4),
+    "of a softmax in rows of rows": (lambda x: x.unflatten(1, (2, 2)).softmax(3), 4),
 }
 
 
@@ -495,7 +723,7 @@ def test_channels_pass_by_what_indices_pick() -> None:
         rows = torch.arange(8)
         between = self.one(x).unsqueeze(2)[:, :, :, rows, rows].transpose(1, 2)[:, 0]
         behind = self.two(x).permute(0, 2, 3, 1)[:, rows, rows].transpose(1, 2)
-        apart = self.three(x).transpose(1, 2)[:, rows, :, rows].permute(1, 2, 0)
+        apart = self.three(x).unsqueeze(3)[:, :, rows, :, rows].squeeze(3).permute(1, 2, 0)
         return self.head((between * behind + apart).mean(2))  # type: ignore[no-any-return]
 
     axes = stays(drawn(Net(forward, one=conv(3, 8), two=conv(3, 8), three=conv(3, 8), head=head(8))))
@@ -519,9 +747,13 @@ def test_results_of_an_unknown_operator_have_their_own_shapes() -> None:
     assert reasons(axes)["one"] == "it meets values that cannot move"
 
 
-def test_channels_that_are_picked_by_number_stay() -> None:
+@pytest.mark.parametrize(
+    "pick",
+    [lambda x: x[:, torch.tensor([3, 1, 0, 2])], lambda x: x.index_select(1, torch.tensor([3, 1, 0, 2]))],
+)
+def test_channels_that_are_picked_by_number_stay(pick: Callable[[torch.Tensor], torch.Tensor]) -> None:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return pooled(self, self.one(x)[:, torch.tensor([3, 1, 0, 2])])
+        return pooled(self, pick(self.one(x)))
 
     axes = find_groups(drawn(Net(forward, one=conv(3, 4), head=head(4))), HOW)
     assert reasons(axes) == {"one": "places are picked by number", "head": "it meets values that cannot move"}
@@ -562,11 +794,13 @@ def test_a_module_that_cannot_be_exported_is_told_in_one_message(capfd: pytest.C
         x = self.one(x)
         return pooled(self, x if float(x.sum()) > 0 else -x)
 
+    before = logging.root.manager.disable
     with pytest.raises(
         UnexportableError, match=r"torch\.export cannot read its operators\n  found: .*\n  fix:   go on"
     ):
         find_groups(Net(forward, one=conv(3, 8), head=head(8)), HOW)
     assert capfd.readouterr() == ("", "")
+    assert logging.root.manager.disable == before
 
 
 def test_sizes_that_values_decide_are_told_in_one_message() -> None:
