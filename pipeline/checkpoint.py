@@ -88,6 +88,24 @@ def module_of(options: ModelOptions, checkpoint: Checkpoint) -> nn.Module:
     return module
 
 
+def rebuilt(checkpoint: Checkpoint) -> nn.Module:
+    """The model that a checkpoint's record names, with its weights.
+
+    Raises:
+        InputError: It cannot be built: the record of a model in a file names no folder.
+    """
+    made = checkpoint.provenance
+    try:
+        return module_of(ModelOptions(made.model, classes=made.classes), checkpoint)
+    except InputError as error:
+        raise InputError(
+            "the checkpoint's model cannot be built",
+            where=checkpoint.path,
+            found=f"{made.model}: {error.what}",
+            fix="of a model in a file of yours, give the ONNX: maskplan export FILE.py:factory --weights ...",
+        ) from error
+
+
 def _load(options: ModelOptions) -> tuple[Architecture, Provenance]:
     file = weights_file(options)
     architecture, origin, trained = _weigh(options, file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,7 +118,7 @@ def fit_weights(module: nn.Module, state: Mapping[str, torch.Tensor], *, where: 
             fix="give the model that it was saved from; for another number of classes add --classes N",
         )
     # In the model's type: what is finite in a wider one need not be.
-    typed = {k: state[k].to(v.dtype) for k, v in own.items() if k in state}
+    typed = OrderedDict((k, state[k].to(v.dtype)) for k, v in own.items() if k in state)
     bad = [k for k, v in typed.items() if v.is_floating_point() and not bool(v.isfinite().all())]
     if bad:
         raise InputError(
@@ -126,6 +127,8 @@ def fit_weights(module: nn.Module, state: Mapping[str, torch.Tensor], *, where: 
             found=listed(bad),
             fix="use a checkpoint from before training diverged",
         )
+    # With it torch tells formats of old apart, and MNASNet refuses weights without; what `own` says is this library's.
+    typed._metadata = own._metadata  # type: ignore[attr-defined]
     module.load_state_dict(typed, strict=False)
 
 

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     import onnx
 
     from engines.probe import ProbeReport
-    from pipeline.artifacts import Checkpoint
 
 _EXAMPLES = """Examples:\n
   maskplan probe build/r50/sparse.safetensors --report probe.json\n
@@ -84,21 +83,10 @@ def probe(
 def _traced(path: Path) -> onnx.ModelProto:
     """The graph of a checkpoint, which tells the sizes that its weights work on."""
     from exporters.onnx_export import trace
-    from pipeline.checkpoint import ModelOptions, module_of, read_checkpoint
-    from pipeline.errors import InputError
+    from pipeline.checkpoint import read_checkpoint, rebuilt
 
-    checkpoint: Checkpoint = read_checkpoint(path)
-    made = checkpoint.provenance
-    try:
-        module = module_of(ModelOptions(made.model, classes=made.classes), checkpoint)
-    except InputError as error:
-        raise InputError(
-            "the checkpoint's model cannot be built",
-            where=path,
-            found=f"{made.model}: {error.what}",
-            fix="of a model in a file of yours, probe the ONNX: maskplan export FILE.py:factory --weights ...",
-        ) from error
-    return trace(module, made)
+    checkpoint = read_checkpoint(path)
+    return trace(rebuilt(checkpoint), checkpoint.provenance)
 
 
 def _show(report: ProbeReport) -> None:

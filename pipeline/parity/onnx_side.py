@@ -11,7 +11,7 @@ from pathlib import Path
 from engines.build import TENSORRT
 from engines.sidecar import read_engine, sidecar_path
 from exporters.onnx_export import ExportOptions, export_onnx
-from pipeline.checkpoint import ModelOptions, module_of, read_checkpoint
+from pipeline.checkpoint import read_checkpoint, rebuilt
 from pipeline.errors import InputError
 from pipeline.files import sha256_of
 
@@ -38,18 +38,10 @@ def onnx_of(path: Path) -> Iterator[Path]:
             yield path
     elif path.suffix == ".safetensors":
         checkpoint = read_checkpoint(path)
-        made = checkpoint.provenance
-        try:
-            module = module_of(ModelOptions(made.model, classes=made.classes), checkpoint)
-        except InputError as error:
-            raise InputError(
-                "the checkpoint's model cannot be built",
-                where=path,
-                found=f"{made.model}: {error.what}",
-                fix="give its ONNX file: maskplan export FILE.py:factory --weights ...",
-            ) from error
         with tempfile.TemporaryDirectory(prefix="maskplan-") as folder:
-            (exported,) = export_onnx(module, made, ExportOptions(), {"fp32": Path(folder) / "side.onnx"})
+            (exported,) = export_onnx(
+                rebuilt(checkpoint), checkpoint.provenance, ExportOptions(), {"fp32": Path(folder) / "side.onnx"}
+            )
             yield exported.path
     else:
         raise InputError(

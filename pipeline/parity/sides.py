@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,12 +17,9 @@ from engines.ort import OrtEngine
 from engines.sidecar import read_engine, sidecar_path
 from exporters.metadata import load_onnx, read_provenance
 from exporters.onnx_export import ExportOptions, export_onnx
-from pipeline.artifacts import Checkpoint, Preprocessing, Provenance
-from pipeline.checkpoint import ModelOptions, module_of, read_checkpoint
+from pipeline.artifacts import Preprocessing, Provenance
+from pipeline.checkpoint import read_checkpoint, rebuilt
 from pipeline.errors import InputError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -63,8 +59,7 @@ def open_side(path: Path) -> Iterator[Side]:
             checkpoint = read_checkpoint(path)
             made = checkpoint.provenance
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="maskplan-")))
-            module = _module(checkpoint)
-            (exported,) = export_onnx(module, made, ExportOptions(), {"fp32": folder / "side.onnx"})
+            (exported,) = export_onnx(rebuilt(checkpoint), made, ExportOptions(), {"fp32": folder / "side.onnx"})
             yield Side(stack.enter_context(Classifier(OrtEngine(exported.path), path.name)), made)
         else:
             raise InputError(
@@ -72,19 +67,6 @@ def open_side(path: Path) -> Iterator[Side]:
                 where=path,
                 fix="give an engine, an .onnx file, or a checkpoint of maskplan",
             )
-
-
-def _module(checkpoint: Checkpoint) -> nn.Module:
-    made = checkpoint.provenance
-    try:
-        return module_of(ModelOptions(made.model, classes=made.classes), checkpoint)
-    except InputError as error:
-        raise InputError(
-            "the checkpoint's model cannot be built",
-            where=checkpoint.path,
-            found=f"{made.model}: {error.what}",
-            fix="of a model in a file of yours, compare the ONNX: maskplan export FILE.py:factory --weights ...",
-        ) from error
 
 
 def shared_preprocessing(sides: Sequence[Side], mean: str | None, std: str | None) -> Preprocessing:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import InputError
+from pipeline.models import build_model
 from pipeline.weights import fit_weights, read_metadata, read_weights, serialise, tensors_sha256
 
 STATE = {"conv.weight": torch.arange(12.0).reshape(1, 3, 2, 2), "conv.bias": torch.tensor([1.5])}
@@ -408,3 +409,12 @@ def test_the_digest_tells_apart_what_differs_in_anything() -> None:
 def test_any_tensor_has_a_digest_that_depends_on_content_only(tensor: torch.Tensor) -> None:
     assert tensors_sha256({"a": tensor}) == tensors_sha256({"a": tensor.clone().contiguous()})
     assert tensors_sha256({"a": nn.Parameter(torch.ones(2))}) == tensors_sha256({"a": torch.ones(2)})
+
+
+def test_a_model_that_asks_for_the_format_of_its_weights_takes_them(tmp_path: Path) -> None:
+    """MNASNet refuses a state dict that does not say."""
+    saved = build_model("mnasnet0_5", seed=1).module
+    torch.save(saved.state_dict(), tmp_path / "w.pth")
+    fresh = build_model("mnasnet0_5", seed=2).module
+    fit_weights(fresh, read_weights(tmp_path / "w.pth"), where="w.pth")
+    assert all(torch.equal(fresh.state_dict()[name], tensor) for name, tensor in saved.state_dict().items())

@@ -18,21 +18,9 @@ from pipeline.layers import sample_input
 from pipeline.models import build_model
 from pipeline.stability.network import Conv, Network, Operator, Reshape, Scale, affine_maps, apply
 from pipeline.stability.reader import read_network
+from tests.support.moving_nets import Net
 
 HOW = Preprocessing(3, 9, 9, 0, "bilinear", (0.5,) * 3, (0.25,) * 3)
-
-
-class Net(nn.Module):
-    """Layers by name and a function of them."""
-
-    def __init__(self, forward: Callable[[Any, torch.Tensor], torch.Tensor], **layers: nn.Module) -> None:
-        super().__init__()
-        self._forward = forward
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._forward(self, x)
 
 
 def computed(network: Network, state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
