@@ -20,6 +20,8 @@ setup: .venv/.ready ## Install maskplan with its learn and dev extras into .venv
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[learn,dev]'
+	@mkdir -p .venv/typing/maskplan
+	@ln -sfn $(foreach folder,pipeline exporters calibration engines,$(CURDIR)/$(folder)) .venv/typing/maskplan/
 	@touch $@
 
 # TensorRT's Python bindings without its libraries: what the tests' stand-in is held against. Tests skip where they are not.

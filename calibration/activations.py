@@ -11,10 +11,10 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
-from calibration.graph import Graph
-from calibration.histogram import Histogram
-from calibration.session import open_session
-from pipeline.errors import InputError
+from maskplan.calibration.graph import Graph
+from maskplan.calibration.histogram import Histogram
+from maskplan.calibration.session import open_session
+from maskplan.pipeline.core.errors import InputError
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.artifacts import Preprocessing
-from pipeline.data import Split, batches
-from pipeline.errors import InputError
-from pipeline.progress import track
+from maskplan.pipeline.core.artifacts import Preprocessing
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.progress import track
+from maskplan.pipeline.data.dataset import Split, batches
 
 log = logging.getLogger(__name__)
 

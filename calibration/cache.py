@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from calibration.ranges import RangeOptions, Ranges
-from calibration.scales import LARGEST_INTEGER
-from pipeline.errors import InputError, listed
-from pipeline.files import read_bytes, write_atomically, write_json
+from maskplan.calibration.ranges import RangeOptions, Ranges
+from maskplan.calibration.scales import LARGEST_INTEGER
+from maskplan.pipeline.core.errors import InputError, listed
+from maskplan.pipeline.core.files import read_bytes, write_atomically, write_json
 
 FORMAT = "maskplan ranges 1"
 

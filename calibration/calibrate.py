@@ -10,25 +10,25 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from calibration.activations import collect
-from calibration.batches import calibration_batches, choose_images
-from calibration.cache import CacheKey, read_cache, write_cache
-from calibration.graph import STANDARD
-from calibration.histogram import union
-from calibration.placement import Placement, PlaceOptions, place
-from calibration.qdq import insert_qdq
-from calibration.ranges import RangeOptions, Ranges, amax_of
-from calibration.sensitivity import Kept, hold_budget, placements_of
-from exporters.external import bring_inside
-from exporters.half_range import beyond_half
-from exporters.metadata import describe_onnx, load_onnx, read_provenance, write_provenance
-from exporters.precision import to_fp16
-from pipeline.artifacts import FP16, FP32, ImageSet, OnnxModel, Preprocessing
-from pipeline.bounds import at_least
-from pipeline.data import Split, batches, identify
-from pipeline.errors import InputError
-from pipeline.files import write_atomically
-from pipeline.reports import CalibrationReport
+from maskplan.calibration.activations import collect
+from maskplan.calibration.batches import calibration_batches, choose_images
+from maskplan.calibration.cache import CacheKey, read_cache, write_cache
+from maskplan.calibration.graph import STANDARD
+from maskplan.calibration.histogram import union
+from maskplan.calibration.placement import Placement, PlaceOptions, place
+from maskplan.calibration.qdq import insert_qdq
+from maskplan.calibration.ranges import RangeOptions, Ranges, amax_of
+from maskplan.calibration.sensitivity import Kept, hold_budget, placements_of
+from maskplan.exporters.external_data import bring_inside
+from maskplan.exporters.half_range import beyond_half
+from maskplan.exporters.metadata import describe_onnx, load_onnx, read_provenance, write_provenance
+from maskplan.exporters.precision import to_fp16
+from maskplan.pipeline.core.artifacts import FP16, FP32, ImageSet, OnnxModel, Preprocessing
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.files import write_atomically
+from maskplan.pipeline.core.reports import CalibrationReport
+from maskplan.pipeline.core.validation import at_least
+from maskplan.pipeline.data.dataset import Split, batches, identify
 
 log = logging.getLogger(__name__)
 

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 import onnx
 from onnx import TensorProto
 
-from calibration.graph import STANDARD, Graph, attributes_of, with_subgraphs
-from exporters.tensors import dtype_name
-from pipeline.errors import InputError, listed
+from maskplan.calibration.graph import STANDARD, Graph, attributes_of, with_subgraphs
+from maskplan.exporters.tensors import dtype_name
+from maskplan.pipeline.core.errors import InputError, listed
 
 OLDEST_OPSET = 13
 """The first opset whose DequantizeLinear has a scale for each channel."""

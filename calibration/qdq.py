@@ -9,11 +9,11 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from calibration.graph import node_names, subgraphs
-from calibration.placement import Placement, require_float_graph
-from calibration.scales import quantise_weight, scale_of
-from exporters.tensors import TensorError, read_values
-from pipeline.errors import InputError, listed
+from maskplan.calibration.graph import node_names, subgraphs
+from maskplan.calibration.placement import Placement, require_float_graph
+from maskplan.calibration.scales import quantise_weight, scale_of
+from maskplan.exporters.tensors import TensorError, read_values
+from maskplan.pipeline.core.errors import InputError, listed
 
 
 def insert_qdq(model: onnx.ModelProto, placement: Placement, amax: Mapping[str, float]) -> onnx.ModelProto:

@@ -10,10 +10,10 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
-from calibration.histogram import Histogram
-from calibration.scales import LARGEST_INTEGER, SMALLEST_SCALE
-from pipeline.bounds import above
-from pipeline.errors import InputError
+from maskplan.calibration.histogram import Histogram
+from maskplan.calibration.scales import LARGEST_INTEGER, SMALLEST_SCALE
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.validation import above
 
 METHODS = ("minmax", "percentile", "entropy", "mse")
 

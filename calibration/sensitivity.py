@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from calibration.placement import Placement, PlaceOptions, place
-from calibration.qdq import insert_qdq
-from calibration.session import logits_of
-from pipeline.errors import InputError
-from pipeline.progress import track
+from maskplan.calibration.placement import Placement, PlaceOptions, place
+from maskplan.calibration.qdq import insert_qdq
+from maskplan.calibration.session import logits_of
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.progress import track
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from pipeline.errors import InputError
+from maskplan.pipeline.core.errors import InputError
 
 _BATCH = 64
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.artifacts import Profile, TensorSpec
-from pipeline.errors import InputError
+from maskplan.pipeline.core.artifacts import Profile, TensorSpec
+from maskplan.pipeline.core.errors import InputError
 
 if TYPE_CHECKING:
     from polygraphy.backend.base import BaseRunner

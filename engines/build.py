@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engines.base import Engine
-from engines.ort import OrtEngine, build_ort
-from engines.sidecar import read_engine, write_sidecar
-from engines.trt.calibrator import ImplicitInt8
-from engines.trt.options import TrtOptions
-from pipeline.artifacts import EngineFile, OnnxModel, Profile
-from pipeline.errors import InputError
+from maskplan.engines.base import Engine
+from maskplan.engines.ort import OrtEngine, build_ort
+from maskplan.engines.sidecar import read_engine, write_sidecar
+from maskplan.engines.trt.calibrator import ImplicitInt8
+from maskplan.engines.trt.options import TrtOptions
+from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel, Profile
+from maskplan.pipeline.core.errors import InputError
 
 AUTO, TENSORRT, ONNXRUNTIME = "auto", "tensorrt", "onnxruntime"
 DEFAULT_PROFILES = (Profile(1, 1, 1), Profile(1, 8, 8))
@@ -54,13 +54,13 @@ def _build_onnxruntime(onnx_model: OnnxModel, options: BuildOptions, out: Path) 
 
 
 def _build_tensorrt(onnx_model: OnnxModel, options: BuildOptions, out: Path) -> EngineFile:
-    from engines.trt.build import build_trt
+    from maskplan.engines.trt.build import build_trt
 
     return build_trt(onnx_model, options.profiles, options.sparse_weights, options.trt, out, options.implicit)
 
 
 def _open_tensorrt(engine: EngineFile) -> Engine:
-    from engines.trt.run import TrtEngine
+    from maskplan.engines.trt.run import TrtEngine
 
     return TrtEngine(engine)
 
@@ -138,7 +138,7 @@ def is_foreign(engine: EngineFile) -> bool:
     """Whether an engine surely cannot run on this host; a GPU's engine does not run on another kind."""
     if engine.backend != TENSORRT:
         return False
-    from engines.trt.host import is_foreign as is_foreign_plan
+    from maskplan.engines.trt.host import is_foreign as is_foreign_plan
 
     return is_foreign_plan(engine)
 

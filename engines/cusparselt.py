@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import HostError
+from maskplan.pipeline.core.errors import HostError
 
 if TYPE_CHECKING:
     import torch

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy.typing as npt
 
-from engines.base import Arrays, Spent
-from exporters.external import bring_inside, external_tensors
-from exporters.metadata import describe_onnx, parse_onnx
-from pipeline.artifacts import EngineFile, OnnxModel, Profile, TensorSpec
-from pipeline.errors import InputError
-from pipeline.files import read_bytes, write_atomically
+from maskplan.engines.base import Arrays, Spent
+from maskplan.exporters.external_data import bring_inside, external_tensors
+from maskplan.exporters.metadata import describe_onnx, parse_onnx
+from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel, Profile, TensorSpec
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.files import read_bytes, write_atomically
 
 NO_SPARSE_KERNELS = (
     "ONNX Runtime on a CPU has no sparse kernels: zeros cost as much as any number, so timing shows no sparsity gain"

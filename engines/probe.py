@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from engines.cusparselt import SparseHost, cusparselt_host
-from exporters.counting import count_groups
-from exporters.layer_shapes import LayerShape
-from pipeline.bounds import at_least
-from pipeline.errors import InputError
-from pipeline.masking.eligibility import ineligible_reason
-from pipeline.progress import track
-from pipeline.reports import FAIL, PASS
+from maskplan.engines.cusparselt import SparseHost, cusparselt_host
+from maskplan.exporters.counting import count_groups
+from maskplan.exporters.layer_shapes import LayerShape
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.progress import track
+from maskplan.pipeline.core.reports import FAIL, PASS
+from maskplan.pipeline.core.validation import at_least
+from maskplan.pipeline.masking.eligibility import ineligible_reason
 
 if TYPE_CHECKING:
     import torch

@@ -6,10 +6,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.artifacts import EngineFile
-from pipeline.errors import InputError
-from pipeline.files import read_bytes, sha256_of, write_json
-from pipeline.records import decode, encode
+from maskplan.pipeline.core.artifacts import EngineFile
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.files import read_bytes, sha256_of, write_json
+from maskplan.pipeline.core.serialization import decode, encode
 
 
 def sidecar_path(engine: Path) -> Path:

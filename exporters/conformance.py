@@ -11,16 +11,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from exporters.counting import GroupCounts, count_groups
-from exporters.mapped import load_mapped
-from exporters.metadata import read_provenance
-from exporters.tensors import Array, StoredValues, TensorError, dtype_name, is_numeric, read_values
-from exporters.weights import WeightUse, weight_uses
-from pipeline.artifacts import Pattern
-from pipeline.errors import InputError, PipelineError, listed
-from pipeline.masking.eligibility import DTYPE
-from pipeline.masking.patterns import parse_pattern
-from pipeline.reports import (
+from maskplan.exporters.counting import GroupCounts, count_groups
+from maskplan.exporters.lazy_load import load_mapped
+from maskplan.exporters.metadata import read_provenance
+from maskplan.exporters.tensors import Array, StoredValues, TensorError, dtype_name, is_numeric, read_values
+from maskplan.exporters.weights import WeightUse, weight_uses
+from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.core.errors import InputError, PipelineError, listed
+from maskplan.pipeline.core.reports import (
     CONFORMING,
     DENSE_BY_CHOICE,
     FAIL,
@@ -31,6 +29,8 @@ from pipeline.reports import (
     Violation,
     WeightVerdict,
 )
+from maskplan.pipeline.masking.eligibility import DTYPE
+from maskplan.pipeline.masking.patterns import parse_pattern
 
 _WIN_CHANNELS = 256
 

@@ -13,8 +13,8 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, shape_inference
 
-from exporters.tensors import TensorError, read_values
-from exporters.weights import WeightUse, weight_uses
+from maskplan.exporters.tensors import TensorError, read_values
+from maskplan.exporters.weights import WeightUse, weight_uses
 
 _NO_PADDING = ("", "NOTSET", "VALID")
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import onnx
 
-from exporters.weights import weight_uses
-from pipeline.artifacts import FP16, FP32, INT8, OnnxModel, Provenance, TensorSpec
-from pipeline.errors import InputError
-from pipeline.files import read_bytes, sha256_of
-from pipeline.records import decode, encode
-from pipeline.weights import METADATA_KEY
+from maskplan.exporters.weights import weight_uses
+from maskplan.pipeline.core.artifacts import FP16, FP32, INT8, OnnxModel, Provenance, TensorSpec
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.files import read_bytes, sha256_of
+from maskplan.pipeline.core.serialization import decode, encode
+from maskplan.pipeline.models.state_dict import METADATA_KEY
 
 _DTYPES = {
     onnx.TensorProto.FLOAT: "float32",

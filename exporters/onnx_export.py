@@ -18,15 +18,15 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
-from exporters.half_range import MARGIN, beyond_half
-from exporters.metadata import describe_onnx, write_provenance
-from exporters.precision import to_fp16
-from pipeline import __version__
-from pipeline.artifacts import OnnxModel, Preprocessing, Provenance
-from pipeline.bounds import above
-from pipeline.errors import InputError, listed
-from pipeline.files import write_atomically
-from pipeline.layers import sample_input, survey
+from maskplan.exporters.half_range import MARGIN, beyond_half
+from maskplan.exporters.metadata import describe_onnx, write_provenance
+from maskplan.exporters.precision import to_fp16
+from maskplan.pipeline import __version__
+from maskplan.pipeline.core.artifacts import OnnxModel, Preprocessing, Provenance
+from maskplan.pipeline.core.errors import InputError, listed
+from maskplan.pipeline.core.files import write_atomically
+from maskplan.pipeline.core.validation import above
+from maskplan.pipeline.models.layers import sample_input, survey
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -10,9 +10,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from exporters.fp32_parts import reads, rename_reads, set_apart
-from exporters.half_range import LARGEST, graphs_of, is_qdq, unfit_scales
-from pipeline.errors import InputError, listed
+from maskplan.exporters.fp32_islands import reads, rename_reads, set_apart
+from maskplan.exporters.half_range import LARGEST, graphs_of, is_qdq, unfit_scales
+from maskplan.pipeline.core.errors import InputError, listed
 
 log = logging.getLogger(__name__)
 

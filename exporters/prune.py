@@ -13,14 +13,14 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from exporters.external import external_tensors, place_of
-from exporters.metadata import load_onnx
-from exporters.tensors import Array, StoredValues, TensorError, is_addressable, read_values
-from exporters.weights import WeightUse, weight_uses
-from pipeline.artifacts import Pattern
-from pipeline.errors import InputError, host_error, listed
-from pipeline.files import TEMPORARY_SUFFIX, sha256_of, write_atomically
-from pipeline.masking.magnitude import largest
+from maskplan.exporters.external_data import external_tensors, place_of
+from maskplan.exporters.metadata import load_onnx
+from maskplan.exporters.tensors import Array, StoredValues, TensorError, is_addressable, read_values
+from maskplan.exporters.weights import WeightUse, weight_uses
+from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.core.errors import InputError, host_error, listed
+from maskplan.pipeline.core.files import TEMPORARY_SUFFIX, sha256_of, write_atomically
+from maskplan.pipeline.masking.magnitude import largest
 
 # Alignment of tensors in an external data file; what ONNX recommends for mapping them.
 _ALIGNMENT = 4096

@@ -10,8 +10,8 @@ from typing import Any
 import onnx
 from onnx import helper
 
-from exporters.tensors import TensorError, read_values
-from pipeline.masking.eligibility import NOT_CONSTANT, ineligible_reason
+from maskplan.exporters.tensors import TensorError, read_values
+from maskplan.pipeline.masking.eligibility import NOT_CONSTANT, ineligible_reason
 
 _CONVS = {"Conv", "ConvTranspose"}
 _OPS = {*_CONVS, "Gemm", "MatMul"}

@@ -1,8 +1,8 @@
-"""`maskplan`, also as `python -m pipeline`."""
+"""`maskplan`, also as `python -m maskplan.pipeline`."""
 
 import sys
 
-from pipeline.cli.app import main
+from maskplan.pipeline.cli.app import main
 
 if __name__ == "__main__":
     sys.exit(main())

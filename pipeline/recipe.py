@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from calibration.calibrate import CalibrateOptions
-from engines.trt.options import TrtOptions
-from exporters.onnx_export import ExportOptions
-from pipeline.compare import CompareOptions
-from pipeline.errors import InputError, did_you_mean
-from pipeline.files import read_bytes
-from pipeline.in_turn import TimeOptions
-from pipeline.learning.recipes import LearnOptions
-from pipeline.mask import MaskOptions
-from pipeline.permutation.permute import PermuteOptions
-from pipeline.recalibrate import RecalibrateOptions
-from pipeline.records import decode
+from maskplan.calibration.calibrate import CalibrateOptions
+from maskplan.engines.trt.options import TrtOptions
+from maskplan.exporters.onnx_export import ExportOptions
+from maskplan.pipeline.core.errors import InputError, did_you_mean
+from maskplan.pipeline.core.files import read_bytes
+from maskplan.pipeline.core.serialization import decode
+from maskplan.pipeline.learning.options import LearnOptions
+from maskplan.pipeline.models.batchnorm import RecalibrateOptions
+from maskplan.pipeline.parity.options import CompareOptions
+from maskplan.pipeline.permutation.permute import PermuteOptions
+from maskplan.pipeline.pruning.mask import MaskOptions
+from maskplan.pipeline.timing.interleaved import TimeOptions
 
 
 @dataclass(frozen=True)

@@ -6,23 +6,32 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engines.build import TENSORRT, choose_backend
-from pipeline import engine_stages, report_stages, stages
-from pipeline.artifacts import FP16, FP32, INT8, Checkpoint, Deployment, EngineFile, MaskSet, OnnxModel
-from pipeline.bundled.digits import load_digits
-from pipeline.checkpoint import ModelOptions
-from pipeline.data import Dataset, open_folder
-from pipeline.deploy import DeployOptions, deploy
-from pipeline.errors import InputError
-from pipeline.golden import golden_of
-from pipeline.mask import AUTO, DEPLOYABLE, LAYERWISE, LEARNED, REPORT, method_for
-from pipeline.masking.patterns import CHANNEL
-from pipeline.models import BUNDLED, folder_name
-from pipeline.recipe import Recipe
-from pipeline.refine import FIRST, REFINED, better, figures, layers_to_restore, why_skip
-from pipeline.report import ReportFiles, RunReport
-from pipeline.reports import FAIL, CalibrationReport, ConformanceReport, PassFigures, Refinement, TimingReport
-from pipeline.workspace import Workspace
+from maskplan.engines.build import TENSORRT, choose_backend
+from maskplan.pipeline.core.artifacts import FP16, FP32, INT8, Checkpoint, Deployment, EngineFile, MaskSet, OnnxModel
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.reports import (
+    FAIL,
+    CalibrationReport,
+    ConformanceReport,
+    PassFigures,
+    Refinement,
+    TimingReport,
+)
+from maskplan.pipeline.data.dataset import Dataset, open_folder
+from maskplan.pipeline.data.digits import load_digits
+from maskplan.pipeline.masking.patterns import CHANNEL
+from maskplan.pipeline.models.checkpoint import ModelOptions
+from maskplan.pipeline.models.registry import BUNDLED, folder_name
+from maskplan.pipeline.pruning.mask import AUTO, DEPLOYABLE, LAYERWISE, LEARNED, REPORT, method_for
+from maskplan.pipeline.recipe import Recipe
+from maskplan.pipeline.report.record import ReportFiles, RunReport
+from maskplan.pipeline.stages import engines as engine_stages
+from maskplan.pipeline.stages import model as stages
+from maskplan.pipeline.stages import report as report_stages
+from maskplan.pipeline.stages.refine import FIRST, REFINED, better, figures, layers_to_restore, why_skip
+from maskplan.pipeline.stages.workspace import Workspace
+from maskplan.pipeline.triton.deploy import DeployOptions, deploy
+from maskplan.pipeline.triton.golden import golden_of
 
 log = logging.getLogger(__name__)
 

@@ -65,7 +65,7 @@ class Ran:
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     """Run a command in this process."""
-    from pipeline.cli.app import main
+    from maskplan.pipeline.cli.app import main
 
     def run(*args: object) -> Ran:
         capsys.readouterr()
@@ -78,7 +78,7 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
 
 def spawn(*args: object, cwd: Path | None = None, timeout: float = 550) -> Ran:
     """Run a command in a process of its own."""
-    command = [sys.executable, "-m", "pipeline", *(str(a) for a in args)]
+    command = [sys.executable, "-m", "maskplan.pipeline", *(str(a) for a in args)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
     return Ran(done.returncode, done.stdout, done.stderr)
 

@@ -16,9 +16,9 @@ import fake_tensorrt
 import onnx
 import pytest
 
-from engines import cusparselt
-from engines.sidecar import read_engine
-from pipeline.artifacts import Profile
+from maskplan.engines import cusparselt
+from maskplan.engines.sidecar import read_engine
+from maskplan.pipeline.core.artifacts import Profile
 
 PAGE = Path(__file__).parents[1] / "docs" / "gpu-host.md"
 VERSION = "10.13.3.9"

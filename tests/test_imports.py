@@ -28,7 +28,7 @@ class Watcher:
 
 
 sys.meta_path.insert(0, Watcher())
-from pipeline.cli.app import main
+from maskplan.pipeline.cli.app import main
 
 code = main(sys.argv[1:])
 print("asked for:", " ".join(sorted(asked)), file=sys.stderr)
@@ -77,7 +77,7 @@ def test_the_api_of_conformance_works_without_torch(finished_digits: Path) -> No
     program = f"""
 import sys
 sys.modules["torch"] = sys.modules["onnxruntime"] = None
-from exporters.conformance import check_2to4, require_2to4
+from maskplan.exporters.conformance import check_2to4, require_2to4
 report = check_2to4({str(finished_digits / "engine.onnx")!r})
 print(report.weights[0].verdict, require_2to4({str(finished_digits / "engine.onnx")!r}).verdict)
 """
@@ -113,7 +113,7 @@ def test_the_line_looks_for_tensorrt_only_to_choose_and_loads_nothing_of_it(digi
     program = f"""
 import sys
 sys.path.insert(0, {str(trap)!r})
-from pipeline.cli.app import main
+from maskplan.pipeline.cli.app import main
 code = main(sys.argv[1:])
 assert not {{"tensorrt", "pycuda"}} & set(sys.modules)
 sys.exit(code)

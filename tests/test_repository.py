@@ -59,7 +59,7 @@ def test_every_make_command_of_the_readme_exists() -> None:
 def test_every_maskplan_command_of_the_readme_exists() -> None:
     from typer.main import get_command
 
-    from pipeline.cli.app import app
+    from maskplan.pipeline.cli.app import app
 
     known = set(get_command(app).commands)  # type: ignore[attr-defined]
     text = (ROOT / "README.md").read_text()
@@ -88,7 +88,7 @@ def test_help_is_what_make_alone_prints() -> None:
     ],
 )
 def test_the_makefile_and_the_line_agree_on_the_folder(model: str, folder: str) -> None:
-    from pipeline.models import folder_name
+    from maskplan.pipeline.models.registry import folder_name
 
     assert f"build/{folder_name(model)}" == folder
     done = subprocess.run(

@@ -9,17 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engines.evidence import layers_of, sparsity_log
-from engines.trt.calibrator import ImplicitInt8, calibrating
-from engines.trt.cuda import gpu
-from engines.trt.log import Heard
-from engines.trt.options import LEAST_LEVEL_FOR_SPARSE, TrtOptions
-from engines.trt.progress import progress_monitor
-from engines.trt.record import plan_record
-from engines.trt.timing_cache import load_timing_cache, save_timing_cache
-from engines.trt.versions import construct, import_tensorrt, member, network_flags
-from pipeline.artifacts import INT8, EngineFile, LayerSparsity, OnnxModel, Profile, TensorSpec
-from pipeline.errors import HostError, InputError, PipelineError, listed
+from maskplan.engines.evidence import layers_of, sparsity_log
+from maskplan.engines.trt.calibrator import ImplicitInt8, calibrating
+from maskplan.engines.trt.cuda import gpu
+from maskplan.engines.trt.log import Heard
+from maskplan.engines.trt.options import LEAST_LEVEL_FOR_SPARSE, TrtOptions
+from maskplan.engines.trt.progress import progress_monitor
+from maskplan.engines.trt.record import plan_record
+from maskplan.engines.trt.timing_cache import load_timing_cache, save_timing_cache
+from maskplan.engines.trt.versions import construct, import_tensorrt, member, network_flags
+from maskplan.pipeline.core.artifacts import INT8, EngineFile, LayerSparsity, OnnxModel, Profile, TensorSpec
+from maskplan.pipeline.core.errors import HostError, InputError, PipelineError, listed
 
 log = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engines.trt.cuda import Context
-from engines.trt.versions import member
-from pipeline.artifacts import TensorSpec
-from pipeline.errors import InputError
-from pipeline.files import write_atomically
+from maskplan.engines.trt.cuda import Context
+from maskplan.engines.trt.versions import member
+from maskplan.pipeline.core.artifacts import TensorSpec
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.files import write_atomically
 
 log = logging.getLogger(__name__)
 

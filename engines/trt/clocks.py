@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from statistics import median
 
-from engines.trt.cuda import pci_bus_id
-from pipeline.errors import HostError
-from pipeline.reports import GpuClocks
+from maskplan.engines.trt.cuda import pci_bus_id
+from maskplan.pipeline.core.errors import HostError
+from maskplan.pipeline.core.reports import GpuClocks
 
 _QUERY = "clocks.sm,clocks.mem,clocks_throttle_reasons.active,temperature.gpu,power.draw"
 _EVERY_MS = 200

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import HostError
+from maskplan.pipeline.core.errors import HostError
 
 DEVICE = 0
 

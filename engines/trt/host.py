@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from engines.trt.cuda import gpu
-from engines.trt.versions import import_tensorrt
-from pipeline.artifacts import EngineFile
-from pipeline.errors import HostError, InputError
+from maskplan.engines.trt.cuda import gpu
+from maskplan.engines.trt.versions import import_tensorrt
+from maskplan.pipeline.core.artifacts import EngineFile
+from maskplan.pipeline.core.errors import HostError, InputError
 
 
 def require_same_host(engine: EngineFile) -> None:

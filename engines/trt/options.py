@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.bounds import at_least
-from pipeline.errors import InputError
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.validation import at_least
 
 # Below it the builder leaves out tactics, sparse ones among them.
 LEAST_LEVEL_FOR_SPARSE = 3

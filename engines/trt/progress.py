@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pipeline.interrupts import INTERRUPTS
-from pipeline.progress import Bar, bar
+from maskplan.pipeline.core.interrupts import INTERRUPTS
+from maskplan.pipeline.core.progress import Bar, bar
 
 
 @contextmanager

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from engines.evidence import with_reasons
-from engines.trt.options import TrtOptions
-from exporters.conformance import conforming_nodes
-from pipeline.artifacts import EngineFile, LayerSparsity, OnnxModel, Profile
-from pipeline.files import write_atomically
+from maskplan.engines.evidence import with_reasons
+from maskplan.engines.trt.options import TrtOptions
+from maskplan.exporters.conformance import conforming_nodes
+from maskplan.pipeline.core.artifacts import EngineFile, LayerSparsity, OnnxModel, Profile
+from maskplan.pipeline.core.files import write_atomically
 
 
 def plan_record(

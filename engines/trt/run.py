@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engines.base import Arrays, Spent
-from engines.trt.cuda import Context
-from engines.trt.graph import Graph, capture
-from engines.trt.host import require_same_host
-from engines.trt.log import Heard
-from engines.trt.record import differences
-from engines.trt.versions import construct, import_tensorrt
-from pipeline.artifacts import EngineFile, Profile, TensorSpec
-from pipeline.errors import HostError, InputError, PipelineError, listed
-from pipeline.files import read_bytes
+from maskplan.engines.base import Arrays, Spent
+from maskplan.engines.trt.cuda import Context
+from maskplan.engines.trt.graph import Graph, capture
+from maskplan.engines.trt.host import require_same_host
+from maskplan.engines.trt.log import Heard
+from maskplan.engines.trt.record import differences
+from maskplan.engines.trt.versions import construct, import_tensorrt
+from maskplan.pipeline.core.artifacts import EngineFile, Profile, TensorSpec
+from maskplan.pipeline.core.errors import HostError, InputError, PipelineError, listed
+from maskplan.pipeline.core.files import read_bytes
 
 _NUMPY_TYPES = {"float64", "float32", "float16", "int8", "uint8", "int32", "int64", "bool"}
 

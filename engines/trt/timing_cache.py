@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import HostError
-from pipeline.files import write_atomically
+from maskplan.pipeline.core.errors import HostError
+from maskplan.pipeline.core.files import write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from engines.trt.build import FP32_NOTE
-from engines.trt.options import TrtOptions
-from pipeline.artifacts import FP32, OnnxModel, Profile
-from pipeline.errors import InputError, listed
+from maskplan.engines.trt.build import FP32_NOTE
+from maskplan.engines.trt.options import TrtOptions
+from maskplan.pipeline.core.artifacts import FP32, OnnxModel, Profile
+from maskplan.pipeline.core.errors import InputError, listed
 
 MAJORS = (10, 11)
 _MIB = 2**20

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from engines.trt.log import Heard
-from pipeline.errors import HostError
+from maskplan.engines.trt.log import Heard
+from maskplan.pipeline.core.errors import HostError
 
 OLDEST = (10, 3)
 _STRONG_WITHOUT_FLAG = 11

@@ -9,10 +9,21 @@ from collections.abc import Sequence
 
 import typer
 
-from pipeline.cli import calibrate, checkpoints, compare, convert, engines, gates, line, permute, probe, stability
-from pipeline.errors import PipelineError
-from pipeline.interrupts import INTERRUPTS, listening
-from pipeline.progress import narrator, speaks
+from maskplan.pipeline.cli import (
+    calibrate,
+    checkpoints,
+    compare,
+    convert,
+    engine,
+    engines,
+    gates,
+    permute,
+    probe,
+    stability,
+)
+from maskplan.pipeline.core.errors import PipelineError
+from maskplan.pipeline.core.interrupts import INTERRUPTS, listening
+from maskplan.pipeline.core.progress import narrator, speaks
 
 PASSED, GATE_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 3, 130
 _SIGNALLED = 128
@@ -35,13 +46,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (line, checkpoints, permute, convert, gates, compare, calibrate, engines, stability, probe):
+for module in (engine, checkpoints, permute, convert, gates, compare, calibrate, engines, stability, probe):
     module.register(app)
 
 
 def _print_version(asked: bool) -> None:
     if asked:
-        from pipeline import __version__
+        from maskplan.pipeline import __version__
 
         print(f"maskplan {__version__}")
         raise typer.Exit
@@ -60,11 +71,10 @@ def common(
     if not speaks():
         level = logging.ERROR
     handler = _Narration()
-    for package in ("pipeline", "exporters", "calibration", "engines"):
-        logger = logging.getLogger(package)
-        logger.handlers[:] = [handler]
-        logger.setLevel(level)
-        logger.propagate = False
+    logger = logging.getLogger("maskplan")
+    logger.handlers[:] = [handler]
+    logger.setLevel(level)
+    logger.propagate = False
 
 
 class _Narration(logging.Handler):

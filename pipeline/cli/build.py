@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from engines.trt.calibrator import ImplicitInt8
-    from engines.trt.options import TrtOptions
-    from pipeline.artifacts import OnnxModel, Profile
+    from maskplan.engines.trt.calibrator import ImplicitInt8
+    from maskplan.engines.trt.options import TrtOptions
+    from maskplan.pipeline.core.artifacts import OnnxModel, Profile
 
 log = logging.getLogger(__name__)
 
@@ -110,9 +110,9 @@ def build(
     ] = None,
 ) -> None:
     """Compile an ONNX file to an engine with a sidecar that describes it."""
-    from engines.build import SUFFIX, TENSORRT, BuildOptions, build_engine, choose_backend
-    from engines.trt.options import TrtOptions
-    from exporters.metadata import describe_onnx
+    from maskplan.engines.build import SUFFIX, TENSORRT, BuildOptions, build_engine, choose_backend
+    from maskplan.engines.trt.options import TrtOptions
+    from maskplan.exporters.metadata import describe_onnx
 
     trt = TrtOptions(
         tf32=tf32,
@@ -142,7 +142,7 @@ def build(
         print("\n".join(_trtexec_lines(described, dense, profiles, sparse, trt, out, print_trtexec)))
         return
     if three_way is not None:
-        from pipeline.three_way import build_three_way
+        from maskplan.pipeline.timing.three_way import build_three_way
 
         folder = out or model.with_name(f"{model.stem}.three_way")
         made = build_three_way(describe_onnx(three_way), described, BuildOptions(chosen, profiles, trt=trt), folder)
@@ -153,8 +153,8 @@ def build(
     if import_ is not None:
         known = profile is not None or described.inputs[0].shape[0] is not None
         info, version = _require_told(layer_info, trt_version, known)
-        from engines.sidecar import write_sidecar
-        from engines.trt.imported import import_plan
+        from maskplan.engines.sidecar import write_sidecar
+        from maskplan.engines.trt.import_plan import import_plan
 
         plan = out or model.with_name(f"{model.stem}.engine{SUFFIX[TENSORRT]}")
         engine = import_plan(described, import_, info, profiles, sparse, trt, version, compute_capability, plan)
@@ -172,7 +172,7 @@ def build(
 
 
 def _profiles(given: list[str] | None, onnx_model: OnnxModel) -> tuple[Profile, ...]:
-    from engines.build import DEFAULT_PROFILES, parse_profile, profiles_for
+    from maskplan.engines.build import DEFAULT_PROFILES, parse_profile, profiles_for
 
     if given:
         return tuple(dict.fromkeys(parse_profile(text) for text in given))
@@ -181,7 +181,7 @@ def _profiles(given: list[str] | None, onnx_model: OnnxModel) -> tuple[Profile, 
 
 def _require_one_task(given: Mapping[str, object]) -> None:
     """Options that only work together, or not at all: nothing that was given may be left out silently."""
-    from pipeline.errors import InputError
+    from maskplan.pipeline.core.errors import InputError
 
     alone = [name for name in _OF_IMPORT if name in given and "--import" not in given]
     if alone:
@@ -192,7 +192,7 @@ def _require_one_task(given: Mapping[str, object]) -> None:
 
 
 def _require_int8_mode(mode: str, given: list[str]) -> None:
-    from pipeline.errors import InputError
+    from maskplan.pipeline.core.errors import InputError
 
     if mode not in (EXPLICIT, IMPLICIT):
         raise InputError(f"unknown --int8-mode {mode!r}", fix=f"choose {EXPLICIT} or {IMPLICIT}")
@@ -204,11 +204,11 @@ def _require_int8_mode(mode: str, given: list[str]) -> None:
 
 def _implicit(model: OnnxModel, data: Path | None, cache: Path | None) -> ImplicitInt8:
     """What TensorRT calibrates on: the images that `maskplan calibrate` would take, or a cache alone."""
-    from calibration.batches import calibration_batches, choose_images
-    from calibration.calibrate import CalibrateOptions
-    from engines.trt.calibrator import ImplicitInt8
-    from pipeline.cli.calibrate import calibration_images
-    from pipeline.errors import InputError
+    from maskplan.calibration.batches import calibration_batches, choose_images
+    from maskplan.calibration.calibrate import CalibrateOptions
+    from maskplan.engines.trt.calibrator import ImplicitInt8
+    from maskplan.pipeline.cli.calibrate import calibration_images
+    from maskplan.pipeline.core.errors import InputError
 
     if model.precision != "fp32":
         fix = "give the FP32 graph; one with Q/DQ, or in FP16, is built as it is"
@@ -223,7 +223,7 @@ def _implicit(model: OnnxModel, data: Path | None, cache: Path | None) -> Implic
 
 def _settle_ignored(names: list[str], backend: str, *, asked: bool) -> None:
     """Refuse options that the backend asked for does not have; of one that was chosen, say that they do nothing."""
-    from pipeline.errors import InputError
+    from maskplan.pipeline.core.errors import InputError
 
     if names and asked:
         raise InputError(
@@ -235,14 +235,14 @@ def _settle_ignored(names: list[str], backend: str, *, asked: bool) -> None:
 
 def _changed(given: TrtOptions) -> list[str]:
     """Names of the options that are not at their defaults."""
-    from engines.trt.options import TrtOptions
+    from maskplan.engines.trt.options import TrtOptions
 
     default = TrtOptions()
     return [option for option, field in _OPTIONS.items() if getattr(given, field) != getattr(default, field)]
 
 
 def _require_told(layer_info: Path | None, version: str | None, is_profile_known: bool) -> tuple[Path, str]:
-    from pipeline.errors import InputError
+    from maskplan.pipeline.core.errors import InputError
 
     if layer_info is not None and version is not None and is_profile_known:
         return layer_info, version
@@ -264,9 +264,9 @@ def _trtexec_lines(
     major: int,
 ) -> list[str]:
     """Lines for one engine; with a dense model for the nine that `time --three-way` takes, in a folder for each profile."""
-    from engines.trt.trtexec import MAJORS, label_of, trtexec_lines
-    from pipeline.errors import InputError
-    from pipeline.three_way import planned_builds
+    from maskplan.engines.trt.trtexec import MAJORS, label_of, trtexec_lines
+    from maskplan.pipeline.core.errors import InputError
+    from maskplan.pipeline.timing.three_way import planned_builds
 
     if major not in MAJORS:
         raise InputError(f"--print-trtexec {major}", fix="give 10 or 11")

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli import options
-from pipeline.cli.gates import GateError
+from maskplan.pipeline.cli import options
+from maskplan.pipeline.cli.gates import GateError
 
 if TYPE_CHECKING:
-    from calibration.calibrate import CalibrationImages
-    from pipeline.reports import CalibrationReport
+    from maskplan.calibration.calibrate import CalibrationImages
+    from maskplan.pipeline.core.reports import CalibrationReport
 
 _EXAMPLES = """Examples:\n
   maskplan calibrate build/r50/sparse.onnx --data imagenet -o sparse.int8.onnx\n
@@ -60,15 +60,15 @@ def calibrate(
     report: options.Report = None,
 ) -> None:
     """Quantise an ONNX file to INT8 with explicit Q/DQ, so that weights that are 2:4 stay so; exit code 1 if they do not."""
-    from calibration.cache import read_tensorrt_cache, write_tensorrt_cache
-    from calibration.calibrate import CalibrateOptions
-    from calibration.calibrate import calibrate as calibrate_stage
-    from exporters.conformance import CheckOptions, check_2to4
-    from exporters.metadata import describe_onnx
-    from pipeline.artifacts import FP16, FP32
-    from pipeline.errors import InputError
-    from pipeline.files import write_json
-    from pipeline.records import encode
+    from maskplan.calibration.cache import read_tensorrt_cache, write_tensorrt_cache
+    from maskplan.calibration.calibrate import CalibrateOptions
+    from maskplan.calibration.calibrate import calibrate as calibrate_stage
+    from maskplan.exporters.conformance import CheckOptions, check_2to4
+    from maskplan.exporters.metadata import describe_onnx
+    from maskplan.pipeline.core.artifacts import FP16, FP32
+    from maskplan.pipeline.core.errors import InputError
+    from maskplan.pipeline.core.files import write_json
+    from maskplan.pipeline.core.serialization import encode
 
     if rest not in (FP32, FP16):
         raise InputError(f"unknown --rest {rest!r}", fix="choose fp32 or fp16")
@@ -111,12 +111,12 @@ def calibration_images(
     Raises:
         InputError: There are none, or they do not fit the model.
     """
-    from calibration.calibrate import CalibrationImages
-    from pipeline.bundled.digits import load_digits
-    from pipeline.data import open_folder
-    from pipeline.errors import InputError
-    from pipeline.models import BUNDLED
-    from pipeline.parity.sides import open_side, shared_preprocessing
+    from maskplan.calibration.calibrate import CalibrationImages
+    from maskplan.pipeline.core.errors import InputError
+    from maskplan.pipeline.data.dataset import open_folder
+    from maskplan.pipeline.data.digits import load_digits
+    from maskplan.pipeline.models.registry import BUNDLED
+    from maskplan.pipeline.parity.sides import open_side, shared_preprocessing
 
     with open_side(model) as side:
         prepared = shared_preprocessing([side], mean, std)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli import options
+from maskplan.pipeline.cli import options
 
 if TYPE_CHECKING:
-    from pipeline.data import Dataset
+    from maskplan.pipeline.data.dataset import Dataset
 
 
 def register(app: typer.Typer) -> None:
@@ -67,14 +67,14 @@ def mask(
 
     Under `torchrun` all processes learn the same masks, each from its own share of the images.
     """
-    from pipeline.checkpoint import ModelOptions, open_checkpoint
-    from pipeline.data import identify
-    from pipeline.files import write_json
-    from pipeline.learning.recipes import LearnFiles
-    from pipeline.mask import choose_masks, looks_at_images, method_for
-    from pipeline.progress import speaks
-    from pipeline.recipe import read_recipe
-    from pipeline.report import masks_values
+    from maskplan.pipeline.core.files import write_json
+    from maskplan.pipeline.core.progress import speaks
+    from maskplan.pipeline.data.dataset import identify
+    from maskplan.pipeline.learning.options import LearnFiles
+    from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
+    from maskplan.pipeline.pruning.mask import choose_masks, looks_at_images, method_for
+    from maskplan.pipeline.recipe import read_recipe
+    from maskplan.pipeline.report.write import masks_values
 
     chosen = read_recipe(recipe, seed)
     module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed))
@@ -117,13 +117,13 @@ def bake(
     recipe: options.RecipeFile = None,
 ) -> None:
     """Set what the masks drop to zero and write the pruned checkpoint; the weights may be newer than the masks."""
-    from pipeline.bake import bake as bake_stage
-    from pipeline.checkpoint import ModelOptions, open_checkpoint
-    from pipeline.data import identify
-    from pipeline.mask import given_masks
-    from pipeline.recalibrate import recalibrate as recalibrate_stage
-    from pipeline.recipe import read_recipe
-    from pipeline.weights import fit_weights, read_weights
+    from maskplan.pipeline.data.dataset import identify
+    from maskplan.pipeline.models.batchnorm import recalibrate as recalibrate_stage
+    from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
+    from maskplan.pipeline.models.state_dict import fit_weights, read_weights
+    from maskplan.pipeline.pruning.bake import bake as bake_stage
+    from maskplan.pipeline.pruning.mask import given_masks
+    from maskplan.pipeline.recipe import read_recipe
 
     chosen = read_recipe(recipe, seed)
     module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed))
@@ -150,10 +150,10 @@ def export(
     recipe: options.RecipeFile = None,
 ) -> None:
     """Export MODEL to ONNX, checked against PyTorch's own outputs."""
-    from exporters.onnx_export import PRECISIONS, export_onnx
-    from pipeline.checkpoint import ModelOptions, open_checkpoint
-    from pipeline.errors import InputError
-    from pipeline.recipe import read_recipe
+    from maskplan.exporters.onnx_export import PRECISIONS, export_onnx
+    from maskplan.pipeline.core.errors import InputError
+    from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
+    from maskplan.pipeline.recipe import read_recipe
 
     if precision not in PRECISIONS:
         raise InputError(f"unknown precision {precision!r}", fix=f"choose {' or '.join(PRECISIONS)}")
@@ -164,13 +164,13 @@ def export(
 
 
 def _dataset(model: str, folder: Path | None, labels: tuple[str, ...], outputs: int, seed: int) -> Dataset | None:
-    from pipeline.data import open_folder
-    from pipeline.models import BUNDLED
+    from maskplan.pipeline.data.dataset import open_folder
+    from maskplan.pipeline.models.registry import BUNDLED
 
     if folder is not None:
         return open_folder(folder, labels, outputs, seed)
     if model == BUNDLED and outputs == 10:
-        from pipeline.bundled.digits import load_digits
+        from maskplan.pipeline.data.digits import load_digits
 
         return load_digits()
     return None

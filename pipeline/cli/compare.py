@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.gates import GateError
+from maskplan.pipeline.cli.gates import GateError
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from pipeline.artifacts import ImageSet, Preprocessing
-    from pipeline.compare import CompareOptions
-    from pipeline.data import Split
-    from pipeline.parity.depth import DepthReport
-    from pipeline.parity.sides import Side
-from pipeline.reports import ParityReport
+    from maskplan.pipeline.core.artifacts import ImageSet, Preprocessing
+    from maskplan.pipeline.core.reports import DepthReport
+    from maskplan.pipeline.data.dataset import Split
+    from maskplan.pipeline.parity.options import CompareOptions
+    from maskplan.pipeline.parity.sides import Side
+from maskplan.pipeline.core.reports import ParityReport
 
 _THRESHOLDS, _FOREIGN, _RESULTS, _WHERE = "Thresholds", "Foreign ONNX files", "Results", "Where they differ"
 _BISECT_IMAGES = 32
@@ -138,10 +138,10 @@ def compare(
 
     On images without labels the thresholds that need none decide, if any is given; by default none is.
     """
-    from pipeline.data import identify, require_disjoint
-    from pipeline.parity.answers import fixed_images as images_of
-    from pipeline.parity.drift import read_baseline, with_drift
-    from pipeline.parity.sides import open_side, shared_preprocessing
+    from maskplan.pipeline.data.dataset import identify, require_disjoint
+    from maskplan.pipeline.parity.answers import fixed_images as images_of
+    from maskplan.pipeline.parity.drift import read_baseline, with_drift
+    from maskplan.pipeline.parity.sides import open_side, shared_preprocessing
 
     if bisect_tolerance is not None or plot is not None:
         _require_bisect(bisect)
@@ -161,7 +161,7 @@ def compare(
         sides = [stack.enter_context(open_side(path)) for path in (dense, sparse)]
         how = shared_preprocessing(sides, mean, std)
         if print_polygraphy:
-            from pipeline.parity.print_polygraphy import polygraphy_command
+            from maskplan.pipeline.parity.print_polygraphy import polygraphy_command
 
             print(polygraphy_command(dense, sparse, (how.channels, how.height, how.width)))
             return
@@ -184,11 +184,11 @@ def _options(recipe: Path | None, **given: float | bool | None) -> CompareOption
     """The recipe's thresholds, and in their place those of the command line."""
     from dataclasses import replace
 
-    from pipeline.compare import CompareOptions
+    from maskplan.pipeline.parity.options import CompareOptions
 
     chosen = CompareOptions()
     if recipe is not None:
-        from pipeline.recipe import read_recipe
+        from maskplan.pipeline.recipe import read_recipe
 
         chosen = read_recipe(recipe, 0).compare
     changes: dict[str, object] = {name: value for name, value in given.items() if value is not None}
@@ -197,10 +197,10 @@ def _options(recipe: Path | None, **given: float | bool | None) -> CompareOption
 
 def _images(data: Path | None, sides: list[Side]) -> Split | None:
     """The folder's images, labelled or not; the bundled model's own digits; or none."""
-    from pipeline.bundled.digits import load_digits
-    from pipeline.data import open_val
-    from pipeline.models import BUNDLED
-    from pipeline.parity.unlabelled import open_unlabelled
+    from maskplan.pipeline.data.dataset import open_val
+    from maskplan.pipeline.data.digits import load_digits
+    from maskplan.pipeline.models.registry import BUNDLED
+    from maskplan.pipeline.parity.unlabelled import open_unlabelled
 
     known = next((s.provenance for s in reversed(sides) if s.provenance), None)
     if data is not None:
@@ -223,11 +223,11 @@ def _gate(
     """The verdict; the dense side is run, or what it answered before is read."""
     from dataclasses import replace
 
-    from pipeline.compare import compare as compare_stage
-    from pipeline.compare import require_comparable
-    from pipeline.files import sha256_of
-    from pipeline.parity.answers import ask
-    from pipeline.parity.saved_answers import load_answers, question, save_answers
+    from maskplan.pipeline.core.files import sha256_of
+    from maskplan.pipeline.parity.answers import ask
+    from maskplan.pipeline.parity.compare import compare as compare_stage
+    from maskplan.pipeline.parity.compare import require_comparable
+    from maskplan.pipeline.parity.saved_answers import load_answers, question, save_answers
 
     reference, other = (side.classifier for side in sides)
     require_comparable(reference, other)
@@ -251,8 +251,8 @@ def _require_bisect(bisect: bool) -> None:
 
 
 def _bisect(dense: Path, sparse: Path, images: npt.NDArray[np.float32], tolerance: float | None) -> DepthReport:
-    from pipeline.parity.bisect import BisectOptions
-    from pipeline.parity.bisect import bisect as bisect_stage
+    from maskplan.pipeline.parity.bisect import BisectOptions
+    from maskplan.pipeline.parity.bisect import bisect as bisect_stage
 
     return bisect_stage(dense, sparse, images, BisectOptions() if tolerance is None else BisectOptions(tolerance))
 
@@ -261,8 +261,8 @@ def _with_depth(verdict: ParityReport, found: DepthReport, plot: Path | None) ->
     from dataclasses import replace
 
     if plot is not None:
-        from pipeline.files import write_atomically
-        from pipeline.plots import error_by_depth
+        from maskplan.pipeline.core.files import write_atomically
+        from maskplan.pipeline.report.plots import error_by_depth
 
         write_atomically(plot, error_by_depth(found).encode())
     return replace(verdict, depth=found)
@@ -277,9 +277,9 @@ def _tell(
     github: bool | None,
 ) -> None:
     """Write the files, print the verdict, and annotate the job."""
-    from pipeline.files import write_atomically, write_json
-    from pipeline.junit import parity_junit
-    from pipeline.records import encode
+    from maskplan.pipeline.core.files import write_atomically, write_json
+    from maskplan.pipeline.core.junit import parity_junit
+    from maskplan.pipeline.core.serialization import encode
 
     if report is not None:
         write_json(report, encode(verdict))
@@ -287,7 +287,7 @@ def _tell(
         write_atomically(junit, parity_junit(verdict, str(sparse)))
     _show(verdict)
     if github if github is not None else os.environ.get("GITHUB_ACTIONS") == "true":
-        from pipeline.parity.github import append_summary, summary, workflow_commands
+        from maskplan.pipeline.parity.github import append_summary, summary, workflow_commands
 
         print("\n".join(workflow_commands(verdict, title)))
         append_summary(summary(verdict, title))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import options
+from maskplan.pipeline.cli import options
 
 _EXAMPLES = """Examples:\n
   maskplan convert resnet50 --weights sparse50.pth --data imagenet -o sparse.safetensors\n
@@ -48,16 +48,16 @@ def convert(
 
     BatchNorm statistics are estimated anew, as `[recalibrate]` of the recipe says.
     """
-    from pipeline.bundled.digits import load_digits
-    from pipeline.checkpoint import ModelOptions, open_checkpoint
-    from pipeline.convert import ConvertOptions
-    from pipeline.convert import convert as convert_stage
-    from pipeline.data import identify, open_folder
-    from pipeline.errors import InputError
-    from pipeline.files import write_json
-    from pipeline.models import BUNDLED
-    from pipeline.recipe import read_recipe
-    from pipeline.records import encode
+    from maskplan.pipeline.core.errors import InputError
+    from maskplan.pipeline.core.files import write_json
+    from maskplan.pipeline.core.serialization import encode
+    from maskplan.pipeline.data.dataset import identify, open_folder
+    from maskplan.pipeline.data.digits import load_digits
+    from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
+    from maskplan.pipeline.models.registry import BUNDLED
+    from maskplan.pipeline.pruning.convert import ConvertOptions
+    from maskplan.pipeline.pruning.convert import convert as convert_stage
+    from maskplan.pipeline.recipe import read_recipe
 
     how = ConvertOptions(pattern, update, images, damping, include_linear, tuple(layers or ()), min_channels, seed)
     chosen = read_recipe(recipe, seed)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli import build, options
+from maskplan.pipeline.cli import build, options
 
 if TYPE_CHECKING:
-    from pipeline.artifacts import EngineFile, Provenance
-    from pipeline.in_turn import TimeOptions
-    from pipeline.reports import GpuClocks, Latency
+    from maskplan.pipeline.core.artifacts import EngineFile, Provenance
+    from maskplan.pipeline.core.reports import GpuClocks, Latency
+    from maskplan.pipeline.timing.interleaved import TimeOptions
 
 _DEPLOY_EXAMPLES = """Examples:\n
   maskplan deploy build/r50/engine.plan --repository models --name resnet50\n
@@ -44,8 +44,8 @@ def time(
     report: options.Report = None,
 ) -> None:
     """Time engines in turn: two, or all builds of dense, pruned and sparse."""
-    from pipeline.errors import InputError
-    from pipeline.in_turn import TimeOptions
+    from maskplan.pipeline.core.errors import InputError
+    from maskplan.pipeline.timing.interleaved import TimeOptions
 
     sizes = [part.strip() for part in batch.split(",")]
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):
@@ -60,14 +60,14 @@ def time(
 
 
 def _time_two(dense: Path, sparse: Path, how: TimeOptions, report: Path | None) -> None:
-    from engines.build import ONNXRUNTIME
-    from engines.ort import NO_SPARSE_KERNELS
-    from engines.sidecar import read_engine
-    from pipeline.engine_stages import opened
-    from pipeline.files import write_json
-    from pipeline.in_turn import GPU
-    from pipeline.records import encode
-    from pipeline.timing import time_engines
+    from maskplan.engines.build import ONNXRUNTIME
+    from maskplan.engines.ort import NO_SPARSE_KERNELS
+    from maskplan.engines.sidecar import read_engine
+    from maskplan.pipeline.core.files import write_json
+    from maskplan.pipeline.core.serialization import encode
+    from maskplan.pipeline.stages.engines import opened
+    from maskplan.pipeline.timing.compare_latency import time_engines
+    from maskplan.pipeline.timing.interleaved import GPU
 
     records = [read_engine(path) for path in (dense, sparse)]
     on_cpu = records[1].backend == ONNXRUNTIME
@@ -98,12 +98,12 @@ def _time_two(dense: Path, sparse: Path, how: TimeOptions, report: Path | None) 
 
 
 def _time_three_way(folder: Path, how: TimeOptions, report: Path | None) -> None:
-    from engines.build import ONNXRUNTIME
-    from engines.ort import NO_SPARSE_KERNELS
-    from pipeline.engine_stages import opened
-    from pipeline.files import write_json
-    from pipeline.records import encode
-    from pipeline.three_way import KINDS, SPARSE, read_three_way, time_three_way
+    from maskplan.engines.build import ONNXRUNTIME
+    from maskplan.engines.ort import NO_SPARSE_KERNELS
+    from maskplan.pipeline.core.files import write_json
+    from maskplan.pipeline.core.serialization import encode
+    from maskplan.pipeline.stages.engines import opened
+    from maskplan.pipeline.timing.three_way import KINDS, SPARSE, read_three_way, time_three_way
 
     records = read_three_way(folder)
     note = NO_SPARSE_KERNELS if records[SPARSE][0].backend == ONNXRUNTIME else ""
@@ -140,9 +140,9 @@ def _print_clocks(clocks: GpuClocks | None) -> None:
 
 def inspect(engine: _Engine, report: options.Report = None) -> None:
     """Say what an engine is, where it comes from, and what is known of its layers."""
-    from engines.sidecar import read_engine
-    from pipeline.files import write_json
-    from pipeline.records import encode
+    from maskplan.engines.sidecar import read_engine
+    from maskplan.pipeline.core.files import write_json
+    from maskplan.pipeline.core.serialization import encode
 
     record = read_engine(engine)
     if report is not None:
@@ -188,8 +188,8 @@ def _flags(record: EngineFile) -> list[str]:
 
 
 def _evidence(record: EngineFile) -> str:
-    from engines.build import TENSORRT
-    from engines.evidence import totals
+    from maskplan.engines.build import TENSORRT
+    from maskplan.engines.evidence import totals
 
     if record.layers:
         counted = totals(record.layers)
@@ -233,13 +233,13 @@ def deploy(
 
     A golden input and output lie beside it where the engine runs here, with a script that asks a server for the same.
     """
-    from engines.sidecar import read_engine
-    from pipeline.deploy import DeployOptions
-    from pipeline.deploy import deploy as deploy_stage
-    from pipeline.golden import FOLDER, golden_of
-    from pipeline.models import folder_name
-    from pipeline.rollback import rollback as rollback_stage
-    from pipeline.triton_config import Serving
+    from maskplan.engines.sidecar import read_engine
+    from maskplan.pipeline.models.registry import folder_name
+    from maskplan.pipeline.triton.config import Serving
+    from maskplan.pipeline.triton.deploy import DeployOptions
+    from maskplan.pipeline.triton.deploy import deploy as deploy_stage
+    from maskplan.pipeline.triton.golden import FOLDER, golden_of
+    from maskplan.pipeline.triton.rollback import rollback as rollback_stage
 
     if rollback:
         if engines or name is None:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli import options
+from maskplan.pipeline.cli import options
 
 if TYPE_CHECKING:
-    from pipeline.reports import ConformanceReport
+    from maskplan.pipeline.core.reports import ConformanceReport
 
 
 class GateError(Exception):
@@ -40,11 +40,11 @@ def check(
     junit: Annotated[Path | None, typer.Option(help="Write a JUnit XML file, a test case for each weight.")] = None,
 ) -> None:
     """Say whether the weights of an ONNX file are 2:4 along their reduction axis. Exit code 1 if not."""
-    from exporters.conformance import CheckOptions, check_2to4
-    from pipeline.files import write_atomically, write_json
-    from pipeline.junit import conformance_junit
-    from pipeline.masking.maskset import load_masks
-    from pipeline.records import encode
+    from maskplan.exporters.conformance import CheckOptions, check_2to4
+    from maskplan.pipeline.core.files import write_atomically, write_json
+    from maskplan.pipeline.core.junit import conformance_junit
+    from maskplan.pipeline.core.serialization import encode
+    from maskplan.pipeline.masking.maskset import load_masks
 
     names = tuple(load_masks(masks)) if masks is not None else None
     verdict = check_2to4(model, CheckOptions(pattern, names, strict, tuple(allow_dense or ())))
@@ -67,11 +67,11 @@ def prune(
     report: options.Report = None,
 ) -> None:
     """Make the weights of an ONNX file 2:4 by magnitude, in the file itself; then check it."""
-    from exporters.conformance import CheckOptions, check_2to4
-    from exporters.prune import prune_onnx
-    from pipeline.files import write_json
-    from pipeline.masking.patterns import parse_pattern
-    from pipeline.records import encode
+    from maskplan.exporters.conformance import CheckOptions, check_2to4
+    from maskplan.exporters.prune import prune_onnx
+    from maskplan.pipeline.core.files import write_json
+    from maskplan.pipeline.core.serialization import encode
+    from maskplan.pipeline.masking.patterns import parse_pattern
 
     left = tuple(allow_dense or ())
     done = prune_onnx(model, out, parse_pattern(pattern), left)

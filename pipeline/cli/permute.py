@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli import options
+from maskplan.pipeline.cli import options
 
 if TYPE_CHECKING:
-    from pipeline.permutation.record import Permuted
+    from maskplan.pipeline.permutation.record import Permuted
 
 _EXAMPLES = """Examples:\n
   maskplan permute resnet50 --weights w.pth -o permuted.safetensors --report permutation.json\n
@@ -48,12 +48,12 @@ def permute(
 
     Beside OUT.safetensors goes OUT.permutation.safetensors, which --permutation applies to newer weights.
     """
-    from pipeline.checkpoint import ModelOptions, open_checkpoint
-    from pipeline.files import write_json
-    from pipeline.masking.patterns import parse_pattern
-    from pipeline.masking.policy import LayerPolicy
-    from pipeline.permutation.permute import PermuteOptions, repermute
-    from pipeline.permutation.permute import permute as permute_stage
+    from maskplan.pipeline.core.files import write_json
+    from maskplan.pipeline.masking.patterns import parse_pattern
+    from maskplan.pipeline.masking.policy import LayerPolicy
+    from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
+    from maskplan.pipeline.permutation.permute import PermuteOptions, repermute
+    from maskplan.pipeline.permutation.permute import permute as permute_stage
 
     n_of_m, how = parse_pattern(pattern), PermuteOptions(effort=effort, seed=seed)
     policy = LayerPolicy(include_linear, tuple(layers or ()), min_channels)
@@ -70,14 +70,14 @@ def permute(
 
 
 def _values(done: Permuted, folder: Path) -> dict[str, object]:
-    from pipeline.records import encode
+    from maskplan.pipeline.core.serialization import encode
 
     values: dict[str, object] = encode(done, folder)
     return {"efficacy": done.efficacy, **values}
 
 
 def _told(done: Permuted, out: Path) -> list[str]:
-    from pipeline.permutation.record import AS_GIVEN, FIXED, MOVED, UNREAD
+    from maskplan.pipeline.permutation.record import AS_GIVEN, FIXED, MOVED, UNREAD
 
     groups, made = done.permutation.groups, done.permutation
     gain = 100 * (done.kept_after / done.kept_before - 1) if done.kept_before else 0.0

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli import options
-from pipeline.cli.gates import GateError
+from maskplan.pipeline.cli import options
+from maskplan.pipeline.cli.gates import GateError
 
 if TYPE_CHECKING:
     import onnx
 
-    from engines.probe import ProbeReport
+    from maskplan.engines.probe import ProbeReport
 
 _EXAMPLES = """Examples:\n
   maskplan probe build/r50/sparse.safetensors --report probe.json\n
@@ -42,16 +42,16 @@ def probe(
 
     Exit code 1 if a weight is refused, comes back changed, or computes something else. Speed is told, not judged.
     """
-    from engines.cusparselt import cusparselt_host
-    from engines.probe import ProbeOptions
-    from engines.probe import probe as probe_weights
-    from exporters.conformance import CheckOptions, check_2to4
-    from exporters.layer_shapes import shaped_weights
-    from exporters.mapped import load_mapped
-    from pipeline.errors import InputError, listed
-    from pipeline.files import write_json
-    from pipeline.records import encode
-    from pipeline.reports import CONFORMING, FAIL, VIOLATING
+    from maskplan.engines.cusparselt import cusparselt_host
+    from maskplan.engines.probe import ProbeOptions
+    from maskplan.engines.probe import probe as probe_weights
+    from maskplan.exporters.conformance import CheckOptions, check_2to4
+    from maskplan.exporters.layer_shapes import shaped_weights
+    from maskplan.exporters.lazy_load import load_mapped
+    from maskplan.pipeline.core.errors import InputError, listed
+    from maskplan.pipeline.core.files import write_json
+    from maskplan.pipeline.core.reports import CONFORMING, FAIL, VIOLATING
+    from maskplan.pipeline.core.serialization import encode
 
     sizes = [part.strip() for part in batch.split(",")]
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):
@@ -82,8 +82,8 @@ def probe(
 
 def _traced(path: Path) -> onnx.ModelProto:
     """The graph of a checkpoint, which tells the sizes that its weights work on."""
-    from exporters.onnx_export import trace
-    from pipeline.checkpoint import read_checkpoint, rebuilt
+    from maskplan.exporters.onnx_export import trace
+    from maskplan.pipeline.models.checkpoint import read_checkpoint, rebuilt
 
     checkpoint = read_checkpoint(path)
     return trace(rebuilt(checkpoint), checkpoint.provenance)

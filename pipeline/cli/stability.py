@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli import options
+from maskplan.pipeline.cli import options
 
 if TYPE_CHECKING:
-    from pipeline.data import Split
-    from pipeline.stability.record import PairReport, Regime, StabilityReport
+    from maskplan.pipeline.data.dataset import Split
+    from maskplan.pipeline.stability.record import PairReport, Regime, StabilityReport
 
 _EXAMPLES = """Examples:\n
   maskplan stability digits_resnet --masks masks.safetensors --report stability.json\n
@@ -48,15 +48,15 @@ def stability(
 
     Images come from val/ and must have shaped neither masks nor statistics. Networks and bounds are computed in float64.
     """
-    from pipeline.bake import baked_state
-    from pipeline.checkpoint import ModelOptions, open_checkpoint
-    from pipeline.data import identify, require_disjoint
-    from pipeline.errors import InputError
-    from pipeline.files import write_json
-    from pipeline.mask import given_masks
-    from pipeline.masking.maskset import load_masks
-    from pipeline.records import encode
-    from pipeline.stability.analyse import StabilityOptions, Weights, analyse, require_masked, under_masks
+    from maskplan.pipeline.core.errors import InputError
+    from maskplan.pipeline.core.files import write_json
+    from maskplan.pipeline.core.serialization import encode
+    from maskplan.pipeline.data.dataset import identify, require_disjoint
+    from maskplan.pipeline.masking.maskset import load_masks
+    from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
+    from maskplan.pipeline.pruning.bake import baked_state
+    from maskplan.pipeline.pruning.mask import given_masks
+    from maskplan.pipeline.stability.analyse import StabilityOptions, Weights, analyse, require_masked, under_masks
 
     how = StabilityOptions(images, confidence, seed=seed)
     module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed))
@@ -92,14 +92,14 @@ def stability(
 
 
 def _held_out(model: str, folder: Path | None, labels: tuple[str, ...], outputs: int) -> Split:
-    from pipeline.data import open_val
-    from pipeline.errors import InputError
-    from pipeline.models import BUNDLED
+    from maskplan.pipeline.core.errors import InputError
+    from maskplan.pipeline.data.dataset import open_val
+    from maskplan.pipeline.models.registry import BUNDLED
 
     if folder is not None:
         return open_val(folder, labels, outputs)
     if model == BUNDLED and outputs == 10:
-        from pipeline.bundled.digits import load_digits
+        from maskplan.pipeline.data.digits import load_digits
 
         return load_digits().val
     raise InputError("stability is measured on images", fix="give --data DIR with val/CLASS/*")

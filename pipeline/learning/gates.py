@@ -9,9 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from pipeline.artifacts import Pattern
-from pipeline.learning import fused
-from pipeline.masking.patterns import patterns
+from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.learning import fused
+from maskplan.pipeline.masking.patterns import patterns
 
 
 class Gates(nn.Module):

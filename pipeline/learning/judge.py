@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.artifacts import Preprocessing
-from pipeline.data import Dataset, batches
-from pipeline.errors import InputError
-from pipeline.learning.masked_net import Masks
-from pipeline.learning.recipes import LearnOptions
-from pipeline.masking.patterns import CHANNEL, FLAT, group
-from pipeline.recalibrate import RecalibrateOptions, update_statistics
+from maskplan.pipeline.core.artifacts import Preprocessing
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.data.dataset import Dataset, batches
+from maskplan.pipeline.learning.masked_net import Masks
+from maskplan.pipeline.learning.options import LearnOptions
+from maskplan.pipeline.masking.patterns import CHANNEL, FLAT, group
+from maskplan.pipeline.models.batchnorm import RecalibrateOptions, update_statistics
 
 
 @dataclass(frozen=True)

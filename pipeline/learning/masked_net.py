@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from pipeline.artifacts import Pattern
-from pipeline.learning.gates import Gates, mask_of
-from pipeline.recalibrate import norms
+from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.learning.gates import Gates, mask_of
+from maskplan.pipeline.models.batchnorm import norms
 
 Masks = dict[str, npt.NDArray[np.bool_]]
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import host_error
+from maskplan.pipeline.core.errors import host_error
 
 
 @dataclass(frozen=True)

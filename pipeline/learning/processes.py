@@ -48,7 +48,7 @@ def process(asked: str = "auto") -> Iterator[Process]:
     Args:
         asked: `auto`, `cpu` or `cuda`.
     """
-    from pipeline.device import choose_device
+    from maskplan.pipeline.models.device import choose_device
 
     device = choose_device(asked)
     count = int(os.environ.get("WORLD_SIZE", "1"))

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.artifacts import Preprocessing
-from pipeline.augment import augmented
-from pipeline.data import Split, batches
-from pipeline.learning.recipes import LearnOptions
+from maskplan.pipeline.core.artifacts import Preprocessing
+from maskplan.pipeline.data.augmentation import augmented
+from maskplan.pipeline.data.dataset import Split, batches
+from maskplan.pipeline.learning.options import LearnOptions
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from pipeline.artifacts import Layer, Preprocessing
-from pipeline.data import Dataset
-from pipeline.learning.judge import Judge
-from pipeline.learning.recipes import LearnOptions
-from pipeline.progress import track
+from maskplan.pipeline.core.artifacts import Layer, Preprocessing
+from maskplan.pipeline.core.progress import track
+from maskplan.pipeline.data.dataset import Dataset
+from maskplan.pipeline.learning.judge import Judge
+from maskplan.pipeline.learning.options import LearnOptions
 
 log = logging.getLogger(__name__)
 

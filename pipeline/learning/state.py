@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import InputError
-from pipeline.files import write_atomically
-from pipeline.learning.judge import Judgement
-from pipeline.learning.masked_net import Masks
-from pipeline.learning.recipes import LearnOptions
-from pipeline.records import encode
-from pipeline.weights import read_metadata, serialise
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.files import write_atomically
+from maskplan.pipeline.core.serialization import encode
+from maskplan.pipeline.learning.judge import Judgement
+from maskplan.pipeline.learning.masked_net import Masks
+from maskplan.pipeline.learning.options import LearnOptions
+from maskplan.pipeline.models.state_dict import read_metadata, serialise
 
 log = logging.getLogger(__name__)
 

@@ -14,16 +14,17 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.artifacts import Learning, Pattern, Preprocessing
-from pipeline.data import Dataset
-from pipeline.errors import InputError
-from pipeline.interrupts import INTERRUPTS
-from pipeline.learning.judge import Judge, Judgement, distillation, share_moved
-from pipeline.learning.masked_net import MaskedNet, Masks
-from pipeline.learning.metrics import MetricsLog, Row
-from pipeline.learning.processes import Process, process
-from pipeline.learning.recipes import LearnFiles, LearnOptions
-from pipeline.learning.schedule import (
+from maskplan.pipeline.core.artifacts import Learning, Pattern, Preprocessing
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.interrupts import INTERRUPTS
+from maskplan.pipeline.core.progress import track
+from maskplan.pipeline.data.dataset import Dataset
+from maskplan.pipeline.learning.judge import Judge, Judgement, distillation, share_moved
+from maskplan.pipeline.learning.masked_net import MaskedNet, Masks
+from maskplan.pipeline.learning.metrics import MetricsLog, Row
+from maskplan.pipeline.learning.options import LearnFiles, LearnOptions
+from maskplan.pipeline.learning.processes import Process, process
+from maskplan.pipeline.learning.schedule import (
     Batch,
     fraction_done,
     learning_rate,
@@ -33,9 +34,8 @@ from pipeline.learning.schedule import (
     temperature,
     training_batches,
 )
-from pipeline.learning.state import LearnerState, Progress, load_state, save_state, state_key
-from pipeline.progress import track
-from pipeline.weights import tensors_sha256
+from maskplan.pipeline.learning.state import LearnerState, Progress, load_state, save_state, state_key
+from maskplan.pipeline.models.state_dict import tensors_sha256
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from pipeline.artifacts import Pattern
-from pipeline.errors import InputError, listed
+from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.core.errors import InputError, listed
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.artifacts import Pattern
-from pipeline.errors import HostError, InputError
-from pipeline.masking.magnitude import largest
-from pipeline.masking.patterns import Scalar, group, patterns, ungroup
+from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.core.errors import HostError, InputError
+from maskplan.pipeline.masking.magnitude import largest
+from maskplan.pipeline.masking.patterns import Scalar, group, patterns, ungroup
 
 Floats = npt.NDArray[np.floating]
 
@@ -70,7 +70,7 @@ def layerwise_mask(
     """
     _require_fit(weight, moment, pattern, name)
     try:
-        from pipeline.masking.layerwise_descent import descend
+        from maskplan.pipeline.masking.layerwise_descent import descend
     except ModuleNotFoundError as error:
         raise HostError(
             "numba is not installed, and layer-wise masks need it",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.masking.compiled import compiled
+from maskplan.pipeline.masking.compiled import compiled
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.artifacts import Pattern
-from pipeline.masking.patterns import CHANNEL
+from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.masking.patterns import CHANNEL
 
 # Elements a block: small enough that a block's magnitudes and ranks stay in the cache.
 _BLOCK = 1 << 16

@@ -13,15 +13,15 @@ import numpy.typing as npt
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from pipeline.artifacts import DenseLayer, ImageSet, Layer, Learning, MaskedLayer, MaskSet, Pattern
-from pipeline.errors import InputError, listed
-from pipeline.files import sha256_of, write_atomically
-from pipeline.masking.eligibility import ineligible_reason
-from pipeline.masking.magnitude import kept_magnitude, magnitude_mask
-from pipeline.masking.patterns import CHANNEL, FLAT, LAYOUTS, group, parse_pattern, violations
-from pipeline.masking.policy import UNUSED
-from pipeline.records import encode
-from pipeline.weights import METADATA_KEY, read_metadata
+from maskplan.pipeline.core.artifacts import DenseLayer, ImageSet, Layer, Learning, MaskedLayer, MaskSet, Pattern
+from maskplan.pipeline.core.errors import InputError, listed
+from maskplan.pipeline.core.files import sha256_of, write_atomically
+from maskplan.pipeline.core.serialization import encode
+from maskplan.pipeline.masking.eligibility import ineligible_reason
+from maskplan.pipeline.masking.magnitude import kept_magnitude, magnitude_mask
+from maskplan.pipeline.masking.patterns import CHANNEL, FLAT, LAYOUTS, group, parse_pattern, violations
+from maskplan.pipeline.masking.policy import UNUSED
+from maskplan.pipeline.models.state_dict import METADATA_KEY, read_metadata
 
 Masks = Mapping[str, npt.NDArray[np.bool_]]
 Weights = Mapping[str, npt.NDArray[np.floating]]

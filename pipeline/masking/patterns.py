@@ -13,8 +13,8 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.artifacts import Pattern
-from pipeline.errors import InputError
+from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.core.errors import InputError
 
 Scalar = TypeVar("Scalar", bound=np.generic)
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from pipeline.artifacts import DenseLayer, Layer, Pattern
-from pipeline.errors import InputError, listed
-from pipeline.masking.eligibility import ineligible_reason
+from maskplan.pipeline.core.artifacts import DenseLayer, Layer, Pattern
+from maskplan.pipeline.core.errors import InputError, listed
+from maskplan.pipeline.masking.eligibility import ineligible_reason
 
 STEM, LINEAR, UNUSED = "stem", "linear", "not_used_in_inference"
 NARROW, NOT_NAMED, TOO_COSTLY = "fewer_channels_than_asked", "not_named", "costs_too_much_accuracy"

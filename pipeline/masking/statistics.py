@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.artifacts import Pattern
-from pipeline.masking.magnitude import magnitude_mask
-from pipeline.masking.patterns import CHANNEL, FLAT, group
+from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.masking.magnitude import magnitude_mask
+from maskplan.pipeline.masking.patterns import CHANNEL, FLAT, group
 
 # There are six patterns that keep two of four, but 12,870 that keep eight of sixteen.
 _MOST_LISTED = 12

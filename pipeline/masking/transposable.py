@@ -10,7 +10,7 @@ What each method guarantees, of the kept magnitude:
 - `exact`: exactly N in every row and column, and no such mask keeps more, to the rounding of float64. Tiles up to 4x4 by
   comparing all patterns (90 for 2:4), larger ones by minimum-cost flow.
 - `entropic`: exactly N in every row and column, and no exchange between two rows of a tile would keep more; how close that
-  is to the most possible is measured (`benchmarks/transposable.json`), not proven.
+  is to the most possible is measured (`benchmarks/performance/transposable.json`), not proven.
 - `approximate`: Hubara et al.'s 2-approximation. At most N in every row and column, often fewer; what it drops weighs at
   most twice what the exact mask drops.
 """
@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.artifacts import Pattern
-from pipeline.errors import HostError, InputError, listed
-from pipeline.masking.magnitude import largest
-from pipeline.masking.patterns import violations
+from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.core.errors import HostError, InputError, listed
+from maskplan.pipeline.masking.magnitude import largest
+from maskplan.pipeline.masking.patterns import violations
 
 EXACT, ENTROPIC, APPROXIMATE = "exact", "entropic", "approximate"
 METHODS = (EXACT, ENTROPIC, APPROXIMATE)
@@ -121,14 +121,14 @@ def _solver(pattern: Pattern, method: str) -> TileSolver:
         return lighter_half
     try:
         if method == ENTROPIC:
-            from pipeline.masking.transposable_entropic import entropic_tiles
+            from maskplan.pipeline.masking.transposable_entropic import entropic_tiles
 
             return entropic_tiles
         if pattern.m <= _LARGEST_TABLE:
-            from pipeline.masking.transposable_table import best_of_table
+            from maskplan.pipeline.masking.transposable_table import best_of_table
 
             return best_of_table
-        from pipeline.masking.transposable_flow import flow_tiles
+        from maskplan.pipeline.masking.transposable_flow import flow_tiles
 
         return flow_tiles
     except ModuleNotFoundError as error:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.artifacts import Pattern
-from pipeline.masking.compiled import compiled
+from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.masking.compiled import compiled
 
 # Sharpness of the relaxed problem in units of a tile's mean, and rounds of projections: of those tried, the best at 4:8 and
 # 8:16 for normal and heavy-tailed weights alike. A weight is cut at `_UNITS`, lest outliers leave no room for the others.

@@ -13,8 +13,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.artifacts import Pattern
-from pipeline.masking.compiled import compiled
+from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.masking.compiled import compiled
 
 _NONE = -1
 

@@ -8,9 +8,9 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.artifacts import Pattern
-from pipeline.masking.compiled import compiled
-from pipeline.masking.patterns import patterns
+from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.masking.compiled import compiled
+from maskplan.pipeline.masking.patterns import patterns
 
 # Tiles a block: the scores of a block's rows lie in the second cache, and inner loops run over tiles.
 _BLOCK = 256

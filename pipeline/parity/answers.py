@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from engines.base import Classifier
-from pipeline.artifacts import Preprocessing
-from pipeline.data import Split, batches
-from pipeline.progress import track
+from maskplan.engines.base import Classifier
+from maskplan.pipeline.core.artifacts import Preprocessing
+from maskplan.pipeline.core.progress import track
+from maskplan.pipeline.data.dataset import Split, batches
 
 UNLABELLED = -1
 """The label of an image that has none."""

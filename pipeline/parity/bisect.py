@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.artifacts import TensorSpec
-from pipeline.bounds import at_least
-from pipeline.errors import InputError
-from pipeline.parity.depth import DepthReport, LayerDifference
-from pipeline.parity.intermediates import Intermediates
-from pipeline.parity.onnx_side import onnx_of
-from pipeline.parity.same_layers import GraphLayer, computed_tensors, layers_of, same_layers
-from pipeline.progress import track
+from maskplan.pipeline.core.artifacts import TensorSpec
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.progress import track
+from maskplan.pipeline.core.reports import DepthReport, LayerDifference
+from maskplan.pipeline.core.validation import at_least
+from maskplan.pipeline.parity.intermediates import Intermediates
+from maskplan.pipeline.parity.onnx_side import onnx_of
+from maskplan.pipeline.parity.same_layers import GraphLayer, computed_tensors, layers_of, same_layers
 
 _Array = npt.NDArray[Any]
 _Pair = tuple[GraphLayer, TensorSpec, TensorSpec]

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.artifacts import Provenance
-from pipeline.data import ImageFiles, Split
-from pipeline.errors import InputError, listed
-from pipeline.intervals import mcnemar_p
+from maskplan.pipeline.core.artifacts import Provenance
+from maskplan.pipeline.core.errors import InputError, listed
+from maskplan.pipeline.core.statistics import mcnemar_p
+from maskplan.pipeline.data.dataset import ImageFiles, Split
 
 _SURE = 1e-4
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engines.base import quiet_polygraphy
-from pipeline.reports import OutputCloseness
+from maskplan.engines.base import quiet_polygraphy
+from maskplan.pipeline.core.reports import OutputCloseness
 
 _QUANTILE = 0.99
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import InputError
-from pipeline.files import read_bytes
-from pipeline.reports import DriftRow, ParityReport
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.files import read_bytes
+from maskplan.pipeline.core.reports import DriftRow, ParityReport
 
 _NUMBERS = (
     "top1_dense",

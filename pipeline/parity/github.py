@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pipeline.errors import host_error
-from pipeline.reports import NOT_APPLICABLE, PASS, ParityReport
+from maskplan.pipeline.core.errors import host_error
+from maskplan.pipeline.core.reports import NOT_APPLICABLE, PASS, ParityReport
 
 
 def workflow_commands(report: ParityReport, title: str) -> tuple[str, ...]:

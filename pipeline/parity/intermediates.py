@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from exporters.external import external_tensors, place_of
-from exporters.metadata import load_onnx
-from pipeline.artifacts import TensorSpec
-from pipeline.errors import InputError
+from maskplan.exporters.external_data import external_tensors, place_of
+from maskplan.exporters.metadata import load_onnx
+from maskplan.pipeline.core.artifacts import TensorSpec
+from maskplan.pipeline.core.errors import InputError
 
 Run = Callable[[npt.NDArray[np.float32]], dict[str, npt.NDArray[Any]]]
 

@@ -8,12 +8,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from engines.build import TENSORRT
-from engines.sidecar import read_engine, sidecar_path
-from exporters.onnx_export import ExportOptions, export_onnx
-from pipeline.checkpoint import read_checkpoint, rebuilt
-from pipeline.errors import InputError
-from pipeline.files import sha256_of
+from maskplan.engines.build import TENSORRT
+from maskplan.engines.sidecar import read_engine, sidecar_path
+from maskplan.exporters.onnx_export import ExportOptions, export_onnx
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.files import sha256_of
+from maskplan.pipeline.models.checkpoint import read_checkpoint, rebuilt
 
 log = logging.getLogger(__name__)
 

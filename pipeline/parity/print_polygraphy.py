@@ -5,11 +5,11 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from engines.build import TENSORRT
-from engines.sidecar import read_engine, sidecar_path
-from exporters.metadata import describe_onnx
-from pipeline.artifacts import TensorSpec
-from pipeline.errors import InputError
+from maskplan.engines.build import TENSORRT
+from maskplan.engines.sidecar import read_engine, sidecar_path
+from maskplan.exporters.metadata import describe_onnx
+from maskplan.pipeline.core.artifacts import TensorSpec
+from maskplan.pipeline.core.errors import InputError
 
 OUTPUTS = "dense_outputs.json"
 """Where the first half of the command leaves the dense model's outputs, in the folder that it runs in."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import onnx
 
-from calibration.graph import Graph, subgraphs
-from exporters.weights import weight_uses
-from pipeline.artifacts import TensorSpec
+from maskplan.calibration.graph import Graph, subgraphs
+from maskplan.exporters.weights import weight_uses
+from maskplan.pipeline.core.artifacts import TensorSpec
 
 # What changes how values are stored, not what they stand for: INT8 and FP16 graphs have more of these.
 _CONVERSIONS = {"QuantizeLinear", "DequantizeLinear", "Cast", "CastLike", "Identity", "Dropout"}

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.artifacts import ImageSet, Preprocessing
-from pipeline.data import Split
-from pipeline.errors import InputError
-from pipeline.files import readable, write_atomically
-from pipeline.parity.answers import Answers
-from pipeline.records import decode, encode
-from pipeline.weights import METADATA_KEY
+from maskplan.pipeline.core.artifacts import ImageSet, Preprocessing
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.files import readable, write_atomically
+from maskplan.pipeline.core.serialization import decode, encode
+from maskplan.pipeline.data.dataset import Split
+from maskplan.pipeline.models.state_dict import METADATA_KEY
+from maskplan.pipeline.parity.answers import Answers
 
 _FIXED, _FIRST, _TOP5 = "fixed", "first", "in_top5"
 _TYPES = {_FIXED: np.float32, _FIRST: np.int32, _TOP5: np.bool_}

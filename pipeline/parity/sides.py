@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.base import Classifier
-from engines.build import TENSORRT, open_engine
-from engines.ort import OrtEngine
-from engines.sidecar import read_engine, sidecar_path
-from exporters.metadata import load_onnx, read_provenance
-from exporters.onnx_export import ExportOptions, export_onnx
-from pipeline.artifacts import Preprocessing, Provenance
-from pipeline.checkpoint import read_checkpoint, rebuilt
-from pipeline.errors import InputError
+from maskplan.engines.base import Classifier
+from maskplan.engines.build import TENSORRT, open_engine
+from maskplan.engines.ort import OrtEngine
+from maskplan.engines.sidecar import read_engine, sidecar_path
+from maskplan.exporters.metadata import load_onnx, read_provenance
+from maskplan.exporters.onnx_export import ExportOptions, export_onnx
+from maskplan.pipeline.core.artifacts import Preprocessing, Provenance
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.models.checkpoint import read_checkpoint, rebuilt
 
 
 @dataclass(frozen=True)

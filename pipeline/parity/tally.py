@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.intervals import PairedCounts
-from pipeline.parity.answers import UNLABELLED, Answers
-from pipeline.reports import ClassDrop, Flips
+from maskplan.pipeline.core.reports import ClassDrop, Flips
+from maskplan.pipeline.core.statistics import PairedCounts
+from maskplan.pipeline.parity.answers import UNLABELLED, Answers
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data import ImageFiles, Split
-from pipeline.parity.answers import UNLABELLED
+from maskplan.pipeline.data.dataset import ImageFiles, Split
+from maskplan.pipeline.parity.answers import UNLABELLED
 
 
 def open_unlabelled(folder: Path) -> Split | None:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pipeline.artifacts import Provenance
-from pipeline.intervals import best_drop_limit, fewest
-from pipeline.reports import FAIL, NOT_APPLICABLE, PASS, Check, ParityReport
-from pipeline.stability.flip_rate import clopper_pearson
+from maskplan.pipeline.core.artifacts import Provenance
+from maskplan.pipeline.core.reports import FAIL, NOT_APPLICABLE, PASS, Check, ParityReport
+from maskplan.pipeline.core.statistics import best_drop_limit, fewest
+from maskplan.pipeline.stability.flip_rate import clopper_pearson
 
 if TYPE_CHECKING:
-    from pipeline.compare import CompareOptions
+    from maskplan.pipeline.parity.options import CompareOptions
 
 _CONFIDENCE = 0.95
 

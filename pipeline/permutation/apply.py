@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.permutation.axes import Integers
-from pipeline.permutation.groups import Group
+from maskplan.pipeline.permutation.axes import Integers
+from maskplan.pipeline.permutation.groups import Group
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.permutation.axes import Channels, Places, Value
+from maskplan.pipeline.permutation.axes import Channels, Places, Value
 
 Result = Value | list[Value | None]
 

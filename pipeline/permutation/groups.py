@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.artifacts import Preprocessing
-from pipeline.aten import export_aten
-from pipeline.errors import InputError
-from pipeline.permutation.axes import Channels, Integers, Places, Value
-from pipeline.permutation.calls import Call
-from pipeline.permutation.operators import follow
+from maskplan.pipeline.core.artifacts import Preprocessing
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.models.aten import export_aten
+from maskplan.pipeline.permutation.axes import Channels, Integers, Places, Value
+from maskplan.pipeline.permutation.calls import Call
+from maskplan.pipeline.permutation.operators import follow
 
 if TYPE_CHECKING:
     import torch

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.permutation.axes import Channels, Integers, Places, Value
-from pipeline.permutation.calls import FIXED_VALUES, Call, Result, hold_all, hold_beyond, joined, moved_to, spread
+from maskplan.pipeline.permutation.axes import Channels, Integers, Places, Value
+from maskplan.pipeline.permutation.calls import (
+    FIXED_VALUES,
+    Call,
+    Result,
+    hold_all,
+    hold_beyond,
+    joined,
+    moved_to,
+    spread,
+)
 
 
 def convolution(channels: Channels, call: Call) -> Result:

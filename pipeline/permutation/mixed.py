@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.permutation.axes import Integers
+from maskplan.pipeline.permutation.axes import Integers
 
 Floats = npt.NDArray[np.float32]
 

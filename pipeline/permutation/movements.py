@@ -9,8 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.permutation.axes import Channels, Integers, Places, Value
-from pipeline.permutation.calls import FIXED_VALUES, Call, Result, aligned, hold_all, hold_beyond, meet, unknown
+from maskplan.pipeline.permutation.axes import Channels, Integers, Places, Value
+from maskplan.pipeline.permutation.calls import (
+    FIXED_VALUES,
+    Call,
+    Result,
+    aligned,
+    hold_all,
+    hold_beyond,
+    meet,
+    unknown,
+)
 
 
 def same(channels: Channels, call: Call) -> Result:

@@ -7,9 +7,9 @@ that they read.
 
 from __future__ import annotations
 
-from pipeline.permutation import layers, movements
-from pipeline.permutation.axes import Channels, Value
-from pipeline.permutation.calls import Call, Result, Rule, apart, joined, unknown
+from maskplan.pipeline.permutation import layers, movements
+from maskplan.pipeline.permutation.axes import Channels, Value
+from maskplan.pipeline.permutation.calls import Call, Result, Rule, apart, joined, unknown
 
 
 def follow(channels: Channels, call: Call, pointwise: bool) -> Result:

@@ -13,18 +13,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.artifacts import Layer, Pattern, Preprocessing, Provenance
-from pipeline.bounds import above, at_least
-from pipeline.checkpoint import save_checkpoint
-from pipeline.errors import InputError, listed
-from pipeline.layers import sample_input, survey
-from pipeline.masking.patterns import parse_pattern
-from pipeline.masking.policy import LayerPolicy, select_layers
-from pipeline.permutation.apply import Move, permuted_state
-from pipeline.permutation.axes import Integers
-from pipeline.permutation.groups import Axes, Group, find_groups
-from pipeline.permutation.mixed import Reader, descend
-from pipeline.permutation.record import (
+from maskplan.pipeline.core.artifacts import Layer, Pattern, Preprocessing, Provenance
+from maskplan.pipeline.core.errors import InputError, listed
+from maskplan.pipeline.core.progress import track
+from maskplan.pipeline.core.validation import above, at_least
+from maskplan.pipeline.masking.patterns import parse_pattern
+from maskplan.pipeline.masking.policy import LayerPolicy, select_layers
+from maskplan.pipeline.models.checkpoint import save_checkpoint
+from maskplan.pipeline.models.layers import sample_input, survey
+from maskplan.pipeline.models.state_dict import tensors_sha256
+from maskplan.pipeline.permutation.apply import Move, permuted_state
+from maskplan.pipeline.permutation.axes import Integers
+from maskplan.pipeline.permutation.groups import Axes, Group, find_groups
+from maskplan.pipeline.permutation.mixed import Reader, descend
+from maskplan.pipeline.permutation.record import (
     AS_GIVEN,
     FIXED,
     MOVED,
@@ -36,9 +38,7 @@ from pipeline.permutation.record import (
     require_fit,
     write_permutation,
 )
-from pipeline.permutation.search import SearchOptions, kept, search
-from pipeline.progress import track
-from pipeline.weights import tensors_sha256
+from maskplan.pipeline.permutation.search import SearchOptions, kept, search
 
 if TYPE_CHECKING:
     import torch

@@ -13,13 +13,13 @@ import numpy.typing as npt
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from pipeline.artifacts import Checkpoint
-from pipeline.errors import InputError, listed
-from pipeline.files import sha256_of, write_atomically
-from pipeline.permutation.apply import Move
-from pipeline.permutation.groups import Group, Place
-from pipeline.records import decode, encode
-from pipeline.weights import METADATA_KEY, read_metadata
+from maskplan.pipeline.core.artifacts import Checkpoint
+from maskplan.pipeline.core.errors import InputError, listed
+from maskplan.pipeline.core.files import sha256_of, write_atomically
+from maskplan.pipeline.core.serialization import decode, encode
+from maskplan.pipeline.models.state_dict import METADATA_KEY, read_metadata
+from maskplan.pipeline.permutation.apply import Move
+from maskplan.pipeline.permutation.groups import Group, Place
 
 MOVED, AS_GIVEN, UNREAD, FIXED = "moved", "as_given", "unread", "fixed"
 """What became of a group: a better order was found; none was; no masked layer reads it, so it was left; it cannot move."""

@@ -17,7 +17,7 @@ from threading import Event
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import InputError
+from maskplan.pipeline.core.errors import InputError
 
 Floats = npt.NDArray[np.floating]
 Order = npt.NDArray[np.int64]
@@ -180,7 +180,7 @@ def _columns(scores: Floats, seed: int) -> npt.NDArray[np.float32]:
 def _chain(
     columns: npt.NDArray[np.float32], number: int, options: SearchOptions, deadline: float | None, stop: Event
 ) -> Order:
-    from pipeline.permutation import anneal
+    from maskplan.pipeline.permutation import anneal
 
     n, m = options.n, options.m
     count, rows = columns.shape

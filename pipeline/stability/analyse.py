@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.artifacts import ImageSet, Preprocessing, Provenance
-from pipeline.bounds import at_least
-from pipeline.data import Split, batches
-from pipeline.errors import InputError, listed
-from pipeline.progress import track
-from pipeline.stability.bounds import (
+from maskplan.pipeline.core.artifacts import ImageSet, Preprocessing, Provenance
+from maskplan.pipeline.core.errors import InputError, listed
+from maskplan.pipeline.core.progress import track
+from maskplan.pipeline.core.validation import at_least
+from maskplan.pipeline.data.dataset import Split, batches
+from maskplan.pipeline.stability.bounds import (
     Floats,
     Pair,
     Seen,
@@ -25,12 +25,12 @@ from pipeline.stability.bounds import (
     pair_of,
     worst_case,
 )
-from pipeline.stability.certify import Bools, Certificates, Tail, certify, tails
-from pipeline.stability.flip_rate import flip_rate_limit, quantile_limit
-from pipeline.stability.network import Network, affine_maps
-from pipeline.stability.probabilities import spread_limit, total_variation_limit
-from pipeline.stability.reader import read_network
-from pipeline.stability.record import (
+from maskplan.pipeline.stability.certify import Bools, Certificates, Tail, certify, tails
+from maskplan.pipeline.stability.flip_rate import flip_rate_limit, quantile_limit
+from maskplan.pipeline.stability.network import Network, affine_maps
+from maskplan.pipeline.stability.probabilities import spread_limit, total_variation_limit
+from maskplan.pipeline.stability.reader import read_network
+from maskplan.pipeline.stability.record import (
     FlipRate,
     LayerNorms,
     PairReport,
@@ -47,7 +47,7 @@ from pipeline.stability.record import (
     tightness,
     verdict_of,
 )
-from pipeline.stability.updates import Ball, ball_of, keeps_class, largest_radius
+from maskplan.pipeline.stability.updates import Ball, ball_of, keeps_class, largest_radius
 
 if TYPE_CHECKING:
     import torch

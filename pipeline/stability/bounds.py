@@ -18,9 +18,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.artifacts import Preprocessing
-from pipeline.stability.network import Affine, Cat, Conv, Linear, Maps, Network, Node, Operator, Sum, Weighted, apply
-from pipeline.stability.norms import conv_norm, linear_norm
+from maskplan.pipeline.core.artifacts import Preprocessing
+from maskplan.pipeline.stability.network import (
+    Affine,
+    Cat,
+    Conv,
+    Linear,
+    Maps,
+    Network,
+    Node,
+    Operator,
+    Sum,
+    Weighted,
+    apply,
+)
+from maskplan.pipeline.stability.norms import conv_norm, linear_norm
 
 if TYPE_CHECKING:
     import torch

@@ -8,11 +8,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.stability.bounds import ROUNDING, Floats, Pair, Seen, change_bounds, cuts, head_of, largest_product
-from pipeline.stability.probabilities import spread_limit
+from maskplan.pipeline.stability.bounds import (
+    ROUNDING,
+    Floats,
+    Pair,
+    Seen,
+    change_bounds,
+    cuts,
+    head_of,
+    largest_product,
+)
+from maskplan.pipeline.stability.probabilities import spread_limit
 
 if TYPE_CHECKING:
-    from pipeline.stability.network import Network
+    from maskplan.pipeline.stability.network import Network
 
 Bools = npt.NDArray[np.bool_]
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import InputError
-from pipeline.stability.axis import Axis, most_times_seen
-from pipeline.stability.largest import ROUNDING, largest_singular
-from pipeline.stability.torus import symbols
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.stability.axis import Axis, most_times_seen
+from maskplan.pipeline.stability.conv_spectrum import symbols
+from maskplan.pipeline.stability.max_singular_value import ROUNDING, largest_singular
 
 # Of an explicit matrix.
 _MOST_ENTRIES = 2**24
@@ -66,7 +66,7 @@ def conv_norm(
       matrix. For patches that do, its norm times the square root of how many of them hold one place is a bound.
     - A small operator is written out and decomposed.
     - Else the operator is a part of a circular one on a torus a little larger than the input, whose norm is exact
-      (`pipeline/stability/torus.py`). That is never above the unfolded bound for inputs of any size.
+      (`pipeline/stability/conv_spectrum.py`). That is never above the unfolded bound for inputs of any size.
 
     Groups are independent, so the largest counts.
 

@@ -6,10 +6,10 @@ import operator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pipeline.artifacts import Preprocessing
-from pipeline.aten import IMAGES, export_aten
-from pipeline.errors import InputError, listed
-from pipeline.stability.calls import (
+from maskplan.pipeline.core.artifacts import Preprocessing
+from maskplan.pipeline.core.errors import InputError, listed
+from maskplan.pipeline.models.aten import IMAGES, export_aten
+from maskplan.pipeline.stability.calls import (
     Call,
     UncoveredError,
     call_of,
@@ -20,8 +20,8 @@ from pipeline.stability.calls import (
     tensors_of,
     whole_shape,
 )
-from pipeline.stability.network import BatchNorm, Conv, Linear, Network, Node, Op, Operator, Scale
-from pipeline.stability.rules import RULES
+from maskplan.pipeline.stability.network import BatchNorm, Conv, Linear, Network, Node, Op, Operator, Scale
+from maskplan.pipeline.stability.rules import RULES
 
 if TYPE_CHECKING:
     from torch import nn

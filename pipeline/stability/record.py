@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.artifacts import ImageSet
+from maskplan.pipeline.core.artifacts import ImageSet
 
 HEAD, WHOLE = "head", "whole network"
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from pipeline.stability.calls import Call, UncoveredError, dim_of, pair_of_ints, shape_of, tensors_of
-from pipeline.stability.network import Cat, Conv, Linear, Op, Operator, Reshape, Sum
-from pipeline.stability.windows import Windows, average_pool_factor, max_pool_factor
+from maskplan.pipeline.stability.calls import Call, UncoveredError, dim_of, pair_of_ints, shape_of, tensors_of
+from maskplan.pipeline.stability.network import Cat, Conv, Linear, Op, Operator, Reshape, Sum
+from maskplan.pipeline.stability.windows import Windows, average_pool_factor, max_pool_factor
 
 
 class Tensors(Protocol):

@@ -8,9 +8,9 @@ from functools import cached_property
 
 import numpy as np
 
-from pipeline.stability.bounds import ROUNDING, Floats, Norms, distances, head_of, largest_product, propagate
-from pipeline.stability.network import Affine, Conv, Maps, Network, Scale
-from pipeline.stability.norms import conv_update_factor
+from maskplan.pipeline.stability.bounds import ROUNDING, Floats, Norms, distances, head_of, largest_product, propagate
+from maskplan.pipeline.stability.network import Affine, Conv, Maps, Network, Scale
+from maskplan.pipeline.stability.norms import conv_update_factor
 
 _STEPS = 60
 _SMALLEST, _LARGEST = 1e-12, 1e3

@@ -22,7 +22,7 @@ def test_rows_of_masks_and_conversions(bench: Bench, toy_cifar: Path, tmp_path: 
     safetensors.torch.save_file(models.resnet20().state_dict(), weights)
     bench("layerwise.py", "accuracy", "--weights", weights, "--data", toy_cifar, "--results", results)
     found = json.loads(results.read_text())["accuracy"]
-    assert found["command"] == "python benchmarks/layerwise.py accuracy"
+    assert found["command"] == "python benchmarks/accuracy/layerwise.py accuracy"
     assert found["masked_layers"] == 18
     assert found["val_images"] == 50
     assert all(ours < theirs for theirs, ours in found["output_error_by_magnitude_and_layerwise"].values())

@@ -42,7 +42,7 @@ def test_dense_goes_on_as_long_as_that_gains_and_says_what_it_gained(
     )
     (gain,) = found["gains"]
     assert same == (found["epochs"] == 1) == (gain < 0.2)
-    assert "/" not in found["command"].removeprefix("python benchmarks/dense.py")
+    assert "/" not in found["command"].removeprefix("python benchmarks/accuracy/dense.py")
 
 
 def test_rows_of_accuracy_and_what_the_recipe_is_made_of(

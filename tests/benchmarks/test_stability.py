@@ -18,7 +18,7 @@ def test_random_networks_are_counted(bench: Bench, tmp_path: Path) -> None:
     results = tmp_path / "stability.json"
     bench("stability.py", "random", "--examples", 20, "--architectures", 4, "--workers", 1, "--results", results)
     found = json.loads(results.read_text())["random"]
-    assert found["command"] == "python benchmarks/stability.py random --examples 20 --architectures 4"
+    assert found["command"] == "python benchmarks/accuracy/stability.py random --examples 20 --architectures 4"
     assert (found["examples"], found["images"], found["architectures"]) == (20, 60, 4)
     assert [value for name, value in found.items() if "violations" in name or "certified_flips" in name] == [0] * 5
     assert found["certificates"] > 0

@@ -16,8 +16,8 @@ import torch
 import torchvision
 from torch import nn
 
-from exporters.onnx_export import trace
-from pipeline.artifacts import Preprocessing, Provenance
+from maskplan.exporters.onnx_export import trace
+from maskplan.pipeline.core.artifacts import Preprocessing, Provenance
 
 Array = npt.NDArray[Any]
 FAMILIES = ("resnet18", "vgg11_bn", "shufflenet_v2_x0_5", "mobilenet_v3_small", "densenet121")

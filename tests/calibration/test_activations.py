@@ -12,10 +12,10 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration import activations
-from calibration.activations import collect
-from calibration.histogram import Histogram
-from pipeline.errors import InputError
+from maskplan.calibration import activations
+from maskplan.calibration.activations import collect
+from maskplan.calibration.histogram import Histogram
+from maskplan.pipeline.core.errors import InputError
 
 Images = npt.NDArray[np.float32]
 TENSORS = ("relu", "images", "pooled")

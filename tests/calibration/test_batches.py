@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from calibration.batches import calibration_batches, choose_images
-from pipeline.artifacts import Preprocessing
-from pipeline.data import Split
-from pipeline.errors import InputError
+from maskplan.calibration.batches import calibration_batches, choose_images
+from maskplan.pipeline.core.artifacts import Preprocessing
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.data.dataset import Split
 
 GREY = Preprocessing(1, 4, 4, 0, "bilinear", (0.5,), (0.25,))
 

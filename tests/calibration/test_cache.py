@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibration.cache import (
+from maskplan.calibration.cache import (
     TENSORRT_HEADER,
     CacheKey,
     read_cache,
@@ -19,8 +19,8 @@ from calibration.cache import (
     write_cache,
     write_tensorrt_cache,
 )
-from calibration.ranges import RangeOptions, Ranges
-from pipeline.errors import InputError
+from maskplan.calibration.ranges import RangeOptions, Ranges
+from maskplan.pipeline.core.errors import InputError
 
 KEY = CacheKey("m" * 64, "d" * 64, RangeOptions("entropy"))
 AMAX = {"relu: 2": 6.0, "conv": 0.1, "a b": 3.4028234663852886e38, "zeros": 0.0, "äö\u2028": 1e-30}

@@ -18,12 +18,12 @@ import pytest
 from onnx import numpy_helper, parser
 from PIL import Image
 
-from calibration.cache import read_tensorrt_cache, write_tensorrt_cache
-from calibration.calibrate import Calibrated, CalibrateOptions, CalibrationImages, calibrate
-from exporters.metadata import describe_onnx, write_provenance
-from pipeline.artifacts import Preprocessing, Provenance
-from pipeline.data import Split, identify
-from pipeline.errors import InputError
+from maskplan.calibration.cache import read_tensorrt_cache, write_tensorrt_cache
+from maskplan.calibration.calibrate import Calibrated, CalibrateOptions, CalibrationImages, calibrate
+from maskplan.exporters.metadata import describe_onnx, write_provenance
+from maskplan.pipeline.core.artifacts import Preprocessing, Provenance
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.data.dataset import Split, identify
 
 HOW = Preprocessing(1, 4, 4, 0, "bilinear", (0.5,), (0.25,))
 MADE = Provenance("net", True, "w.pth", "0" * 64, 2, ("dark", "bright"), HOW, ("wide_w",), "2:4", "channel", "made")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibration.histogram import HALF_BINS, Histogram, union
+from maskplan.calibration.histogram import HALF_BINS, Histogram, union
 
 Floats = npt.NDArray[np.float32]
 

@@ -9,8 +9,8 @@ import onnx
 import pytest
 from onnx import numpy_helper, parser
 
-from calibration.placement import Placement, PlaceOptions, place
-from pipeline.errors import InputError
+from maskplan.calibration.placement import Placement, PlaceOptions, place
+from maskplan.pipeline.core.errors import InputError
 
 # What the graphs below may use.
 SHAPES = {

@@ -14,14 +14,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from sklearn.datasets import load_digits
 
-from calibration.placement import Placement, PlaceOptions, place
-from calibration.qdq import insert_qdq
-from exporters.conformance import check_2to4
-from exporters.metadata import precision_of, read_provenance
-from exporters.onnx_export import trace
-from pipeline.checkpoint import ModelOptions, open_checkpoint
-from pipeline.errors import InputError
-from pipeline.reports import CONFORMING, FAIL, PASS, VIOLATING
+from maskplan.calibration.placement import Placement, PlaceOptions, place
+from maskplan.calibration.qdq import insert_qdq
+from maskplan.exporters.conformance import check_2to4
+from maskplan.exporters.metadata import precision_of, read_provenance
+from maskplan.exporters.onnx_export import trace
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.reports import CONFORMING, FAIL, PASS, VIOLATING
+from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
 
 Array = npt.NDArray[Any]
 Run = Callable[..., dict[str, Array]]

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration.activations import collect
-from calibration.histogram import Histogram
-from calibration.ranges import METHODS, RangeOptions, amax_of
-from calibration.scales import scale_of
-from pipeline.errors import InputError
+from maskplan.calibration.activations import collect
+from maskplan.calibration.histogram import Histogram
+from maskplan.calibration.ranges import METHODS, RangeOptions, amax_of
+from maskplan.calibration.scales import scale_of
+from maskplan.pipeline.core.errors import InputError
 
 Floats = npt.NDArray[np.float32]
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration.scales import quantise_weight, scale_of
+from maskplan.calibration.scales import quantise_weight, scale_of
 
 Array = npt.NDArray[Any]
 

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper, parser
 
-from calibration.placement import PlaceOptions, place
-from calibration.qdq import insert_qdq
-from calibration.sensitivity import Kept, divergence, hold_budget, placements_of
-from pipeline.errors import InputError
+from maskplan.calibration.placement import PlaceOptions, place
+from maskplan.calibration.qdq import insert_qdq
+from maskplan.calibration.sensitivity import Kept, divergence, hold_budget, placements_of
+from maskplan.pipeline.core.errors import InputError
 
 OUTLIER = 1000.0
 

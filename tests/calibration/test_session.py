@@ -7,8 +7,8 @@ import onnx
 import pytest
 from onnx import numpy_helper, parser
 
-from calibration.session import logits_of
-from pipeline.errors import InputError
+from maskplan.calibration.session import logits_of
+from maskplan.pipeline.core.errors import InputError
 
 WEIGHT = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
 

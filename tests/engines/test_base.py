@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from engines.base import Arrays, Classifier, polygraphy_runner, quiet_polygraphy
-from pipeline.artifacts import Profile, TensorSpec
-from pipeline.errors import InputError
+from maskplan.engines.base import Arrays, Classifier, polygraphy_runner, quiet_polygraphy
+from maskplan.pipeline.core.artifacts import Profile, TensorSpec
+from maskplan.pipeline.core.errors import InputError
 
 Array = npt.NDArray[Any]
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from small_net import small_net
 from tensorrt_hosts import HAS_GPU, HAS_TENSORRT, HOSTS, put_in_place
 
-from engines.build import (
+from maskplan.engines.build import (
     BACKENDS,
     DEFAULT_PROFILES,
     SUFFIX,
@@ -30,10 +30,10 @@ from engines.build import (
     open_engine,
     parse_profile,
 )
-from engines.sidecar import read_engine, sidecar_path
-from exporters.metadata import describe_onnx
-from pipeline.artifacts import Preprocessing, Profile, Provenance
-from pipeline.errors import HostError, InputError
+from maskplan.engines.sidecar import read_engine, sidecar_path
+from maskplan.exporters.metadata import describe_onnx
+from maskplan.pipeline.core.artifacts import Preprocessing, Profile, Provenance
+from maskplan.pipeline.core.errors import HostError, InputError
 
 Array = npt.NDArray[Any]
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from engines.evidence import (
+from maskplan.engines.evidence import (
     DENSE,
     FEW_CHANNELS,
     FLOAT_OUTPUT,
@@ -32,8 +32,8 @@ from engines.evidence import (
     totals,
     with_reasons,
 )
-from pipeline.artifacts import LayerSparsity
-from pipeline.errors import InputError
+from maskplan.pipeline.core.artifacts import LayerSparsity
+from maskplan.pipeline.core.errors import InputError
 
 SIMT = "sm70_xmma_fprop_conv1x1_i8f32_f32_f32_nchw_vect_c_4kcrs_vect_c_4_nchw_simt_small_batch_bias_relu"
 AVDT = "sm80_xmma_fprop_avdt_sparse_int8int8_tilesize64x64x64_tapsperload3_threadspercta128_r3s3_u1v1_scalebias_relu"

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from engines.kernel_names import DENSE, SPARSE, UNKNOWN, kernel_state
+from maskplan.engines.kernel_names import DENSE, SPARSE, UNKNOWN, kernel_state
 
 _AVDT = (
     "_int8int8_tilesize<64>x<64>x<64>_tapsperload<3>_threadspercta<128>_r<3>s<3>_u<1>v<1>|_scalebias|_relu"

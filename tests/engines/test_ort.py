@@ -14,10 +14,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from engines.ort import NO_SPARSE_KERNELS, OrtEngine, build_ort
-from exporters.metadata import describe_onnx
-from pipeline.artifacts import Profile, TensorSpec
-from pipeline.errors import InputError
+from maskplan.engines.ort import NO_SPARSE_KERNELS, OrtEngine, build_ort
+from maskplan.exporters.metadata import describe_onnx
+from maskplan.pipeline.core.artifacts import Profile, TensorSpec
+from maskplan.pipeline.core.errors import InputError
 
 Array = npt.NDArray[Any]
 

@@ -17,9 +17,9 @@ import torch
 from fake_cusparselt import HOST, Packed, compress, multiply, on_the_clock
 from torch.nn import functional
 
-from engines import cusparselt as cusparselt_module
-from engines.cusparselt import SparseHost, cusparselt_host
-from engines.probe import (
+from maskplan.engines import cusparselt as cusparselt_module
+from maskplan.engines.cusparselt import SparseHost, cusparselt_host
+from maskplan.engines.probe import (
     MULTIPLES,
     ProbeOptions,
     ProbeReport,
@@ -27,9 +27,9 @@ from engines.probe import (
     probe,
     weight_matrix,
 )
-from exporters.layer_shapes import LayerShape
-from pipeline.errors import HostError, InputError
-from pipeline.records import decode, encode
+from maskplan.exporters.layer_shapes import LayerShape
+from maskplan.pipeline.core.errors import HostError, InputError
+from maskplan.pipeline.core.serialization import decode, encode
 
 SHAPES = {
     "square": LayerShape(32, 16, 3, 3, 9, 9, pads=(1, 1, 1, 1)),

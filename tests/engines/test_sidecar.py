@@ -14,11 +14,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from engines.build import BuildOptions, build_engine, open_engine
-from engines.sidecar import has_sidecar, read_engine, sidecar_path, write_sidecar
-from exporters.metadata import describe_onnx, write_provenance
-from pipeline.artifacts import EngineFile, ImageSet, Preprocessing, Provenance
-from pipeline.errors import InputError
+from maskplan.engines.build import BuildOptions, build_engine, open_engine
+from maskplan.engines.sidecar import has_sidecar, read_engine, sidecar_path, write_sidecar
+from maskplan.exporters.metadata import describe_onnx, write_provenance
+from maskplan.pipeline.core.artifacts import EngineFile, ImageSet, Preprocessing, Provenance
+from maskplan.pipeline.core.errors import InputError
 
 HOW = Preprocessing(3, 4, 4, 0, "bilinear", (0.5,) * 3, (0.25,) * 3)
 MADE = Provenance(

@@ -20,11 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from exporters.conformance import CheckOptions, check_2to4
-from exporters.metadata import write_provenance
-from pipeline.artifacts import Preprocessing, Provenance
-from pipeline.errors import InputError
-from pipeline.reports import CONFORMING, DENSE_BY_CHOICE, FAIL, INELIGIBLE, PASS, VIOLATING, WeightVerdict
+from maskplan.exporters.conformance import CheckOptions, check_2to4
+from maskplan.exporters.metadata import write_provenance
+from maskplan.pipeline.core.artifacts import Preprocessing, Provenance
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.reports import CONFORMING, DENSE_BY_CHOICE, FAIL, INELIGIBLE, PASS, VIOLATING, WeightVerdict
 
 Array = npt.NDArray[Any]
 

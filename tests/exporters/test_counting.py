@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exporters import counting
-from exporters.counting import count_groups
+from maskplan.exporters import counting
+from maskplan.exporters.counting import count_groups
 
 SHAPES = st.sampled_from([(3, 8), (8, 3), (2, 4, 3, 3), (5, 12, 1, 1), (2, 3, 8), (24,), (4, 16, 2)])
 

@@ -16,15 +16,15 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from engines.build import BuildOptions, build_engine, open_engine
-from exporters.conformance import check_2to4
-from pipeline import stages
-from pipeline.artifacts import MaskSet
-from pipeline.checkpoint import ModelOptions, module_of
-from pipeline.mask import MAGNITUDE
-from pipeline.recipe import Recipe
-from pipeline.reports import CONFORMING, DENSE_BY_CHOICE, INELIGIBLE, PASS, ConformanceReport
-from pipeline.workspace import Workspace
+from maskplan.engines.build import BuildOptions, build_engine, open_engine
+from maskplan.exporters.conformance import check_2to4
+from maskplan.pipeline.core.artifacts import MaskSet
+from maskplan.pipeline.core.reports import CONFORMING, DENSE_BY_CHOICE, INELIGIBLE, PASS, ConformanceReport
+from maskplan.pipeline.models.checkpoint import ModelOptions, module_of
+from maskplan.pipeline.pruning.mask import MAGNITUDE
+from maskplan.pipeline.recipe import Recipe
+from maskplan.pipeline.stages import model as stages
+from maskplan.pipeline.stages.workspace import Workspace
 
 QUICK = ("resnet18", "shufflenet_v2_x0_5", "mobilenet_v3_small", "convnext_tiny")
 ALL = (

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from exporters.half_range import LARGEST, beyond_half, unfit_scales
+from maskplan.exporters.half_range import LARGEST, beyond_half, unfit_scales
 
 
 def chain(*nodes: onnx.NodeProto, **tensors: object) -> onnx.ModelProto:

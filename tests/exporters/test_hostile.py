@@ -14,8 +14,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from exporters.conformance import CheckOptions, check_2to4
-from pipeline.errors import InputError
+from maskplan.exporters.conformance import CheckOptions, check_2to4
+from maskplan.pipeline.core.errors import InputError
 
 FOLDER, COUNT = Path(sys.argv[1]), int(sys.argv[2])
 SECRET = FOLDER.parent / "secret.bin"

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from exporters.layer_shapes import LayerShape, shaped_weights
+from maskplan.exporters.layer_shapes import LayerShape, shaped_weights
 
 GENERATOR = np.random.default_rng(0)
 

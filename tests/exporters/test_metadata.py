@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from exporters.metadata import describe_onnx, load_onnx, precision_of, read_provenance, write_provenance
-from pipeline.artifacts import ImageSet, Preprocessing, Provenance, TensorSpec
-from pipeline.errors import InputError
+from maskplan.exporters.metadata import describe_onnx, load_onnx, precision_of, read_provenance, write_provenance
+from maskplan.pipeline.core.artifacts import ImageSet, Preprocessing, Provenance, TensorSpec
+from maskplan.pipeline.core.errors import InputError
 
 
 def model_of(

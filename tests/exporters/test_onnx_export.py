@@ -21,14 +21,14 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import nn
 
-from exporters.metadata import read_provenance
-from exporters.onnx_export import ExportOptions, export_onnx
-from pipeline.artifacts import OnnxModel, Preprocessing, Provenance
-from pipeline.bundled.digits import PREPROCESSING as DIGITS
-from pipeline.bundled.digits import load_digits
-from pipeline.checkpoint import ModelOptions, open_checkpoint
-from pipeline.data import batches
-from pipeline.errors import InputError
+from maskplan.exporters.metadata import read_provenance
+from maskplan.exporters.onnx_export import ExportOptions, export_onnx
+from maskplan.pipeline.core.artifacts import OnnxModel, Preprocessing, Provenance
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.data.dataset import batches
+from maskplan.pipeline.data.digits import PREPROCESSING as DIGITS
+from maskplan.pipeline.data.digits import load_digits
+from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
 
 Array = npt.NDArray[Any]
 
@@ -259,7 +259,7 @@ def test_the_bytes_do_not_depend_on_folder_process_or_hash_seed(tiny_spec: str, 
     elsewhere.mkdir(parents=True)
     shutil.copy(tiny_spec.removesuffix(":build"), elsewhere / "tiny.py")
     for seed, (precision, digest) in zip(("1", "2"), zip(outs, expected, strict=True), strict=True):
-        command = [sys.executable, "-m", "pipeline", "export", "tiny.py:build", "--weights", "random"]
+        command = [sys.executable, "-m", "maskplan.pipeline", "export", "tiny.py:build", "--weights", "random"]
         done = subprocess.run(
             [*command, "--precision", precision, "-o", f"{precision}.onnx"],
             cwd=elsewhere,

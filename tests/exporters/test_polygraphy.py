@@ -13,9 +13,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from polygraphy.tools.sparse import SparsityPruner
 
-from engines.base import quiet_polygraphy
-from exporters.conformance import CheckOptions, check_2to4
-from pipeline.reports import CONFORMING, FAIL, INELIGIBLE, VIOLATING
+from maskplan.engines.base import quiet_polygraphy
+from maskplan.exporters.conformance import CheckOptions, check_2to4
+from maskplan.pipeline.core.reports import CONFORMING, FAIL, INELIGIBLE, VIOLATING
 
 Array = npt.NDArray[Any]
 GRAPHS = 240

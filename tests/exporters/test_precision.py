@@ -16,9 +16,9 @@ from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from exporters.half_range import beyond_half
-from exporters.precision import to_fp16
-from pipeline.errors import InputError
+from maskplan.exporters.half_range import beyond_half
+from maskplan.exporters.precision import to_fp16
+from maskplan.pipeline.core.errors import InputError
 
 Array = npt.NDArray[Any]
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16

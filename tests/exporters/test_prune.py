@@ -8,10 +8,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from exporters.conformance import CheckOptions, check_2to4
-from exporters.prune import prune_model, prune_onnx
-from pipeline.artifacts import Pattern
-from pipeline.errors import InputError
+from maskplan.exporters.conformance import CheckOptions, check_2to4
+from maskplan.exporters.prune import prune_model, prune_onnx
+from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.core.errors import InputError
 
 PATTERN = Pattern(2, 4)
 STRICT = CheckOptions(strict=True)

@@ -16,8 +16,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from exporters.weights import WeightUse, weight_uses
-from pipeline.masking.eligibility import CHANNELS, GROUPED, NOT_CONSTANT, UNSUPPORTED
+from maskplan.exporters.weights import WeightUse, weight_uses
+from maskplan.pipeline.masking.eligibility import CHANNELS, GROUPED, NOT_CONSTANT, UNSUPPORTED
 
 Array = npt.NDArray[np.generic]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_line import MODEL, RECIPE, Line
 
-from pipeline.cli.app import main
+from maskplan.pipeline.cli.app import main
 
 
 @pytest.fixture(scope="session")

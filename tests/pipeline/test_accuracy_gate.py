@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from small_line import read_json, stages_of
 
-from pipeline.cli.app import main
+from maskplan.pipeline.cli.app import main
 
 
 @dataclass(frozen=True)

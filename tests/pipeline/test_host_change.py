@@ -10,13 +10,14 @@ import pytest
 from fake_tensorrt import Control
 from small_net import small_net
 
-from exporters.metadata import describe_onnx
-from pipeline import engine_stages, stages
-from pipeline.artifacts import Profile
-from pipeline.checkpoint import ModelOptions
-from pipeline.in_turn import TimeOptions
-from pipeline.recipe import Recipe
-from pipeline.workspace import Workspace
+from maskplan.exporters.metadata import describe_onnx
+from maskplan.pipeline.core.artifacts import Profile
+from maskplan.pipeline.models.checkpoint import ModelOptions
+from maskplan.pipeline.recipe import Recipe
+from maskplan.pipeline.stages import engines as engine_stages
+from maskplan.pipeline.stages import model as stages
+from maskplan.pipeline.stages.workspace import Workspace
+from maskplan.pipeline.timing.interleaved import TimeOptions
 
 RECIPE = Recipe(time=TimeOptions((1, 3), seconds=0.0, warm_up=0))
 

@@ -21,10 +21,10 @@ from onnx import numpy_helper
 from safetensors.numpy import load_file
 from small_line import RECIPE, digests, read_json, stages_of
 
-from engines.sidecar import read_engine
-from pipeline.bundled.digits import load_digits
-from pipeline.cli.app import main
-from pipeline.data import batches
+from maskplan.engines.sidecar import read_engine
+from maskplan.pipeline.cli.app import main
+from maskplan.pipeline.data.dataset import batches
+from maskplan.pipeline.data.digits import load_digits
 
 Array = npt.NDArray[Any]
 PRECISIONS = ("", ", FP16", ", INT8")
@@ -73,8 +73,8 @@ def val_logits(path: Path) -> tuple[Array, Array]:
 
 
 def preprocessing(how: dict[str, Any]) -> Any:
-    from pipeline.artifacts import Preprocessing
-    from pipeline.records import decode
+    from maskplan.pipeline.core.artifacts import Preprocessing
+    from maskplan.pipeline.core.serialization import decode
 
     return decode(Preprocessing, how)
 

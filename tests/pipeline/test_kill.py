@@ -22,7 +22,7 @@ SAME = [name for name in VISIBLE if name not in TIMED]
 
 
 def start(line: Line, out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "pipeline", "engine", *line.options, "--out", str(out)]
+    command = [sys.executable, "-m", "maskplan.pipeline", "engine", *line.options, "--out", str(out)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -110,7 +110,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 def run_limited(line: Line, out: Path, limit: int) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipeline", "engine", *line.options, "--out", str(out)]
+    command = [sys.executable, "-m", "maskplan.pipeline", "engine", *line.options, "--out", str(out)]
     return subprocess.run(
         [sys.executable, "-c", LIMITED, str(limit), *command], capture_output=True, text=True, check=False
     )

@@ -12,9 +12,9 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from pipeline.cli.app import main
-from pipeline.permutation.record import read_permutation
-from pipeline.weights import read_weights
+from maskplan.pipeline.cli.app import main
+from maskplan.pipeline.models.state_dict import read_weights
+from maskplan.pipeline.permutation.record import read_permutation
 from tests.support.small_line import MODEL, Line, read_json, stages_of
 
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.bounds import above, at_least
-from pipeline.errors import InputError
-from pipeline.recipe import Recipe, read_recipe
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.validation import above, at_least
+from maskplan.pipeline.recipe import Recipe, read_recipe
 
 # A value other than the default for every option of every table, as TOML and as Python has it.
 OTHERS: dict[str, dict[str, tuple[str, Any]]] = {

@@ -304,7 +304,7 @@ def test_another_process_elsewhere_makes_the_same_bytes(line: Line, tmp_path: Pa
     (tmp_path / "cwd").mkdir()
     out = tmp_path / "a rather longer name" / "out"
     environment = {**os.environ, "PYTHONHASHSEED": "12345", "TZ": "Asia/Kathmandu"}
-    command = [sys.executable, "-m", "pipeline", "engine", *line.options, "--out", str(out)]
+    command = [sys.executable, "-m", "maskplan.pipeline", "engine", *line.options, "--out", str(out)]
 
     done = subprocess.run(command, cwd=tmp_path / "cwd", env=environment, capture_output=True, text=True, check=False)
 

@@ -13,7 +13,7 @@ import pytest
 from safetensors import safe_open
 from small_line import Line, read_json
 
-from pipeline.cli.app import main
+from maskplan.pipeline.cli.app import main
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 from triton_messages import parsed
 
-from engines.build import BuildOptions, build_engine
-from engines.sidecar import read_engine, write_sidecar
-from exporters.metadata import describe_onnx, write_provenance
-from pipeline.artifacts import EngineFile, Preprocessing, Profile, Provenance, TensorSpec
+from maskplan.engines.build import BuildOptions, build_engine
+from maskplan.engines.sidecar import read_engine, write_sidecar
+from maskplan.exporters.metadata import describe_onnx, write_provenance
+from maskplan.pipeline.core.artifacts import EngineFile, Preprocessing, Profile, Provenance, TensorSpec
 
 HOW = Preprocessing(3, 8, 8, 0, "bilinear", (0.0,) * 3, (1.0,) * 3)
 LABELS = ("blue", "green", "red", "grün-ish", "5")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engines.cusparselt import SparseHost
+from maskplan.engines.cusparselt import SparseHost
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.artifacts import Preprocessing
-from pipeline.layers import sample_input
-from pipeline.permutation.apply import Move, permuted_state
-from pipeline.permutation.groups import Axes, Group, find_groups
+from maskplan.pipeline.core.artifacts import Preprocessing
+from maskplan.pipeline.models.layers import sample_input
+from maskplan.pipeline.permutation.apply import Move, permuted_state
+from maskplan.pipeline.permutation.groups import Axes, Group, find_groups
 
 HOW = Preprocessing(3, 16, 16, 0, "bilinear", (0.5,) * 3, (0.25,) * 3)
 

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.artifacts import Preprocessing
-from pipeline.stability.bounds import Pair, Seen, change_bounds, look, pair_of
-from pipeline.stability.network import Network, affine_maps
-from pipeline.stability.reader import read_network
+from maskplan.pipeline.core.artifacts import Preprocessing
+from maskplan.pipeline.stability.bounds import Pair, Seen, change_bounds, look, pair_of
+from maskplan.pipeline.stability.network import Network, affine_maps
+from maskplan.pipeline.stability.reader import read_network
 
 State = dict[str, torch.Tensor]
 

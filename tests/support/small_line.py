@@ -102,7 +102,7 @@ class Blocker:
 
 
 sys.meta_path.insert(0, Blocker())
-from pipeline.cli.app import main
+from maskplan.pipeline.cli.app import main
 
 sys.exit(main(sys.argv[1:]))
 """

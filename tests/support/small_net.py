@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from exporters.metadata import write_provenance
-from pipeline.artifacts import Provenance
+from maskplan.exporters.metadata import write_provenance
+from maskplan.pipeline.core.artifacts import Provenance
 
 
 def small_net(

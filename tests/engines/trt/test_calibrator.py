@@ -13,17 +13,17 @@ import pytest
 from fake_tensorrt import Control
 from small_net import small_net
 
-from calibration.batches import choose_images
-from calibration.calibrate import CalibrateOptions
-from engines.build import BuildOptions, build_engine
-from engines.sidecar import read_engine
-from engines.trt.calibrator import ImplicitInt8
-from exporters.metadata import describe_onnx
-from pipeline.artifacts import EngineFile
-from pipeline.cli.app import main
-from pipeline.cli.calibrate import calibration_images
-from pipeline.data import batches as pipeline_batches
-from pipeline.errors import InputError
+from maskplan.calibration.batches import choose_images
+from maskplan.calibration.calibrate import CalibrateOptions
+from maskplan.engines.build import BuildOptions, build_engine
+from maskplan.engines.sidecar import read_engine
+from maskplan.engines.trt.calibrator import ImplicitInt8
+from maskplan.exporters.metadata import describe_onnx
+from maskplan.pipeline.cli.app import main
+from maskplan.pipeline.cli.calibrate import calibration_images
+from maskplan.pipeline.core.artifacts import EngineFile
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.data.dataset import batches as pipeline_batches
 
 IMAGES = np.random.default_rng(0).random((11, 3, 8, 8), np.float32)
 

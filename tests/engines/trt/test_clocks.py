@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from fake_cuda import World
 
-from engines.trt.clocks import clocks_of, watch_clocks
-from pipeline.reports import GpuClocks
+from maskplan.engines.trt.clocks import clocks_of, watch_clocks
+from maskplan.pipeline.core.reports import GpuClocks
 
 pytestmark = pytest.mark.usefixtures("gpu")
 
@@ -65,7 +65,7 @@ def test_the_gpu_is_watched_while_the_block_runs(tmp_path: Path, gpu: World, mon
 def test_an_nvidia_smi_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is ignored stays ignored in what a shell becomes."""
     smi(tmp_path, f"trap '' TERM; touch {tmp_path / 'ready'}; exec sleep 60", monkeypatch)
-    monkeypatch.setattr("engines.trt.clocks._WAIT_S", 0.2)
+    monkeypatch.setattr("maskplan.engines.trt.clocks._WAIT_S", 0.2)
     with watch_clocks() as watch:
         started = time.monotonic()
         while not (tmp_path / "ready").exists():

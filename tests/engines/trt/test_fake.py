@@ -50,9 +50,9 @@ ASKING = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import tensorrt_bindings as tensorrt
-from engines.trt.log import Heard
-from engines.trt.versions import construct
-from pipeline.errors import HostError
+from maskplan.engines.trt.log import Heard
+from maskplan.engines.trt.versions import construct
+from maskplan.pipeline.core.errors import HostError
 
 try:
     construct(tensorrt.Runtime, Heard(tensorrt))

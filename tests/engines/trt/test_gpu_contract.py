@@ -16,15 +16,15 @@ import onnxruntime
 import pytest
 from small_net import small_net
 
-from engines.base import Classifier
-from engines.build import BuildOptions, build_engine, open_engine
-from engines.sidecar import read_engine, write_sidecar
-from engines.trt.options import TrtOptions
-from exporters.metadata import describe_onnx
-from pipeline.artifacts import EngineFile, Profile
-from pipeline.errors import HostError, InputError
-from pipeline.in_turn import GPU, TimeOptions
-from pipeline.timing import time_engines
+from maskplan.engines.base import Classifier
+from maskplan.engines.build import BuildOptions, build_engine, open_engine
+from maskplan.engines.sidecar import read_engine, write_sidecar
+from maskplan.engines.trt.options import TrtOptions
+from maskplan.exporters.metadata import describe_onnx
+from maskplan.pipeline.core.artifacts import EngineFile, Profile
+from maskplan.pipeline.core.errors import HostError, InputError
+from maskplan.pipeline.timing.compare_latency import time_engines
+from maskplan.pipeline.timing.interleaved import GPU, TimeOptions
 
 PROFILES = (Profile(1, 1, 1), Profile(1, 8, 16))
 
@@ -190,7 +190,7 @@ def test_a_file_that_is_no_timing_cache_costs_no_plan(source: Path, tmp_path: Pa
 
 def test_memory_that_the_gpu_does_not_have_is_told(source: Path) -> None:
     """More than any GPU has, asked of the same code that takes a batch's memory."""
-    from engines.trt.cuda import Context
+    from maskplan.engines.trt.cuda import Context
 
     context = Context()
     with context.active(), pytest.raises(HostError, match="memory does not suffice"):

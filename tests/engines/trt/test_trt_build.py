@@ -22,18 +22,18 @@ from fake_cuda import World
 from fake_tensorrt import Control
 from small_net import small_net
 
-from engines.build import BuildOptions, build_engine
-from engines.sidecar import read_engine
-from engines.trt.build import FP32_NOTE
-from engines.trt.log import Heard
-from engines.trt.options import TrtOptions
-from engines.trt.progress import _monitor_class
-from engines.trt.versions import import_tensorrt, network_flags
-from exporters.metadata import describe_onnx
-from pipeline.artifacts import EngineFile, Profile
-from pipeline.cli.app import main
-from pipeline.errors import HostError, InputError, PipelineError
-from pipeline.interrupts import INTERRUPTS, listening
+from maskplan.engines.build import BuildOptions, build_engine
+from maskplan.engines.sidecar import read_engine
+from maskplan.engines.trt.build import FP32_NOTE
+from maskplan.engines.trt.log import Heard
+from maskplan.engines.trt.options import TrtOptions
+from maskplan.engines.trt.progress import _monitor_class
+from maskplan.engines.trt.versions import import_tensorrt, network_flags
+from maskplan.exporters.metadata import describe_onnx
+from maskplan.pipeline.cli.app import main
+from maskplan.pipeline.core.artifacts import EngineFile, Profile
+from maskplan.pipeline.core.errors import HostError, InputError, PipelineError
+from maskplan.pipeline.core.interrupts import INTERRUPTS, listening
 
 PROFILES = (Profile(1, 1, 1), Profile(1, 8, 16))
 

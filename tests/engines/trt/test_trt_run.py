@@ -16,15 +16,15 @@ import pytest
 from fake_cuda import World
 from fake_tensorrt import Control
 
-from engines.build import BuildOptions, build_engine, open_engine
-from engines.sidecar import sidecar_path, write_sidecar
-from engines.trt.cuda import Context
-from engines.trt.graph import capture
-from engines.trt.options import TrtOptions
-from engines.trt.run import TrtEngine
-from exporters.metadata import describe_onnx
-from pipeline.artifacts import EngineFile, Profile
-from pipeline.errors import HostError, InputError, PipelineError
+from maskplan.engines.build import BuildOptions, build_engine, open_engine
+from maskplan.engines.sidecar import sidecar_path, write_sidecar
+from maskplan.engines.trt.cuda import Context
+from maskplan.engines.trt.graph import capture
+from maskplan.engines.trt.options import TrtOptions
+from maskplan.engines.trt.run import TrtEngine
+from maskplan.exporters.metadata import describe_onnx
+from maskplan.pipeline.core.artifacts import EngineFile, Profile
+from maskplan.pipeline.core.errors import HostError, InputError, PipelineError
 
 PROFILES = (Profile(1, 1, 1), Profile(1, 8, 16))
 

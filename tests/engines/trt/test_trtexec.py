@@ -14,15 +14,15 @@ import pytest
 from fake_tensorrt import Control
 from small_net import small_net
 
-from engines.build import BuildOptions, build_engine
-from engines.sidecar import read_engine, write_sidecar
-from engines.trt.build import FP32_NOTE
-from engines.trt.options import TrtOptions
-from engines.trt.trtexec import trtexec_lines
-from exporters.metadata import describe_onnx
-from pipeline.artifacts import LayerSparsity, Profile
-from pipeline.cli.app import main
-from pipeline.errors import InputError
+from maskplan.engines.build import BuildOptions, build_engine
+from maskplan.engines.sidecar import read_engine, write_sidecar
+from maskplan.engines.trt.build import FP32_NOTE
+from maskplan.engines.trt.options import TrtOptions
+from maskplan.engines.trt.trtexec import trtexec_lines
+from maskplan.exporters.metadata import describe_onnx
+from maskplan.pipeline.cli.app import main
+from maskplan.pipeline.core.artifacts import LayerSparsity, Profile
+from maskplan.pipeline.core.errors import InputError
 
 PLAN = b"a plan" * 200
 # A user's, for a convolution 3x3.

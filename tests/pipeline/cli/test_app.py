@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.cli.app import main
+from maskplan.pipeline.cli.app import main
 
 COMMANDS = (
     "engine",
@@ -48,7 +48,7 @@ class Refuse(importlib.abc.MetaPathFinder):
             raise ImportError(f"{name} was imported")
 
 sys.meta_path.insert(0, Refuse())
-from pipeline.cli.app import main
+from maskplan.pipeline.cli.app import main
 
 found = {}
 for command in json.loads(sys.argv[1]):
@@ -62,7 +62,7 @@ print(json.dumps({"found": found, "heavy": sorted(HEAVY & set(sys.modules))}))
 # A command with a bug, beside the real ones.
 BUG = """
 import sys
-from pipeline.cli.app import app, main
+from maskplan.pipeline.cli.app import app, main
 
 @app.command()
 def broken():
@@ -131,7 +131,7 @@ def test_help_says_what_the_command_does_and_shows_it(command: str, helped: dict
 def test_every_example_is_one_that_the_parser_takes(helped: dict[str, Any]) -> None:
     from typer.main import get_command
 
-    from pipeline.cli.app import app
+    from maskplan.pipeline.cli.app import app
 
     group: Any = get_command(app)
     swept = 0
@@ -276,7 +276,7 @@ def test_warnings_are_heard_even_when_quiet(cli: Callable[..., Any], digits: Pat
 
 
 def test_the_module_is_the_command(finished_digits: Path) -> None:
-    code = "import runpy, sys; sys.argv[1:] = sys.argv[1:]; runpy.run_module('pipeline', run_name='__main__')"
+    code = "import runpy, sys; sys.argv[1:] = sys.argv[1:]; runpy.run_module('maskplan.pipeline', run_name='__main__')"
     done = python(code, "inspect", str(finished_digits / "engine.onnx"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("engine     engine.onnx")

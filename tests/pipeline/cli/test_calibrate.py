@@ -15,7 +15,7 @@ import pytest
 from onnx import numpy_helper, parser
 from PIL import Image
 
-from exporters.metadata import describe_onnx
+from maskplan.exporters.metadata import describe_onnx
 
 CLASSES = ("a", "b")
 

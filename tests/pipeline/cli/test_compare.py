@@ -17,9 +17,9 @@ import pytest
 from onnx import numpy_helper
 from PIL import Image
 
-from engines.ort import OrtEngine
-from pipeline.records import decode
-from pipeline.reports import ParityReport
+from maskplan.engines.ort import OrtEngine
+from maskplan.pipeline.core.reports import ParityReport
+from maskplan.pipeline.core.serialization import decode
 
 Cli = Callable[..., Any]
 

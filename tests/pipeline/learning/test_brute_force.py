@@ -8,9 +8,9 @@ import math
 import numpy as np
 import torch
 
-from pipeline.artifacts import Pattern
-from pipeline.learning.gates import Gates
-from pipeline.masking.magnitude import magnitude_mask
+from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.learning.gates import Gates
+from maskplan.pipeline.masking.magnitude import magnitude_mask
 
 PROBLEMS, FILTERS, CHANNELS, IMAGES = 100, 4, 8, 256
 STEPS, EPOCH = 3000, 20

@@ -9,9 +9,9 @@ import pytest
 import torch
 from scipy import stats
 
-from pipeline.artifacts import Pattern
-from pipeline.learning.fused import differentiate, draw, gumbel_noise
-from pipeline.masking.patterns import patterns
+from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.learning.fused import differentiate, draw, gumbel_noise
+from maskplan.pipeline.masking.patterns import patterns
 
 # Shapes that end within a block, at its edge, or are larger than one filter's worth of it.
 SHAPES = [(1, 1, 1), (3, 2, 9), (33, 2, 1), (64, 16, 1), (1024, 1, 1), (5, 3, 49), (2, 1, 2000), (70, 16, 9)]

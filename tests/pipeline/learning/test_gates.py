@@ -10,10 +10,10 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from pipeline.artifacts import Pattern
-from pipeline.learning import gates as gates_module
-from pipeline.learning.fused import gumbel_noise
-from pipeline.learning.gates import Gates
+from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.learning import gates as gates_module
+from maskplan.pipeline.learning.fused import gumbel_noise
+from maskplan.pipeline.learning.gates import Gates
 
 PATTERNS = [(1, 2), (1, 4), (2, 4), (3, 4), (2, 6), (4, 8)]
 KERNELS: list[tuple[int, ...]] = [(), (1, 1), (3, 2)]

@@ -16,19 +16,19 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.artifacts import Pattern
-from pipeline.bundled.digits import PREPROCESSING, load_digits
-from pipeline.checkpoint import ModelOptions, open_checkpoint
-from pipeline.data import Dataset
-from pipeline.errors import HostError, InputError
-from pipeline.interrupts import INTERRUPTS, listening
-from pipeline.learning import trainer
-from pipeline.learning.masked_net import Masks
-from pipeline.learning.recipes import LearnOptions
-from pipeline.learning.schedule import training_batches
-from pipeline.learning.state import load_state
-from pipeline.learning.trainer import LearnFiles, learn_masks
-from pipeline.masking.magnitude import magnitude_mask
+from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.core.errors import HostError, InputError
+from maskplan.pipeline.core.interrupts import INTERRUPTS, listening
+from maskplan.pipeline.data.dataset import Dataset
+from maskplan.pipeline.data.digits import PREPROCESSING, load_digits
+from maskplan.pipeline.learning import trainer
+from maskplan.pipeline.learning.masked_net import Masks
+from maskplan.pipeline.learning.options import LearnOptions
+from maskplan.pipeline.learning.schedule import training_batches
+from maskplan.pipeline.learning.state import load_state
+from maskplan.pipeline.learning.trainer import LearnFiles, learn_masks
+from maskplan.pipeline.masking.magnitude import magnitude_mask
+from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
 
 TWO_FOUR = Pattern(2, 4)
 QUICK = LearnOptions(epochs=3, batch=256, ema=0.9, augment="shift", save_every=2, seed=4)
@@ -203,12 +203,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.artifacts import Pattern
-from pipeline.bundled.digits import PREPROCESSING, load_digits
-from pipeline.checkpoint import ModelOptions, open_checkpoint
-from pipeline.learning.recipes import LearnOptions
-from pipeline.learning.trainer import LearnFiles, learn_masks
-from pipeline.masking.magnitude import magnitude_mask
+from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.data.digits import PREPROCESSING, load_digits
+from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
+from maskplan.pipeline.learning.options import LearnOptions
+from maskplan.pipeline.learning.trainer import LearnFiles, learn_masks
+from maskplan.pipeline.masking.magnitude import magnitude_mask
 
 torch.set_num_threads(1)
 net, _ = open_checkpoint(ModelOptions("digits_resnet"))

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pipeline.artifacts import Learning, Pattern, Preprocessing
-from pipeline.data import Dataset, Images, Split
-from pipeline.errors import InputError
-from pipeline.learning.recipes import LearnOptions
-from pipeline.learning.trainer import Masks, learn_masks
+from maskplan.pipeline.core.artifacts import Learning, Pattern, Preprocessing
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.data.dataset import Dataset, Images, Split
+from maskplan.pipeline.learning.options import LearnOptions
+from maskplan.pipeline.learning.trainer import Masks, learn_masks
 
 HOW = Preprocessing(1, 2, 4, 0, "bilinear", (0.5,), (0.25,))
 TWO_FOUR = Pattern(2, 4)

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.artifacts import Pattern
-from pipeline.errors import InputError
-from pipeline.masking.diversity import diversity, tile_masks, tile_masks_by_paper
+from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.masking.diversity import diversity, tile_masks, tile_masks_by_paper
 
 
 @pytest.mark.parametrize(("n", "m"), [(n, m) for m in range(1, 6) for n in range(1, m + 1)])

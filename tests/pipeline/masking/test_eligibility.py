@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.masking.eligibility import ineligible_reason
+from maskplan.pipeline.masking.eligibility import ineligible_reason
 
 
 @pytest.mark.parametrize("op", ["Conv", "Gemm", "MatMul"])

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.artifacts import Pattern
-from pipeline.errors import InputError
-from pipeline.masking.layerwise import folded, layerwise_mask, output_error, unfolded
-from pipeline.masking.layerwise_descent import descend
-from pipeline.masking.magnitude import magnitude_mask
-from pipeline.masking.patterns import patterns, violations
+from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.masking.layerwise import folded, layerwise_mask, output_error, unfolded
+from maskplan.pipeline.masking.layerwise_descent import descend
+from maskplan.pipeline.masking.magnitude import magnitude_mask
+from maskplan.pipeline.masking.patterns import patterns, violations
 
 TWO_FOUR = Pattern(2, 4)
 Floats = npt.NDArray[Any]

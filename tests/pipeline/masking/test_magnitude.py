@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.artifacts import Pattern
-from pipeline.masking.magnitude import kept_magnitude, largest, magnitude_mask
-from pipeline.masking.patterns import CHANNEL, FLAT, group
+from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.masking.magnitude import kept_magnitude, largest, magnitude_mask
+from maskplan.pipeline.masking.patterns import CHANNEL, FLAT, group
 
 PATTERNS = [(1, 2), (1, 4), (2, 4), (3, 4), (4, 4), (2, 6), (4, 8)]
 WEIGHTS: dict[str, Callable[[np.random.Generator, tuple[int, ...]], npt.NDArray[np.floating]]] = {

@@ -15,11 +15,11 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from pipeline.artifacts import DenseLayer, ImageSet, Layer, Learning, MaskSet, Pattern
-from pipeline.errors import InputError
-from pipeline.masking.magnitude import magnitude_mask
-from pipeline.masking.maskset import NOT_IN_FILE, load_masks, read_masks, write_masks
-from pipeline.weights import read_metadata
+from maskplan.pipeline.core.artifacts import DenseLayer, ImageSet, Layer, Learning, MaskSet, Pattern
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.masking.magnitude import magnitude_mask
+from maskplan.pipeline.masking.maskset import NOT_IN_FILE, load_masks, read_masks, write_masks
+from maskplan.pipeline.models.state_dict import read_metadata
 
 Masks = dict[str, npt.NDArray[np.bool_]]
 

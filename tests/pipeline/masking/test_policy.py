@@ -6,12 +6,12 @@ import pytest
 import torch
 import torchvision
 
-from pipeline.artifacts import Layer, Pattern
-from pipeline.errors import InputError
-from pipeline.layers import survey
-from pipeline.masking.policy import LayerPolicy, select_layers
-from pipeline.models import build_model
-from pipeline.preprocessing import IMAGENET
+from maskplan.pipeline.core.artifacts import Layer, Pattern
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.data.preprocessing import IMAGENET
+from maskplan.pipeline.masking.policy import LayerPolicy, select_layers
+from maskplan.pipeline.models.layers import survey
+from maskplan.pipeline.models.registry import build_model
 
 TWO_FOUR = Pattern(2, 4)
 

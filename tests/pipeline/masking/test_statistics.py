@@ -7,10 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pipeline.artifacts import Pattern
-from pipeline.masking.magnitude import magnitude_mask
-from pipeline.masking.patterns import CHANNEL, FLAT, LAYOUTS
-from pipeline.masking.statistics import PatternCount, mask_statistics
+from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.masking.magnitude import magnitude_mask
+from maskplan.pipeline.masking.patterns import CHANNEL, FLAT, LAYOUTS
+from maskplan.pipeline.masking.statistics import PatternCount, mask_statistics
 
 RANDOM = np.random.default_rng(5)
 

@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from exporters.conformance import CheckOptions, check_2to4
-from exporters.counting import count_groups
-from pipeline.artifacts import Pattern
-from pipeline.errors import InputError
-from pipeline.masking.magnitude import magnitude_mask
-from pipeline.masking.patterns import parse_pattern
-from pipeline.masking.transposable import (
+from maskplan.exporters.conformance import CheckOptions, check_2to4
+from maskplan.exporters.counting import count_groups
+from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.masking.magnitude import magnitude_mask
+from maskplan.pipeline.masking.patterns import parse_pattern
+from maskplan.pipeline.masking.transposable import (
     APPROXIMATE,
     ENTROPIC,
     EXACT,
@@ -282,9 +282,9 @@ def test_without_numba_one_method_works_and_the_others_say_what_to_install() -> 
 import sys
 sys.modules["numba"] = sys.modules["torch"] = sys.modules["scipy"] = None
 import numpy as np
-from pipeline.artifacts import Pattern
-from pipeline.errors import HostError
-from pipeline.masking.transposable import METHODS, transposable_mask
+from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.core.errors import HostError
+from maskplan.pipeline.masking.transposable import METHODS, transposable_mask
 for method in METHODS:
     for pattern in (Pattern(2, 4), Pattern(4, 8)):
         try:

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.artifacts import Pattern
-from pipeline.masking.transposable_entropic import entropic_tiles
-from pipeline.masking.transposable_flow import flow_tiles
+from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.masking.transposable_entropic import entropic_tiles
+from maskplan.pipeline.masking.transposable_flow import flow_tiles
 
 PATTERNS = [(1, 1), (1, 2), (2, 4), (3, 4), (4, 4), (1, 8), (3, 8), (4, 8), (7, 8), (8, 8), (2, 6), (8, 16)]
 KINDS = ("normal", "uniform", "heavy", "ties", "zeros_and_ones", "columns", "outliers")

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
-from pipeline.artifacts import Pattern
-from pipeline.masking.transposable_flow import flow_tiles
-from pipeline.masking.transposable_table import best_of_table, choices
+from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.masking.transposable_flow import flow_tiles
+from maskplan.pipeline.masking.transposable_table import best_of_table, choices
 
 LARGE = [(2, 5), (4, 5), (3, 6), (1, 8), (2, 8), (4, 8), (7, 8), (8, 8), (8, 16), (3, 12)]
 

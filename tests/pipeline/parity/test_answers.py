@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from engines.base import Arrays, Classifier
-from pipeline.artifacts import Preprocessing, TensorSpec
-from pipeline.data import Split
-from pipeline.parity.answers import (
+from maskplan.engines.base import Arrays, Classifier
+from maskplan.pipeline.core.artifacts import Preprocessing, TensorSpec
+from maskplan.pipeline.data.dataset import Split
+from maskplan.pipeline.parity.answers import (
     UNLABELLED,
     Batches,
     answers_of,

@@ -15,20 +15,20 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from calibration.placement import place
-from calibration.qdq import insert_qdq
-from engines.build import BuildOptions, build_engine
-from engines.sidecar import write_sidecar
-from exporters.metadata import describe_onnx
-from exporters.onnx_export import ExportOptions, export_onnx
-from exporters.precision import to_fp16
-from pipeline.artifacts import EngineFile
-from pipeline.checkpoint import ModelOptions, load_checkpoint, module_of
-from pipeline.errors import InputError
-from pipeline.files import sha256_of
-from pipeline.parity.bisect import BisectOptions, bisect
-from pipeline.parity.depth import DepthReport, LayerDifference
-from pipeline.parity.intermediates import Intermediates
+from maskplan.calibration.placement import place
+from maskplan.calibration.qdq import insert_qdq
+from maskplan.engines.build import BuildOptions, build_engine
+from maskplan.engines.sidecar import write_sidecar
+from maskplan.exporters.metadata import describe_onnx
+from maskplan.exporters.onnx_export import ExportOptions, export_onnx
+from maskplan.exporters.precision import to_fp16
+from maskplan.pipeline.core.artifacts import EngineFile
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.files import sha256_of
+from maskplan.pipeline.core.reports import DepthReport, LayerDifference
+from maskplan.pipeline.models.checkpoint import ModelOptions, load_checkpoint, module_of
+from maskplan.pipeline.parity.bisect import BisectOptions, bisect
+from maskplan.pipeline.parity.intermediates import Intermediates
 
 Array = npt.NDArray[Any]
 

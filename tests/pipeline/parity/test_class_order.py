@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.artifacts import Preprocessing, Provenance
-from pipeline.data import ImageFiles, Split
-from pipeline.errors import InputError
-from pipeline.parity.class_order import class_names, looks_reordered, require_one_order
+from maskplan.pipeline.core.artifacts import Preprocessing, Provenance
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.data.dataset import ImageFiles, Split
+from maskplan.pipeline.parity.class_order import class_names, looks_reordered, require_one_order
 
 HOW = Preprocessing(3, 4, 4, 0, "nearest", (0.0,) * 3, (1.0,) * 3)
 ANIMALS = ("cat", "dog", "eel", "fox")

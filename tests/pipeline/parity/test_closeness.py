@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.parity.closeness import closeness
+from maskplan.pipeline.parity.closeness import closeness
 
 REFERENCE = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
 OTHER = (REFERENCE + np.random.default_rng(1).normal(size=(40, 6)) / 50).astype(np.float32)

@@ -15,14 +15,14 @@ import pytest
 from onnx import numpy_helper
 from small_net import small_net
 
-from engines.build import BuildOptions, build_engine
-from engines.sidecar import write_sidecar
-from exporters.metadata import describe_onnx
-from pipeline.artifacts import EngineFile
-from pipeline.checkpoint import ModelOptions, load_checkpoint
-from pipeline.errors import InputError
-from pipeline.files import sha256_of
-from pipeline.parity.print_polygraphy import OUTPUTS, polygraphy_command
+from maskplan.engines.build import BuildOptions, build_engine
+from maskplan.engines.sidecar import write_sidecar
+from maskplan.exporters.metadata import describe_onnx
+from maskplan.pipeline.core.artifacts import EngineFile
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.files import sha256_of
+from maskplan.pipeline.models.checkpoint import ModelOptions, load_checkpoint
+from maskplan.pipeline.parity.print_polygraphy import OUTPUTS, polygraphy_command
 
 SHAPE = (3, 8, 8)
 

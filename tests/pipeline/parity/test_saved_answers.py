@@ -11,11 +11,11 @@ import numpy.typing as npt
 import pytest
 import safetensors.numpy
 
-from pipeline.artifacts import ImageSet, Preprocessing
-from pipeline.data import Split
-from pipeline.errors import InputError
-from pipeline.parity.answers import Answers
-from pipeline.parity.saved_answers import Question, load_answers, question, save_answers
+from maskplan.pipeline.core.artifacts import ImageSet, Preprocessing
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.data.dataset import Split
+from maskplan.pipeline.parity.answers import Answers
+from maskplan.pipeline.parity.saved_answers import Question, load_answers, question, save_answers
 
 HOW = Preprocessing(3, 4, 4, 0, "nearest", (0.25,) * 3, (0.5,) * 3)
 SET = ImageSet("val", 4, "7" * 64, ())

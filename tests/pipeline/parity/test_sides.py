@@ -15,14 +15,14 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from engines.base import Arrays, Classifier
-from engines.build import BuildOptions, build_engine
-from engines.sidecar import sidecar_path
-from exporters.metadata import describe_onnx, write_provenance
-from pipeline.artifacts import Preprocessing, Provenance, TensorSpec
-from pipeline.checkpoint import ModelOptions, load_checkpoint, open_checkpoint
-from pipeline.errors import InputError
-from pipeline.parity.sides import Side, open_side, shared_preprocessing
+from maskplan.engines.base import Arrays, Classifier
+from maskplan.engines.build import BuildOptions, build_engine
+from maskplan.engines.sidecar import sidecar_path
+from maskplan.exporters.metadata import describe_onnx, write_provenance
+from maskplan.pipeline.core.artifacts import Preprocessing, Provenance, TensorSpec
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.models.checkpoint import ModelOptions, load_checkpoint, open_checkpoint
+from maskplan.pipeline.parity.sides import Side, open_side, shared_preprocessing
 
 Array = npt.NDArray[Any]
 

@@ -10,10 +10,10 @@ import numpy.typing as npt
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.intervals import PairedCounts
-from pipeline.parity.answers import UNLABELLED, Answers
-from pipeline.parity.tally import tally
-from pipeline.reports import ClassDrop, Flips
+from maskplan.pipeline.core.reports import ClassDrop, Flips
+from maskplan.pipeline.core.statistics import PairedCounts
+from maskplan.pipeline.parity.answers import UNLABELLED, Answers
+from maskplan.pipeline.parity.tally import tally
 
 Array = npt.NDArray[Any]
 

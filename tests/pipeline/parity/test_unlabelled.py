@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.parity.unlabelled import open_unlabelled
+from maskplan.pipeline.parity.unlabelled import open_unlabelled
 
 
 def pictures(folder: Path, *names: str) -> None:

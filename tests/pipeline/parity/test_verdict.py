@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from scipy.stats import binomtest
 
-from pipeline.artifacts import Preprocessing, Provenance
-from pipeline.compare import CompareOptions
-from pipeline.errors import InputError
-from pipeline.intervals import PairedCounts, drop_interval
-from pipeline.parity.verdict import judge
-from pipeline.reports import FAIL, NOT_APPLICABLE, PASS, Check, ClassDrop, Flips, ParityReport
+from maskplan.pipeline.core.artifacts import Preprocessing, Provenance
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.reports import FAIL, NOT_APPLICABLE, PASS, Check, ClassDrop, Flips, ParityReport
+from maskplan.pipeline.core.statistics import PairedCounts, drop_interval
+from maskplan.pipeline.parity.options import CompareOptions
+from maskplan.pipeline.parity.verdict import judge
 
 HOW = Preprocessing(3, 4, 4, 0, "nearest", (0.0,) * 3, (1.0,) * 3)
 MADE = Provenance("net", True, "test", "0" * 64, 4, (), HOW)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.permutation.axes import Channels, Places, Value
+from maskplan.pipeline.permutation.axes import Channels, Places, Value
 
 
 def flattened(places: Places, positions: int) -> Places:

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pipeline.artifacts import Preprocessing
-from pipeline.layers import sample_input
-from pipeline.models import build_model
-from pipeline.permutation.groups import Group, UnexportableError, find_groups
+from maskplan.pipeline.core.artifacts import Preprocessing
+from maskplan.pipeline.models.layers import sample_input
+from maskplan.pipeline.models.registry import build_model
+from maskplan.pipeline.permutation.groups import Group, UnexportableError, find_groups
 from tests.support.moving_nets import (
     HOW,
     Net,

@@ -7,9 +7,9 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from pipeline.permutation.axes import Integers
-from pipeline.permutation.mixed import Reader, descend
-from pipeline.permutation.search import kept
+from maskplan.pipeline.permutation.axes import Integers
+from maskplan.pipeline.permutation.mixed import Reader, descend
+from maskplan.pipeline.permutation.search import kept
 
 
 def reader(seed: int, rows: int, columns: int, positions: list[int]) -> Reader:

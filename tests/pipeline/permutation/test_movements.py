@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.permutation.axes import Channels, Places, Value
-from pipeline.permutation.calls import Call
-from pipeline.permutation.movements import view
+from maskplan.pipeline.permutation.axes import Channels, Places, Value
+from maskplan.pipeline.permutation.calls import Call
+from maskplan.pipeline.permutation.movements import view
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pipeline.permutation.groups import find_groups
+from maskplan.pipeline.permutation.groups import find_groups
 from tests.support.moving_nets import (
     HOW,
     Net,

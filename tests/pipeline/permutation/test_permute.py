@@ -16,18 +16,18 @@ import safetensors.numpy
 import torch
 from torch import nn
 
-from pipeline.artifacts import Preprocessing, Provenance
-from pipeline.checkpoint import read_checkpoint
-from pipeline.errors import InputError
-from pipeline.layers import sample_input, survey
-from pipeline.masking.magnitude import magnitude_mask
-from pipeline.masking.patterns import parse_pattern
-from pipeline.masking.policy import LayerPolicy, select_layers
-from pipeline.models import build_model
-from pipeline.permutation.groups import UnexportableError
-from pipeline.permutation.permute import PermuteOptions, permute, repermute
-from pipeline.permutation.record import AS_GIVEN, FIXED, MOVED, UNREAD, Permuted, read_permutation
-from pipeline.weights import METADATA_KEY, fit_weights, read_weights, tensors_sha256
+from maskplan.pipeline.core.artifacts import Preprocessing, Provenance
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.masking.magnitude import magnitude_mask
+from maskplan.pipeline.masking.patterns import parse_pattern
+from maskplan.pipeline.masking.policy import LayerPolicy, select_layers
+from maskplan.pipeline.models.checkpoint import read_checkpoint
+from maskplan.pipeline.models.layers import sample_input, survey
+from maskplan.pipeline.models.registry import build_model
+from maskplan.pipeline.models.state_dict import METADATA_KEY, fit_weights, read_weights, tensors_sha256
+from maskplan.pipeline.permutation.groups import UnexportableError
+from maskplan.pipeline.permutation.permute import PermuteOptions, permute, repermute
+from maskplan.pipeline.permutation.record import AS_GIVEN, FIXED, MOVED, UNREAD, Permuted, read_permutation
 
 HOW = Preprocessing(3, 16, 16, 0, "bilinear", (0.5,) * 3, (0.25,) * 3)
 MADE = Provenance("net", True, "w.pth", "ab" * 32, 5, (), HOW)

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import InputError
-from pipeline.permutation import anneal
-from pipeline.permutation.search import SearchOptions, _columns, kept, search, steps
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.permutation import anneal
+from maskplan.pipeline.permutation.search import SearchOptions, _columns, kept, search, steps
 
 ENOUGH = SearchOptions(effort=0.02, restarts=4)
 
@@ -182,7 +182,7 @@ def test_a_limit_in_seconds_ends_a_long_search() -> None:
 
 
 def test_many_rows_are_searched_by_a_sample_and_judged_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.permutation.search._MOST_ROWS", 256)
+    monkeypatch.setattr("maskplan.pipeline.permutation.search._MOST_ROWS", 256)
     rng = np.random.default_rng(6)
     # Groups that are large throughout beside groups that are small: mixing them is worth much in every row.
     scores = rng.random((4096, 16)) + np.where(np.arange(16) % 8 < 4, 3.0, 0.0)
@@ -195,7 +195,7 @@ def test_many_rows_are_searched_by_a_sample_and_judged_by_all(monkeypatch: pytes
 def test_kept_does_not_depend_on_how_rows_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = np.random.default_rng(7).random((100, 16))
     whole = kept(scores, 2, 4)
-    monkeypatch.setattr("pipeline.permutation.search._COPIED", 48)
+    monkeypatch.setattr("maskplan.pipeline.permutation.search._COPIED", 48)
     assert kept(scores, 2, 4) == pytest.approx(whole, rel=1e-12)
 
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from random_nets import Case, architecture, case, exceeds, seen_of, violated
 from torch import nn
 
-from pipeline.artifacts import Preprocessing
-from pipeline.stability.bounds import (
+from maskplan.pipeline.core.artifacts import Preprocessing
+from maskplan.pipeline.stability.bounds import (
     Pair,
     Seen,
     change_bounds,
@@ -26,9 +26,9 @@ from pipeline.stability.bounds import (
     pair_of,
     worst_case,
 )
-from pipeline.stability.certify import certify, tails
-from pipeline.stability.network import Network, Node, Operator, affine_maps
-from pipeline.stability.reader import read_network
+from maskplan.pipeline.stability.certify import certify, tails
+from maskplan.pipeline.stability.network import Network, Node, Operator, affine_maps
+from maskplan.pipeline.stability.reader import read_network
 
 ARCHITECTURES = 30
 NETWORKS = st.integers(0, ARCHITECTURES - 1)

@@ -8,12 +8,12 @@ import torch
 from random_nets import case, seen_of
 from torch import nn
 
-from pipeline.artifacts import Preprocessing
-from pipeline.models import build_model
-from pipeline.stability.bounds import Seen, distances, look, pair_of
-from pipeline.stability.certify import Certificates, certify, tails
-from pipeline.stability.network import affine_maps
-from pipeline.stability.reader import read_network
+from maskplan.pipeline.core.artifacts import Preprocessing
+from maskplan.pipeline.models.registry import build_model
+from maskplan.pipeline.stability.bounds import Seen, distances, look, pair_of
+from maskplan.pipeline.stability.certify import Certificates, certify, tails
+from maskplan.pipeline.stability.network import affine_maps
+from maskplan.pipeline.stability.reader import read_network
 
 
 class Two(nn.Module):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta, binom, binomtest
 
-from pipeline.stability.flip_rate import clopper_pearson, flip_rate_limit, quantile_limit
+from maskplan.pipeline.stability.flip_rate import clopper_pearson, flip_rate_limit, quantile_limit
 
 
 @given(trials=st.integers(1, 60_000), confidence=st.sampled_from([0.5, 0.9, 0.95, 0.99, 0.999999]), data=st.data())

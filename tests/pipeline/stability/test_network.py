@@ -12,12 +12,12 @@ from random_nets import architecture, case
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.artifacts import Preprocessing
-from pipeline.errors import InputError
-from pipeline.layers import sample_input
-from pipeline.models import build_model
-from pipeline.stability.network import Conv, Network, Operator, Reshape, Scale, affine_maps, apply
-from pipeline.stability.reader import read_network
+from maskplan.pipeline.core.artifacts import Preprocessing
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.models.layers import sample_input
+from maskplan.pipeline.models.registry import build_model
+from maskplan.pipeline.stability.network import Conv, Network, Operator, Reshape, Scale, affine_maps, apply
+from maskplan.pipeline.stability.reader import read_network
 from tests.support.moving_nets import Net
 
 HOW = Preprocessing(3, 9, 9, 0, "bilinear", (0.5,) * 3, (0.25,) * 3)

@@ -12,10 +12,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import InputError
-from pipeline.stability.axis import Axis, most_times_seen
-from pipeline.stability.largest import largest_singular
-from pipeline.stability.norms import Norm, conv_norm, conv_update_factor, linear_norm, power_iteration
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.stability.axis import Axis, most_times_seen
+from maskplan.pipeline.stability.max_singular_value import largest_singular
+from maskplan.pipeline.stability.norms import Norm, conv_norm, conv_update_factor, linear_norm, power_iteration
 
 Weight = npt.NDArray[np.float64]
 CLOSE = 1 + 1e-6

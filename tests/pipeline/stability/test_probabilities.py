@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax
 
-from pipeline.stability.probabilities import (
+from maskplan.pipeline.stability.probabilities import (
     l1_limit,
     l2_limit,
     l2_limit_of_norm,

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.artifacts import Pattern
-from pipeline.masking.patterns import patterns
-from pipeline.stability.random_masks import (
+from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.masking.patterns import patterns
+from maskplan.pipeline.stability.random_masks import (
     inclusion,
     norm_deviation,
     output_limit,

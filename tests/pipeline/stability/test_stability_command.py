@@ -14,14 +14,14 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from pipeline.bundled import weights_path
-from pipeline.bundled.digits import load_digits
-from pipeline.checkpoint import ModelOptions, open_checkpoint
-from pipeline.data import batches, identify, open_val
-from pipeline.errors import InputError
-from pipeline.records import decode, encode
-from pipeline.stability.analyse import StabilityOptions, Weights, analyse, under_masks
-from pipeline.stability.record import StabilityReport
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.serialization import decode, encode
+from maskplan.pipeline.data.dataset import batches, identify, open_val
+from maskplan.pipeline.data.digits import load_digits
+from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
+from maskplan.pipeline.models.registry import BUNDLED_WEIGHTS
+from maskplan.pipeline.stability.analyse import StabilityOptions, Weights, analyse, under_masks
+from maskplan.pipeline.stability.record import StabilityReport
 
 Cli = Callable[..., Any]
 
@@ -35,7 +35,7 @@ def digits_files(maskplan: Cli, tmp_path_factory: pytest.TempPathFactory) -> Pat
     assert ran.code == 0, ran.err
     ran = maskplan("bake", "digits_resnet", "--masks", masks, "-o", folder / "sparse.safetensors")
     assert ran.code == 0, ran.err
-    newer = safetensors.torch.load_file(weights_path())
+    newer = safetensors.torch.load_file(BUNDLED_WEIGHTS)
     newer["head.weight"] = newer["head.weight"] * 1.001
     newer["blocks.2.conv2.weight"] = newer["blocks.2.conv2.weight"] + 1e-5
     safetensors.torch.save_file(newer, folder / "newer.safetensors")

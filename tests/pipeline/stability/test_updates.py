@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from random_nets import Case, case, exceeds, update_within
 from torch import nn
 
-from pipeline.artifacts import Preprocessing
-from pipeline.stability import updates
-from pipeline.stability.bounds import Seen, look, pair_of, spectral_norms
-from pipeline.stability.network import affine_maps
-from pipeline.stability.reader import read_network
-from pipeline.stability.updates import Ball, ball_changes, ball_of, keeps_class, largest_radius
+from maskplan.pipeline.core.artifacts import Preprocessing
+from maskplan.pipeline.stability import updates
+from maskplan.pipeline.stability.bounds import Seen, look, pair_of, spectral_norms
+from maskplan.pipeline.stability.network import affine_maps
+from maskplan.pipeline.stability.reader import read_network
+from maskplan.pipeline.stability.updates import Ball, ball_changes, ball_of, keeps_class, largest_radius
 
 NETWORKS, SEEDS = st.integers(0, 29), st.integers(0, 10**6)
 

@@ -1,0 +1,131 @@
+"""Train a dense network on CIFAR-10 until more epochs gain nothing.
+
+`python benchmarks/accuracy/dense.py resnet20 --data DIR --out resnet20.safetensors [--epochs 30] [--more 20]` writes the weights and,
+beside them, a JSON of what was reached and what the last further epochs gained; while these gain 0.2 points, they are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import models
+import torch
+from cifar import load_cifar10, normalised, pixels, shifted_and_flipped
+from torch import nn
+from torch.nn import functional as F
+
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.files import write_atomically, write_json
+from maskplan.pipeline.core.progress import track
+from maskplan.pipeline.models.state_dict import fit_weights, read_weights, serialise
+from maskplan.pipeline.report.write import versions
+from maskplan.pipeline.timing.compare_latency import cpu_name
+
+BATCH, DECAY, SMOOTHING = 128, 5e-4, 0.0
+# Points of top-1; a network that gains less by going on is as good as trained.
+CONVERGED = 0.2
+
+
+def accuracy(net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
+    """Top-1 in percent."""
+    net.eval()
+    right = 0
+    with torch.no_grad():
+        for at in range(0, len(images), 512):
+            right += int((net(normalised(images[at : at + 512])).argmax(1) == labels[at : at + 512]).sum())
+    return 100 * right / len(images)
+
+
+def train(
+    net: nn.Module, images: torch.Tensor, labels: torch.Tensor, epochs: int, peak: float, seed: int, name: str
+) -> None:
+    """SGD with momentum, the rate rising over the first fifth and then falling to zero."""
+    generator = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.SGD(net.parameters(), peak, momentum=0.9, weight_decay=DECAY, nesterov=True)
+    steps = epochs * (len(images) // BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, total_steps=steps, pct_start=0.2)
+    net.train()
+    orders = (torch.randperm(len(images), generator=generator) for _ in range(epochs))
+    batches = (order[at : at + BATCH] for order in orders for at in range(0, len(order) - BATCH + 1, BATCH))
+    for batch in track(batches, name, steps):
+        x = normalised(shifted_and_flipped(images[batch], generator))
+        loss = F.cross_entropy(net(x), labels[batch], label_smoothing=SMOOTHING)
+        if not bool(loss.isfinite()):
+            raise InputError("the loss is not a number", where=name, fix="lower --rate")
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+
+
+def given() -> list[str]:
+    """The command's arguments, without the folders of this machine."""
+    return [Path(argument).name if "/" in argument else argument for argument in sys.argv[1:]]
+
+
+def main() -> None:
+    """Train; then go on for `--more` epochs at a time until they gain less than 0.2 points of `select`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a function of models.py")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, help="trained already: only go on")
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--more", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=3, help="go on so many times at most")
+    parser.add_argument("--rate", type=float, default=0.2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    data = load_cifar10(args.data)
+    images, labels = pixels(data.train), torch.from_numpy(data.train.labels)
+    select, select_labels = pixels(data.select), torch.from_numpy(data.select.labels)
+    torch.manual_seed(args.seed)
+    net: nn.Module = getattr(models, args.model)().to(memory_format=torch.channels_last)
+    started = time.monotonic()
+    epochs = 0
+    if args.weights:
+        fit_weights(net, read_weights(args.weights), where=args.weights)
+        beside = args.weights.with_suffix(".json")
+        epochs = json.loads(beside.read_text())["epochs"] if beside.is_file() else 0
+    else:
+        epochs = args.epochs
+        train(net, images, labels, epochs, args.rate, args.seed, f"train {args.model}")
+    gains: list[float] = []
+    result: dict[str, Any] = {
+        "command": " ".join(["python benchmarks/accuracy/dense.py", *given()]),
+        "device": cpu_name(),
+        "versions": versions(),
+        "epochs": epochs,
+        "more_epochs": args.more,
+        "select_top1": accuracy(net, select, select_labels),
+        "gains": gains,
+    }
+
+    def keep() -> None:
+        write_atomically(args.out, serialise(net.state_dict(), {}))
+        write_json(args.out.with_suffix(".json"), result | {"minutes": round((time.monotonic() - started) / 60, 1)})
+
+    keep()
+    for turn in range(args.rounds if args.more else 0):
+        longer = copy.deepcopy(net)
+        train(longer, images, labels, args.more, args.rate / 4, args.seed + 1 + turn, f"{args.more} more epochs")
+        reached = accuracy(longer, select, select_labels)
+        gains.append(round(reached - result["select_top1"], 3))
+        print(f"{args.more} more epochs: {gains[-1]:+.2f} points", flush=True)
+        if gains[-1] >= CONVERGED:
+            net = longer
+            result |= {"epochs": result["epochs"] + args.more, "select_top1": reached}
+        keep()
+        if gains[-1] < CONVERGED:
+            break
+    print(result)
+
+
+if __name__ == "__main__":
+    main()

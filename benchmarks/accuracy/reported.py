@@ -1,0 +1,128 @@
+"""The semester report's recipe on CIFAR-10: as written, with its learning rate searched, and what its loss comes from.
+
+`python benchmarks/accuracy/reported.py shufflenet_v2_x0_5 --weights F --data DIR --epochs 5` adds one network to reported.json beside
+this script and rewrites docs/results.md. Rates are compared after one epoch each, on the `select` part, by the argmax of
+the gates; `val` is read once, at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+
+import numpy as np
+from accuracy import PATTERN, dense_network, hits, network_parser, paired, pruned, recalibrated
+from cifar import HOW, load_cifar10
+from torch import nn
+
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.data.dataset import Dataset
+from maskplan.pipeline.learning.danhofer2024 import ReportNet, ReportOptions, hits_of, learn_as_reported
+from maskplan.pipeline.learning.masked_net import Masks
+from maskplan.pipeline.masking.magnitude import magnitude_mask
+from maskplan.pipeline.masking.patterns import FLAT
+from maskplan.pipeline.masking.policy import select_layers
+from maskplan.pipeline.models.layers import survey
+from maskplan.pipeline.report.write import versions
+from maskplan.pipeline.timing.compare_latency import cpu_name
+
+# SGD on gates that start within a hundredth of each other: from the report's rate up to where it does learn.
+RATES = (0.1, 1.0, 10.0, 100.0)
+
+
+def only(masks: Masks, names: set[str]) -> Masks:
+    """The masks of some weights."""
+    return {name: mask for name, mask in masks.items() if name in names}
+
+
+def search(module: nn.Module, data: Dataset, options: ReportOptions) -> dict[float, float]:
+    """Top-1 on `select` by learning rate, after an epoch each."""
+    found = {}
+    for rate in RATES:
+        one = dataclasses.replace(options, rate=rate, epochs=1)
+        try:
+            net = learn_as_reported(module, HOW, data, one, PATTERN)
+        except InputError:
+            found[rate] = 0.0
+            continue
+        found[rate] = 100 * float(np.mean(hits_of(net, data.select, HOW, sampled=False)))
+        print(f"rate {rate:g}: {found[rate]:.2f}% of select")
+    return found
+
+
+def rows_of(
+    name: str, net: ReportNet, module: nn.Module, data: Dataset, parts: Mapping[str, set[str]], augment: str
+) -> dict[str, list[bool]]:
+    """Hits on `val` of gates as they are, and of their likeliest masks on more and fewer layers, recalibrated."""
+    found = {
+        f"{name}, sampled": hits_of(net, data.val, HOW, sampled=True),
+        f"{name}, argmax": hits_of(net, data.val, HOW, sampled=False),
+    }
+    for part, names in parts.items():
+        sparse = recalibrated(pruned(module, only(net.masks(), names)), data, augment=augment)
+        found[f"{name}, argmax, {part}, recalibrated"] = hits(sparse, data.val).tolist()
+    return found
+
+
+def main() -> None:
+    """Measure one network."""
+    parser = network_parser(__doc__, epochs=30)
+    parser.add_argument("--recalibrate-augment", default="none", help="of the images that statistics are of")
+    args = parser.parse_args()
+    augment = args.recalibrate_augment
+    data = load_cifar10(args.data)
+    module = dense_network(args.model, args.weights, args.data)
+    layers, _ = survey(module, HOW)
+    convolutions = {x.name: x for x in layers if x.op == "Conv"}
+    ours = {x.name for x in select_layers(layers, PATTERN).masked}
+    parts = {
+        "all convolutions": set(convolutions),
+        "depthwise dense": {n for n, x in convolutions.items() if x.groups == 1},
+        "our layers": ours,
+    }
+    if parts["depthwise dense"] == parts["all convolutions"]:
+        del parts["depthwise dense"]
+    options = ReportOptions(epochs=args.epochs, seed=args.seed)
+    weights = module.state_dict()
+    right = {"dense": hits(module, data.val).tolist()}
+    for part, names in parts.items():
+        flat = {n: magnitude_mask(weights[n].numpy(), PATTERN, FLAT) for n in names}
+        sparse = recalibrated(pruned(module, flat), data, augment=augment)
+        right[f"magnitude, {part}, recalibrated"] = hits(sparse, data.val).tolist()
+    untrained = ReportNet(module, options, PATTERN).eval()
+    right |= rows_of("report, untrained", untrained, module, data, parts, augment)
+    as_written = learn_as_reported(module, HOW, data, options, PATTERN)
+    right |= rows_of("report", as_written, module, data, parts, augment)
+    searched = search(module, data, options)
+    best = max(searched, key=lambda rate: searched[rate])
+    entropy = {"as written": as_written.entropy()}
+    if best != options.rate:
+        tuned = learn_as_reported(module, HOW, data, dataclasses.replace(options, rate=best), PATTERN)
+        right |= rows_of(f"report, rate {best:g}", tuned, module, data, parts, augment)
+        entropy[f"rate {best:g}"] = tuned.entropy()
+    dense = np.array(right["dense"])
+    result = {
+        "model": args.model,
+        "seed": args.seed,
+        "command": f"python benchmarks/accuracy/reported.py {args.model} --epochs {args.epochs} --seed {args.seed}"
+        f" --recalibrate-augment {augment}",
+        "device": cpu_name(),
+        "versions": versions(),
+        "epochs": args.epochs,
+        "images": len(data.train),
+        "layers": {part: len(names) for part, names in parts.items()},
+        "select_top1_by_rate": {f"{rate:g}": round(top1, 2) for rate, top1 in searched.items()},
+        "entropy": {name: round(value, 4) for name, value in entropy.items()},
+        "rows": {
+            name: {"top1": round(100 * float(np.mean(found)), 3)} | paired(dense, np.array(found))
+            for name, found in right.items()
+        },
+    }
+    args.results.add("reported", result)
+    args.results.write_page()
+    print(json.dumps(result["rows"], indent=2))
+
+
+if __name__ == "__main__":
+    main()

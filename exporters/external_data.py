@@ -1,0 +1,81 @@
+"""Tensors that an ONNX file keeps in other files, and how they come back into it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import onnx
+from onnx import NodeProto, TensorProto
+
+from maskplan.exporters.tensors import TensorError, external_path
+from maskplan.pipeline.core.errors import InputError
+
+# Protobuf's own limit for one message.
+_LARGEST_BYTES = 2**31 - 1
+
+
+def stored_tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
+    """Every tensor of a model: initializers and attributes, in subgraphs and functions too."""
+
+    def of_nodes(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
+        for node in nodes:
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    yield attribute.t
+                yield from attribute.tensors
+                for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                    yield from graph.initializer
+                    yield from of_nodes(graph.node)
+
+    yield from model.graph.initializer
+    yield from of_nodes(model.graph.node)
+    for function in model.functions:
+        yield from of_nodes(function.node)
+
+
+def external_tensors(model: onnx.ModelProto) -> list[TensorProto]:
+    """Those of `stored_tensors` whose values lie in another file."""
+    return [tensor for tensor in stored_tensors(model) if tensor.data_location == TensorProto.EXTERNAL]
+
+
+def place_of(tensor: TensorProto, folder: Path) -> tuple[Path, int, int]:
+    """File, offset and length in bytes of an external tensor.
+
+    Raises:
+        InputError: It lies outside `folder`, or its file is missing or too short.
+    """
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    try:
+        path = external_path(entries.get("location", ""), folder)
+        available = path.stat().st_size
+        offset = int(entries.get("offset", 0))
+        length = int(entries.get("length", available - offset))
+        if offset < 0 or length < 0 or offset + length > available:
+            raise TensorError(f"it ends at byte {offset + length} of {path.name}, which has {available}")
+    except (TensorError, ValueError) as error:
+        raise InputError("external data cannot be read", where=tensor.name, found=error) from error
+    return path, offset, length
+
+
+def bring_inside(model: onnx.ModelProto, folder: Path, *, where: object) -> None:
+    """Read all external data into the model, in place.
+
+    Raises:
+        InputError: Data cannot be read, or is more than one ONNX file can hold.
+    """
+    places = [(tensor, *place_of(tensor, folder)) for tensor in external_tensors(model)]
+    total = model.ByteSize() + sum(length for *_, length in places)
+    if total > _LARGEST_BYTES:
+        raise InputError(
+            "the weights do not fit into one ONNX file",
+            where=where,
+            found=f"{total / 1e9:.1f} GB; the format ends at 2 GB",
+            fix="build with --backend tensorrt, whose plans hold any size",
+        )
+    for tensor, path, offset, length in places:
+        with path.open("rb") as file:
+            file.seek(offset)
+            tensor.raw_data = file.read(length)
+        del tensor.external_data[:]
+        tensor.data_location = TensorProto.DEFAULT

@@ -1,0 +1,1 @@
+"""What every room builds on: records, verdicts, errors, files, progress, interrupts, JSON and JUnit."""

@@ -1,0 +1,87 @@
+"""Verdicts as JUnit XML, which CI systems show case by case."""
+
+from __future__ import annotations
+
+import dataclasses
+from xml.etree import ElementTree
+
+from maskplan.pipeline.core.reports import (
+    DENSE_BY_CHOICE,
+    INELIGIBLE,
+    NOT_APPLICABLE,
+    PASS,
+    VIOLATING,
+    Check,
+    ConformanceReport,
+    OutputCloseness,
+    ParityReport,
+)
+
+
+def conformance_junit(report: ConformanceReport, model: str) -> bytes:
+    """A test case for each weight, violations as failures, what is not demanded as skipped; and one for the whole file."""
+    failed = sum(w.verdict == VIOLATING for w in report.weights)
+    skipped = sum(w.verdict in (DENSE_BY_CHOICE, INELIGIBLE) for w in report.weights)
+    suite = ElementTree.Element(
+        "testsuite",
+        name=f"{report.pattern} conformance of {model}",
+        tests=str(len(report.weights) + 1),
+        failures=str(failed + (not report.passed)),
+        skipped=str(skipped),
+    )
+    whole = ElementTree.SubElement(suite, "testcase", classname=model, name="verdict")
+    if not report.passed:
+        ElementTree.SubElement(whole, "failure", message=report.reason or "")
+    for weight in report.weights:
+        case = ElementTree.SubElement(suite, "testcase", classname=model, name=f"{weight.name} ({weight.node})")
+        if weight.verdict == VIOLATING:
+            text = f"{weight.violating_groups} of {weight.groups} groups have too many non-zeros"
+            failure = ElementTree.SubElement(case, "failure", message=text)
+            if weight.first_violation is not None:
+                failure.text = f"first at {list(weight.first_violation.index)}: {list(weight.first_violation.values)}"
+        elif weight.verdict in (DENSE_BY_CHOICE, INELIGIBLE):
+            ElementTree.SubElement(case, "skipped", message=weight.reason or weight.verdict)
+    return _xml(suite)
+
+
+def parity_junit(report: ParityReport, model: str) -> bytes:
+    """A test case for the outputs and one for each threshold.
+
+    A threshold that could not be judged is skipped, or an error where that leaves the gate without a verdict.
+    """
+    suite = ElementTree.Element("testsuite", name=f"parity of {model}")
+    outputs = ElementTree.SubElement(suite, "testcase", classname=model, name="outputs")
+    # The one failure that is no threshold's.
+    if report.verdict not in (PASS, NOT_APPLICABLE) and not any(c.passed is False for c in report.checks):
+        ElementTree.SubElement(outputs, "failure", message=report.reason or "")
+    told = ElementTree.SubElement(outputs, "system-out")
+    told.text = "\n".join((*(_told(o) for o in report.outputs), *report.notes))
+    for check in report.checks:
+        _threshold(suite, check, model, report)
+    for kind, tag in (("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
+        suite.set(kind, str(len(suite.findall(f"testcase/{tag}"))))
+    suite.set("tests", str(len(suite)))
+    return _xml(suite)
+
+
+def _threshold(suite: ElementTree.Element, check: Check, model: str, report: ParityReport) -> None:
+    case = ElementTree.SubElement(suite, "testcase", classname=model, name=f"{check.name} {check.limit:g}")
+    if report.verdict == NOT_APPLICABLE:
+        ElementTree.SubElement(case, "error", message=report.reason or "")
+    elif check.passed is None:
+        ElementTree.SubElement(case, "skipped", message=check.message)
+    elif not check.passed:
+        ElementTree.SubElement(case, "failure", message=check.message)
+    else:
+        ElementTree.SubElement(case, "system-out").text = check.message
+
+
+def _told(output: OutputCloseness) -> str:
+    numbers = {k: v for k, v in dataclasses.asdict(output).items() if isinstance(v, float)}
+    return f"{output.name}: " + ", ".join(f"{name} {value:.6g}" for name, value in numbers.items())
+
+
+def _xml(suite: ElementTree.Element) -> bytes:
+    ElementTree.indent(suite)
+    xml: bytes = ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True)
+    return xml

@@ -1,0 +1,459 @@
+"""Every verdict: frozen records with numbers, which say whether something passed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PASS, FAIL, NOT_APPLICABLE = "pass", "fail", "not_applicable"
+
+CONFORMING, VIOLATING, DENSE_BY_CHOICE, INELIGIBLE = (
+    "conforming",
+    "violating",
+    "dense_by_choice",
+    "ineligible",
+)
+
+
+@dataclass(frozen=True)
+class Violation:
+    """The first group that breaks N:M: the index of its first element, and its values."""
+
+    index: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class WeightVerdict:
+    """One use of one weight.
+
+    Attributes:
+        name: The initializer's name.
+        node: The node that uses it.
+        op: `Conv`, `ConvTranspose`, `Gemm` or `MatMul`.
+        shape: As stored.
+        axis: The stored axis along which groups lie; None when ineligible.
+        dtype: As stored.
+        verdict: `conforming`, `violating`, `dense_by_choice` or `ineligible`.
+        reason: Why it is ineligible; None otherwise.
+        groups: Groups of M.
+        violating_groups: Those with more than N non-zeros.
+        negative_zeros: Elements that are -0.0; they count as zero.
+        first_violation: In order of storage.
+        likely_to_win: A hint, not evidence: C and K are at least 256 and the op is ungrouped.
+        hint: The likely cause of a violation or of ineligibility, where it can be told.
+    """
+
+    name: str
+    node: str
+    op: str
+    shape: tuple[int, ...]
+    axis: int | None
+    dtype: str
+    verdict: str
+    reason: str | None
+    groups: int
+    violating_groups: int
+    negative_zeros: int
+    first_violation: Violation | None
+    likely_to_win: bool
+    hint: str | None = None
+
+
+@dataclass(frozen=True)
+class ConformanceReport:
+    """Whether the weights that should be N:M are; no such weight at all is a failure."""
+
+    verdict: str
+    reason: str | None
+    pattern: str
+    eligible: int
+    conforming: int
+    violating: int
+    dense_by_choice: int
+    ineligible: int
+    weights: tuple[WeightVerdict, ...]
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict == PASS
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """An engine against its own ONNX file, run unoptimised by ONNX Runtime on the same batches."""
+
+    images: int
+    max_abs_diff: float | None
+    cosine_min: float | None
+    agreement: float
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """Accuracy of one way to choose masks, in percent over the same images; drops in points against the dense model."""
+
+    name: str
+    top1: float
+    top5: float
+    drop: float
+    drop_ci95: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Images whose first choice changed between two models.
+
+    Attributes:
+        changed: All of them, with or without a label.
+        right_to_wrong: The dense model was right.
+        wrong_to_right: The sparse model is.
+        wrong_to_wrong: Neither is, and they differ.
+    """
+
+    changed: int
+    right_to_wrong: int
+    wrong_to_right: int
+    wrong_to_wrong: int
+
+
+@dataclass(frozen=True)
+class ClassDrop:
+    """One class: accuracies in percent over its own images, drop in points."""
+
+    name: str
+    images: int
+    top1_dense: float
+    top1_sparse: float
+    drop: float
+
+
+@dataclass(frozen=True)
+class OutputCloseness:
+    """One output of two models over the fixed images; a number that is not finite is None.
+
+    Attributes:
+        name: The output, as the dense model calls it.
+        images: How many fixed images.
+        max_abs: Absolute differences, over all elements: largest, mean, median, 99th percentile.
+        max_rel: Differences as shares of the dense model's element, in the same four.
+        cosine_min: Smallest cosine similarity of one image's output.
+        cosine_mean: Mean over the images.
+        psnr_min_db: Smallest peak signal-to-noise ratio of one image's output; None also where all are equal.
+    """
+
+    name: str
+    images: int
+    max_abs: float | None
+    mean_abs: float | None
+    median_abs: float | None
+    p99_abs: float | None
+    max_rel: float | None
+    mean_rel: float | None
+    median_rel: float | None
+    p99_rel: float | None
+    cosine_min: float | None
+    cosine_mean: float | None
+    psnr_min_db: float | None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One threshold of the gate and what was held against it.
+
+    Attributes:
+        name: The option: `max_top1_drop`, `min_agreement` and so on.
+        limit: Its value.
+        value: What was measured, in the limit's unit; None where it could not be.
+        judged: What the limit is held against: `value`, or with `--confident` the bad end of its 95% interval.
+        passed: None where the threshold could not be judged.
+        message: For a reader: why it failed, or what was found.
+        images_needed: Where there were too few images for even equal models to pass: how many would do; None elsewhere.
+    """
+
+    name: str
+    limit: float
+    value: float | None
+    judged: float | None
+    passed: bool | None
+    message: str
+    images_needed: int | None = None
+
+
+@dataclass(frozen=True)
+class DriftRow:
+    """One number now and in an earlier report; `change` is now minus then, None where either is missing."""
+
+    name: str
+    before: float | None
+    now: float | None
+    change: float | None
+
+
+@dataclass(frozen=True)
+class LayerDifference:
+    """How far one layer's output departs from the dense model's, over the fixed images.
+
+    Attributes:
+        node: The layer that makes it, as both graphs call it.
+        op: Its ONNX op.
+        tensor: The output's name in the dense graph.
+        relative: Norm of the difference over norm of the dense output, all images together; None where not finite.
+        cosine_min: Smallest cosine similarity of one image's output; None where not finite.
+        channel: Largest norm of one channel's difference, over what a channel's dense output measures on average: one bad
+            filter of a wide layer shows here; None where not finite.
+    """
+
+    node: str
+    op: str
+    tensor: str
+    relative: float | None
+    cosine_min: float | None
+    channel: float | None = None
+
+
+@dataclass(frozen=True)
+class DepthReport:
+    """Where two models begin to differ.
+
+    Attributes:
+        images: How many of the fixed images both ran on.
+        tolerance: The relative difference beyond which an output counts as another.
+        layers: From input to output, those that both graphs have.
+        first: Node of the first layer beyond the tolerance; None where there is none.
+        unmatched: Layers that only one of the graphs has.
+    """
+
+    images: int
+    tolerance: float
+    layers: tuple[LayerDifference, ...]
+    first: str | None
+    unmatched: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Whether the sparse model may replace the dense one.
+
+    Attributes:
+        verdict: `pass`, `fail` or `not_applicable`, the last two with a reason.
+        images: Labelled images compared.
+        top1_dense: Percent; the four accuracies are None without labelled images.
+        top1_drop: Points; positive when the sparse model is worse.
+        drop_ci95: Paired interval of the drop (Newcombe 1998, method 10), points.
+        agreement: Percent of images where both models' first choice is the same; None without images.
+        max_abs_diff: Of the outputs, over the fixed images; None, as `cosine_min`, when they are not finite.
+        cosine_min: Smallest cosine similarity of an image's outputs, over the fixed images.
+        methods: Accuracy by method, where baselines were made.
+        unlabelled_images: Images without a label: they count for agreement and flips only.
+        top5_drop: Points, with `top5_drop_ci95` as `top1_drop`.
+        flips: Changed first choices by direction; None without images.
+        flip_rate: Percent of images whose first choice changed.
+        flip_rate_ci95: Its interval (Clopper and Pearson 1934), percent.
+        mcnemar_p: Two-sided p of McNemar's exact test: how likely flips this lopsided are between equal accuracies.
+        classes: By class, those that occur.
+        outputs: Differences of the outputs on the fixed images.
+        checks: One for each threshold.
+        confident: Whether intervals' bad ends were judged.
+        notes: What a reader should know: unlabelled images, outputs matched by order, few images.
+        images_sha256: Digest of the image set; None where it was not taken.
+        drift: Against an earlier report, where one was given.
+        depth: Where the models begin to differ, where that was asked for.
+    """
+
+    verdict: str
+    reason: str | None
+    images: int
+    top1_dense: float | None
+    top5_dense: float | None
+    top1_sparse: float | None
+    top5_sparse: float | None
+    top1_drop: float | None
+    drop_ci95: tuple[float, float] | None
+    agreement: float | None
+    max_abs_diff: float | None
+    cosine_min: float | None
+    max_top1_drop: float
+    methods: tuple[MethodRow, ...] = ()
+    unlabelled_images: int = 0
+    top5_drop: float | None = None
+    top5_drop_ci95: tuple[float, float] | None = None
+    flips: Flips | None = None
+    flip_rate: float | None = None
+    flip_rate_ci95: tuple[float, float] | None = None
+    mcnemar_p: float | None = None
+    classes: tuple[ClassDrop, ...] = ()
+    outputs: tuple[OutputCloseness, ...] = ()
+    checks: tuple[Check, ...] = ()
+    confident: bool = False
+    notes: tuple[str, ...] = ()
+    images_sha256: str | None = None
+    drift: tuple[DriftRow, ...] = ()
+    depth: DepthReport | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict == PASS
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """How a model was quantised to INT8.
+
+    Attributes:
+        method: How ranges followed from what was measured.
+        images: Training images that ranges were measured on; 0 where they were imported.
+        ranges_from: `images`, `cache` or `imported`.
+        quantised_layers: How many.
+        in_float: Layers in higher precision, and why.
+        select_drop: Points of top-1 that quantising costs on the `select` part; None where no budget was asked for.
+        select_images: Images of that part.
+    """
+
+    method: str
+    images: int
+    ranges_from: str
+    quantised_layers: int
+    in_float: tuple[tuple[str, str], ...]
+    select_drop: float | None
+    select_images: int
+
+
+@dataclass(frozen=True)
+class GpuClocks:
+    """The GPU's clocks during a measurement.
+
+    Attributes:
+        samples: How often they were looked at.
+        sm_mhz: Median clock of the multiprocessors.
+        sm_lowest_mhz: The lowest seen.
+        memory_mhz: Median clock of the memory.
+        held_down_by: Why the clocks were lower than they could be: power, heat. Empty is good.
+        celsius: Highest temperature.
+        watts: Highest power draw.
+    """
+
+    samples: int
+    sm_mhz: float
+    sm_lowest_mhz: float
+    memory_mhz: float
+    held_down_by: tuple[str, ...]
+    celsius: float
+    watts: float
+
+
+@dataclass(frozen=True)
+class Latency:
+    """One engine at one batch size. Percentiles are of the host's wall clock, copies included: what a caller waits.
+
+    Attributes:
+        images_per_s: At the median.
+        gpu_ms: Median time on the GPU by events, without copies; None where there is no GPU clock.
+        copies_ms: Median time of the copies to the GPU and back, by events.
+        host_ms: Mean of the wall clock.
+        polygraphy_host_ms: The same as Polygraphy's runner takes it.
+    """
+
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    images_per_s: float
+    gpu_ms: float | None
+    copies_ms: float | None
+    host_ms: float
+    polygraphy_host_ms: float
+
+
+@dataclass(frozen=True)
+class BatchTiming:
+    """Three engines timed in turn at one batch size.
+
+    Attributes:
+        pruned: Pruned weights without the sparse flag.
+        sparse: Pruned weights with it; the same file as `pruned` on a runtime that has no such flag.
+        by: Whose time `speedup` compares: `gpu` where every engine tells it, else `host`.
+        speedup: Dense median over sparse median.
+        ratio_ci95: Bootstrap interval of `speedup`.
+        build_spread: |pruned median / sparse median - 1| where both are the same file: what two loads of one engine
+            differ by.
+        clocks: The GPU's, while these engines ran; None without one.
+    """
+
+    batch: int
+    repeats: int
+    dense: Latency
+    pruned: Latency | None
+    sparse: Latency
+    by: str
+    speedup: float
+    ratio_ci95: tuple[float, float]
+    build_spread: float | None
+    clocks: GpuClocks | None = None
+
+
+@dataclass(frozen=True)
+class TimingReport:
+    """Interleaved latencies.
+
+    Attributes:
+        device: What ran the engines.
+        threads: CPUs that the process may use; ONNX Runtime takes no more threads than these.
+        note: What the figures can and cannot show.
+        batches: By batch size.
+        affinity: Those CPUs by number, as `0-3,8`.
+    """
+
+    device: str
+    threads: int
+    note: str
+    batches: tuple[BatchTiming, ...]
+    affinity: str = ""
+
+
+@dataclass(frozen=True)
+class PassFigures:
+    """What one pass of the line came to.
+
+    Attributes:
+        engine_sha256: Of its engine.
+        masked_layers: How many weights its masks prune.
+        verdict: Of the parity gate.
+        top1_drop: Points against the dense model; None without labelled images.
+        batches: Its engine's times; each `speedup` is against the one dense engine of both passes.
+    """
+
+    engine_sha256: str
+    masked_layers: int
+    verdict: str
+    top1_drop: float | None
+    batches: tuple[PassTiming, ...]
+
+
+@dataclass(frozen=True)
+class PassTiming:
+    """One batch size: what the two passes are told apart by. Medians are by the clock of the speedup, GPU or host."""
+
+    batch: int
+    p50_ms: float
+    dense_p50_ms: float
+    speedup: float
+    ratio_ci95: tuple[float, float]
+    build_spread: float | None
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What giving dense layers their weights back came to.
+
+    Attributes:
+        restored: Names of the weights that lost their masks; empty where the second pass was skipped.
+        kept: `first` or `refined`.
+        reason: Why that one, or why there was no second pass.
+        first: The engine with all masks.
+        refined: The engine without the masks of `restored`; None where the second pass was skipped.
+    """
+
+    restored: tuple[str, ...]
+    kept: str
+    reason: str
+    first: PassFigures
+    refined: PassFigures | None

@@ -1,0 +1,1 @@
+"""Images: class folders, the bundled digits, preprocessing, augmentation."""

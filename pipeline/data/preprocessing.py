@@ -1,0 +1,95 @@
+"""Image files to input tensors as the checkpoint's record says, with the arithmetic of torchvision's transforms."""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from maskplan.pipeline.core.artifacts import Preprocessing
+
+IMAGENET = Preprocessing(3, 224, 224, 256, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises for the many ways in which a file is not an image."""
+
+_RESAMPLING = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "nearest": Image.Resampling.NEAREST,
+}
+INTERPOLATIONS = tuple(_RESAMPLING)
+
+
+def decode(data: bytes, how: Preprocessing) -> npt.NDArray[np.uint8]:
+    """Decode, resize and crop one image file.
+
+    Returns:
+        (height, width, channels), uint8.
+
+    Raises:
+        One of `UNREADABLE`: The bytes are not a whole image.
+    """
+    with Image.open(io.BytesIO(data)) as opened:
+        # Pillow warns of transparency in a palette unless it is made a channel first; the colours are the same.
+        whole = opened.convert("RGBA") if opened.mode == "P" and "transparency" in opened.info else opened
+        image = whole.convert("RGB" if how.channels == 3 else "L")
+    return fit(image, how)
+
+
+def fit(image: Image.Image, how: Preprocessing) -> npt.NDArray[np.uint8]:
+    """Resize and crop a decoded image to (height, width, channels), uint8."""
+    resampling = _RESAMPLING[how.interpolation]
+    if how.resize == 0:
+        image = image if image.size == (how.width, how.height) else image.resize((how.width, how.height), resampling)
+    else:
+        short, long = sorted(image.size)
+        scaled = int(how.resize * long / short)
+        size = (how.resize, scaled) if image.width <= image.height else (scaled, how.resize)
+        image = image if image.size == size else image.resize(size, resampling)
+        left, top = _margin(image.width, how.width), _margin(image.height, how.height)
+        image = image.crop((left, top, left + how.width, top + how.height))
+    return np.asarray(image, dtype=np.uint8).reshape(how.height, how.width, how.channels)
+
+
+def _margin(size: int, crop: int) -> int:
+    """Where a centred crop starts; beyond the border it is black. Rounded as torchvision's CenterCrop does."""
+    return -((crop - size) // 2) if crop > size else round((size - crop) / 2)
+
+
+def normalise(images: npt.NDArray[np.uint8], how: Preprocessing) -> npt.NDArray[np.float32]:
+    """(N, H, W, channels) uint8 to (N, channels, H, W) float32: scaled to [0, 1], then (x - mean) / std."""
+    scaled = images.transpose(0, 3, 1, 2).astype(np.float32)
+    scaled /= 255
+    scaled -= np.asarray(how.mean, np.float32).reshape(-1, 1, 1)
+    scaled /= np.asarray(how.std, np.float32).reshape(-1, 1, 1)
+    return np.ascontiguousarray(scaled)
+
+
+def is_whole(data: bytes) -> bool:
+    """Whether an image file decodes to its end; JPEGs are decoded at an eighth of their size, which is enough to tell."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.draft("RGB", (max(image.width // 8, 1), max(image.height // 8, 1)))
+            image.load()
+    except UNREADABLE:
+        return False
+    return True
+
+
+def from_transforms(transforms: Any, channels: int = 3) -> Preprocessing:
+    """The record of a torchvision weights enum's `transforms()`."""
+    crop, resize = transforms.crop_size[0], transforms.resize_size[0]
+    return Preprocessing(
+        channels=channels,
+        height=crop,
+        width=crop,
+        resize=resize,
+        interpolation=transforms.interpolation.value,
+        mean=tuple(transforms.mean),
+        std=tuple(transforms.std),
+    )

@@ -1,0 +1,187 @@
+"""The load stage: a model's name and a choice of weights to a dense `Checkpoint`; and back from a checkpoint to a module."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from maskplan.pipeline.core.artifacts import Checkpoint, Provenance
+from maskplan.pipeline.core.errors import HostError, InputError
+from maskplan.pipeline.core.files import sha256_of, write_atomically
+from maskplan.pipeline.core.serialization import decode, encode
+from maskplan.pipeline.core.validation import at_least
+from maskplan.pipeline.models.layers import survey
+from maskplan.pipeline.models.registry import BUNDLED, BUNDLED_WEIGHTS, Architecture, build_model
+from maskplan.pipeline.models.state_dict import fit_weights, read_metadata, read_weights, serialise, tensors_sha256
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model and weights.
+
+    Attributes:
+        model: `resnet50`, `timm/NAME`, `path/to/file.py:factory` or `digits_resnet`.
+        weights: `auto`, `pretrained`, `random` or a file.
+        classes: Number of outputs, where it is not the model's own.
+        seed: Of random weights.
+    """
+
+    model: str
+    weights: str = "auto"
+    classes: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(1, classes=self.classes)
+        at_least(0, seed=self.seed)
+
+
+def load_checkpoint(options: ModelOptions, out: Path) -> Checkpoint:
+    """Bring a model's dense weights into one safetensors file.
+
+    Raises:
+        InputError: Unknown model, or weights that cannot be read or do not fit.
+        HostError: Pretrained weights were asked for and cannot be had.
+    """
+    architecture, provenance = _load(options)
+    return save_checkpoint(architecture.module.state_dict(), provenance, out)
+
+
+def open_checkpoint(options: ModelOptions) -> tuple[nn.Module, Provenance]:
+    """As `load_checkpoint`, without writing: the module with its weights and what they are."""
+    architecture, provenance = _load(options)
+    return architecture.module, provenance
+
+
+def save_checkpoint(state: Mapping[str, torch.Tensor], provenance: Provenance, out: Path) -> Checkpoint:
+    """Write a state dict with its provenance in the header."""
+    data = serialise(state, encode(provenance))
+    return Checkpoint(out, write_atomically(out, data), len(data), provenance)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The record of a checkpoint that maskplan wrote.
+
+    Raises:
+        InputError: The file cannot be read or was written by something else.
+    """
+    provenance = _written_provenance(path)
+    if provenance is None:
+        raise InputError("not a checkpoint of maskplan", where=path, fix="pass it with --weights beside its MODEL")
+    return Checkpoint(path, sha256_of(path), path.stat().st_size, provenance)
+
+
+def module_of(options: ModelOptions, checkpoint: Checkpoint) -> nn.Module:
+    """The model with a checkpoint's weights, in evaluation mode."""
+    module = build_model(options.model, seed=options.seed, classes=options.classes).module
+    fit_weights(module, read_weights(checkpoint.path), where=checkpoint.path)
+    return module
+
+
+def rebuilt(checkpoint: Checkpoint) -> nn.Module:
+    """The model that a checkpoint's record names, with its weights.
+
+    Raises:
+        InputError: It cannot be built: the record of a model in a file names no folder.
+    """
+    made = checkpoint.provenance
+    try:
+        return module_of(ModelOptions(made.model, classes=made.classes), checkpoint)
+    except InputError as error:
+        raise InputError(
+            "the checkpoint's model cannot be built",
+            where=checkpoint.path,
+            found=f"{made.model}: {error.what}",
+            fix="of a model in a file of yours, give the ONNX: maskplan export FILE.py:factory --weights ...",
+        ) from error
+
+
+def _load(options: ModelOptions) -> tuple[Architecture, Provenance]:
+    file = weights_file(options)
+    architecture, origin, trained = _weigh(options, file)
+    written = None if file is None else _written_provenance(file)
+    if written is not None:
+        return architecture, written
+    _, outputs = survey(architecture.module, architecture.preprocessing)
+    if options.classes not in (None, outputs):
+        raise InputError(
+            "the model has another number of classes",
+            where=options.model,
+            found=f"{outputs} outputs, --classes {options.classes}",
+            fix="leave --classes out, and make the change where the model is built",
+        )
+    if architecture.labels and len(architecture.labels) != outputs:
+        raise InputError(
+            "LABELS does not name the model's classes",
+            where=options.model,
+            found=f"{len(architecture.labels)} names, {outputs} outputs",
+            fix="name each class once, in the order of the outputs",
+        )
+    provenance = Provenance(
+        model=architecture.name,
+        trained=trained,
+        origin=origin,
+        dense_sha256=tensors_sha256(architecture.module.state_dict()),
+        classes=outputs,
+        labels=architecture.labels,
+        preprocessing=architecture.preprocessing,
+    )
+    return architecture, provenance
+
+
+def weights_file(options: ModelOptions) -> Path | None:
+    """The file that holds the weights asked for, if they are in one and not a library's to fetch."""
+    if options.weights not in ("auto", "pretrained", "random"):
+        return Path(options.weights)
+    if options.model == BUNDLED and options.classes is None and options.weights != "random":
+        return BUNDLED_WEIGHTS
+    return None
+
+
+def _weigh(options: ModelOptions, file: Path | None) -> tuple[Architecture, str, bool]:
+    """The module with the weights asked for, where they came from, and whether they are trained."""
+
+    def build(pretrained: bool = False) -> Architecture:
+        return build_model(options.model, seed=options.seed, classes=options.classes, pretrained=pretrained)
+
+    if file is not None:
+        state = read_weights(file)
+        architecture = build()
+        fit_weights(architecture.module, state, where=file)
+        return architecture, file.name, True
+    if options.weights == "pretrained":
+        return build(pretrained=True), "pretrained", True
+    if options.weights == "auto":
+        try:
+            if options.classes is not None:
+                raise HostError("pretrained weights come with their own classes")
+            return build(pretrained=True), "pretrained", True
+        except HostError as error:
+            log.warning("%s; using random weights: good for timing only, not for accuracy", error.what)
+    return build(), f"random, seed {options.seed}", False
+
+
+def _written_provenance(path: Path) -> Provenance | None:
+    if path.suffix != ".safetensors":
+        return None
+    metadata = read_metadata(path)
+    if metadata is None:
+        return None
+    try:
+        return decode(Provenance, metadata)
+    except ValueError as error:
+        raise InputError(
+            "the checkpoint's metadata cannot be read",
+            where=path,
+            found=error,
+            fix="write it again with this maskplan",
+        ) from error

@@ -1,0 +1,1 @@
+"""From masks to weights: choose masks, bake them in, convert unstructured sparsity to N:M."""

@@ -1,0 +1,77 @@
+"""The bake stage: masks x weights -> a pruned checkpoint. Also with weights that were updated since."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from maskplan.pipeline.core.artifacts import Checkpoint, MaskSet, Provenance
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.masking.maskset import load_masks
+from maskplan.pipeline.masking.patterns import CHANNEL
+from maskplan.pipeline.models.checkpoint import save_checkpoint
+from maskplan.pipeline.models.state_dict import tensors_sha256
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+log = logging.getLogger(__name__)
+
+
+def bake(module: nn.Module, provenance: Provenance, masks: MaskSet, out: Path) -> Checkpoint:
+    """Set what the masks drop to +0.0 and write the pruned checkpoint; `module` stays as it is.
+
+    Args:
+        module: The model with the weights to prune, those of the masks or newer ones.
+        provenance: Of these weights.
+        masks: Already held against the model (`read_masks` or `write_masks`).
+        out: The checkpoint to write.
+
+    Raises:
+        InputError: The masks are in a layout that cannot be deployed.
+    """
+    if masks.layout != CHANNEL:
+        raise InputError(
+            f"masks in the layout {masks.layout!r} cannot be deployed",
+            where=masks.path,
+            found="groups along the flattened C*R*S axis",
+            fix="TensorRT takes groups along C: make the masks with layout 'channel'",
+        )
+    if masks.weights_sha256 and masks.weights_sha256 != tensors_sha256(module.state_dict()):
+        log.warning("the masks were made for other weights of %s; baking them into these", masks.model)
+        if masks.permutation not in (None, provenance.permutation):
+            log.warning(
+                "the masks are for permuted channels: unless these weights were trained from permuted ones, bring them into"
+                " that order first with `maskplan permute --permutation FILE`"
+            )
+        elif masks.permutation != provenance.permutation:
+            log.warning("the weights are permuted and the masks are not for that order: make the masks anew")
+    return save_checkpoint(
+        baked_state(module, masks),
+        replace(
+            provenance,
+            masked=tuple(layer.name for layer in masks.masked),
+            pattern=str(masks.pattern),
+            layout=masks.layout,
+            method=masks.method,
+            image_sets=(
+                *provenance.image_sets,
+                *(s for s in masks.image_sets if s not in provenance.image_sets),
+            ),
+        ),
+        out,
+    )
+
+
+def baked_state(module: nn.Module, masks: MaskSet) -> dict[str, torch.Tensor]:
+    """The module's state dict with the masks applied: `where`, never a product, which would keep NaN and make -0.0."""
+    import torch
+
+    state = dict(module.state_dict())
+    for name, mask in load_masks(masks.path).items():
+        weight = state[name]
+        state[name] = torch.where(torch.from_numpy(mask).to(weight.device), weight, torch.zeros((), dtype=weight.dtype))
+    return state

@@ -1,0 +1,422 @@
+"""The report's plots, as SVG text that stands in the page itself.
+
+Colours are the page's CSS variables, each with its light value to fall back on, so that a plot is legible on light and on
+dark paper and in a file of its own. Every plot has a title and a description for readers who do not see it, and marks name
+what they stand for when pointed at.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal, NamedTuple
+from xml.etree import ElementTree
+
+from maskplan.pipeline.core.artifacts import MaskSet
+from maskplan.pipeline.core.reports import ClassDrop, DepthReport, Latency, MethodRow, TimingReport
+from maskplan.pipeline.masking.statistics import GroupStatistics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.legend import Legend
+
+# What matplotlib draws in, and the variables of the page that take their place.
+_INK, _SOFT, _LINE, _PAPER = "#1c2026", "#59606b", "#d9dde3", "#fffffe"
+_OWN, _OTHER, _PLAIN, _BAD = "#2459a8", "#b4540a", "#727984", "#b3261d"
+_VARIABLES = {
+    _INK: "ink", _SOFT: "soft", _LINE: "line", _PAPER: "paper",
+    _OWN: "own", _OTHER: "other", _PLAIN: "plain", _BAD: "bad",
+}  # fmt: skip
+
+# Units of the drawing: it is about as wide as its place in the page, so that text has its nominal size there.
+_WIDTH, _DOT = 420, 72
+_TEXT, _SMALL = 12, 11.5
+_LONGEST_NAME = 30
+
+
+class _Style(NamedTuple):
+    """How an engine's marks look, and how far beside their batch's place they stand: equal times stay apart."""
+
+    colour: str
+    marker: str
+    beside: float
+
+
+_STYLES = {
+    "dense": _Style(_PLAIN, "s", -0.08),
+    "pruned": _Style(_OTHER, "^", 0.0),
+    "sparse": _Style(_OWN, "o", 0.08),
+}
+
+_SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+_FONT = re.compile(r"font-family: [^;]*; *")
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def accuracy(rows: Sequence[MethodRow]) -> str:
+    """Top-1 by method: a dot each, with the paired interval of the drop against dense as a line."""
+    with _axes(52 + 26 * len(rows), grid="x") as axes:
+        dense = rows[0].top1
+        axes.axvline(dense, color=_PLAIN, linewidth=1, linestyle=(0, (4, 3)))
+        ends = [dense]
+        tips = {}
+        for y, row in enumerate(rows):
+            plain = row.name == "dense"
+            low, high = (row.top1, row.top1) if plain else (dense - row.drop_ci95[1], dense - row.drop_ci95[0])
+            ends += [row.top1, low, high]
+            axes.plot([low, high], [y, y], color=_OWN, linewidth=2, solid_capstyle="butt")
+            axes.plot([row.top1], [y], "o", color=_PLAIN if plain else _OWN, markersize=8, gid=f"row-{y}")
+            _beside(axes, y, f"{row.top1:.2f}")
+            tips[f"row-{y}"] = [f"{row.name}: {row.top1:.2f}%" + ("" if plain else f", {low:.2f} to {high:.2f}%")]
+        axes.set_yticks(range(len(rows)), [_short(row.name) for row in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        room = max(0.6, 0.08 * (max(ends) - min(ends)))
+        axes.set_xlim(min(ends) - room, max(ends) + room)
+        axes.set_xlabel("top-1 accuracy, %")
+        said = "; ".join(f"{row.name} {row.top1:.2f}%" for row in rows)
+        return _svg(axes, "accuracy", "Accuracy by method", f"Top-1: {said}. Lines are paired 95% intervals.", tips)
+
+
+def class_drops(classes: Sequence[ClassDrop], most: int = 12) -> str:
+    """Points of top-1 lost in the classes that lose most: a dot each, on a line from zero."""
+    worst = sorted((c for c in classes if c.drop > 0), key=lambda c: (-c.drop, c.name))[:most]
+    with _axes(52 + 22 * len(worst), grid="x") as axes:
+        at = range(len(worst))
+        axes.hlines(at, 0, [c.drop for c in worst], color=_OWN, linewidth=2)
+        axes.plot([c.drop for c in worst], at, "o", color=_OWN, markersize=7, gid="class")
+        for y, found in enumerate(worst):
+            _beside(axes, y, f"{found.drop:+.1f}")
+        axes.set_yticks(list(at), [_short(c.name) for c in worst])
+        axes.set_ylim(len(worst) - 0.4, -0.6)
+        axes.set_xlim(0, 1.06 * worst[0].drop if worst else 1)
+        axes.set_xlabel("drop in top-1, points")
+        tips = [f"{c.name}: {c.top1_dense:.1f}% dense, {c.top1_sparse:.1f}% sparse, {c.images} images" for c in worst]
+        said = "; ".join(f"{c.name} {c.drop:+.1f}" for c in worst)
+        return _svg(axes, "classes", "Drop by class", f"Points of top-1 lost: {said}.", {"class": tips})
+
+
+def latency(timing: TimingReport) -> str:
+    """Median latency of the engines by batch size, with a line up to the 90th percentile."""
+    with _axes(220, grid="y") as axes:
+        tips = {}
+        for name, found in _engines(timing).items():
+            at = [i + _STYLES[name].beside for i, _ in found]
+            spans = [(v.p50_ms, v.p90_ms) for _, v in found]
+            axes.vlines(at, *zip(*spans, strict=True), color=_STYLES[name].colour, linewidth=2, alpha=0.45)
+            _draw(axes, name, at, [v.p50_ms for _, v in found])
+            tips[name] = [
+                f"{name}, batch {timing.batches[i].batch}: {v.p50_ms:.4g} ms, 90th percentile {v.p90_ms:.4g} ms"
+                for i, v in found
+            ]
+        _by_batch(axes, timing)
+        _scale(axes, [ms for found in _engines(timing).values() for _, v in found for ms in (v.p50_ms, v.p90_ms)])
+        axes.set_ylabel("ms a batch")
+        return _svg(axes, "latency", "Latency by batch size", _told_by_batch(timing, "p50_ms", "ms"), tips)
+
+
+def throughput(timing: TimingReport) -> str:
+    """Images a second of the engines by batch size, at the median latency."""
+    with _axes(220, grid="y") as axes:
+        tips = {}
+        for name, found in _engines(timing).items():
+            _draw(axes, name, [i + _STYLES[name].beside for i, _ in found], [v.images_per_s for _, v in found])
+            tips[name] = [f"{name}, batch {timing.batches[i].batch}: {v.images_per_s:,.0f} images/s" for i, v in found]
+        _by_batch(axes, timing)
+        axes.set_ylim(0, 1.12 * max(v.images_per_s for found in _engines(timing).values() for _, v in found))
+        axes.yaxis.set_major_formatter("{x:,g}")
+        axes.set_ylabel("images/s")
+        said = _told_by_batch(timing, "images_per_s", "images/s")
+        return _svg(axes, "throughput", "Throughput by batch size", said, tips)
+
+
+def error_by_depth(report: DepthReport) -> str:
+    """Relative difference of each layer's output, from input to output; one that is not finite is a cross at the top."""
+    from matplotlib.ticker import MaxNLocator
+
+    with _axes(235, grid="y") as axes:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        numbered = list(enumerate(report.layers, 1))
+        finite = [(i, layer, 100 * layer.relative) for i, layer in numbered if layer.relative is not None]
+        broken = [(i, layer) for i, layer in numbered if layer.relative is None]
+        limit = 100 * report.tolerance
+        # Where differences begin matters, not how small they are before: what is far below the tolerance lies at the bottom.
+        far_apart = limit > 0 and max((v for _, _, v in finite), default=0.0) > 8 * limit
+        floor = limit / 10 if far_apart else 0.0
+        axes.axhline(limit, color=_PLAIN, linewidth=1, linestyle=(0, (4, 3)))
+        axes.plot(
+            [i for i, _, _ in finite],
+            [max(v, floor) for _, _, v in finite],
+            "o-",
+            color=_OWN,
+            linewidth=1,
+            markersize=5 if len(finite) <= 60 else 3,
+            gid="depth",
+        )
+        _scale(axes, [max(v, floor) for _, _, v in finite] + [limit])
+        if far_apart:
+            axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}" if y > 1.01 * floor else f"≤ {y:g}")
+        if broken:
+            ended = report.first in [layer.node for _, layer in broken]
+            top = axes.get_xaxis_transform()
+            axes.plot(
+                [i for i, _ in broken],
+                [0.97] * len(broken),
+                "x",
+                color=_BAD,
+                markersize=7,
+                transform=top,
+                gid="broken",
+                label=f"first: {_short(str(report.first))}, not finite" if ended else "not finite",
+            )
+        for i, layer, value in finite:
+            if layer.node == report.first:
+                axes.plot(
+                    [i], [value], "o", color=_BAD, markersize=8, gid="first", label=f"first: {_short(layer.node)}"
+                )
+        axes.annotate(
+            f"tolerance {limit:.3g}%", (1, limit), (0, 4), ("axes fraction", "data"), "offset points",
+            ha="right", va="bottom", fontsize=_SMALL, color=_SOFT,
+        )  # fmt: skip
+        axes.set_xlim(0.5, max(len(report.layers), 1) + 0.5)
+        axes.set_xlabel("layer, from input to output")
+        axes.set_ylabel("difference, %")
+        if axes.get_legend_handles_labels()[1]:
+            _legend(axes, ncols=2)
+        tips = {
+            "depth": [f"{i} {layer.node}: {value:.3g}%" for i, layer, value in finite],
+            "broken": [f"{i} {layer.node}: not finite" for i, layer in broken],
+            "first": [
+                f"{layer.node}: {v:.3g}%, the first beyond" for _, layer, v in finite if layer.node == report.first
+            ],
+        }
+        where = f"{report.first} is the first layer beyond it" if report.first else "no layer is beyond it"
+        said = f"{len(report.layers)} layers; the tolerance is {limit:.3g}%; {where}."
+        return _svg(axes, "depth", "Difference from the dense model by depth", said, tips)
+
+
+def kept_magnitude(masks: MaskSet) -> str:
+    """Share of each masked layer's magnitude that its mask keeps, beside the most that the pattern allows."""
+    from matplotlib.ticker import MaxNLocator
+
+    with _axes(220, grid="y") as axes:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        at = list(range(1, len(masks.masked) + 1))
+        best, own = [100 * m.kept_best for m in masks.masked], [100 * m.kept for m in masks.masked]
+        axes.vlines(at, own, best, color=_LINE, linewidth=2)
+        axes.plot(at, best, "_", color=_OTHER, markersize=9, markeredgewidth=2, label="best", gid="best")
+        axes.plot(at, own, "o", color=_OWN, markersize=5, label="own", gid="own")
+        low, high = min(own, default=0.0), max(best, default=100.0)
+        room = max(1.0, 0.12 * (high - low))
+        axes.set_ylim(low - room, high + room)
+        axes.set_xlim(0.5, len(at) + 0.5)
+        axes.set_xlabel("masked layer, from input to output")
+        axes.set_ylabel("magnitude kept, %")
+        # Written into the legend afterwards: it would leave out a label that begins with an underscore.
+        legend = _legend(axes, ncols=2)
+        names = (f"most that {masks.pattern} allows", _short(masks.method))
+        for text, name in zip(legend.get_texts(), names, strict=True):
+            text.set_text(name)
+        tips = {
+            "own": [f"{i} {m.name}: {100 * m.kept:.1f}%" for i, m in zip(at, masks.masked, strict=True)],
+            "best": [f"{i} {m.name}: at most {100 * m.kept_best:.1f}%" for i, m in zip(at, masks.masked, strict=True)],
+        }
+        said = f"{len(at)} masked layers keep {low:.1f}% to {max(own, default=100.0):.1f}% of their magnitude."
+        return _svg(axes, "kept", "Magnitude kept by layer", said, tips)
+
+
+def pattern_histogram(found: GroupStatistics) -> str:
+    """How often groups have each pattern, beside magnitude masks of the same weights."""
+    # All in the order of what they keep; if only the most frequent are listed, by how frequent they are.
+    rows = sorted(found.patterns, key=lambda p: p.pattern, reverse=True) if not found.others else list(found.patterns)
+    own = [100 * p.groups / max(found.groups, 1) for p in rows]
+    magnitude = [100 * p.by_magnitude / max(found.groups, 1) for p in rows]
+    names = [p.pattern for p in rows]
+    if found.others:
+        listed = sum(p.by_magnitude for p in rows)
+        own.append(100 * found.others / found.groups)
+        magnitude.append(100 * (found.groups - listed) / found.groups)
+        names.append("others")
+    with _axes(66 + 22 * len(names), grid="x") as axes:
+        at = range(len(names))
+        bars = axes.barh(at, own, 0.62, color=_OWN)
+        axes.plot(
+            magnitude, at, "|", color=_OTHER, markersize=14, markeredgewidth=2.5, label="magnitude masks", gid="mag"
+        )
+        for bar, name, share in zip(bars, names, own, strict=True):
+            bar.set_gid(f"bar-{name}")
+            _beside(axes, bar.get_y() + bar.get_height() / 2, f"{share:.1f}%")
+        axes.set_yticks(list(at), [_squares(name) for name in names])
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.set_xlim(0, 1.06 * max([*own, *magnitude, 1.0]))
+        axes.set_xlabel("share of groups, %")
+        _legend(axes)
+        tips = {f"bar-{n}": [f"{n}: {share:.2f}%"] for n, share in zip(names, own, strict=True)}
+        tips["mag"] = [f"{n} by magnitude: {share:.2f}%" for n, share in zip(names, magnitude, strict=True)]
+        said = "Shares of groups: " + "; ".join(f"{n} {share:.1f}%" for n, share in zip(names, own, strict=True)) + "."
+        return _svg(axes, "patterns", "Patterns of groups", said, tips)
+
+
+def _engines(timing: TimingReport) -> dict[str, list[tuple[int, Latency]]]:
+    """What was timed of each engine, with the place of its batch."""
+    found = {
+        name: [(i, timed) for i, b in enumerate(timing.batches) if (timed := getattr(b, name)) is not None]
+        for name in _STYLES
+    }
+    return {name: timed for name, timed in found.items() if timed}
+
+
+def _draw(axes: Axes, name: str, at: list[float], values: list[float]) -> None:
+    style = _STYLES[name]
+    axes.plot(at, values, color=style.colour, linewidth=1, alpha=0.35)
+    axes.plot(at, values, style.marker, color=style.colour, markersize=7, label=name, gid=name)
+
+
+def _by_batch(axes: Axes, timing: TimingReport) -> None:
+    axes.set_xticks(range(len(timing.batches)), [str(b.batch) for b in timing.batches])
+    axes.set_xlim(-0.5, len(timing.batches) - 0.5)
+    axes.set_xlabel("batch")
+    _legend(axes, ncols=3)
+
+
+def _legend(axes: Axes, ncols: int = 1) -> Legend:
+    """Above the axes, where it hides no mark."""
+    return axes.legend(
+        frameon=False, fontsize=_SMALL, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=ncols,
+        handletextpad=0.4, columnspacing=1.4, borderaxespad=0.2,
+    )  # fmt: skip
+
+
+def _told_by_batch(timing: TimingReport, field: str, unit: str) -> str:
+    return "; ".join(
+        f"batch {b.batch}: dense {getattr(b.dense, field):,.4g}, sparse {getattr(b.sparse, field):,.4g} {unit}"
+        for b in timing.batches
+    )
+
+
+def _scale(axes: Axes, values: Sequence[float]) -> None:
+    """Logarithmic where positive values lie far apart, else from zero."""
+    positive = [v for v in values if v > 0]
+    if positive and len(positive) == len(values) and max(positive) > 8 * min(positive):
+        from matplotlib.ticker import LogLocator, NullFormatter
+
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(10, (1.0, 2.0, 5.0) if max(positive) < 500 * min(positive) else (1.0,)))
+        axes.yaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params(axis="y", which="minor", length=0)
+        axes.set_ylim(min(positive) / 1.6, max(positive) * 1.6)
+    else:
+        axes.set_ylim(0, 1.15 * max([*values, 0.0]) or 1.0)
+
+
+def _beside(axes: Axes, y: float, text: str) -> None:
+    """Write to the right of the axes, where no mark can be."""
+    axes.annotate(text, (1, y), (1.015, y), ("axes fraction", "data"), va="center", fontsize=_TEXT)
+
+
+def _short(name: str) -> str:
+    """A name that fits beside a plot; its end tells most."""
+    name = _for_xml(name)
+    return name if len(name) <= _LONGEST_NAME else "\N{HORIZONTAL ELLIPSIS}" + name[1 - _LONGEST_NAME :]
+
+
+def _for_xml(text: str) -> str:
+    return _NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def _squares(pattern: str) -> str:
+    return pattern.replace("1", "\N{BLACK SQUARE}").replace("0", "\N{WHITE SQUARE}")
+
+
+@contextmanager
+def _axes(height: float, grid: Literal["x", "y"]) -> Iterator[Axes]:
+    """Axes of a figure `height` units high, with thin lines across the `x` or `y` axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH / _DOT, height / _DOT), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right", "left" if grid == "y" else "bottom"]].set_visible(False)
+    for spine in axes.spines.values():
+        spine.set_color(_LINE)
+    axes.tick_params(color=_LINE, labelsize=_TEXT, labelcolor=_INK, length=0, pad=6)
+    axes.grid(axis=grid, color=_LINE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set(color=_SOFT, size=_SMALL)
+    with warnings.catch_warnings():
+        # Letters are the browser's affair; that a font for measuring lacks some does not matter.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        yield axes
+
+
+def _svg(axes: Axes, name: str, title: str, description: str, tips: Mapping[str, Sequence[str]]) -> str:
+    """The figure's SVG text: told apart by `name`, with a tip for each mark of the groups in `tips`."""
+    import matplotlib as mpl
+    from matplotlib.text import Text
+
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    for text in figure.findobj(Text):
+        # A dollar sign in a name is no formula, and black is the page's ink.
+        text.set_parse_math(False)
+        if text.get_color() == "black":
+            text.set_color(_INK)
+    buffer = io.StringIO()
+    # Letters stay letters (searchable, small), and ids do not change from run to run.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "maskplan", "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True, dpi=_DOT)
+    root = ElementTree.fromstring(buffer.getvalue())
+    _clean(root)
+    _add_tips(root, tips)
+    _name(root, name, title, description)
+    ElementTree.register_namespace("", _SVG)
+    ElementTree.register_namespace("xlink", _XLINK)
+    return ElementTree.tostring(root, "unicode")
+
+
+def _clean(root: ElementTree.Element) -> None:
+    """Take out what belongs to a file of its own (metadata, a sheet of styles, a fixed size) and name the page's colours."""
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):
+                parent.remove(child)
+    for attribute in ("width", "height"):
+        root.attrib.pop(attribute, None)
+    for element in root.iter():
+        if style := element.get("style"):
+            for colour, variable in _VARIABLES.items():
+                style = style.replace(colour, f"var(--{variable}, {colour})")
+            # The page's own letters.
+            element.set("style", _FONT.sub("", style))
+    root.set("font-family", "system-ui, sans-serif")
+
+
+def _add_tips(root: ElementTree.Element, tips: Mapping[str, Sequence[str]]) -> None:
+    for group in root.iter(f"{{{_SVG}}}g"):
+        texts = tips.get(group.get("id", ""))
+        if texts:
+            marks = list(group.iter(f"{{{_SVG}}}use")) or [p for p in group if p.tag == f"{{{_SVG}}}path"]
+            for mark, text in zip(marks, texts, strict=False):
+                ElementTree.SubElement(mark, f"{{{_SVG}}}title").text = _for_xml(text)
+
+
+def _name(root: ElementTree.Element, name: str, title: str, description: str) -> None:
+    """Say what the plot shows, and make its ids its own: a page holds several."""
+    used = {f"#{e.get('id')}" for e in root.iter() if e.get("id")}
+    for element in root.iter():
+        if element.get("id"):
+            element.set("id", f"{name}-{element.get('id')}")
+        for attribute, value in element.items():
+            if value in used:
+                element.set(attribute, f"#{name}-{value[1:]}")
+            elif value.startswith("url(#"):
+                element.set(attribute, f"url(#{name}-{value[5:]}")
+    root.set("role", "img")
+    root.set("aria-labelledby", f"{name}-title {name}-description")
+    for tag, text in (("desc", description), ("title", title)):
+        said = ElementTree.Element(f"{{{_SVG}}}{tag}", {"id": f"{name}-{'title' if tag == 'title' else 'description'}"})
+        said.text = _for_xml(text)
+        root.insert(0, said)

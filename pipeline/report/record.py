@@ -1,0 +1,71 @@
+"""What a run found, and where its report was written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from maskplan.pipeline.core.artifacts import EngineFile, MaskSet, Provenance
+from maskplan.pipeline.core.reports import (
+    CalibrationReport,
+    ConformanceReport,
+    DepthReport,
+    Fidelity,
+    ParityReport,
+    Refinement,
+    TimingReport,
+)
+from maskplan.pipeline.masking.statistics import MaskStatistics
+from maskplan.pipeline.permutation.record import Permuted
+from maskplan.pipeline.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """All that a run found; what has a default may not have been asked for.
+
+    Attributes:
+        model: The pruned checkpoint's record.
+        backend_reason: Why this backend.
+        permutation: How channels were ordered before the masks were chosen.
+        permutation_reason: Why a permutation that was asked for was not done.
+        depth: How far each layer of the sparse model departs from the dense one.
+        mask_statistics: Of the masks in `masks`, against magnitude masks of the same weights.
+        command: As `as_typed` gives it.
+    """
+
+    model: Provenance
+    precision: str
+    backend_reason: str
+    seed: int
+    recipe: Recipe
+    masks: MaskSet
+    conformance: ConformanceReport
+    engine: EngineFile
+    dense_engine: EngineFile
+    fidelity: Fidelity
+    parity: ParityReport
+    timing: TimingReport
+    refine: Refinement | None = None
+    calibration: CalibrationReport | None = None
+    permutation: Permuted | None = None
+    permutation_reason: str | None = None
+    depth: DepthReport | None = None
+    mask_statistics: MaskStatistics | None = None
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class ReportFile:
+    """One file of the report."""
+
+    path: Path
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ReportFiles:
+    """Where the report lies."""
+
+    json: ReportFile
+    html: ReportFile

@@ -1,0 +1,137 @@
+"""Sparse where it pays: a mask costs accuracy, and where the engine runs the layer dense anyway it buys no time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from maskplan.engines.evidence import DENSE, SPARSE, UNKNOWN
+from maskplan.pipeline.core.artifacts import EngineFile, MaskSet
+from maskplan.pipeline.core.reports import (
+    FAIL,
+    BatchTiming,
+    ConformanceReport,
+    ParityReport,
+    PassFigures,
+    PassTiming,
+    TimingReport,
+)
+from maskplan.pipeline.timing.interleaved import HOST
+
+FIRST, REFINED = "first", "refined"
+
+# Why a layer has no mask, in the refined mask set.
+RAN_DENSE = "ran_dense"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which engine to keep, `first` or `refined`, and why."""
+
+    kept: str
+    reason: str
+
+
+def layers_to_restore(engine: EngineFile, conformance: ConformanceReport, masks: MaskSet) -> tuple[str, ...]:
+    """Names of the masked weights that the engine surely multiplies dense, in the order of the masks.
+
+    A weight is one of them when each ONNX node that uses it lies in engine layers, and all of these run dense, in every
+    profile. A single sparse layer is a reason to keep the mask; a single unknown one, or a node that no layer names, is no
+    evidence, and without evidence nothing is changed.
+
+    Args:
+        engine: Built from the checked file, with the sparse flag.
+        conformance: Of that file. It ties nodes to weights; masked weights have their names of the checkpoint there, or
+            the check fails.
+        masks: Baked into that file.
+    """
+    states = _states_by_weight(engine, conformance)
+    return tuple(m.name for m in masks.masked if states.get(m.name) == {DENSE})
+
+
+def why_skip(
+    engine: EngineFile, conformance: ConformanceReport, masks: MaskSet, restored: tuple[str, ...]
+) -> str | None:
+    """Why a second pass would be for nothing; None where it is worth its while."""
+    if not engine.layers:
+        return f"{engine.backend} gives no evidence of which layers run sparse"
+    if len(restored) == len(masks.masked):
+        return f"all {len(restored)} masked layers run dense: without their masks this would be the dense engine"
+    if restored:
+        return None
+    states = _states_by_weight(engine, conformance)
+    sparse = sum(SPARSE in states.get(m.name, {UNKNOWN}) for m in masks.masked)
+    if sparse == len(masks.masked):
+        return f"all {sparse} masked layers run sparse"
+    return f"no masked layer is known to run dense: {sparse} run sparse, of {len(masks.masked) - sparse} it is unknown"
+
+
+def figures(engine: EngineFile, masks: MaskSet, parity: ParityReport, timing: TimingReport) -> PassFigures:
+    """What one pass came to, as far as `better` looks at it."""
+    return PassFigures(
+        engine_sha256=engine.sha256,
+        masked_layers=len(masks.masked),
+        verdict=parity.verdict,
+        top1_drop=parity.top1_drop,
+        batches=tuple(_timed(b) for b in timing.batches),
+    )
+
+
+def _timed(found: BatchTiming) -> PassTiming:
+    """The medians are of the clock that the speedup is of."""
+    sparse_ms, dense_ms = (e.p50_ms if found.by == HOST else e.gpu_ms or e.p50_ms for e in (found.sparse, found.dense))
+    return PassTiming(found.batch, sparse_ms, dense_ms, found.speedup, found.ratio_ci95, found.build_spread)
+
+
+def better(first: PassFigures, refined: PassFigures, restored: tuple[str, ...]) -> Choice:
+    """Which of two engines to keep.
+
+    The refined one, when it is not slower beyond the noise at any batch size, and its top-1 drop is not larger. So it wins
+    ties, for it is closer to the dense model, if it has anything back at all. What was not measured does not count; an
+    engine that fails the gate never replaces one that does not, and yields to it.
+
+    The engines ran in turn with the dense one, not with each other: they are compared by their speedups over that one file.
+    A difference is noise unless the speedups' intervals are apart, and it exceeds what one file differs by from load to
+    load: the larger of the build spreads, where known, and the drift of the dense engine between the two timings.
+    """
+    if not restored:
+        return Choice(FIRST, "no layer got its weights back")
+    if (first.verdict == FAIL) != (refined.verdict == FAIL):
+        kept, failed = (REFINED, FIRST) if first.verdict == FAIL else (FIRST, REFINED)
+        return Choice(kept, f"the {failed} engine fails the parity gate")
+    losses: list[str] = []
+    told: list[str] = []
+    if first.top1_drop is not None and refined.top1_drop is not None:
+        drops = f"top-1 drop {refined.top1_drop:.2f} points, {first.top1_drop:.2f} before"
+        (losses if refined.top1_drop > first.top1_drop else told).append(drops)
+    timed = {b.batch: b for b in first.batches}
+    pairs = [(timed[b.batch], b) for b in refined.batches if b.batch in timed]
+    slower = [pair for pair in pairs if _is_slower(*pair)]
+    times = ", ".join(
+        f"{b.speedup:.3f}x dense at batch {b.batch} ({a.speedup:.3f}x before)" for a, b in slower or pairs
+    )
+    if slower:
+        losses.append(f"slower beyond the noise: {times}")
+    elif pairs:
+        told.append(f"not slower beyond the noise: {times}")
+    if losses:
+        return Choice(FIRST, f"the refined engine is worse: {'; '.join(losses)}")
+    return Choice(REFINED, "; ".join(told) or "neither time nor accuracy was measured; it is closer to the dense model")
+
+
+def _states_by_weight(engine: EngineFile, conformance: ConformanceReport) -> dict[str, set[str]]:
+    """The states of all layers that hold a weight's nodes; unknown for a node that no layer names."""
+    by_node: dict[str, set[str]] = {}
+    for layer in engine.layers:
+        for node in layer.nodes:
+            by_node.setdefault(node, set()).add(layer.state)
+    found: dict[str, set[str]] = {}
+    for weight in conformance.weights:
+        found.setdefault(weight.name, set()).update(by_node.get(weight.node, {UNKNOWN}))
+    return found
+
+
+def _is_slower(first: PassTiming, refined: PassTiming) -> bool:
+    spreads = [s for s in (first.build_spread, refined.build_spread) if s is not None]
+    drift = abs(refined.dense_p50_ms / first.dense_p50_ms - 1)
+    apart = refined.ratio_ci95[1] < first.ratio_ci95[0]
+    return apart and first.speedup / refined.speedup - 1 > max([drift, *spreads])

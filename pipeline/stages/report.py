@@ -1,0 +1,61 @@
+"""The line's stages that describe what was made: by layer, by pattern, and in the report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from maskplan.pipeline.core.artifacts import Checkpoint, MaskSet, OnnxModel
+from maskplan.pipeline.core.reports import DepthReport
+from maskplan.pipeline.core.serialization import encode
+from maskplan.pipeline.masking.maskset import load_masks
+from maskplan.pipeline.masking.statistics import MaskStatistics, mask_statistics
+from maskplan.pipeline.models.state_dict import read_weights
+from maskplan.pipeline.parity.answers import fixed_images
+from maskplan.pipeline.parity.bisect import BisectOptions, bisect
+from maskplan.pipeline.report.record import ReportFiles, RunReport
+from maskplan.pipeline.report.write import write_report
+from maskplan.pipeline.stages.model import Images, Job
+
+_DEPTH_IMAGES = 16
+
+
+def depth(job: Job, dense: OnnxModel, sparse: OnnxModel, images: Images | None) -> DepthReport:
+    """How far each layer of the sparse model departs from the dense one, on a few of the fixed images."""
+    assert sparse.provenance is not None  # our own export
+    made = sparse.provenance
+    val = images.data.val if images is not None and made.trained else None
+    count = min(job.recipe.compare.fixed_images, _DEPTH_IMAGES)
+
+    def work() -> DepthReport:
+        return bisect(dense.path, sparse.path, fixed_images(made.preprocessing, val, count), BisectOptions())
+
+    inputs = {
+        "onnx": [dense.sha256, sparse.sha256],
+        "val": images.sets.val.sha256 if images and val else None,
+        "count": count,
+    }
+    return job.ws.stage("depth", DepthReport, inputs, work)
+
+
+def statistics(job: Job, checkpoint: Checkpoint, masks: MaskSet) -> MaskStatistics:
+    """Patterns of the masks' groups, beside magnitude masks of the weights that they were chosen for."""
+
+    def work() -> MaskStatistics:
+        chosen = load_masks(masks.path)
+        stored = read_weights(checkpoint.path)
+        weights = {name: stored[name].float().numpy() for name in chosen}
+        return mask_statistics(chosen, weights, masks.pattern, masks.layout)
+
+    return job.ws.stage("statistics", MaskStatistics, {"checkpoint": checkpoint.sha256, "masks": masks.sha256}, work)
+
+
+def report(job: Job, found: RunReport) -> ReportFiles:
+    """report.json and report.html."""
+    # Another command that comes to the same does not make it anew.
+    values = encode(replace(found, command=""), job.ws.folder)
+    return job.ws.stage(
+        "report",
+        ReportFiles,
+        {"report": values},
+        lambda: write_report(found, job.ws.path("report.json"), job.ws.path("report.html")),
+    )

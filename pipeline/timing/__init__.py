@@ -1,0 +1,1 @@
+"""Interleaved latency measurements of two or three engines."""

@@ -1,0 +1,139 @@
+"""The time stage: engines in turn, so that a host that slows down slows them all."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from maskplan.engines.base import Classifier, polygraphy_runner, quiet_polygraphy
+from maskplan.pipeline.core.progress import track
+from maskplan.pipeline.core.reports import BatchTiming, Latency, TimingReport
+from maskplan.pipeline.timing.interleaved import Clock, Runs, TimeOptions, run_in_turn
+
+_SEED = 1
+_RESAMPLES = 1000
+_POLYGRAPHY_REPEATS = 3
+
+
+def time_engines(
+    dense: Classifier,
+    sparse: Classifier,
+    pruned: Classifier | None,
+    options: TimeOptions,
+    *,
+    note: str = "",
+    same_file: bool = False,
+    device: str | None = None,
+    clock: Clock = time.perf_counter,
+) -> TimingReport:
+    """Time engines on one device, interleaved.
+
+    Args:
+        dense: Dense weights.
+        sparse: Pruned weights, with the sparse flag where there is one.
+        pruned: Pruned weights without it, or None.
+        options: Batch sizes and repeats.
+        note: What the figures can and cannot show.
+        same_file: `pruned` is `sparse` loaded a second time, so that their difference is noise.
+        device: What ran it; this host's CPU by default.
+        clock: Seconds; injectable, so that tests need not sleep.
+    """
+    engines = {"dense": dense, "sparse": sparse} | ({"pruned": pruned} if pruned is not None else {})
+    timed = [
+        _time_batch(engines, batch, options, same_file, clock)
+        for batch in track(options.batches, "time", len(options.batches))
+        if all(e.fixed_batch in (None, batch) for e in engines.values())
+    ]
+    allowed = cpus_allowed()
+    return TimingReport(device or cpu_name(), len(allowed), note, tuple(timed), in_ranges(allowed))
+
+
+def cpu_name() -> str:
+    """The CPU's model, as the kernel tells it."""
+    listing = Path("/proc/cpuinfo")
+    if listing.is_file():
+        for line in listing.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def cpus_allowed() -> list[int]:
+    """Numbers of the CPUs that the process may use, ascending; all of them where the system does not tell."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def in_ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as `taskset` writes them: `0-3,8`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+
+
+def _time_batch(
+    engines: Mapping[str, Classifier], batch: int, options: TimeOptions, same_file: bool, clock: Clock
+) -> BatchTiming:
+    measured = run_in_turn(list(engines.values()), batch, options, clock)
+    seconds = {name: measured.seconds(number) for number, name in enumerate(engines)}
+    median = {name: float(np.median(values)) for name, values in seconds.items()}
+    latencies = {
+        name: latency(runs, batch, _polygraphy_ms(engine, measured.images))
+        for (name, engine), runs in zip(engines.items(), measured.runs, strict=True)
+    }
+    return BatchTiming(
+        batch=batch,
+        repeats=len(seconds["dense"]),
+        dense=latencies["dense"],
+        pruned=latencies.get("pruned"),
+        sparse=latencies["sparse"],
+        by=measured.by,
+        speedup=median["dense"] / median["sparse"],
+        ratio_ci95=ratio_interval(seconds["dense"], seconds["sparse"]),
+        build_spread=abs(median["pruned"] / median["sparse"] - 1) if same_file else None,
+        clocks=measured.clocks,
+    )
+
+
+def latency(runs: Runs, batch: int, polygraphy_host_ms: float) -> Latency:
+    """Percentiles of repeated runs of one engine."""
+    ms = 1000 * np.asarray(runs.host_s)
+    p50, p90, p99 = (float(p) for p in np.percentile(ms, (50, 90, 99)))
+    gpu_ms = copies_ms = None
+    if runs.spent:
+        gpu_ms = float(np.median([s.gpu_ms for s in runs.spent]))
+        copies_ms = float(np.median([s.copy_in_ms + s.copy_out_ms for s in runs.spent]))
+    images_per_s = 1000 * batch / max(p50, 1e-9)
+    return Latency(p50, p90, p99, images_per_s, gpu_ms, copies_ms, float(ms.mean()), polygraphy_host_ms)
+
+
+def ratio_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """Bootstrap interval (95%) of the ratio of medians; the repeats are paired, as they ran in turn."""
+    pairs = np.stack([np.asarray(first), np.asarray(second)])
+    drawn = np.random.default_rng(_SEED).integers(0, pairs.shape[1], (_RESAMPLES, pairs.shape[1]))
+    medians = np.median(pairs[:, drawn], axis=-1)
+    low, high = np.percentile(medians[0] / medians[1], (2.5, 97.5))
+    return float(low), float(high)
+
+
+def _polygraphy_ms(engine: Classifier, images: npt.NDArray[np.float32]) -> float:
+    """Polygraphy's own figure: host wall clock around its runner's inference, mean."""
+    quiet_polygraphy()
+    runner = polygraphy_runner(engine, engine.name)
+    with runner:
+        times = []
+        for _ in range(_POLYGRAPHY_REPEATS):
+            runner.infer({"input": images})
+            times.append(runner.last_inference_time())
+    return 1000 * float(np.mean(times))

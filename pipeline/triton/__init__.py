@@ -1,0 +1,1 @@
+"""Deployment to a Triton model repository: configuration, versions, rollback, golden outputs."""

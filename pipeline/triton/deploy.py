@@ -1,0 +1,190 @@
+"""The deploy stage: engines into a Triton model repository. The version folder appears whole, then the config names it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from maskplan.engines.sidecar import read_engine, sidecar_path
+from maskplan.pipeline.core.artifacts import Deployment, EngineFile
+from maskplan.pipeline.core.errors import InputError, listed
+from maskplan.pipeline.core.files import read_bytes, write_atomically
+from maskplan.pipeline.core.validation import at_least
+from maskplan.pipeline.triton.config import Serving, config_text, model_files, platform_of
+from maskplan.pipeline.triton.golden import Golden, golden_files
+from maskplan.pipeline.triton.repository import PREVIOUS, add_version, held, model_folder, next_version, versions_in
+from maskplan.pipeline.triton.served_config import CONFIG, read_config, told_by
+
+_LABELS = "labels.txt"
+_CAPABILITY = re.compile(r"\d+\.\d+")
+
+
+@dataclass(frozen=True)
+class DeployOptions:
+    """Where to deploy, how to serve, and what to refuse.
+
+    Attributes:
+        repository: Triton's model repository.
+        name: Of the model in it.
+        allow_untrained: Deploy an engine of random weights, for timing.
+        keep_versions: How many versions are served at a time, the new one included; older ones stay on disk.
+        serving: How Triton runs the model.
+    """
+
+    repository: Path
+    name: str
+    allow_untrained: bool = False
+    keep_versions: int = 1
+    serving: Serving = field(default_factory=Serving)
+
+    def __post_init__(self) -> None:
+        at_least(1, keep_versions=self.keep_versions)
+
+
+def deploy(engine_paths: Path | Sequence[Path], options: DeployOptions, golden: Golden | None = None) -> Deployment:
+    """Add an engine to a repository as the model's next version.
+
+    A config names the versions that it serves, and no file that it names is ever changed: until the new config stands, the
+    old one serves what it did.
+
+    Args:
+        engine_paths: One engine, or several plans of one model, each for the GPUs of another compute capability.
+        options: Where and how.
+        golden: An input (batch included) and the output that the engine gave for it, to lie beside the engine.
+
+    Raises:
+        InputError: An engine is untrained, without weights or not what its sidecar says, the engines are not of one model,
+            Triton cannot serve them as asked, or their inputs and outputs differ from those that are served under this name.
+        HostError: The repository cannot be written.
+    """
+    paths = [engine_paths] if isinstance(engine_paths, Path) else list(engine_paths)
+    engines = [read_engine(path) for path in paths]
+    _require_weights(engines)
+    _require_trained(engines, options)
+    _require_one_model(engines)
+    folder = model_folder(options.repository, options.name)
+    with held(folder):
+        return _deploy(engines, options, golden, folder)
+
+
+def _deploy(engines: Sequence[EngineFile], options: DeployOptions, golden: Golden | None, folder: Path) -> Deployment:
+    version = next_version(folder)
+    config, labels = folder / CONFIG, _labels(folder, version, engines[0])
+    versions = [*_kept(folder, engines, options), version]
+    text = config_text(engines, options.name, options.serving, versions=versions, labels=labels[0] if labels else None)
+    copies: dict[str, Path] = {}
+    for name, engine in model_files(engines).items():
+        copies[name] = engine.path
+        copies[sidecar_path(Path(name)).name] = sidecar_path(engine.path)
+    if config.is_file():
+        _require_same_io(config, text)
+        copies[PREVIOUS] = config
+    beside = golden_files(golden, engines[0], options.name, version) if golden is not None else {}
+    add_version(folder, version, copies, beside)
+    written = [*(folder / str(version) / name for name in model_files(engines)), config]
+    if labels:
+        write_atomically(folder / labels[0], labels[1])
+        written.append(folder / labels[0])
+    write_atomically(config, text.encode())
+    return Deployment(folder, version, platform_of(engines[0]), tuple(written))
+
+
+def _require_weights(engines: Sequence[EngineFile]) -> None:
+    stripped = [e.path for e in engines if e.stripped]
+    if stripped:
+        raise InputError(
+            "the plan is stripped of its weights, and Triton does not refit plans",
+            where=listed(stripped),
+            fix="build it without --stripped",
+        )
+
+
+def _require_trained(engines: Sequence[EngineFile], options: DeployOptions) -> None:
+    random = {e.path: e.provenance.origin for e in engines if e.provenance is not None and not e.provenance.trained}
+    if random and not options.allow_untrained:
+        raise InputError(
+            "the engine's weights are random",
+            where=listed(random),
+            found=listed(dict.fromkeys(random.values())),
+            fix="deploy a trained model, or pass --allow-untrained to serve it for timing",
+        )
+
+
+def _require_one_model(engines: Sequence[EngineFile]) -> None:
+    """Several engines must be plans that differ in the GPU alone."""
+    if not engines:
+        raise InputError("no engine to deploy", fix="name one, or several plans of one model")
+    if len(engines) == 1:
+        return
+    first, problems = engines[0], []
+    copies = Counter(e.compute_capability for e in engines)
+    for e in engines:
+        differs = {
+            f"for {e.backend}": e.backend != "tensorrt",
+            f"of another ONNX file, sha256 {e.onnx_sha256[:12]}": e.onnx_sha256 != first.onnx_sha256,
+            "other inputs or outputs": (e.inputs, e.outputs) != (first.inputs, first.outputs),
+            f"of TensorRT {e.runtime_version}, not {first.runtime_version}": e.runtime_version != first.runtime_version,
+            f"profiles {', '.join(map(str, e.profiles))}": e.profiles != first.profiles,
+            f"compute capability {e.compute_capability}": not _CAPABILITY.fullmatch(e.compute_capability or ""),
+            f"not the only one for compute capability {e.compute_capability}": copies[e.compute_capability] > 1,
+        }
+        wrong = [what for what, holds in differs.items() if holds]
+        if wrong:
+            problems.append(f"{e.path}: {'; '.join(wrong)}")
+    if problems:
+        raise InputError(
+            "not plans of one model for several GPUs",
+            found="\n         ".join(problems),
+            fix=f"build each from the ONNX file of {first.path} with the same TensorRT and profiles, one for each compute"
+            " capability; anything else has a model name of its own",
+        )
+
+
+def _labels(folder: Path, version: int, engine: EngineFile) -> tuple[str, bytes] | None:
+    """The label file's name and bytes; a file of other labels, which the served config may name, is left as it is."""
+    if engine.provenance is None or not engine.provenance.labels:
+        return None
+    data = ("\n".join(engine.provenance.labels) + "\n").encode()
+    common = folder / _LABELS
+    name = f"labels.{version}.txt" if common.is_file() and read_bytes(common) != data else _LABELS
+    return name, data
+
+
+def _kept(folder: Path, engines: Sequence[EngineFile], options: DeployOptions) -> list[int]:
+    """Earlier versions to go on serving; one config must fit them all."""
+    earlier = versions_in(folder)[-(options.keep_versions - 1) :] if options.keep_versions > 1 else []
+    files, problems = model_files(engines), []
+    for version in earlier:
+        for name, engine in files.items():
+            path = folder / str(version) / name
+            if not path.is_file():
+                problems.append(f"version {version} has no {name}")
+            elif engine.backend == "tensorrt" and read_engine(path).profiles != engine.profiles:
+                problems.append(f"version {version} has other profiles")
+    if problems:
+        raise InputError(
+            "the versions to keep need another config",
+            where=folder,
+            found=listed(problems),
+            fix="lower --keep-versions, or choose another --name",
+        )
+    return earlier
+
+
+def _require_same_io(config: Path, text: str) -> None:
+    served, new = read_config(config).tensors, told_by(text, config).tensors
+    if served != new:
+        changed = [
+            f"{t}: {served.get(t, 'none')} becomes {new.get(t, 'none')}"
+            for t in {**served, **new}
+            if served.get(t) != new.get(t)
+        ]
+        raise InputError(
+            "the repository serves other inputs and outputs under this name",
+            where=config,
+            found=f"{listed(changed)}; clients of the served version would break",
+            fix="choose another --name",
+        )

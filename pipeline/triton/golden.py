@@ -1,0 +1,112 @@
+"""A golden input and output beside a deployed engine, and the script that asks a server for the same."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from maskplan.engines.build import open_engine
+from maskplan.pipeline.core.artifacts import EngineFile, TensorSpec
+from maskplan.pipeline.core.errors import InputError, PipelineError
+from maskplan.pipeline.triton import smoke_test
+
+Golden = tuple[npt.NDArray[Any], npt.NDArray[Any]]
+
+FOLDER = "golden"
+# Shares of the largest output. The server's GPU or its release of ONNX Runtime may pick other kernels.
+_TOLERANCES = {"fp32": 1e-3, "fp16": 5e-2}
+_OTHER_TOLERANCE = 1e-1
+
+
+def golden_pair(engine: EngineFile, seed: int = 0) -> Golden:
+    """Run an engine once on a seeded input: one image, or as many as the graph insists on.
+
+    Raises:
+        InputError: The engine cannot be loaded here, or has not one input and output of floats and of a known
+            shape, or gives an output that is not finite.
+        HostError: Its runtime is not here.
+    """
+    _require_one_in_and_out(engine)
+    spec, (output,) = engine.inputs[0], engine.outputs
+    shape = [1 if d is None else d for d in spec.shape]
+    if any(d is None for d in spec.shape[1:]) or not spec.dtype.startswith("float"):
+        raise InputError("no golden input can be made up", where=engine.path, found=_told([spec]))
+    array = np.random.default_rng(seed).standard_normal(shape).astype(spec.dtype)
+    loaded = open_engine(engine)
+    try:
+        answer = loaded.infer({spec.name: array})[output.name]
+    finally:
+        loaded.close()
+    if not np.isfinite(answer).all():
+        raise InputError("the output for noise is not finite", where=engine.path, found=output.name)
+    return array, answer
+
+
+def golden_of(engines: Sequence[EngineFile]) -> tuple[Golden | None, str]:
+    """The golden pair of the first engine that runs here; without one, why there is none."""
+    why = "no engine"
+    for engine in engines:
+        try:
+            return golden_pair(engine), ""
+        except PipelineError as error:
+            why = f"{error.what}{'' if error.found is None else f' ({error.found})'}"
+    return None, why
+
+
+def golden_files(golden: Golden, engine: EngineFile, name: str, version: int) -> dict[str, bytes]:
+    """What lies beside the engine: the two arrays, what they are and how close is close, and the script; by name.
+
+    Raises:
+        InputError: The arrays are not of the engine's input and output, or not finite.
+    """
+    _require_one_in_and_out(engine)
+    problems = []
+    for array, spec in zip(golden, (*engine.inputs, *engine.outputs), strict=True):
+        fits = len(array.shape) == len(spec.shape) and all(
+            d in (None, n) for d, n in zip(spec.shape, array.shape, strict=True)
+        )
+        if not fits or array.dtype.name != spec.dtype:
+            problems.append(f"{_told([spec])} is given {array.dtype.name} {array.shape}")
+        elif not np.isfinite(array).all():
+            problems.append(f"{spec.name} is not finite")
+    if problems:
+        raise InputError("the golden pair is not the engine's", where=engine.path, found="; ".join(problems))
+    told = {
+        "model": name,
+        "version": version,
+        "input": engine.inputs[0].name,
+        "output": engine.outputs[0].name,
+        "tolerance": _TOLERANCES.get(engine.precision, _OTHER_TOLERANCE),
+    }
+    files = {
+        "golden.json": (json.dumps(told, indent=2) + "\n").encode(),
+        "input.npy": _npy(golden[0]),
+        "output.npy": _npy(golden[1]),
+        "smoke.py": Path(smoke_test.__file__).read_bytes(),
+    }
+    return {f"{FOLDER}/{file}": data for file, data in files.items()}
+
+
+def _require_one_in_and_out(engine: EngineFile) -> None:
+    if (len(engine.inputs), len(engine.outputs)) != (1, 1):
+        raise InputError(
+            "a golden pair is one input and one output",
+            where=engine.path,
+            found=_told((*engine.inputs, *engine.outputs)),
+        )
+
+
+def _told(specs: Sequence[TensorSpec]) -> str:
+    return ", ".join(f"{s.name} {s.dtype} {s.shape}" for s in specs)
+
+
+def _npy(array: npt.NDArray[Any]) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()

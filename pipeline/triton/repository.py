@@ -1,0 +1,134 @@
+"""A model's folder in a Triton repository: its versions, who may write to it, and how a version comes and goes whole."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from maskplan.pipeline.core.errors import HostError, InputError, host_error
+from maskplan.pipeline.core.files import TEMPORARY_SUFFIX, read_bytes, write_atomically
+
+# Kept in a version's folder for a rollback: the config that was served before the version.
+PREVIOUS = "previous-config.pbtxt"
+_ROLLED_BACK = "rolled-back"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def model_folder(repository: Path, name: str) -> Path:
+    """Where a model lies.
+
+    Raises:
+        InputError: Not a name for a folder of the repository.
+    """
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            "not a name for a model in a repository",
+            found=repr(name),
+            fix="use letters, digits, '-', '_' and '.', and begin with a letter or digit",
+        )
+    return repository / name
+
+
+def versions_in(folder: Path) -> list[int]:
+    """Numbers of the version folders, rising."""
+    return sorted(int(p.name) for p in folder.glob("[1-9]*") if p.name.isdecimal() and p.is_dir())
+
+
+def next_version(folder: Path) -> int:
+    """One above every version that is there or was rolled back."""
+    gone = [
+        int(p.name.split(".")[1]) for p in folder.glob(f".[1-9]*.{_ROLLED_BACK}") if p.name.split(".")[1].isdecimal()
+    ]
+    return 1 + max([*versions_in(folder), *gone], default=0)
+
+
+def add_version(folder: Path, version: int, copies: Mapping[str, Path], contents: Mapping[str, bytes]) -> None:
+    """Write a version's folder under a hidden name and rename it when it is whole.
+
+    Args:
+        folder: The model's, held.
+        version: Its number.
+        copies: Files by their name in the version, to copy.
+        contents: Further files, by what is in them.
+
+    Raises:
+        InputError: A file to copy cannot be read.
+        HostError: The folder cannot be written.
+    """
+    staged = folder / f".{version}.{os.getpid()}{TEMPORARY_SUFFIX}"
+    try:
+        staged.mkdir()
+        for name, source in copies.items():
+            write_atomically(staged / name, read_bytes(source))
+        for name, data in contents.items():
+            write_atomically(staged / name, data)
+        staged.rename(folder / str(version))
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise _busy(folder, f"version {version} came from elsewhere meanwhile") from error
+        raise host_error(error, where=folder) from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def set_aside(folder: Path, version: int) -> Path:
+    """Hide a version from Triton under a name that keeps its number from being used again.
+
+    Triton reads a folder's name as a number up to the first character that is no digit, so the new one begins with a dot.
+    """
+    hidden = folder / f".{version}.{_ROLLED_BACK}"
+    try:
+        (folder / str(version)).rename(hidden)
+    except OSError as error:
+        raise host_error(error, where=folder / str(version)) from error
+    return hidden
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make a model's folder if need be, keep others from writing to it, and clear away what a killed process left there.
+
+    Folders made here and still empty at the end are removed: a server that finds a model without a version does not start.
+
+    Raises:
+        HostError: The folder cannot be made, or another process is writing to it.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    handle = None
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder, os.O_RDONLY)
+            _lock(handle, folder)
+            for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        except OSError as error:
+            raise host_error(error, where=folder) from error
+        yield
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        if handle is not None:
+            os.close(handle)
+
+
+def _lock(handle: int, folder: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise _busy(folder, "its folder is locked") from error
+    except OSError:
+        pass  # Some network file systems have no locks; two that take one version are found out by its name.
+
+
+def _busy(folder: Path, found: str) -> HostError:
+    return HostError(
+        "another deployment is writing to the model", where=folder, found=found, fix="run the same command again"
+    )

@@ -1,0 +1,69 @@
+"""Back to the version that a Triton repository served before, with the config that it was served by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from maskplan.pipeline.core.artifacts import Deployment
+from maskplan.pipeline.core.errors import InputError, listed
+from maskplan.pipeline.core.files import read_bytes, write_atomically
+from maskplan.pipeline.triton.repository import PREVIOUS, held, model_folder, set_aside, versions_in
+from maskplan.pipeline.triton.served_config import CONFIG, ServedConfig, read_config
+
+
+def rollback(repository: Path, name: str) -> Deployment:
+    """Undo the last deployment of a model: restore the config that it replaced, then hide its version.
+
+    The config is replaced in one step, and by itself decides what is served. Run again after an interruption, this finishes
+    what was begun.
+
+    Returns:
+        What is served now.
+
+    Raises:
+        InputError: There is no such model, or nothing to go back to.
+        HostError: The repository cannot be written.
+    """
+    folder = model_folder(repository, name)
+    config = folder / CONFIG
+    if not config.is_file():
+        raise InputError("no such model in the repository", where=config, fix="check --repository and --name")
+    with held(folder):
+        undone = _last_deployed(folder, read_config(config))
+        previous = folder / str(undone) / PREVIOUS
+        restored = read_config(previous)
+        served = _served(folder, restored, undone)
+        write_atomically(config, read_bytes(previous))
+        set_aside(folder, undone)
+    files = (folder / str(served), config, *(folder / labels for labels in restored.labels))
+    return Deployment(folder, served, restored.platform, files)
+
+
+def _last_deployed(folder: Path, served: ServedConfig) -> int:
+    """The newest version that replaced another, be its config in place (as it should be), not yet, or no longer."""
+    lowest = max(served.versions, default=0)
+    undoable = [v for v in versions_in(folder) if v >= lowest and (folder / str(v) / PREVIOUS).is_file()]
+    if not undoable:
+        raise InputError(
+            "nothing to roll back to",
+            where=folder,
+            found=f"versions {listed(versions_in(folder)) or 'none'}, of which the served one replaced none",
+            fix="deploy another engine instead",
+        )
+    return undoable[-1]
+
+
+def _served(folder: Path, restored: ServedConfig, undone: int) -> int:
+    """The newest version under the restored config; all that the config names must still be there."""
+    others = [v for v in versions_in(folder) if v != undone]
+    versions = restored.versions or tuple(others[-1:])
+    missing = [f"version {v}" for v in versions if v not in others]
+    missing += [labels for labels in restored.labels if not (folder / labels).is_file()]
+    if missing or not versions:
+        raise InputError(
+            "nothing to roll back to",
+            where=folder,
+            found=f"gone: {listed(missing) or 'every earlier version'}",
+            fix="put it back, or deploy another engine instead",
+        )
+    return max(versions)

@@ -1,0 +1,436 @@
+"""Class folders, the `select` part, digests and batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from maskplan.pipeline.core.artifacts import ImageSet, Preprocessing
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.data.dataset import (
+    SELECT_MOST,
+    SKETCH_SIZE,
+    Dataset,
+    ImageFiles,
+    Split,
+    batches,
+    dataset_of,
+    identify,
+    listing_sha256,
+    open_folder,
+    open_val,
+    require_disjoint,
+    split_arrays,
+)
+from maskplan.pipeline.data.preprocessing import decode, normalise
+
+HOW = Preprocessing(3, 16, 16, 18, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+NAMES = ("blue", "green", "red")
+
+
+@dataclasses.dataclass(frozen=True)
+class InMemory:
+    """Images that were never files."""
+
+    files: tuple[bytes, ...]
+    labels: np.ndarray[Any, np.dtype[np.int64]]
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+    def read(self, index: int) -> bytes:
+        return self.files[index]
+
+
+def encoded(seed: int, kind: str = "PNG", size: tuple[int, int] = (20, 20)) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def in_memory(count: int, first: int = 0) -> InMemory:
+    return InMemory(tuple(encoded(first + i, "BMP", (4, 4)) for i in range(count)), np.arange(count) % 3)
+
+
+def whole(images: InMemory, role: str = "train") -> Split:
+    return Split(role, images, np.arange(len(images.labels)))
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Callable[[Mapping[str, int]], Path]:
+    """Make folders with so many images each, by path below the data folder."""
+
+    def make(counts: Mapping[str, int]) -> Path:
+        root = tmp_path / "data"
+        for i, (folder, count) in enumerate(counts.items()):
+            (root / folder).mkdir(parents=True)
+            for n in range(count):
+                (root / folder / f"{n:03}.png").write_bytes(encoded(1000 * i + n))
+        return root
+
+    return make
+
+
+@pytest.fixture
+def copied(toy_data: Path, tmp_path: Path) -> Path:
+    """The toy data, to spoil."""
+    return Path(shutil.copytree(toy_data, tmp_path / "toy"))
+
+
+def test_a_tree_is_read_as_torchvision_reads_it(toy_data: Path) -> None:
+    data = open_folder(toy_data, (), 3, seed=0)
+    for split, part in ((data.val, "val"), (data.train, "train")):
+        theirs = ImageFolder(toy_data / part)
+        assert data.classes == tuple(theirs.classes)
+        images = split.images
+        assert isinstance(images, ImageFiles)
+        assert [(str(images.folder / n), int(c)) for n, c in zip(images.names, images.labels, strict=True)] == (
+            theirs.samples
+        )
+
+
+def test_train_and_select_share_the_training_images_and_val_is_apart(toy_data: Path) -> None:
+    data = open_folder(toy_data, (), 3, seed=0)
+    assert (len(data.train), len(data.select), len(data.val)) == (54, 6, 24)
+    assert sorted([*data.train.indices, *data.select.indices]) == list(range(60))
+    assert np.bincount(data.select.labels).tolist() == [2, 2, 2]
+    assert [split.role for split in (data.train, data.select, data.val)] == ["train", "select", "val"]
+
+
+def test_select_is_seeded(toy_data: Path) -> None:
+    first, again, other = (open_folder(toy_data, (), 3, seed=s).select.indices.tolist() for s in (1, 1, 2))
+    assert first == again != other
+
+
+def test_select_keeps_the_share_of_each_class_and_leaves_each_an_image(
+    tree: Callable[[Mapping[str, int]], Path],
+) -> None:
+    root = tree({"train/a": 40, "train/b": 9, "train/c": 2, "train/d": 1, **{f"val/{c}": 1 for c in "abcd"}})
+    data = open_folder(root, (), 4, seed=0)
+    assert np.bincount(data.select.labels, minlength=4).tolist() == [4, 1, 1, 0]
+    assert np.bincount(data.train.labels, minlength=4).tolist() == [36, 8, 1, 1]
+
+
+def test_select_is_a_few_thousand_images_of_a_large_set() -> None:
+    labels = np.repeat(np.arange(100), 1300)
+    images = ImageFiles(Path(), tuple(map(str, range(len(labels)))), labels)
+    data = dataset_of(images, images, tuple(map(str, range(100))), 0)
+    select, rest = data.select.indices, data.train.indices
+    assert len(select) == SELECT_MOST
+    assert np.bincount(labels[select]).tolist() == [SELECT_MOST // 100] * 100
+    assert len(np.union1d(select, rest)) == len(labels) == len(select) + len(rest)
+
+
+@given(labels=st.lists(st.integers(0, 4), min_size=1, max_size=60), seed=st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_split_arrays_cuts_into_three_parts_without_loss(labels: list[int], seed: int) -> None:
+    images = InMemory((b"",) * len(labels), np.array(labels))
+    data = split_arrays(images, ("a", "b", "c", "d", "e"), 0.2, seed)
+    parts = [data.train.indices, data.select.indices, data.val.indices]
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(labels)))
+    assert all(np.array_equal(part, np.sort(part)) for part in parts)
+    for label in set(labels):
+        assert (data.train.labels == label).any()
+        assert (data.val.labels == label).any() == (labels.count(label) > 1)
+
+
+def test_files_that_are_no_images_are_passed_over_and_deeper_folders_are_read(copied: Path) -> None:
+    (copied / "val" / "red" / "notes.txt").write_text("hello")
+    (copied / "val" / "red" / "deep").mkdir()
+    (copied / "val" / "red" / "deep" / "x.JPEG").write_bytes(encoded(1, "JPEG"))
+    (copied / "val" / "readme.md").write_text("hello")
+    val = open_val(copied, (), 3)
+    assert len(val) == 25
+    assert val.images.name(22) == "red/06.png"
+    assert "red/deep/x.JPEG" in [val.images.name(i) for i in range(25)]
+    assert val.labels[[val.images.name(i) for i in range(25)].index("red/deep/x.JPEG")] == 2
+
+
+def test_open_val_reads_no_train(toy_data: Path, copied: Path) -> None:
+    shutil.rmtree(copied / "train")
+    val = open_val(copied, (), 3)
+    assert val.labels.tolist() == open_folder(toy_data, (), 3, seed=0).val.labels.tolist()
+
+
+def test_a_missing_folder_is_told_with_the_layout_wanted(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="data folder not found") as raised:
+        open_folder(tmp_path / "none", (), 3, seed=0)
+    assert raised.value.where == tmp_path / "none"
+    assert "train/CLASS/" in str(raised.value.fix)
+
+
+def test_a_file_is_no_data_folder(tmp_path: Path) -> None:
+    (tmp_path / "data.zip").touch()
+    with pytest.raises(InputError, match="data folder not found"):
+        open_folder(tmp_path / "data.zip", (), 3, seed=0)
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_missing_part_is_named_with_what_is_there_instead(copied: Path, part: str) -> None:
+    (copied / part).rename(copied / "other")
+    with pytest.raises(InputError, match=f"no {part}/ in the data folder") as raised:
+        open_folder(copied, (), 3, seed=0)
+    assert "other" in str(raised.value.found)
+
+
+def test_an_empty_folder_holds_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no train/") as raised:
+        open_folder(tmp_path, (), 3, seed=0)
+    assert raised.value.found == "nothing"
+
+
+def test_loose_images_are_counted(tree: Callable[[Mapping[str, int]], Path]) -> None:
+    root = tree({"train": 5, "val/a": 1})
+    with pytest.raises(InputError, match="train/ holds no images in class folders") as raised:
+        open_folder(root, (), 1, seed=0)
+    assert "no class folders and 5 loose images" in str(raised.value.found)
+
+
+def test_empty_classes_are_named(tree: Callable[[Mapping[str, int]], Path]) -> None:
+    root = tree({"train/a": 2, "train/b": 0, "train/c": 0, "val/a": 1})
+    with pytest.raises(InputError, match="some classes of train/ are empty") as raised:
+        open_folder(root, (), 3, seed=0)
+    assert "b, c" in str(raised.value.found)
+
+
+def test_only_empty_classes_are_no_images(tree: Callable[[Mapping[str, int]], Path]) -> None:
+    root = tree({"train/a": 0, "val/a": 1})
+    with pytest.raises(InputError, match="train/ holds no images"):
+        open_folder(root, (), 1, seed=0)
+
+
+def test_classes_of_one_part_only_are_named(tree: Callable[[Mapping[str, int]], Path]) -> None:
+    root = tree({"train/a": 2, "train/b": 2, "val/a": 1, "val/c": 1})
+    with pytest.raises(InputError, match="different classes") as raised:
+        open_folder(root, (), 2, seed=0)
+    assert raised.value.found == "only in train: b; only in val: c"
+
+
+@pytest.mark.parametrize("outputs", [2, 1000])
+def test_a_count_that_does_not_match_the_outputs_is_an_error(toy_data: Path, outputs: int) -> None:
+    for opened in (lambda: open_folder(toy_data, (), outputs, seed=0), lambda: open_val(toy_data, (), outputs)):
+        with pytest.raises(InputError, match="differ in classes") as raised:
+            opened()
+        assert raised.value.found == f"3 class folders, {outputs} model outputs"
+        assert "--classes 3" in str(raised.value.fix)
+
+
+def numbers_by_class(data: Dataset) -> dict[str, int]:
+    images = data.val.images
+    return {images.name(i).split("/")[0]: int(label) for i, label in enumerate(images.labels)}
+
+
+def test_without_other_word_classes_are_in_the_order_of_their_names(toy_data: Path) -> None:
+    data = open_folder(toy_data, (), 3, seed=0)
+    assert data.classes == NAMES
+    assert numbers_by_class(data) == {"blue": 0, "green": 1, "red": 2}
+
+
+def test_the_models_labels_give_the_order_where_they_name_the_folders(toy_data: Path) -> None:
+    data = open_folder(toy_data, ("red", "blue", "green"), 3, seed=0)
+    assert data.classes == ("red", "blue", "green")
+    assert numbers_by_class(data) == {"red": 0, "blue": 1, "green": 2}
+
+
+def test_labels_in_other_words_give_no_order(toy_data: Path) -> None:
+    assert open_folder(toy_data, ("rouge", "bleu", "vert"), 3, seed=0).classes == NAMES
+
+
+def test_classes_txt_has_the_last_word_on_the_order(copied: Path) -> None:
+    (copied / "classes.txt").write_text("green\n\n  red \nblue\n")
+    data = open_folder(copied, ("red", "blue", "green"), 3, seed=0)
+    assert data.classes == ("green", "red", "blue")
+    assert numbers_by_class(data) == {"green": 0, "red": 1, "blue": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("green\nred\n", "not listed: blue; without a folder: none"),
+        ("green\nred\nblue\npink\n", "not listed: none; without a folder: pink"),
+        ("green\nred\nbleu\n", "not listed: blue; without a folder: bleu"),
+        ("green\nred\nblue\nred\n", "not listed: none; without a folder: none"),
+        ("", "not listed: blue, green, red; without a folder: none"),
+    ],
+)
+def test_a_classes_txt_that_does_not_name_the_folders_is_an_error(copied: Path, text: str, told: str) -> None:
+    (copied / "classes.txt").write_text(text)
+    with pytest.raises(InputError, match=r"classes\.txt does not name") as raised:
+        open_folder(copied, (), 3, seed=0)
+    assert (raised.value.where, raised.value.found) == (copied / "classes.txt", told)
+
+
+def test_a_classes_txt_that_is_not_utf8_is_an_error(copied: Path) -> None:
+    (copied / "classes.txt").write_bytes("grün\nblue\nred\n".encode("latin-1"))
+    with pytest.raises(InputError) as raised:
+        open_folder(copied, (), 3, seed=0)
+    assert raised.value.where == copied / "classes.txt"
+
+
+def test_an_image_set_is_the_digests_of_its_files(toy_data: Path) -> None:
+    val = open_val(toy_data, (), 3)
+    digests = sorted(
+        hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest() for path in (toy_data / "val").rglob("*.png")
+    )
+    found = identify(val)
+    assert (found.role, found.images, found.sketch) == ("val", 24, tuple(digests))
+    assert found.sha256 == hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def test_an_image_set_depends_on_content_alone(copied: Path, toy_data: Path) -> None:
+    """Neither names nor order nor folder count; one pixel does."""
+    for i, path in enumerate(sorted((copied / "val" / "red").iterdir(), reverse=True)):
+        path.rename(path.with_name(f"renamed{i}.png"))
+    before = identify(open_val(toy_data, (), 3))
+    assert identify(open_val(copied, (), 3)) == before
+    (copied / "val" / "red" / "renamed0.png").write_bytes(encoded(77))
+    assert identify(open_val(copied, (), 3)).sha256 != before.sha256
+
+
+def test_the_sketch_of_a_large_set_is_its_smallest_digests() -> None:
+    images = in_memory(SKETCH_SIZE + 40)
+    digests = sorted(hashlib.blake2b(f, digest_size=8).hexdigest() for f in images.files)
+    found = identify(whole(images))
+    assert found.images == SKETCH_SIZE + 40
+    assert found.sketch == tuple(digests[:SKETCH_SIZE])
+
+
+def test_corrupt_images_are_counted_and_the_first_named(copied: Path) -> None:
+    folder = copied / "val" / "blue"
+    (folder / "00.png").write_bytes(encoded(5, "JPEG", (64, 64))[:-900])
+    (folder / "01.png").write_bytes(encoded(5)[:300])
+    (folder / "02.png").write_bytes(b"<html>404</html>")
+    (folder / "03.png").write_bytes(b"")
+    for i in range(4, 8):
+        (folder / f"{i:02}.png").write_bytes(b"\0" * 500)
+    with pytest.raises(InputError, match="8 of 24 val images cannot be decoded") as raised:
+        identify(open_val(copied, (), 3))
+    assert raised.value.found == "blue/00.png, blue/01.png, blue/02.png, blue/03.png, blue/04.png and 3 more"
+
+
+def test_corrupt_images_outside_the_split_are_no_matter(copied: Path) -> None:
+    for path in (copied / "train").rglob("*.png"):
+        path.write_bytes(b"spoilt")
+    assert identify(open_folder(copied, (), 3, seed=0).val).images == 24
+
+
+def test_the_listing_changes_with_names_sizes_and_times(copied: Path) -> None:
+    def now() -> str:
+        images = open_val(copied, (), 3).images
+        assert isinstance(images, ImageFiles)
+        return listing_sha256(images)
+
+    seen = [now()]
+    assert now() == seen[0]
+    first = copied / "val" / "blue" / "00.png"
+    os.utime(first, ns=(1, 1))
+    seen.append(now())
+    first.write_bytes(first.read_bytes() + b"\0")
+    os.utime(first, ns=(1, 1))
+    seen.append(now())
+    first.rename(first.with_name("zz.png"))
+    seen.append(now())
+    assert len(set(seen)) == 4
+
+
+def test_sets_without_a_common_image_may_judge_each_other(toy_data: Path) -> None:
+    data = open_folder(toy_data, (), 3, seed=0)
+    require_disjoint(identify(data.val), [identify(data.train), identify(data.select)])
+    require_disjoint(identify(data.val), [])
+
+
+def test_one_shared_image_is_found_and_told(copied: Path) -> None:
+    shutil.copy(copied / "train" / "red" / "00.png", copied / "val" / "red" / "renamed.png")
+    data = open_folder(copied, (), 3, seed=0)
+    shaped = [identify(data.train), identify(data.select)]
+    with pytest.raises(InputError, match="val images also shaped the model") as raised:
+        require_disjoint(identify(data.val), shaped)
+    assert "at least 1 of 25" in str(raised.value.found)
+
+
+def test_every_set_that_shaped_the_model_is_looked_at() -> None:
+    judged = identify(whole(in_memory(5), "val"))
+    strangers = identify(whole(in_memory(5, first=100)))
+    require_disjoint(judged, [strangers])
+    with pytest.raises(InputError, match="also shaped"):
+        require_disjoint(judged, [strangers, dataclasses.replace(judged, role="select")])
+
+
+def test_an_overlap_of_large_sets_is_seen_through_their_sketches() -> None:
+    """Half of each set shared: the chance to miss it is one in 2 ** 512."""
+    images = in_memory(1500)
+    first, second = np.arange(0, 1000), np.arange(500, 1500)
+    judged, shaped = (identify(Split(r, images, i)) for r, i in (("val", first), ("train", second)))
+    assert len(judged.sketch) == len(shaped.sketch) == SKETCH_SIZE
+    with pytest.raises(InputError, match="also shaped"):
+        require_disjoint(judged, [shaped])
+
+
+def test_an_empty_set_overlaps_nothing() -> None:
+    require_disjoint(ImageSet("val", 0, "", ()), [ImageSet("train", 0, "", ())])
+
+
+@pytest.mark.parametrize("size", [1, 7, 24, 100])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_batches_are_what_decoding_one_by_one_gives(toy_data: Path, size: int, seed: int | None) -> None:
+    split = open_val(toy_data, (), 3)
+    order = None if seed is None else np.random.default_rng(seed).permutation(24)[:20]
+    positions = list(range(24)) if order is None else order.tolist()
+    got = list(batches(split, HOW, size, order))
+    lengths = [size] * (len(positions) // size) + ([len(positions) % size] if len(positions) % size else [])
+    assert [len(x) for x, _ in got] == [len(labels) for _, labels in got] == lengths
+    images = np.concatenate([x for x, _ in got])
+    assert images.dtype == np.float32
+    assert images.shape[1:] == (3, 16, 16)
+    for image, position in zip(images, positions, strict=True):
+        assert np.array_equal(image, normalise(decode(split.images.read(position), HOW)[None], HOW)[0])
+    assert np.concatenate([labels for _, labels in got]).tolist() == split.labels[positions].tolist()
+
+
+def test_positions_are_within_the_split_not_the_collection(toy_data: Path) -> None:
+    select = open_folder(toy_data, (), 3, seed=0).select
+    ((x, labels),) = batches(select, HOW, 10, np.array([5, 0]))
+    assert labels.tolist() == [select.labels[5], select.labels[0]]
+    for image, index in zip(x, select.indices[[5, 0]], strict=True):
+        assert np.array_equal(image, normalise(decode(select.images.read(int(index)), HOW)[None], HOW)[0])
+
+
+def test_no_images_make_no_batches(toy_data: Path) -> None:
+    assert list(batches(open_val(toy_data, (), 3), HOW, 4, np.array([], dtype=np.int64))) == []
+
+
+def test_batches_may_be_left_early(toy_data: Path) -> None:
+    stream = batches(open_val(toy_data, (), 3), HOW, 2)
+    assert len(next(stream)[0]) == 2
+    stream.close()  # type: ignore[attr-defined]
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+def test_first_draws_seeded_images_in_order(toy_data: Path) -> None:
+    val = open_val(toy_data, (), 3)
+    drawn = val.first(10, seed=1)
+    assert len(drawn) == 10
+    assert drawn.indices.tolist() == sorted(set(drawn.indices.tolist())) == val.first(10, seed=1).indices.tolist()
+    assert drawn.indices.tolist() != val.first(10, seed=2).indices.tolist()
+    assert set(drawn.indices) <= set(val.indices)
+    assert drawn.role == "val"
+
+
+def test_first_of_more_than_there_are_is_all_of_them(toy_data: Path) -> None:
+    val = open_val(toy_data, (), 3)
+    assert val.first(24, seed=0).indices.tolist() == val.first(999, seed=5).indices.tolist() == list(range(24))

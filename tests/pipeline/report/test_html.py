@@ -1,0 +1,586 @@
+"""report.html: one page that fetches nothing, shows foreign names as text, and says what was found.
+
+What it looks like is looked at in a browser; the pictures are in `docs/`.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from maskplan.pipeline.core.artifacts import (
+    Checkpoint,
+    DenseLayer,
+    EngineFile,
+    LayerSparsity,
+    Learning,
+    MaskedLayer,
+    MaskSet,
+    Pattern,
+    Preprocessing,
+    Profile,
+    Provenance,
+)
+from maskplan.pipeline.core.reports import (
+    BatchTiming,
+    Check,
+    ClassDrop,
+    ConformanceReport,
+    DepthReport,
+    Fidelity,
+    Flips,
+    GpuClocks,
+    Latency,
+    LayerDifference,
+    MethodRow,
+    ParityReport,
+    TimingReport,
+    WeightVerdict,
+)
+from maskplan.pipeline.masking.statistics import GroupStatistics, LayerStatistics, MaskStatistics, PatternCount
+from maskplan.pipeline.permutation.record import ChannelGroup, Permutation, Permuted
+from maskplan.pipeline.recipe import Recipe
+from maskplan.pipeline.report.html import FASTER, NO_DIFFERENCE, SLOWER, changed_options, gain, layer_rows, render
+from maskplan.pipeline.report.record import RunReport
+from maskplan.pipeline.report.write import report_values
+
+HOW = Preprocessing(3, 8, 8, 0, "bilinear", (0.0,) * 3, (1.0,) * 3)
+MADE = Provenance("net", True, "weights.pth", "d" * 64, 5, (), HOW, ("a.weight",), "2:4", "channel", "learned", 640)
+SHAPE = "\N{MULTIPLICATION SIGN}".join("8433")
+DENSE_ROW, SPARSE_ROW = (
+    MethodRow("dense", 91.0, 99.0, 0.0, (-0.1, 0.1)),
+    MethodRow("ours", 90.25, 98.5, 0.75, (0.2, 1.3)),
+)
+PARITY = ParityReport(
+    "pass", None, 400, 91.0, 99.0, 90.25, 98.5, 0.75, (0.2, 1.3), 97.75, 0.5, 0.99, 1.0, (DENSE_ROW, SPARSE_ROW)
+)
+UNTRAINED = ParityReport(
+    "not_applicable", "the weights are random", 0, None, None, None, None, None, None, None, 0.5, 0.99, 1.0
+)
+FAILED = replace(PARITY, verdict="fail", reason="top-1 drops by 12.50 points; 1 are allowed", top1_drop=12.5)
+NOT_FINITE = replace(UNTRAINED, verdict="fail", reason="the outputs are not finite", max_abs_diff=None, cosine_min=None)
+
+
+def engine(folder: Path, **changed: Any) -> EngineFile:
+    known: dict[str, Any] = {
+        "path": folder / "engine.onnx",
+        "sha256": "e" * 64,
+        "bytes": 1234567,
+        "backend": "onnxruntime",
+        "precision": "fp32",
+        "runtime_version": "9.9",
+        "device": "CPU",
+        "compute_capability": None,
+        "device_memory_bytes": None,
+        "sparse_weights": False,
+        "typing": "strong",
+        "profiles": (Profile(1, 1, 1),),
+        "inputs": (),
+        "outputs": (),
+        "onnx_sha256": "f" * 64,
+        "build_s": 0.5,
+        "provenance": MADE,
+    }
+    return EngineFile(**known | changed)
+
+
+def weight(name: str, verdict: str, reason: str | None = None) -> WeightVerdict:
+    node, axis = name.removesuffix(".weight"), None if verdict == "ineligible" else 1
+    return WeightVerdict(name, node, "Conv", (8, 4, 3, 3), axis, "float", verdict, reason, 72, 0, 0, None, False)
+
+
+def report_of(folder: Path, **changed: Any) -> RunReport:
+    one = Latency(4.0, 5.0, 6.0, 250.0, None, None, 4.5, 4.25)
+    timed = BatchTiming(8, 50, one, one, replace(one, p50_ms=2.0), "host", 2.0, (1.9, 2.1), 0.013)
+    masks = MaskSet(
+        folder / "masks.safetensors",
+        "a" * 64,
+        "net",
+        Pattern(2, 4),
+        "channel",
+        "learned",
+        "d" * 64,
+        (MaskedLayer("a.weight", (8, 4, 3, 3), 72, 1000, 0.7125, 0.7531),),
+        (
+            DenseLayer("b.weight", (8, 3, 3, 3), 500, "channels_not_multiple_of_4"),
+            DenseLayer("c", (2, 8), 16, "linear"),
+        ),
+        Learning("maskplan", 3, 30, 100, 1.5, 0.31, 0.2, 0.1, 80.0, 90.0),
+    )
+    verdicts = (weight("b.weight", "ineligible", "channels_not_multiple_of_4"), weight("a.weight", "conforming"))
+    known: dict[str, Any] = {
+        "model": MADE,
+        "precision": "fp32",
+        "backend_reason": "no accelerator",
+        "seed": 7,
+        "recipe": Recipe(),
+        "masks": masks,
+        "conformance": ConformanceReport("pass", None, "2:4", 2, 1, 0, 1, 1, verdicts),
+        "engine": engine(folder),
+        "dense_engine": engine(folder),
+        "fidelity": Fidelity(32, 1e-6, 1.0, 100.0),
+        "parity": PARITY,
+        "timing": TimingReport("a device", 2, "a note", (timed,)),
+    }
+    return RunReport(**known | changed)
+
+
+def page_of(report: RunReport) -> str:
+    return render(report, report_values(report))
+
+
+def full(folder: Path) -> RunReport:
+    """Everything that a run can find."""
+    plain = report_of(folder)
+    groups = (
+        ChannelGroup("a", 8, "moved", None, 4, ("a.weight",), 1.0, 1.5, 80.0),
+        ChannelGroup("b", 16, "fixed", "they reach an output"),
+        ChannelGroup("c", 16, "fixed", "they reach an output"),
+    )
+    made = Checkpoint(folder / "permuted.safetensors", "1" * 64, 10, MADE)
+    layers = (LayerDifference("b", "Conv", "t", 0.004, 0.999), LayerDifference("a", "Conv", "u", 0.5, 0.81, 2.25))
+    counts = GroupStatistics(72, (0, 2, 70, 0, 0), 18, (PatternCount("1100", 50, 30), PatternCount("0011", 22, 42)), 0)
+    parity = replace(
+        PARITY,
+        flips=Flips(9, 5, 3, 1),
+        flip_rate=2.25,
+        flip_rate_ci95=(1.03, 4.23),
+        mcnemar_p=0.73,
+        classes=(ClassDrop("cat", 50, 90.0, 80.0, 10.0), ClassDrop("dog", 50, 90.0, 92.0, -2.0)),
+        checks=(
+            Check("max_top1_drop", 1.0, 0.75, 0.75, True, "fine"),
+            Check("min_agreement", 99.0, 97.75, 97.75, False, "too low"),
+            Check("max_top5_drop", 1.0, None, None, None, "no labels"),
+        ),
+        notes=("few images",),
+    )
+    return replace(
+        plain,
+        parity=parity,
+        depth=DepthReport(32, 0.01, layers, "a", ("x", "y")),
+        mask_statistics=MaskStatistics("2:4", (LayerStatistics("a.weight", counts),), counts),
+        permutation=Permuted(
+            made, Permutation(folder / "p.safetensors", "2" * 64, "net", "2:4", "3" * 64, groups), 200.0, 230.0, 260.0
+        ),
+        command="maskplan engine net --permute",
+    )
+
+
+def drawn(page: Page) -> set[str]:
+    """Which plots stand in a page."""
+    return {(a.get("aria-labelledby") or "").partition("-title")[0] for a in page.attributes("svg")}
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes, the text, the scripts, and tags that are not closed in order."""
+
+    VOID = frozenset({"meta", "link", "br", "hr", "img", "input", "base", "source", "embed"})
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.styles: list[str] = []
+        self.scripts: list[str] = []
+        self.open: list[str] = []
+        self.crossed: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.crossed.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        inside = self.open[-1] if self.open else ""
+        {"script": self.scripts, "style": self.styles}.get(inside, self.texts).append(data)
+
+    def attributes(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    def fetched(self) -> Iterator[str]:
+        """What a browser would ask for or run beyond the page itself."""
+        for tag, attributes in self.tags:
+            if tag in ("iframe", "object", "embed", "base", "form"):
+                yield tag
+            for name, value in attributes.items():
+                if name.startswith("on"):
+                    yield f"{tag} {name}"
+                if name in ("src", "href", "xlink:href", "srcset", "data", "poster", "action", "background"):
+                    yield from () if (value or "").startswith(("#", "data:")) else (f"{tag} {name}={value}",)
+                yield from outside(value or "")
+        yield from outside(" ".join(self.styles))
+        yield from (
+            script for script in self.scripts if re.search(r"fetch|XMLHttp|import|WebSocket|https?:|eval", script)
+        )
+
+
+def outside(style: str) -> Iterator[str]:
+    yield from re.findall(r"@import|expression\s*\(", style)
+    yield from (u for u in re.findall(r"url\(\s*['\"]?([^)'\"]*)", style) if not u.startswith(("#", "data:")))
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "passed": {},
+    "untrained": {"model": replace(MADE, trained=False, origin="random, seed 7"), "parity": UNTRAINED},
+    "failed": {"parity": FAILED},
+    "not finite": {"parity": NOT_FINITE, "fidelity": Fidelity(32, None, None, 0.0)},
+    "not timed": {"timing": TimingReport("a device", 2, "", ())},
+    "not conforming": {
+        "conformance": ConformanceReport(
+            "fail", "1 weight violates 2:4", "2:4", 1, 0, 1, 0, 0, (weight("a", "violating"),)
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("case", [*CASES, "full"])
+def test_the_page_fetches_nothing_and_is_whole(case: str, tmp_path: Path) -> None:
+    page = page_of(full(tmp_path) if case == "full" else report_of(tmp_path, **CASES[case]))
+    read = Page(page)
+    assert list(read.fetched()) == []
+    assert (read.open, read.crossed) == ([], [])
+    assert page.startswith("<!doctype html>")
+    assert ("meta", {"charset": "utf-8"}) in read.tags
+    # The only addresses are names of XML's.
+    assert set(re.findall(r"https?://[^\s\"'<>]*", page)) == {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+    # No record or missing value of Python's shows through.
+    assert not re.search(r"\bNone\b|\bnan\b|\w+\(\w+=|&lt;svg|\{\{|\{%", page)
+
+
+def test_the_browser_is_told_to_fetch_nothing_and_to_run_the_one_script_alone(tmp_path: Path) -> None:
+    read = Page(page_of(full(tmp_path)))
+    (policy,) = [
+        a["content"] or "" for a in read.attributes("meta") if a.get("http-equiv") == "Content-Security-Policy"
+    ]
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'"
+    assert set(rules) == {"default-src", "img-src", "style-src", "script-src"}
+    (script,) = read.scripts
+    assert read.attributes("script") == [{}]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert rules["script-src"] == f"'sha256-{digest}'"
+
+
+def test_it_can_be_read_without_seeing_it(tmp_path: Path) -> None:
+    """Headings in order, a caption for each table, heads that say what they head, no id twice, links that lead somewhere."""
+    read = Page(page_of(full(tmp_path)))
+    names = [tag for tag, _ in read.tags]
+    levels = [int(tag[1]) for tag in names if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(b <= a + 1 for a, b in itertools.pairwise(levels))
+    assert names.count("table") == names.count("caption") >= 7
+    assert all(a.get("scope") in ("col", "row") for a in read.attributes("th"))
+    ids = [a["id"] for _, a in read.tags if "id" in a]
+    assert len(set(ids)) == len(ids)
+    links = [a["href"] or "" for a in read.attributes("a")]
+    assert len(links) == 7
+    assert {link.removeprefix("#") for link in links} <= set(ids)
+    # What scrolls sideways can be reached without a mouse, and has a name.
+    boxes = [a for a in read.attributes("div") if a.get("class") == "scroll"]
+    assert len(boxes) == names.count("table")
+    assert all(a["tabindex"] == "0" and a["role"] == "region" and a["aria-label"] for a in boxes)
+    assert ("html", {"lang": "en"}) in read.tags
+
+
+@pytest.mark.parametrize("ground", ["light", "dark"])
+def test_text_stands_out_from_what_it_stands_on(ground: str, tmp_path: Path) -> None:
+    """4.5 to 1 for text and 3 to 1 for marks, as the W3C's guidelines ask (WCAG 2.1, 1.4.3 and 1.4.11)."""
+    (style,) = Page(page_of(report_of(tmp_path))).styles
+    blocks = re.findall(r":root \{([^}]*--ink[^}]*)\}", style)
+    colours = dict(re.findall(r"--([a-z-]+): *(#[0-9a-f]{6})", blocks[("light", "dark").index(ground)]))
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def contrast(one: str, other: str) -> float:
+        low, high = sorted((luminance(colours[one]), luminance(colours[other])))
+        return (high + 0.05) / (low + 0.05)
+
+    for text in ("ink", "soft", "own", "good", "bad"):
+        assert contrast(text, "paper") >= 4.5, text
+    for text in ("ink", "soft"):
+        assert contrast(text, "card") >= 4.5, text
+    for card in ("good", "bad", "neutral"):
+        assert contrast(card, f"{card}-card") >= 4.5, card
+        assert contrast("ink", f"{card}-card") >= 4.5, card
+    for mark in ("own", "other", "plain", "bad"):
+        assert contrast(mark, "paper") >= 3, mark
+
+
+def test_the_finished_page_fetches_nothing(finished_digits: Path) -> None:
+    page = (finished_digits / "report.html").read_text("utf-8")
+    read = Page(page)
+    assert list(read.fetched()) == []
+    assert (read.open, read.crossed) == ([], [])
+    assert {"accuracy", "latency", "throughput", "kept"} <= drawn(read)
+    assert str(finished_digits.parent) not in page
+
+
+def test_the_search_for_what_is_fetched_finds_it() -> None:
+    bad = (
+        '<script src="x.js"></script><img src="//host/a.png"><link rel="x" href="http://host/a.css"><p onclick="x()">'
+        "<style>@import 'a'; p { background: url(http://host/b) }</style><p style=\"background: url('c.png')\"></p>"
+    )
+    assert len(list(Page(bad).fetched())) == 7
+    assert len(list(Page("<script>fetch(x)</script><iframe></iframe>").fetched())) == 2
+
+
+HOSTILE = "<img src=x onerror=alert(1)>\"&'</title><script>"
+
+
+def test_names_from_outside_are_text(tmp_path: Path) -> None:
+    plain = report_of(tmp_path)
+    layer = MaskedLayer(HOSTILE, (8, 4, 3, 3), 72, 1000, 0.7, 0.75)
+    report = report_of(
+        tmp_path,
+        model=replace(MADE, model=HOSTILE, origin=HOSTILE),
+        backend_reason=HOSTILE,
+        masks=replace(plain.masks, model=HOSTILE, method=HOSTILE, masked=(layer,)),
+        conformance=replace(plain.conformance, weights=(weight(HOSTILE, "conforming"),)),
+        engine=engine(tmp_path, runtime_version=HOSTILE, layers=(LayerSparsity(HOSTILE, HOSTILE, "sparse", 4, 8),)),
+        parity=replace(PARITY, methods=(DENSE_ROW, replace(SPARSE_ROW, name=HOSTILE))),
+        timing=replace(plain.timing, device=HOSTILE, note=HOSTILE),
+    )
+    report = replace(report, command=HOSTILE, permutation_reason=HOSTILE)
+    read, usual = Page(page_of(report)), Page(page_of(plain))
+    assert list(read.fetched()) == []
+    assert {tag for tag, _ in read.tags} == {tag for tag, _ in usual.tags}
+    # Title, heading, weights' origin twice, reason, version, layer, method thrice, device, note.
+    assert sum(text.count(HOSTILE) for text in read.texts) >= 12
+
+
+@pytest.mark.parametrize(
+    ("changed", "colour", "says"),
+    [
+        ({}, "good", "loses 0.75 points of top-1 (91.00% dense, 90.25% sparse, 400 images)"),
+        ({"parity": replace(PARITY, top1_drop=-0.5)}, "good", "gains 0.50 points of top-1"),
+        ({"parity": replace(PARITY, top1_drop=0.0)}, "good", "The sparse engine keeps top-1"),
+        (CASES["untrained"], "neutral", "accuracy was not judged: the weights are random."),
+        ({"parity": FAILED}, "bad", "accuracy is not kept: top-1 drops by 12.50 points; 1 are allowed."),
+        (CASES["not finite"], "bad", "accuracy is not kept: the outputs are not finite."),
+        (CASES["not conforming"], "bad", "Not deployable: 1 weight violates 2:4."),
+    ],
+)
+def test_the_headline_says_what_was_found(changed: dict[str, Any], colour: str, says: str, tmp_path: Path) -> None:
+    read = Page(page_of(report_of(tmp_path, **changed)))
+    assert says in read.text
+    verdicts = [a["class"] for a in read.attributes("div") if (a.get("class") or "").startswith("verdict")]
+    assert verdicts == [f"verdict {colour}"]
+    # In words too, for those who do not tell the colours.
+    assert {"good": "Pass", "bad": "Fail", "neutral": "Not judged"}[colour] + " " in read.text
+    assert ("(untrained)" in read.text) == ("random" in says)
+
+
+def test_figures_stand_in_the_page(tmp_path: Path) -> None:
+    text = Page(page_of(report_of(tmp_path))).text
+    assert "net: 2:4 fp32 engine on onnxruntime" in text
+    assert "1 of 2 eligible weights are 2:4" in text
+    # 1000 of 1516 multiply-accumulates, and the one layer's magnitude.
+    assert "66% of multiply-accumulates" in text
+    assert "71.2% of the masked weights' magnitude" in text
+    assert "97.75% of images get the same first choice" in text
+    assert "2.00\N{MULTIPLICATION SIGN} dense over sparse latency at batch 8, with no sparse kernels" in text
+    assert "ours 90.25 98.50 +0.75 +0.20 to +1.30" in text
+    assert "sparse 2.00 5.00 6.00 250 2.000 1.900 to 2.100" in text
+    assert "1,234,567 bytes" in text
+    assert f"a.weight Conv {SHAPE} conforming masked 71.2 75.3" in text
+    assert f"b.weight Conv {SHAPE} ineligible input channels are not a multiple of 4" in text
+    assert "31.0% of groups differ from magnitude masks" in text
+    assert "BatchNorm recalibrated on 640 training images" in text
+    assert "verdict why kept % best %" in text
+
+
+def test_what_was_not_measured_has_no_place_in_the_page(tmp_path: Path) -> None:
+    plain, rich = Page(page_of(report_of(tmp_path))), Page(page_of(full(tmp_path)))
+    assert drawn(plain) == {"accuracy", "latency", "throughput", "kept"}
+    assert drawn(rich) == drawn(plain) | {"classes", "depth", "patterns"}
+    for word in ("Error by depth", "Permutation", "changed %", "differs %", "command", "Thresholds", "flips"):
+        assert (word in plain.text, word in rich.text) == (False, True), word
+
+
+def test_all_that_was_found_is_told(tmp_path: Path) -> None:
+    text = Page(page_of(full(tmp_path))).text
+    # Flips, classes and thresholds.
+    assert "changed for 9 images (95% interval 1.03 to 4.23%): 5 from right to wrong, 3 from wrong to right" in text
+    assert "1 of 2 classes lose accuracy" in text
+    assert "max top1 drop 1 0.75 pass min agreement 99 97.75 fail max top5 drop 1 not judged" in text
+    assert "Few images." in text
+    # Depth.
+    assert "a is the first layer whose output departs from the dense model's beyond the tolerance of 1%." in text
+    assert "a Conv 50.00 225.00 0.8100 b Conv 0.40 0.9990" in text
+    assert "Only one of the two graphs has 2 layers: x , y ." in text
+    # Masks.
+    assert "25.0% of 72 groups are masked otherwise than by magnitude. 2 groups keep fewer than 2." in text
+    assert "conforming masked 71.2 75.3 25.0 50.00" in text
+    # Permutation: 230 of 200, and 30 of 60.
+    assert "+15.00% magnitude kept, 50.0% of what a free choice in each row would gain" in text
+    assert "moved 1 8 fixed they reach an output 2 32" in text
+    assert "p.safetensors, sha256 2222" in text
+    assert "command maskplan engine net --permute" in text
+
+
+def test_that_no_image_flipped_is_told_without_a_test_of_nothing(tmp_path: Path) -> None:
+    parity = replace(PARITY, flips=Flips(0, 0, 0, 0), flip_rate=0.0, flip_rate_ci95=(0.0, 1.02), mcnemar_p=1.0)
+    text = Page(page_of(report_of(tmp_path, parity=parity))).text
+    assert "changed for no image (95% interval 0.00 to 1.02%)." in text
+    assert "McNemar" not in text
+
+
+def test_why_a_permutation_was_not_done_is_told(tmp_path: Path) -> None:
+    assert (
+        "Permutation Not done: no layer reads them."
+        in Page(page_of(report_of(tmp_path, permutation_reason="no layer reads them"))).text
+    )
+
+
+@pytest.mark.parametrize(
+    ("speedup", "interval", "spread", "found"),
+    [
+        (1.2, (1.1, 1.3), None, FASTER),
+        (1.2, (1.1, 1.3), 0.1, FASTER),
+        (1.2, (1.1, 1.3), 0.3, NO_DIFFERENCE),
+        (1.2, (0.9, 1.5), None, NO_DIFFERENCE),
+        (0.8, (0.7, 0.9), 0.01, SLOWER),
+        (0.8, (0.7, 0.9), 0.3, NO_DIFFERENCE),
+        (0.8, (0.7, 1.1), None, NO_DIFFERENCE),
+        (1.0, (1.0, 1.0), 0.0, NO_DIFFERENCE),
+    ],
+)
+def test_a_difference_within_noise_is_none(
+    speedup: float, interval: tuple[float, float], spread: float | None, found: str, tmp_path: Path
+) -> None:
+    (timed,) = report_of(tmp_path).timing.batches
+    assert gain(replace(timed, speedup=speedup, ratio_ci95=interval, build_spread=spread)) == found
+
+
+def test_where_there_are_sparse_kernels_it_is_told_whether_they_are_faster(tmp_path: Path) -> None:
+    timing, on_gpu = report_of(tmp_path).timing, engine(tmp_path, backend="tensorrt")
+    (timed,) = timing.batches
+    noisy = replace(timed, batch=1, speedup=1.02, ratio_ci95=(0.98, 1.1))
+    text = Page(page_of(report_of(tmp_path, engine=on_gpu, timing=replace(timing, batches=(noisy, timed))))).text
+    assert "1.020 0.980 to 1.100 no difference" in text
+    assert "2.000 1.900 to 2.100 faster" in text
+    assert "1.02\N{MULTIPLICATION SIGN} dense over sparse latency at batch 1: within noise" in text
+
+
+def test_options_are_told_where_they_are_not_the_usual_ones(tmp_path: Path) -> None:
+    usual = Recipe()
+    changed = replace(usual, compare=replace(usual.compare, max_top1_drop=2.5), mask=replace(usual.mask, pattern="1:4"))
+    assert changed_options(usual) == []
+    assert changed_options(changed) == [("mask.pattern", '"1:4"'), ("compare.max_top1_drop", "2.5")]
+    assert "recipe all options by default" in Page(page_of(report_of(tmp_path))).text
+    text = Page(page_of(report_of(tmp_path, recipe=changed))).text
+    assert 'recipe mask.pattern = "1:4" , compare.max_top1_drop = 2.5' in text
+    # And all of them below.
+    assert "compare.max_top1_drop = 2.5 " in text.partition("All options")[2]
+
+
+def test_times_have_no_exponents(tmp_path: Path) -> None:
+    timing = report_of(tmp_path).timing
+    (timed,) = timing.batches
+    shown = {0.0426: "0.0426", 0.5: "0.500", 2.5: "2.50", 40.25: "40.2", 123.4: "123", 4321.0: "4,321"}
+    batches = tuple(replace(timed, batch=i, sparse=replace(timed.sparse, p50_ms=ms)) for i, ms in enumerate(shown))
+    text = Page(page_of(report_of(tmp_path, timing=replace(timing, batches=batches)))).text
+    assert re.findall(r"sparse (\S+) 5\.00 6\.00", text) == list(shown.values())
+
+
+@pytest.mark.parametrize("nodes", [(), ("relu", "a")])
+def test_layers_that_the_engine_told_of_are_matched_by_their_nodes_or_name(
+    tmp_path: Path, nodes: tuple[str, ...]
+) -> None:
+    told = (LayerSparsity("a" if not nodes else "a + relu", "sparse_kernel", "sparse", 4, 8, nodes),)
+    text = Page(page_of(report_of(tmp_path, engine=engine(tmp_path, backend="tensorrt", layers=told)))).text
+    assert "conforming a sparse kernel was chosen sparse 71.2 75.3" in text
+    assert f"b.weight Conv {SHAPE} ineligible input channels are not a multiple of 4 unknown" in text
+
+
+def test_why_a_layer_ran_dense_is_told(tmp_path: Path) -> None:
+    told = (LayerSparsity("a", "dense_kernel", "dense", 4, 8, ("a",), "likely_few_channels"),)
+    text = Page(page_of(report_of(tmp_path, engine=engine(tmp_path, backend="tensorrt", layers=told)))).text
+    assert "conforming likely too few channels to pay dense 71.2 75.3" in text
+
+
+@pytest.mark.parametrize(
+    ("state", "why"), [("dense", "probably timed as faster"), ("unknown", "its kernel is not named")]
+)
+def test_where_nothing_is_known_that_is_told(state: str, why: str, tmp_path: Path) -> None:
+    told = (LayerSparsity("a", None, state, 4, 8, ("a",)),)
+    text = Page(page_of(report_of(tmp_path, engine=engine(tmp_path, backend="tensorrt", layers=told)))).text
+    assert f"conforming {why} {state} 71.2" in text
+
+
+@pytest.mark.parametrize(
+    ("states", "ran"),
+    [
+        (("sparse", "dense"), "sparse"),
+        (("dense", "sparse"), "sparse"),
+        (("sparse", "unknown"), "sparse"),
+        (("unknown", "dense"), "unknown"),
+        (("dense", "unknown"), "unknown"),
+        (("dense", "dense"), "dense"),
+    ],
+)
+@pytest.mark.parametrize("names", [("a", "a [profile 1]"), ("a", "a copy of a")])
+def test_a_layer_is_sparse_if_it_is_in_any_profile_and_dense_if_it_is_in_all(
+    states: tuple[str, str], ran: str, names: tuple[str, str], tmp_path: Path
+) -> None:
+    told = tuple(
+        LayerSparsity(name, "kernel", state, 4, 8, ("a",), "likely_few_channels" if state == "dense" else None)
+        for name, state in zip(names, states, strict=True)
+    )
+    report = report_of(tmp_path, engine=engine(tmp_path, backend="tensorrt", layers=told))
+    rows = layer_rows(report)
+    assert [row.ran for row in rows] == ["unknown", ran]
+    assert (rows[1].why == "likely too few channels to pay") == (ran == "dense")
+
+
+def test_plots_do_not_change_from_run_to_run_and_refer_to_themselves_only(tmp_path: Path) -> None:
+    report = full(tmp_path)
+    assert page_of(report) == page_of(report)
+    read = Page(page_of(report))
+    known = {attributes["id"] for _, attributes in read.tags if "id" in attributes}
+    used = {v[1:] for _, a in read.tags for k, v in a.items() if k.endswith("href") and v and v.startswith("#")}
+    used |= {u for _, a in read.tags for v in a.values() for u in re.findall(r"url\(#([^)]*)\)", v or "")}
+    assert used
+    assert used <= known
+
+
+def test_gpu_times_and_what_held_the_clocks_down_are_told(tmp_path: Path) -> None:
+    timing = report_of(tmp_path).timing
+    (timed,) = timing.batches
+    assert "on the GPU" not in page_of(report_of(tmp_path))
+    clocks = GpuClocks(9, 1755.0, 1200.0, 2619.0, ("power cap",), 70.0, 690.0)
+    dense, sparse = (replace(timed.dense, gpu_ms=ms, copies_ms=0.5) for ms in (3.25, 1.5))
+    on_gpu = replace(timed, dense=dense, sparse=sparse, by="gpu", clocks=clocks)
+    text = Page(page_of(report_of(tmp_path, timing=replace(timing, batches=(on_gpu,))))).text
+    assert "p99 on the GPU images/s" in text
+    assert "8 dense 4.00 5.00 6.00 3.25 250" in text
+    assert "Ratios are of times on the GPU. Batch 8 ran at 1,755 MHz, held down by power cap." in text

@@ -1,0 +1,99 @@
+"""Which clock tells engines apart: the GPU's where every engine has it, else the host's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from maskplan.engines.base import Arrays, Classifier, Spent
+from maskplan.pipeline.core.artifacts import Profile, TensorSpec
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.timing.compare_latency import time_engines
+from maskplan.pipeline.timing.interleaved import GPU, HOST, TimeOptions, run_in_turn
+from maskplan.pipeline.timing.three_way import time_three_way
+
+
+class Clock:
+    """Seconds that pass only while an engine runs."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class OnGpu:
+    """An engine that waits a second of the host's for `gpu_ms` of the GPU's; None has no clock of its own."""
+
+    inputs = (TensorSpec("x", "float32", (None, 3, 4, 4)),)
+    outputs = (TensorSpec("y", "float32", (None, 5)),)
+
+    def __init__(self, clock: Clock, gpu_ms: float | None) -> None:
+        self._clock, self._gpu_ms = clock, gpu_ms
+        self.spent: Spent | None = None
+
+    def infer(self, feeds: Arrays) -> dict[str, npt.NDArray[np.float32]]:
+        self._clock.now += 1.0
+        self.spent = None if self._gpu_ms is None else Spent(self._gpu_ms, 0.25, 0.5, 1000.0)
+        return {"y": np.zeros((len(feeds["x"]), 5), np.float32)}
+
+    def close(self) -> None: ...
+
+
+ONCE = TimeOptions((2,), seconds=0.0, least=6)
+
+
+@pytest.fixture(autouse=True)
+def no_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def classifiers(clock: Clock, *gpu_ms: float | None, profiles: tuple[Profile, ...] = ()) -> list[Classifier]:
+    return [Classifier(OnGpu(clock, ms), str(ms), profiles) for ms in gpu_ms]
+
+
+def test_the_speedup_is_of_gpu_times_where_every_engine_tells_them() -> None:
+    clock = Clock()
+    dense, sparse, pruned = classifiers(clock, 6.0, 4.0, 5.0)
+    (found,) = time_engines(dense, sparse, pruned, ONCE, same_file=True, clock=clock).batches
+    assert (found.by, found.speedup, found.ratio_ci95) == (GPU, 1.5, (1.5, 1.5))
+    assert found.build_spread == pytest.approx(0.25)
+    # What a caller waits for stays the host's.
+    assert (found.sparse.p50_ms, found.sparse.host_ms) == (1000.0, 1000.0)
+    assert (found.sparse.gpu_ms, found.sparse.copies_ms) == (4.0, 0.75)
+
+
+def test_one_engine_without_a_gpu_clock_puts_all_on_the_hosts() -> None:
+    clock = Clock()
+    dense, sparse = classifiers(clock, 6.0, None)
+    (found,) = time_engines(dense, sparse, None, ONCE, clock=clock).batches
+    assert (found.by, found.speedup) == (HOST, 1.0)
+    assert (found.dense.gpu_ms, found.sparse.gpu_ms, found.sparse.copies_ms) == (6.0, None, None)
+
+
+def test_a_batch_in_several_calls_is_the_sum_of_them() -> None:
+    (engine,) = classifiers(Clock(), 3.0, profiles=(Profile(1, 1, 2),))
+    engine.logits(np.zeros((5, 3, 4, 4), np.float32))
+    assert engine.spent == Spent(9.0, 0.75, 1.5, 3000.0)
+
+
+@pytest.mark.parametrize(("profile", "batch"), [(Profile(1, 1, 1), 2), (Profile(4, 8, 8), 2)])
+def test_a_batch_that_is_no_single_call_is_not_timed(profile: Profile, batch: int) -> None:
+    engines = classifiers(Clock(), 3.0, 4.0, profiles=(profile,))
+    with pytest.raises(InputError, match=f"do not take batches of {batch}") as caught:
+        run_in_turn(engines, batch, ONCE, Clock())
+    assert f"3.0 takes {profile.min} to {profile.max}; 4.0 takes" in str(caught.value).replace(", 4.0", "; 4.0")
+
+
+def test_three_ways_are_told_apart_by_the_gpu() -> None:
+    clock = Clock()
+    kinds = {"dense": (6.0, 6.0, 6.0), "pruned": (6.0, 6.0, 6.0), "sparse": (4.0, 4.0, 4.0)}
+    (found,) = time_three_way({k: classifiers(clock, *ms) for k, ms in kinds.items()}, ONCE, clock)
+    assert found.by == GPU
+    assert found.p50_ms["sparse"] == pytest.approx((4.0, 4.0, 4.0))
+    assert found.gain == pytest.approx(0.5)
+    assert found.is_faster

@@ -1,0 +1,138 @@
+"""The golden pair that lies beside a deployed engine."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import fake_cuda
+import fake_tensorrt
+import numpy as np
+import onnxruntime
+import pytest
+from deployable import built, plan, record, source
+
+from maskplan.engines.build import BuildOptions, build_engine
+from maskplan.engines.sidecar import read_engine
+from maskplan.exporters.metadata import describe_onnx
+from maskplan.pipeline.core.artifacts import TensorSpec
+from maskplan.pipeline.core.errors import InputError, PipelineError
+from maskplan.pipeline.triton import smoke_test as smoke
+from maskplan.pipeline.triton.deploy import DeployOptions, deploy
+from maskplan.pipeline.triton.golden import Golden, golden_of, golden_pair
+
+
+def pair(batch: int = 2, classes: int = 5, dtype: Any = np.float32) -> Golden:
+    generator = np.random.default_rng(0)
+    return generator.normal(size=(batch, 3, 8, 8)).astype(dtype), generator.normal(size=(batch, classes)).astype(dtype)
+
+
+def test_the_pair_lies_in_the_versions_folder_and_says_what_it_is(tmp_path: Path) -> None:
+    """It is of this version's weights, and goes where the version goes."""
+    engine, options, golden = built(tmp_path / "engine"), DeployOptions(tmp_path / "models", "net"), pair()
+    deploy(engine, options)
+    deploy(engine, options, golden)
+    folder = tmp_path / "models/net/2/golden"
+    assert not (tmp_path / "models/net/1/golden").exists()
+    for name, wanted in zip(("input", "output"), golden, strict=True):
+        array = np.load(folder / f"{name}.npy", allow_pickle=False)
+        np.testing.assert_array_equal(array, wanted)
+        assert array.dtype == wanted.dtype
+    told = json.loads((folder / "golden.json").read_text())
+    assert told == {"model": "net", "version": 2, "input": "input", "output": "logits", "tolerance": 1e-3}
+    assert (folder / "smoke.py").read_bytes() == Path(smoke.__file__).read_bytes()
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("fp16", 5e-2), ("int8", 1e-1)])
+def test_coarser_arithmetic_is_allowed_more(precision: str, tolerance: float, tmp_path: Path) -> None:
+    engine = plan(tmp_path / "a.plan", precision=precision)
+    deploy(engine, DeployOptions(tmp_path / "models", "net"), pair())
+    assert json.loads((tmp_path / "models/net/1/golden/golden.json").read_text())["tolerance"] == tolerance
+
+
+@pytest.mark.parametrize("batch", ["batch", 4])
+def test_the_pair_is_what_the_engine_says_of_a_seeded_input(batch: int | str, tmp_path: Path) -> None:
+    engine = read_engine(built(tmp_path / "engine", batch=batch))
+    given, answer = golden_pair(engine)
+    assert given.shape == (1 if batch == "batch" else 4, 3, 8, 8)
+    assert given.std() == pytest.approx(1, abs=0.2)
+    session = onnxruntime.InferenceSession(engine.path, providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(answer, session.run(None, {"input": given})[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(golden_pair(engine)[0], given)
+    assert not np.array_equal(golden_pair(engine, seed=1)[0], given)
+
+
+@pytest.mark.parametrize(
+    ("golden", "says"),
+    [
+        (pair(classes=6), r"logits float32 \(None, 5\) is given float32 \(2, 6\)"),
+        (pair(dtype=np.float16), r"given float16 \(2, 3, 8, 8\); .* given float16 \(2, 5\)"),
+        ((pair()[0][0], pair()[1]), r"given float32 \(3, 8, 8\)"),
+        ((pair()[0][..., 0], pair()[1]), r"given float32 \(2, 3, 8\)"),
+        ((pair()[0], pair()[1] * np.float32("nan")), "logits is not finite"),
+    ],
+)
+def test_a_pair_that_is_not_the_engines_is_refused(golden: Golden, says: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=says):
+        deploy(built(tmp_path / "engine"), DeployOptions(tmp_path / "models", "net"), golden)
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_pair_for_more_than_one_input_is_refused(tmp_path: Path) -> None:
+    two = tuple(TensorSpec(name, "float32", (None, 3, 8, 8)) for name in "ab")
+    with pytest.raises(InputError, match="a golden pair is one input and one output"):
+        deploy(plan(tmp_path / "a.plan", inputs=two), DeployOptions(tmp_path / "models", "net"), pair())
+    assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"inputs": (TensorSpec("a", "float32", (None, 3)), TensorSpec("b", "float32", (None, 3)))},
+        {"inputs": (TensorSpec("a", "float32", (None, 3, None, None)),)},
+        {"inputs": (TensorSpec("a", "int64", (None, 3)),)},
+        {"outputs": (TensorSpec("a", "float32", (None, 3)), TensorSpec("b", "float32", (None, 3)))},
+    ],
+)
+def test_no_pair_is_made_up_for_what_one_array_does_not_feed(changed: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="golden"):
+        golden_pair(record(**changed))
+
+
+def test_no_pair_is_made_of_an_output_that_is_not_finite(tmp_path: Path) -> None:
+    engine = read_engine(built(tmp_path / "engine", spoilt=True))
+    with pytest.raises(InputError, match="not finite"):
+        golden_pair(engine)
+    assert golden_of([engine]) == (None, "the output for noise is not finite (logits)")
+    fine = read_engine(built(tmp_path / "fine"))
+    found, why = golden_of([engine, fine])
+    assert found is not None
+    assert why == ""
+    assert golden_of([]) == (None, "no engine")
+    fine.path.unlink()
+    assert golden_of([fine]) == (None, "engine not found")
+
+
+@pytest.mark.parametrize("failure", [None, "execute"])
+def test_memory_of_the_gpu_is_given_back_whether_the_engine_ran_or_not(
+    failure: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = fake_cuda.install(monkeypatch)
+    trt = fake_tensorrt.install("10.3.0", gpu, monkeypatch)
+    model = describe_onnx(source(tmp_path / "model.onnx"))
+    engine = build_engine(model, BuildOptions("tensorrt"), tmp_path / "engine.plan")
+    trt.failures = {failure} - {None}
+    found, why = golden_of([engine])
+    assert (found is None) == bool(failure)
+    assert why.startswith("TensorRT cannot run the engine (" if failure else "")
+    assert gpu.misplaced == 0 or failure
+    # A failed call's buffers hang in the frames that its error came through.
+    gc.collect()
+    assert (gpu.current, gpu.memory, gpu.alive) == ([], {}, 0)
+
+
+def test_a_plan_that_cannot_be_opened_here_has_no_pair(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError):
+        golden_pair(read_engine(plan(tmp_path / "a.plan")))
