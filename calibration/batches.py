@@ -49,7 +49,7 @@ def choose_images(train: Split, count: int, seed: int) -> Split:
     return replace(train, indices=np.sort(train.indices[chosen]))
 
 
-def calibration_batches(split: Split, how: Preprocessing, size: int) -> Iterator[npt.NDArray[np.float32]]:
+def calibration_batches(split: Split, preprocessing: Preprocessing, size: int) -> Iterator[npt.NDArray[np.float32]]:
     """Batches (N, channels, H, W), float32, in the split's order; progress is shown as they are taken."""
-    for images, _ in track(batches(split, how, size), "calibrate", -(-len(split) // size)):
+    for images, _ in track(batches(split, preprocessing, size), "calibrate", -(-len(split) // size)):
         yield images

@@ -41,7 +41,7 @@ _KEEP_BYTES = 512 * 2**20
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """How a model is quantised.
+    """How a model is quantized.
 
     Attributes:
         images: Training images that ranges are measured on.
@@ -50,9 +50,9 @@ class CalibrateOptions:
             own way, cost CIFAR-10 networks points that the others did not (docs/results.md).
         percentile: For that method, in percent.
         exclude: Patterns of names of nodes or weights that stay in higher precision.
-        quantize_outputs: Quantise also what layers hand on, so that INT8-in/INT8-out kernels can be chosen.
-        max_drop: Points of top-1 on `select` that quantising may cost; the layers that cost most stay in higher precision
-            until it holds. None quantises all.
+        quantize_outputs: Quantize also what layers hand on, so that INT8-in/INT8-out kernels can be chosen.
+        max_drop: Points of top-1 on `select` that quantizing may cost; the layers that cost most stay in higher precision
+            until it holds. None quantizes all.
         seed: For the draw of images.
     """
 
@@ -85,7 +85,7 @@ class CalibrationImages:
 
     train: Split
     select: Split | None
-    how: Preprocessing
+    preprocessing: Preprocessing
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,12 @@ def calibrate(
     Args:
         onnx_model: An FP32 graph, ours or another tool's.
         source: Images, or ranges from elsewhere by the graph's own tensor names.
-        options: How to quantise.
+        options: How to quantize.
         paths: Where to write, by the type of what stays in floats: `fp32` for ONNX Runtime, `fp16` for TensorRT.
         cache: Ranges of an earlier run, consulted first; written where there are none yet.
 
     Raises:
-        InputError: No images, activations that are not finite, a model that is quantised already or too old, a cache of
+        InputError: No images, activations that are not finite, a model that is quantized already or too old, a cache of
             another model, ranges missing, or a budget that does not hold.
     """
     model = load_onnx(onnx_model.path)
@@ -128,38 +128,38 @@ def calibrate(
     if isinstance(source, CalibrationImages):
         chosen = choose_images(source.train, options.images, options.seed)
         shaped.append(identify(chosen))
-        key = CacheKey(onnx_model.sha256, f"{shaped[0].sha256} {source.how}", options.ranges)
+        key = CacheKey(onnx_model.sha256, f"{shaped[0].sha256} {source.preprocessing}", options.ranges)
         tensors = _tensors(model, placement, options)
         where = onnx_model.path
-        ranges, origin = _ranges(model, tensors, placement, chosen, source.how, options, key, cache, where)
+        ranges, origin = _ranges(model, tensors, placement, chosen, source.preprocessing, options, key, cache, where)
         if select is not None and options.max_drop is not None:
-            parts = zip(*batches(select, source.how, options.batch), strict=True)
+            parts = zip(*batches(select, source.preprocessing, options.batch), strict=True)
             images, labels = (np.concatenate(part) for part in parts)
             kept = hold_budget(model, options.place, ranges.amax, options.max_drop, images, labels)
             placement = _placed_as(model, kept)
             shaped.append(identify(select))
     else:
         ranges, origin = Ranges(source, {}), "imported"
-    quantised = insert_qdq(model, placement, ranges.amax)
+    quantized = insert_qdq(model, placement, ranges.amax)
     if (made := read_provenance(model, onnx_model.path)) is not None:
-        write_provenance(quantised, replace(made, image_sets=tuple(dict.fromkeys((*made.image_sets, *shaped)))))
+        write_provenance(quantized, replace(made, image_sets=tuple(dict.fromkeys((*made.image_sets, *shaped)))))
     report = CalibrationReport(
         method=options.method,
         images=shaped[0].images if shaped else 0,
         ranges_from=origin,
-        quantised_layers=len(placement.weights),
+        quantized_layers=len(placement.weights),
         in_float=placement.in_float,
         select_drop=None if kept is None else kept.drop,
         select_images=0 if kept is None else kept.images,
     )
     # All are made before one is written.
-    protos = [_beside(quantised, rest, ranges) for rest in paths]
+    protos = [_beside(quantized, rest, ranges) for rest in paths]
     models = tuple(_write(proto, path) for proto, path in zip(protos, paths.values(), strict=True))
     return Calibrated(models, {a.tensor: ranges.amax[a.tensor] for a in placement.activations}, report)
 
 
 def _tensors(model: onnx.ModelProto, placement: Placement, options: CalibrateOptions) -> list[str]:
-    """What to measure: with a budget, also what only a placement without some layers quantises."""
+    """What to measure: with a budget, also what only a placement without some layers quantizes."""
     placements = [placement] if options.max_drop is None else placements_of(model, options.place)
     return list(dict.fromkeys(a.tensor for p in (placement, *placements) for a in p.activations))
 
@@ -169,7 +169,7 @@ def _ranges(
     tensors: list[str],
     placement: Placement,
     chosen: Split,
-    how: Preprocessing,
+    preprocessing: Preprocessing,
     options: CalibrateOptions,
     key: CacheKey,
     cache: Path | None,
@@ -180,7 +180,7 @@ def _ranges(
         if not set(tensors) - known.amax.keys():
             return known, "cache"
         log.info("%s lacks tensors of these options: measured again", cache)
-    found = collect(model, tensors, calibration_batches(chosen, how, options.batch), where=where)
+    found = collect(model, tensors, calibration_batches(chosen, preprocessing, options.batch), where=where)
     amax = {name: amax_of(histogram, options.ranges) for name, histogram in found.items()}
     for group in placement.tied:
         amax |= dict.fromkeys(group, amax_of(union(found[name] for name in group), options.ranges))
@@ -197,11 +197,11 @@ def _held_on(source: CalibrationImages | Mapping[str, float], options: Calibrate
     given = isinstance(source, CalibrationImages)
     if not isinstance(source, CalibrationImages) or source.select is None or not len(source.select):
         raise InputError(
-            "a budget needs labelled images to be held on",
+            "a budget needs labeled images to be held on",
             found="none are set aside" if given else "ranges from elsewhere, without images",
             fix="give --data with two images or more of some class in train/, or leave --max-drop out",
         )
-    how = source.how
+    how = source.preprocessing
     most = max(1, _KEEP_BYTES // (4 * how.channels * how.height * how.width))
     return source.select.first(most, options.seed)
 
@@ -224,9 +224,9 @@ def _placed_as(model: onnx.ModelProto, kept: Kept) -> Placement:
     return replace(placement, in_float=tuple((name, reasons.get(name, why)) for name, why in placement.in_float))
 
 
-def _beside(quantised: onnx.ModelProto, rest: str, ranges: Ranges) -> onnx.ModelProto:
+def _beside(quantized: onnx.ModelProto, rest: str, ranges: Ranges) -> onnx.ModelProto:
     """The model with what is not INT8 in one type of floats."""
-    return quantised if rest == FP32 else to_fp16(quantised, _overflowing(quantised, ranges))
+    return quantized if rest == FP32 else to_fp16(quantized, _overflowing(quantized, ranges))
 
 
 def _write(model: onnx.ModelProto, path: Path) -> OnnxModel:
@@ -234,8 +234,8 @@ def _write(model: onnx.ModelProto, path: Path) -> OnnxModel:
     return describe_onnx(path, model)
 
 
-def _overflowing(quantised: onnx.ModelProto, ranges: Ranges) -> Mapping[str, float]:
-    found = beyond_half(quantised, ranges.largest)
+def _overflowing(quantized: onnx.ModelProto, ranges: Ranges) -> Mapping[str, float]:
+    found = beyond_half(quantized, ranges.largest)
     if found:
         told = ", ".join(f"{name} up to {largest:.4g}" for name, largest in found.items())
         log.warning("FP16 beside INT8: kept in FP32, for they come near 65504 or exceed it: %s", told)

@@ -21,7 +21,7 @@ _SMALLEST_EXPONENT = -126
 class Histogram:
     """Counts of values in bins of one width, a power of two; bin i holds [i * width, (i + 1) * width).
 
-    The width follows from the largest magnitude seen: when a larger one comes, neighbouring bins merge. Widths that are
+    The width follows from the largest magnitude seen: when a larger one comes, neighboring bins merge. Widths that are
     powers of two make scaling and merging exact, so the order of the values and how they came in batches change nothing.
 
     Attributes:

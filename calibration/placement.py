@@ -2,17 +2,17 @@
 
 The rules, after NVIDIA's placement recommendations for explicit quantization:
 
-- The data input and the weight of every Conv, and of every Gemm and MatMul with a constant second operand, are quantised;
+- The data input and the weight of every Conv, and of every Gemm and MatMul with a constant second operand, are quantized;
   biases stay float.
 - The output of a layer is not: between a convolution and its BatchNorm, activation or residual addition nothing may stand,
-  or they no longer fuse. Of a residual addition only the skip is quantised; when both operands come from convolutions, the
+  or they no longer fuse. Of a residual addition only the skip is quantized; when both operands come from convolutions, the
   deeper one is fused and the other is the skip.
 - Operators that only move values (max pooling, reshapes, splits, concatenation, ...) have a pair before them and one after
-  them, of one scale, when all that read their result are quantised: the values go through them as INT8. Rounding twice with
-  one scale changes nothing. If anything else reads the result, it is moved in float, and quantised after.
-- All inputs of a concatenation have one scale, if any is quantised.
-- Averages compute, so they end such a path: their result is quantised where a layer reads it, their input is not.
-- A tensor that many read is quantised once, and dequantised once for each reader.
+  them, of one scale, when all that read their result are quantized: the values go through them as INT8. Rounding twice with
+  one scale changes nothing. If anything else reads the result, it is moved in float, and quantized after.
+- All inputs of a concatenation have one scale, if any is quantized.
+- Averages compute, so they end such a path: their result is quantized where a layer reads it, their input is not.
+- A tensor that many read is quantized once, and dequantized once for each reader.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ _LONGEST_GATE = 4
 
 @dataclass(frozen=True)
 class PlaceOptions:
-    """What to quantise.
+    """What to quantize.
 
     Attributes:
         exclude: Patterns of names of nodes or weights; these layers stay in float.
-        quantize_outputs: Quantise also what a layer hands on, after the activation and addition that fuse with it, so
+        quantize_outputs: Quantize also what a layer hands on, after the activation and addition that fuse with it, so
             that INT8-in/INT8-out kernels can be chosen. What the graph returns stays float.
     """
 
@@ -68,11 +68,11 @@ class PlaceOptions:
 
 @dataclass(frozen=True)
 class Activation:
-    """A tensor to quantise.
+    """A tensor to quantize.
 
     Attributes:
         tensor: Its name.
-        uses: Who reads the dequantised values: a node, as `graph.node_names` calls it, and the index of its input. All other
+        uses: Who reads the dequantized values: a node, as `graph.node_names` calls it, and the index of its input. All other
             readers keep the float tensor.
     """
 
@@ -81,7 +81,7 @@ class Activation:
 
 
 @dataclass(frozen=True)
-class QuantisedWeight:
+class QuantizedWeight:
     """A constant to store as INT8, with a scale for each channel along `axis`, for input `input` of `node`."""
 
     tensor: str
@@ -96,23 +96,23 @@ class Placement:
 
     Attributes:
         activations: In the order in which the graph makes them.
-        weights: One for each quantised layer, in the order of the graph.
+        weights: One for each quantized layer, in the order of the graph.
         tied: Groups of `activations` that must have one scale.
         in_float: Layers that stay in float, and why.
     """
 
     activations: tuple[Activation, ...]
-    weights: tuple[QuantisedWeight, ...]
+    weights: tuple[QuantizedWeight, ...]
     tied: tuple[tuple[str, ...], ...]
     in_float: tuple[tuple[str, str], ...] = ()
 
 
 def place(model: onnx.ModelProto, options: PlaceOptions | None = None) -> Placement:
-    """Choose what to quantise in an FP32 graph; layers in subgraphs and local functions stay in float.
+    """Choose what to quantize in an FP32 graph; layers in subgraphs and local functions stay in float.
 
     Raises:
         InputError: The model has Q/DQ already, its opset is too old, a pattern matches no layer, or no layer can be
-            quantised.
+            quantized.
     """
     options = options or PlaceOptions()
     require_float_graph(model)
@@ -125,10 +125,10 @@ def place(model: onnx.ModelProto, options: PlaceOptions | None = None) -> Placem
     if options.quantize_outputs:
         in_float = {layer.node for layer in layers if layer.reason is not None}
         edges |= _output_edges(graph, chosen, fused, in_float)
-    moves = _quantised_moves(graph, edges)
+    moves = _quantized_moves(graph, edges)
     return Placement(
         tuple(_activations(graph, edges)),
-        tuple(QuantisedWeight(layer.weight, graph.names[layer.node], 1, layer.axis) for layer in chosen.values()),
+        tuple(QuantizedWeight(layer.weight, graph.names[layer.node], 1, layer.axis) for layer in chosen.values()),
         tuple(_tied(graph, edges, moves)),
         tuple((graph.names[layer.node], layer.reason) for layer in layers if layer.reason is not None),
     )
@@ -148,7 +148,7 @@ def require_float_graph(model: onnx.ModelProto) -> None:
     ]
     if found:
         raise InputError(
-            "the model is already quantised", found=listed(found, 3), fix="calibrate the FP32 model it was made from"
+            "the model is already quantized", found=listed(found, 3), fix="calibrate the FP32 model it was made from"
         )
     opset = next((o.version for o in model.opset_import if o.domain in STANDARD), 0)
     if opset < OLDEST_OPSET:
@@ -192,7 +192,7 @@ def _layers(graph: Graph) -> Iterator[_Layer]:
         elif weight in graph.seen_outside:
             reason = "its weight is also read elsewhere"
         elif axes.setdefault(weight, axis) != axis:
-            reason = "its weight is quantised along another axis for another layer"
+            reason = "its weight is quantized along another axis for another layer"
         yield _Layer(n, graph.names[n], weight, axis, reason)
 
 
@@ -212,7 +212,7 @@ def _choose(layers: list[_Layer], exclude: tuple[str, ...]) -> list[_Layer]:
         chosen.append(_Layer(layer.node, layer.name, layer.weight, layer.axis, reason))
     if all(layer.reason is not None for layer in chosen):
         raise InputError(
-            "no layer can be quantised",
+            "no layer can be quantized",
             found=listed((f"{layer.name}: {layer.reason}" for layer in chosen), 3) or "no Conv, Gemm or MatMul",
             fix="give an FP32 model, and exclude fewer layers",
         )
@@ -224,7 +224,7 @@ def _matches(layer: _Layer, glob: str) -> bool:
 
 
 def _fused_additions(graph: Graph, chosen: Mapping[int, _Layer]) -> dict[int, int]:
-    """Additions that fuse with a quantised convolution, and which of the two inputs comes from it."""
+    """Additions that fuse with a quantized convolution, and which of the two inputs comes from it."""
     depth: dict[str, int] = {}
     fused = {}
     for n, node in enumerate(graph.nodes):
@@ -281,7 +281,7 @@ def _output_edges(
             unfused = graph.nodes[n].op_type in _ACTIVATIONS or n in fused
             if (n, i) not in closed and not unfused and graph.nodes[n].op_type not in ("Shape", "Size"):
                 edges.add((n, i))
-    # What is joined has one scale, so all of it is quantised.
+    # What is joined has one scale, so all of it is quantized.
     for n in {n for n, _ in edges if graph.nodes[n].op_type == "Concat"}:
         edges.update((n, i) for i in graph.moved_inputs(n))
     return edges
@@ -324,7 +324,7 @@ def _gated(graph: Graph, tensor: str) -> str | None:
     return None
 
 
-def _quantised_moves(graph: Graph, edges: set[tuple[int, int]]) -> set[int]:
+def _quantized_moves(graph: Graph, edges: set[tuple[int, int]]) -> set[int]:
     """Nodes that move INT8 values; adds the edges where such paths begin to `edges`."""
     moves: set[int] = set()
     for n in reversed(range(len(graph.nodes))):
@@ -351,7 +351,7 @@ def _activations(graph: Graph, edges: set[tuple[int, int]]) -> Iterator[Activati
 
 
 def _tied(graph: Graph, edges: set[tuple[int, int]], moves: set[int]) -> Iterator[tuple[str, ...]]:
-    """Groups of quantised tensors with one scale, in the order in which the graph makes them."""
+    """Groups of quantized tensors with one scale, in the order in which the graph makes them."""
     group_of: dict[str, set[str]] = {}
 
     def tie(tensors: Iterable[str]) -> None:
@@ -364,11 +364,11 @@ def _tied(graph: Graph, edges: set[tuple[int, int]], moves: set[int]) -> Iterato
             tie([*moved, *(name for name in node.output if name)])
         elif moved and (n, 0) in edges:
             tie(moved)
-    quantised = [a.tensor for a in _activations(graph, edges)]
+    quantized = [a.tensor for a in _activations(graph, edges)]
     seen: set[str] = set()
-    for tensor in quantised:
+    for tensor in quantized:
         if tensor not in seen:
-            group = tuple(other for other in quantised if other in group_of.get(tensor, ()))
+            group = tuple(other for other in quantized if other in group_of.get(tensor, ()))
             seen.update(group)
             if len(group) > 1:
                 yield group

@@ -11,7 +11,7 @@ from onnx import helper, numpy_helper
 
 from maskplan.calibration.graph import node_names, subgraphs
 from maskplan.calibration.placement import Placement, require_float_graph
-from maskplan.calibration.scales import quantise_weight, scale_of
+from maskplan.calibration.scales import quantize_weight, scale_of
 from maskplan.exporters.tensors import TensorError, read_values
 from maskplan.pipeline.core.errors import InputError, listed
 
@@ -19,9 +19,9 @@ from maskplan.pipeline.core.errors import InputError, listed
 def insert_qdq(model: onnx.ModelProto, placement: Placement, amax: Mapping[str, float]) -> onnx.ModelProto:
     """A copy of an FP32 model with Q/DQ where a placement says.
 
-    A quantised tensor `x` gets one QuantizeLinear, and a DequantizeLinear for each node that reads it; both take the scalar
-    initializers `x_scale` (float32) and `x_zero_point` (INT8 0). A quantised weight keeps its name and becomes INT8, with
-    `_scale` and `_zero_point` (channels,) and a DequantizeLinear for each layer. Who reads a quantised weight and is not in
+    A quantized tensor `x` gets one QuantizeLinear, and a DequantizeLinear for each node that reads it; both take the scalar
+    initializers `x_scale` (float32) and `x_zero_point` (INT8 0). A quantized weight keeps its name and becomes INT8, with
+    `_scale` and `_zero_point` (channels,) and a DequantizeLinear for each layer. Who reads a quantized weight and is not in
     the placement gets the float values under `_float`. All other names, the metadata and the opset stay, and the same
     arguments give the same bytes.
 
@@ -36,10 +36,10 @@ def insert_qdq(model: onnx.ModelProto, placement: Placement, amax: Mapping[str, 
     """
     require_float_graph(model)
     scales = _activation_scales(placement, amax)
-    quantised = onnx.ModelProto()
-    quantised.CopyFrom(model)
-    graph = quantised.graph
-    weights = _quantise_weights(graph, placement)
+    quantized = onnx.ModelProto()
+    quantized.CopyFrom(model)
+    graph = quantized.graph
+    weights = _quantize_weights(graph, placement)
     names = _Names(graph)
     index = {name: n for n, name in enumerate(node_names(graph))}
     after: dict[str, list[onnx.NodeProto]] = {}
@@ -65,7 +65,7 @@ def insert_qdq(model: onnx.ModelProto, placement: Placement, amax: Mapping[str, 
         before.setdefault(n, []).append(helper.make_node("DequantizeLinear", *pair, axis=weight.axis))
         graph.node[n].input[weight.input] = pair[1][0]
     _insert(graph, before, after)
-    return quantised
+    return quantized
 
 
 def _activation_scales(placement: Placement, amax: Mapping[str, float]) -> dict[str, float]:
@@ -73,7 +73,7 @@ def _activation_scales(placement: Placement, amax: Mapping[str, float]) -> dict[
     missing = [tensor for tensor in wanted if tensor not in amax]
     if missing:
         raise InputError(
-            "tensors to quantise have no range",
+            "tensors to quantize have no range",
             found=listed(missing),
             fix="calibrate again: the ranges are of another model, or were collected for other options",
         )
@@ -86,7 +86,7 @@ def _activation_scales(placement: Placement, amax: Mapping[str, float]) -> dict[
             offenders.append(f"{tensor}: {error}")
     if offenders:
         raise InputError(
-            "ranges cannot be quantised",
+            "ranges cannot be quantized",
             found=listed(offenders),
             fix="look for NaN or overflow in the layers that make these tensors, or exclude the layers that read them",
         )
@@ -95,7 +95,7 @@ def _activation_scales(placement: Placement, amax: Mapping[str, float]) -> dict[
     return scales
 
 
-def _quantise_weights(graph: onnx.GraphProto, placement: Placement) -> dict[str, tuple[str, str]]:
+def _quantize_weights(graph: onnx.GraphProto, placement: Placement) -> dict[str, tuple[str, str]]:
     """Store the placement's weights as INT8, in place; names of scales and zero points by weight."""
     stored = {tensor.name: tensor for tensor in graph.initializer}
     constants = {node.output[0]: node for node in graph.node if node.op_type == "Constant"}
@@ -105,12 +105,12 @@ def _quantise_weights(graph: onnx.GraphProto, placement: Placement) -> dict[str,
         tensor = stored[name] if name in stored else constants[name].attribute[0].t
         try:
             floats = read_values(tensor, None).array
-            values[name] = (floats, *quantise_weight(floats, axis))
+            values[name] = (floats, *quantize_weight(floats, axis))
         except (TensorError, ValueError) as error:
             offenders.append(f"{name}: {error}")
     if offenders:
         raise InputError(
-            "weights cannot be quantised", found=listed(offenders), fix="export the model again from sound weights"
+            "weights cannot be quantized", found=listed(offenders), fix="export the model again from sound weights"
         )
     names = _Names(graph)
     points = {}
@@ -134,11 +134,11 @@ def _keep_floats(
     graph: onnx.GraphProto, placement: Placement, values: Mapping[str, npt.NDArray[np.float32]], names: _Names
 ) -> None:
     """Give readers that are not in the placement the weights' float values under another name."""
-    quantised = {(weight.node, weight.input) for weight in placement.weights}
+    quantized = {(weight.node, weight.input) for weight in placement.weights}
     floats: dict[str, str] = {}
     for node, own in zip(graph.node, node_names(graph), strict=True):
         for i, name in enumerate(node.input):
-            if name in values and (own, i) not in quantised:
+            if name in values and (own, i) not in quantized:
                 if name not in floats:
                     floats[name] = names.free(f"{name}_float")
                     graph.initializer.append(numpy_helper.from_array(values[name], floats[name]))

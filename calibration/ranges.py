@@ -32,7 +32,7 @@ class RangeOptions:
     Attributes:
         method: `minmax`: the largest magnitude. `percentile`: what that share of the magnitudes does not exceed. `entropy`:
             where the merged distribution differs least from the whole one, by the Kullback-Leibler divergence. `mse`: where
-            quantisation has the least mean squared error.
+            quantization has the least mean squared error.
         percentile: In percent; for `percentile` only.
         bins: From -amax to amax; for `entropy` only. An even number, at least 128.
     """
@@ -140,7 +140,7 @@ def _mse(histogram: Histogram) -> float:
     """The candidate of least squared error among those that are certainly no worse than the largest magnitude.
 
     The histogram knows each value to half a width. How far a value lies from the nearest integer times the scale changes
-    no faster than the value, so the root of the summed squares, taken at the bins' centres, is wrong by at most half a
+    no faster than the value, so the root of the summed squares, taken at the bins' centers, is wrong by at most half a
     width times the root of how many were summed (Minkowski). A candidate must be better by that much twice. Values that
     both scales round to 0 are left out of both sums: their errors are the same.
 
@@ -150,24 +150,24 @@ def _mse(histogram: Histogram) -> float:
     filled = np.flatnonzero(counts)
     weights = counts[filled].astype(np.float64)
     lower = filled.astype(np.float64) * histogram.width
-    centres, upper = lower + histogram.width / 2, lower + histogram.width
+    centers, upper = lower + histogram.width / 2, lower + histogram.width
     # An eighth more than half a width pays for float32: rounding of the scale and in QuantizeLinear.
     slack = histogram.width * 0.5 * 1.125
     amax = histogram.amax
-    widest = _tail_sums(weights * _errors(centres, amax) ** 2)
+    widest = _tail_sums(weights * _errors(centers, amax) ** 2)
     numbers = _tail_sums(weights)
     best, gain = amax, 0.0
     for i in range(1, _CANDIDATES + 1):
         candidate = amax * _RATIO**-i
         first = int(np.searchsorted(upper, _scale(candidate) / 2, side="right"))
         # Sums without BLAS, whose threads cost more than they bring here.
-        squares = weights[first:] * _errors(centres[first:], candidate) ** 2
+        squares = weights[first:] * _errors(centers[first:], candidate) ** 2
         error = float(squares.sum())
         certain = math.sqrt(error) + 2 * slack * math.sqrt(numbers[first]) <= math.sqrt(widest[first])
         if certain and widest[first] - error > gain:
             best, gain = candidate, widest[first] - error
         # What is clipped costs more with every smaller candidate.
-        if squares[np.searchsorted(centres[first:], candidate) :].sum() > widest[0]:
+        if squares[np.searchsorted(centers[first:], candidate) :].sum() > widest[0]:
             break
     return best
 

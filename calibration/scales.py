@@ -37,7 +37,7 @@ def scale_of(amax: float) -> float:
     return max(scale, SMALLEST_SCALE)
 
 
-def quantise_weight(values: npt.NDArray[Any], axis: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+def quantize_weight(values: npt.NDArray[Any], axis: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     """A weight as integers of [-127, 127], with a scale for each channel along `axis`.
 
     Rounds half to even in float32, as ONNX's QuantizeLinear does. What is 0 becomes 0.

@@ -1,4 +1,4 @@
-"""Which layers to leave in higher precision, so that quantising the rest costs no more than a budget."""
+"""Which layers to leave in higher precision, so that quantizing the rest costs no more than a budget."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LayerCost:
-    """How far the outputs depart from the model's own when one layer alone is quantised: mean KL divergence, in nats."""
+    """How far the outputs depart from the model's own when one layer alone is quantized: mean KL divergence, in nats."""
 
     name: str
     divergence: float
@@ -35,7 +35,7 @@ class Kept:
     Attributes:
         options: What to place by: those given, with the layers to leave excluded.
         layers: Names of those left in higher precision, the worst first; empty where none need be.
-        costs: Of every layer, the worst first; empty where quantising all of them holds the budget.
+        costs: Of every layer, the worst first; empty where quantizing all of them holds the budget.
         drop: Points of top-1 on the images judged by, against the model before.
         images: How many these are.
     """
@@ -57,25 +57,25 @@ def hold_budget(
 ) -> Kept:
     """Leave the fewest layers in higher precision, the most sensitive ones first, that hold a budget.
 
-    A layer's cost is what quantising it alone does to the outputs. How many of the costliest to leave is found by halving:
+    A layer's cost is what quantizing it alone does to the outputs. How many of the costliest to leave is found by halving:
     the drop need not fall with every layer that is left, so fewer might do, but those that are named do.
 
     Args:
         model: FP32.
-        options: What may be quantised.
-        amax: Range of each tensor, also of those that only other placements quantise.
+        options: What may be quantized.
+        amax: Range of each tensor, also of those that only other placements quantize.
         budget: Points of top-1 that may be lost.
         images: Prepared images (N, channels, H, W) of the `select` part: they choose, so they must not be `val`.
         labels: Theirs (N,).
 
     Raises:
-        InputError: With a single layer quantised the budget does not hold.
+        InputError: With a single layer quantized the budget does not hold.
     """
     own = logits_of(model, images)
 
     def drop(left: tuple[str, ...]) -> float:
-        quantised = insert_qdq(model, place(model, _without(options, left)), amax)
-        found = logits_of(quantised, images)
+        quantized = insert_qdq(model, place(model, _without(options, left)), amax)
+        found = logits_of(quantized, images)
         return 100 * float((own.argmax(1) == labels).mean() - (found.argmax(1) == labels).mean())
 
     first = drop(())
@@ -85,8 +85,8 @@ def hold_budget(
     costs = []
     for name in track(names, "sensitivity", len(names)):
         alone = tuple(other for other in names if other != name)
-        quantised = insert_qdq(model, place(model, _without(options, alone)), amax)
-        costs.append(LayerCost(name, divergence(own, logits_of(quantised, images))))
+        quantized = insert_qdq(model, place(model, _without(options, alone)), amax)
+        costs.append(LayerCost(name, divergence(own, logits_of(quantized, images))))
     costs.sort(key=lambda cost: -cost.divergence)
     worst = [cost.name for cost in costs]
     drops = {0: first}
@@ -94,7 +94,7 @@ def hold_budget(
     drops[high] = drop(tuple(worst[:high]))
     if drops[high] > budget:
         raise InputError(
-            "the budget does not hold even with one layer quantised",
+            "the budget does not hold even with one layer quantized",
             found=f"{drops[high]:.2f} points of top-1 on {len(images)} images; {budget:g} are allowed",
             fix="allow more, or stay with fp16",
         )
@@ -108,9 +108,9 @@ def hold_budget(
 
 
 def placements_of(model: onnx.ModelProto, options: PlaceOptions) -> Iterator[Placement]:
-    """Placements whose tensors, together, are all that any choice of layers quantises.
+    """Placements whose tensors, together, are all that any choice of layers quantizes.
 
-    Which of two branches an addition quantises, and where a path of moved values begins, follows from the layers next to
+    Which of two branches an addition quantizes, and where a path of moved values begins, follows from the layers next to
     it: each layer left out, and each one alone, show every case.
     """
     names = [weight.node for weight in place(model, options).weights]

@@ -23,7 +23,7 @@ _FLOATS = ("float32", "float16", "float64")
 
 
 @dataclass(frozen=True)
-class Spent:
+class CallTiming:
     """Where the time of one call went, in milliseconds: the GPU's part and the copies by events, the whole on the host."""
 
     gpu_ms: float
@@ -31,8 +31,8 @@ class Spent:
     copy_out_ms: float
     host_ms: float
 
-    def __add__(self, other: Spent) -> Spent:
-        return Spent(
+    def __add__(self, other: CallTiming) -> CallTiming:
+        return CallTiming(
             self.gpu_ms + other.gpu_ms,
             self.copy_in_ms + other.copy_in_ms,
             self.copy_out_ms + other.copy_out_ms,
@@ -48,7 +48,7 @@ class Engine(Protocol):
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    spent: Spent | None
+    spent: CallTiming | None
 
     def infer(self, feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
         """Run once."""
@@ -79,7 +79,7 @@ class Classifier:
             raise _not_a_classifier(name, f"inputs {_told(engine.inputs)}, outputs {_told(engine.outputs)}")
         self.input = engine.inputs[0]
         self.output = engine.outputs[0]
-        self.spent: Spent | None = None
+        self.spent: CallTiming | None = None
 
     @property
     def fixed_batch(self) -> int | None:

@@ -38,7 +38,7 @@ GROUPED = "grouped"
 NOT_2TO4 = "not_2to4"
 NO_FP32_KERNELS = "no_documented_fp32_kernels"
 LOW_OPTIMIZATION = "optimization_level_below_3"
-FLOAT_OUTPUT = "quantised_input_float_output"
+FLOAT_OUTPUT = "quantized_input_float_output"
 FEW_CHANNELS = "likely_few_channels"
 
 _WIN_CHANNELS = 256
@@ -157,7 +157,7 @@ def with_reasons(
     | `NOT_2TO4` | no weight of the layer's nodes is 2:4 | certain |
     | `NO_FP32_KERNELS` | the graph is FP32 | sparse kernels are documented for FP16 and INT8 only |
     | `LOW_OPTIMIZATION` | the builder's level is below 3 | it tries fewer kernels there, perhaps no sparse ones |
-    | `FLOAT_OUTPUT` | the layer takes quantised values and gives floats | seen by others: move the Q/DQ nodes |
+    | `FLOAT_OUTPUT` | the layer takes quantized values and gives floats | seen by others: move the Q/DQ nodes |
     | `FEW_CHANNELS` | C or K is below 256 | likely: a rule of thumb, the builder keeps what it times as faster |
 
     None is left where none of these holds: the builder then most often timed a dense kernel as faster.
@@ -318,17 +318,17 @@ def _reason(fields: Mapping[str, Any], kernel: str) -> str | None:
         # Formats are not told for dynamic shapes; the first types in a kernel's name are those of input and output.
         types = next((word for word in kernel.split("_") if _TYPE_PAIR.fullmatch(word)), "")
         return FLOAT_OUTPUT if _QUANTISED_TO_FLOAT.fullmatch(types) else None
-    return FLOAT_OUTPUT if (taken, given) == ("quantised", "float") else None
+    return FLOAT_OUTPUT if (taken, given) == ("quantized", "float") else None
 
 
 def _value_kind(tensors: Any) -> str | None:
-    """Whether a layer's first input or output is `quantised` or `float`, whichever way the version writes it."""
+    """Whether a layer's first input or output is `quantized` or `float`, whichever way the version writes it."""
     if not isinstance(tensors, list) or not tensors or not isinstance(tensors[0], dict):
         return None
     for key in ("DataType", "Datatype", "Format/Datatype", "Format"):
         text = _text(tensors[0].get(key)) or ""
         if _QUANTISED.search(text):
-            return "quantised"
+            return "quantized"
         if _FLOAT.search(text):
             return "float"
     return None

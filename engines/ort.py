@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: the engine file is the ONNX file, which the runtime optimises for its host at load."""
+"""ONNX Runtime on the CPU: the engine file is the ONNX file, which the runtime optimizes for its host at load."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from maskplan.engines.base import Arrays, Spent
+from maskplan.engines.base import Arrays, CallTiming
 from maskplan.exporters.external_data import bring_inside, external_tensors
 from maskplan.exporters.metadata import describe_onnx, parse_onnx
 from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel, Profile, TensorSpec
@@ -25,7 +25,7 @@ class OrtEngine:
 
     Args:
         path: The file.
-        optimised: False switches graph optimisation off, for a reference that shares little with the optimised session.
+        optimized: False switches graph optimization off, for a reference that shares little with the optimized session.
 
     Raises:
         InputError: ONNX Runtime does not accept the file.
@@ -33,16 +33,16 @@ class OrtEngine:
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    spent: Spent | None = None
+    spent: CallTiming | None = None
 
-    def __init__(self, path: Path, *, optimised: bool = True) -> None:
+    def __init__(self, path: Path, *, optimized: bool = True) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         # Several sessions take turns in one process; threads that spin would take time from the others.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if not optimised:
+        if not optimized:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -82,7 +82,7 @@ class OrtEngine:
 def build_ort(onnx_model: OnnxModel, profiles: tuple[Profile, ...], sparse_weights: bool, out: Path) -> EngineFile:
     """Copy the ONNX file to its place, external weights included, and see that ONNX Runtime loads it.
 
-    The copy is not optimised ahead: an optimised graph would be tied to this host's CPU and this release of ONNX Runtime.
+    The copy is not optimized ahead: an optimized graph would be tied to this host's CPU and this release of ONNX Runtime.
 
     Raises:
         InputError: ONNX Runtime does not accept the file, or its weights do not fit into one file.

@@ -164,7 +164,7 @@ def probe(
 
 
 def weight_matrix(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """(K, C, R, S) to (K, R*S*C), columns ordered r, s, c: the groups of four along C become neighbours."""
+    """(K, C, R, S) to (K, R*S*C), columns ordered r, s, c: the groups of four along C become neighbors."""
     return np.ascontiguousarray(weight.transpose(0, 2, 3, 1)).reshape(len(weight), -1)
 
 

@@ -72,7 +72,7 @@ def check_2to4(model: onnx.ModelProto | Path | str, options: CheckOptions | None
 
     The masked weights, as the file's metadata or `options.masked` lists them, must conform; the other eligible weights are
     dense by choice. With no list, or with `strict`, every eligible weight must conform. Zero is `== 0`, so -0.0 is zero and
-    NaN is not; in quantised weights zero is the zero point.
+    NaN is not; in quantized weights zero is the zero point.
 
     Args:
         model: An ONNX file, or a parsed model without external data.
@@ -189,7 +189,7 @@ def _judge(
         violating_groups=counts.violating,
         negative_zeros=counts.negative_zeros,
         first_violation=first,
-        likely_to_win=eligible and min(shape[-2:] if use.op == "MatMul" else shape[:2]) >= _WIN_CHANNELS,
+        likely_speedup=eligible and min(shape[-2:] if use.op == "MatMul" else shape[:2]) >= _WIN_CHANNELS,
         hint=hint,
     )
 

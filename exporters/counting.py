@@ -90,7 +90,7 @@ def _group_sums(nonzero: npt.NDArray[np.bool_], m: int) -> npt.NDArray[np.uint8]
     rows, length, inner = nonzero.shape
     bits = nonzero.view(np.uint8)
     if inner == 1 and m in (2, 4, 8) and bits.flags.c_contiguous:
-        # A group's flags are neighbours in memory: count the set bits of one word.
+        # A group's flags are neighbors in memory: count the set bits of one word.
         words = bits.reshape(rows, length).view(f"u{m}")
         counts: npt.NDArray[np.uint8] = np.bitwise_count(words)[..., None]
         return counts

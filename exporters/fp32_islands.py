@@ -16,7 +16,7 @@ _REPEATABLE = ("Constant", "DequantizeLinear")
 _FOLLOWING = ("Clip", "LeakyRelu", "QuantizeLinear", "Relu")
 
 
-def set_apart(model: onnx.ModelProto, tensors: Collection[str]) -> set[str]:
+def to_fp32_islands(model: onnx.ModelProto, tensors: Collection[str]) -> set[str]:
     """Set the nodes that make or read some tensors apart, in place, so that the rest of the graph can become FP16.
 
     Values pass between the parts through casts. Q/DQ at the border take the part's own type instead, so that integers pass,
@@ -75,7 +75,7 @@ def _sources(graph: onnx.GraphProto, tensors: Collection[str]) -> set[str]:
 
 
 def _inside(graph: onnx.GraphProto, wanted: set[str]) -> list[bool]:
-    """Which nodes make or read one of the tensors, or rectify or quantise what these make."""
+    """Which nodes make or read one of the tensors, or rectify or quantize what these make."""
     inside = []
     made: set[str] = set()
     for node in graph.node:
@@ -88,7 +88,7 @@ def _inside(graph: onnx.GraphProto, wanted: set[str]) -> list[bool]:
 
 
 def _repeat(graph: onnx.GraphProto, inside: list[bool], floats: set[str], names: set[str]) -> list[bool]:
-    """Give the nodes inside constants and dequantised values in FP32; those that nobody outside reads just move."""
+    """Give the nodes inside constants and dequantized values in FP32; those that nobody outside reads just move."""
     outputs = {value.name for value in graph.output}
     by_inside, by_others = _read_by(graph, inside)
     nodes: list[onnx.NodeProto] = []

@@ -48,7 +48,7 @@ def beyond_half(model: onnx.ModelProto, ranges: Mapping[str, float], margin: flo
     """The activations that overflow FP16, with their largest magnitudes, in the order of the graph.
 
     A tensor that nobody measured counts as large as the one that it was pooled, reshaped or rectified from. Tensors that are
-    quantised count too: of infinity, ONNX Runtime's QuantizeLinear makes the lowest integer.
+    quantized count too: of infinity, ONNX Runtime's QuantizeLinear makes the lowest integer.
 
     Args:
         model: Not changed. Tensors of `ranges` that it does not have are passed over.
@@ -91,7 +91,7 @@ def unfit_scales(graph: onnx.GraphProto) -> dict[str, tuple[str, ...]]:
             if bad.size:
                 unfit[f"{name} ({scale.name} has {bad.flat[0]:.4g})"] = tuple(outer.output)
             elif (reach := _reach(node, scales, constants)) > LARGEST:
-                # What is quantised overflows before it is quantised.
+                # What is quantized overflows before it is quantized.
                 source = node.input[:1] if node is outer and node.op_type == "QuantizeLinear" else ()
                 unfit[f"{name} ({scale.name} reaches {reach:.4g})"] = (*source, *outer.output)
     return unfit

@@ -99,7 +99,7 @@ def _weight(use: WeightUse, folder: Path | None) -> npt.NDArray[np.float32]:
     if use.tensor is None:
         raise _UnknownError("not constant")
     if use.zero_point is not None and read_values(use.zero_point.tensor, folder).array.any():
-        raise _UnknownError("quantised around a zero point that is not 0")
+        raise _UnknownError("quantized around a zero point that is not 0")
     stored = read_values(use.tensor, folder)
     # Each value is one of the stored type, which float32 holds.
     values = stored.to_floats(stored.array).astype(np.float32)

@@ -26,7 +26,7 @@ from maskplan.pipeline.core.artifacts import OnnxModel, Preprocessing, Provenanc
 from maskplan.pipeline.core.errors import InputError, listed
 from maskplan.pipeline.core.files import write_atomically
 from maskplan.pipeline.core.validation import above
-from maskplan.pipeline.models.layers import sample_input, survey
+from maskplan.pipeline.models.layers import sample_input, trace_layers
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -159,7 +159,7 @@ def _strip_nodes(nodes: Sequence[onnx.NodeProto]) -> None:
                 _strip_graph(graph)
 
 
-def _rename(model: onnx.ModelProto, module: nn.Module, how: Preprocessing) -> None:
+def _rename(model: onnx.ModelProto, module: nn.Module, preprocessing: Preprocessing) -> None:
     """Name weights after their parameter and weight-bearing nodes after their module.
 
     The exporter stores a linear layer's weight transposed under a name of its own, and equal weights once.
@@ -174,7 +174,7 @@ def _rename(model: onnx.ModelProto, module: nn.Module, how: Preprocessing) -> No
                     group.append(name)
     if any(len(group) > 1 for group in names.values()):
         # Equal weights are told apart by the order in which the model, and so the graph, uses them.
-        order = {layer.name: layer.position or 0 for layer in survey(module, how)[0]}
+        order = {layer.name: layer.position or 0 for layer in trace_layers(module, preprocessing)[0]}
         for group in names.values():
             group.sort(key=lambda name: order.get(name, 0))
     twins = {name: group for group in names.values() for name in group}

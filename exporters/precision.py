@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from maskplan.exporters.fp32_islands import reads, rename_reads, set_apart
+from maskplan.exporters.fp32_islands import reads, rename_reads, to_fp32_islands
 from maskplan.exporters.half_range import LARGEST, graphs_of, is_qdq, unfit_scales
 from maskplan.pipeline.core.errors import InputError, listed
 
@@ -49,7 +49,7 @@ def to_fp16(model: onnx.ModelProto, keep_fp32: Collection[str] = ()) -> onnx.Mod
         log.warning("layers stay FP32 around their integers, for FP16 cannot hold their scales: %s", listed(unfit))
     _separate_fp32_constants(half.graph)
     wanted = dict.fromkeys((*keep_fp32, *(name for names in unfit.values() for name in names)))
-    keep = set_apart(half, wanted) | _kept_in_fp32(half.graph)
+    keep = to_fp32_islands(half, wanted) | _kept_in_fp32(half.graph)
     overflowing: list[str] = []
     for graph in _graphs(half.graph, keep):
         for tensor in graph.initializer:

@@ -128,7 +128,7 @@ def _zero(use: WeightUse, stored: StoredValues, folder: Path | None) -> int:
         return 0
     points = np.unique(read_values(use.zero_point.tensor, folder).array)
     if points.size != 1:
-        raise TensorError("zero points differ from channel to channel: quantise symmetrically")
+        raise TensorError("zero points differ from channel to channel: quantize symmetrically")
     return int(points[0])
 
 

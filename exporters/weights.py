@@ -27,7 +27,7 @@ UNBAKED = "the weight is multiplied by a mask in the graph: bake the mask into t
 
 @dataclass(frozen=True)
 class ZeroPoint:
-    """What means zero in a quantised tensor: a stored tensor, and the axis along which its values lie."""
+    """What means zero in a quantized tensor: a stored tensor, and the axis along which its values lie."""
 
     tensor: onnx.TensorProto
     axis: int
@@ -44,7 +44,7 @@ class WeightUse:
         tensor: The stored tensor, or None.
         axis: Its reduction axis, as stored.
         groups: Of a convolution; 1 otherwise.
-        zero_point: What means zero in a quantised tensor; None for plain zero.
+        zero_point: What means zero in a quantized tensor; None for plain zero.
         reason: Why it can never be N:M, or None.
         hint: What a reader may want to know about it, or None.
     """
@@ -208,7 +208,7 @@ def _settle(
             return None
         axis = found
         if node.op_type in _QUANTIZE:
-            # What is stored is not quantised yet: its zero is 0.
+            # What is stored is not quantized yet: its zero is 0.
             zero_point = None
         elif node.op_type in _DEQUANTIZE and len(node.input) > 2 and node.input[2]:
             stored = _constant(node.input[2], scope)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +14,15 @@ from maskplan.engines.trt.options import TrtOptions
 from maskplan.exporters.onnx_export import ExportOptions
 from maskplan.pipeline.core.errors import InputError, did_you_mean
 from maskplan.pipeline.core.files import read_bytes
-from maskplan.pipeline.core.serialization import decode
+from maskplan.pipeline.core.serialization import decode, with_new_names
 from maskplan.pipeline.learning.options import LearnOptions
 from maskplan.pipeline.models.batchnorm import RecalibrateOptions
 from maskplan.pipeline.parity.options import CompareOptions
 from maskplan.pipeline.permutation.permute import PermuteOptions
 from maskplan.pipeline.pruning.mask import MaskOptions
 from maskplan.pipeline.timing.interleaved import TimeOptions
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,10 @@ def read_recipe(path: Path | None, seed: int) -> Recipe:
         fields = {f.name for f in dataclasses.fields(kind)} - {"learn", "judge_augment"}
         if not isinstance(given, dict):
             continue
+        for old, new in getattr(kind, "RENAMED_FIELDS", {}).items():
+            if old in given:
+                log.warning("[%s] %s is now called %s", name, old, new)
+        given = with_new_names(kind, given)
         good = {"seed": seed} if "seed" in fields else {}
         out_of_range = []
         for key, value in given.items():

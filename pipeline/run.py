@@ -22,7 +22,7 @@ from maskplan.pipeline.data.digits import load_digits
 from maskplan.pipeline.masking.patterns import CHANNEL
 from maskplan.pipeline.models.checkpoint import ModelOptions
 from maskplan.pipeline.models.registry import BUNDLED, folder_name
-from maskplan.pipeline.pruning.mask import AUTO, DEPLOYABLE, LAYERWISE, LEARNED, REPORT, method_for
+from maskplan.pipeline.pruning.mask import AUTO, DANHOFER2024, DEPLOYABLE, LAYERWISE, LEARNED, method_for
 from maskplan.pipeline.recipe import Recipe
 from maskplan.pipeline.report.record import ReportFiles, RunReport
 from maskplan.pipeline.stages import engines as engine_stages
@@ -74,7 +74,7 @@ class LineOptions:
 
 
 @dataclass(frozen=True)
-class Finished:
+class LineResult:
     """What a run leaves: its report, the files of it, where the engine was deployed, and the stages that did not run."""
 
     report: RunReport
@@ -83,15 +83,15 @@ class Finished:
     reused: tuple[str, ...]
 
 
-def run(options: LineOptions) -> Finished:
+def run(options: LineOptions) -> LineResult:
     """Take a checkpoint to a checked, compared and timed engine.
 
     Raises:
         PipelineError: Bad input or environment, in one message.
         ConformanceError: The check found weights that are not N:M.
     """
-    if REPORT in (options.masks, options.recipe.mask.method):
-        fix = "choose learned or magnitude; `maskplan mask --method report` makes masks for comparison"
+    if DANHOFER2024 in (options.masks, options.recipe.mask.method):
+        fix = "choose learned or magnitude; `maskplan mask --method danhofer2024` makes masks for comparison"
         raise InputError("masks by the report's recipe cannot be deployed: their groups do not run along C", fix=fix)
     if options.recipe.mask.layout != CHANNEL:
         fix = "TensorRT takes groups along C: leave the layout at 'channel'"
@@ -111,7 +111,7 @@ def run(options: LineOptions) -> Finished:
         how = _method(options.masks, options.recipe.mask.method, data)
         # The dense model first: one that cannot be exported is found out before masks are learned for it.
         dense_onnx = stages.export(job, dense, "dense")
-        dense_int8 = stages.quantise(job, dense_onnx, "dense", images) if precision == INT8 else None
+        dense_int8 = stages.quantize(job, dense_onnx, "dense", images) if precision == INT8 else None
         reordered = _permuted(job, dense, how) if options.permute else _AS_GIVEN
         start = reordered.permuted.checkpoint if reordered.permuted is not None else dense
         masks = stages.choose(job, start, how, images)
@@ -152,7 +152,7 @@ def run(options: LineOptions) -> Finished:
         name = folder_name(options.model.model)
         where = DeployOptions(options.repository, name, options.allow_untrained)
         deployment = deploy(engine.path, where, golden_of([engine])[0])
-    return Finished(found, files, deployment, reused)
+    return LineResult(found, files, deployment, reused)
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class _Line:
     dense: Checkpoint
     start: Checkpoint
     dense_onnx: stages.Exported
-    dense_int8: stages.Quantised | None
+    dense_int8: stages.Quantized | None
     images: stages.Images | None
     backend: str
     floats: str
@@ -203,14 +203,14 @@ def _pass(job: stages.Job, line: _Line, masks: MaskSet, dense: OnnxModel | Engin
     others = stages.baselines(job, line.dense, masks, images)
     models, calibration, untouched = exported, None, None
     if line.dense_int8 is not None:
-        quantised = stages.quantise(job, exported, "sparse", images)
-        models, calibration, untouched = quantised.models, quantised.report, line.dense_onnx.fp32
+        quantized = stages.quantize(job, exported, "sparse", images)
+        models, calibration, untouched = quantized.models, quantized.report, line.dense_onnx.fp32
         checked = stages.check(job, models, pattern, "check-int8")
         others = stages.beside_int8(line.dense_onnx, line.dense_int8, exported, others)
     own_onnx = models.of(line.floats)
     engines = engine_stages.build(job, line.backend, dense, own_onnx, candidate=line.candidates)
     compared = engine_stages.judge(job, engines, own_onnx, others, sparse, images, untouched)
-    timing = engine_stages.clock(job, engines)
+    timing = engine_stages.time_stage(job, engines)
     return _Pass(masks, sparse, models, checked.of(line.floats), calibration, engines, compared, timing)
 
 

@@ -99,7 +99,7 @@ def tiny_spec(tmp_path: Path) -> str:
 
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes told apart by colour: 20 training and 8 validation images each, 20x20, PNG. Do not write to it."""
+    """Three classes told apart by color: 20 training and 8 validation images each, 20x20, PNG. Do not write to it."""
     folder = tmp_path_factory.mktemp("toy")
     generator = np.random.default_rng(0)
     for part, count in (("train", 20), ("val", 8)):

@@ -15,7 +15,7 @@ from cifar import HOW, load_cifar10
 from maskplan.pipeline.learning.options import LearnOptions
 from maskplan.pipeline.learning.trainer import learn_masks
 from maskplan.pipeline.masking.policy import select_layers
-from maskplan.pipeline.models.layers import survey
+from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.report.write import versions
 from maskplan.pipeline.timing.compare_latency import cpu_name
 
@@ -23,11 +23,11 @@ from maskplan.pipeline.timing.compare_latency import cpu_name
 CHANGES: dict[str, dict[str, Any]] = {
     "maskplan": {},
     "soft samples, tau to 0.1": {"hard": False, "tau_end": 0.1},
-    "no magnitude prior": {"prior": 0.0},
+    "no magnitude init_std": {"init_std": 0.0},
     "labels, no distillation": {"distill": 0.0},
     "full noise to the end": {"noise_start": 1.0, "noise_end": 1.0},
     "no noise": {"noise_start": 0.0},
-    "rate 0.02": {"rate": 0.02},
+    "rate 0.02": {"lr": 0.02},
     "no augmentation": {"augment": "none"},
     "soft samples": {"hard": False},
     "tau to 0.1": {"tau_end": 0.1},
@@ -44,7 +44,7 @@ def main() -> None:
     args = parser.parse_args()
     data = load_cifar10(args.data)
     module = dense_network(args.model, args.weights, args.data)
-    layers, _ = survey(module, HOW)
+    layers, _ = trace_layers(module, HOW)
     magnitude = by_magnitude(module, select_layers(layers, PATTERN).masked)
     usual = LearnOptions(epochs=args.epochs, batch=128, augment="shift+flip", seed=args.seed)
     key = {"model": args.model, "epochs": args.epochs, "seed": args.seed}

@@ -36,7 +36,7 @@ from maskplan.pipeline.learning.trainer import learn_masks
 from maskplan.pipeline.masking.magnitude import magnitude_mask
 from maskplan.pipeline.masking.policy import select_layers
 from maskplan.pipeline.models.batchnorm import RecalibrateOptions, update_statistics
-from maskplan.pipeline.models.layers import survey
+from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.models.state_dict import fit_weights, read_weights
 from maskplan.pipeline.report.write import versions
 from maskplan.pipeline.timing.compare_latency import cpu_name
@@ -87,24 +87,26 @@ def pruned(module: nn.Module, masks: Masks) -> nn.Module:
     return sparse
 
 
-def recalibrated(module: nn.Module, data: Dataset, how: Preprocessing = HOW, augment: str = "none") -> nn.Module:
+def recalibrated(
+    module: nn.Module, data: Dataset, preprocessing: Preprocessing = HOW, augment: str = "none"
+) -> nn.Module:
     """A copy whose statistics are of 10,000 training images."""
     changed = copy.deepcopy(module)
-    update_statistics(changed, data.train, how, RecalibrateOptions(augment=augment))
+    update_statistics(changed, data.train, preprocessing, RecalibrateOptions(augment=augment))
     return changed
 
 
-def hits(module: nn.Module, split: Split, how: Preprocessing = HOW) -> Hits:
+def hits(module: nn.Module, split: Split, preprocessing: Preprocessing = HOW) -> Hits:
     """Which images are right."""
-    return hits_within(module, split, how, (1,))[1]
+    return hits_within(module, split, preprocessing, (1,))[1]
 
 
-def hits_within(module: nn.Module, split: Split, how: Preprocessing, ks: tuple[int, ...]) -> dict[int, Hits]:
+def hits_within(module: nn.Module, split: Split, preprocessing: Preprocessing, ks: tuple[int, ...]) -> dict[int, Hits]:
     """Which images have their label among the k likeliest, for several k."""
     device = next(module.parameters()).device
     ranks = []
     with torch.no_grad():
-        for x, labels in batches(split, how, 500 if how.height < 64 else 64):
+        for x, labels in batches(split, preprocessing, 500 if preprocessing.height < 64 else 64):
             logits = module(torch.from_numpy(x).to(device)).cpu()
             likeliest = logits.topk(min(max(ks), logits.shape[1]), dim=1).indices.numpy()
             found = likeliest == labels[:, None]
@@ -133,7 +135,7 @@ def measure(
     command: str,
 ) -> dict[str, Any]:
     """All rows of one network and seed."""
-    layers, _ = survey(module, HOW)
+    layers, _ = trace_layers(module, HOW)
     chosen = select_layers(layers, PATTERN).masked
     magnitude = by_magnitude(module, chosen)
     started = time.monotonic()
@@ -200,12 +202,12 @@ def main() -> None:
     parser.add_argument("--augment", default="shift+flip", help="of the images that masks are learned from")
     parser.add_argument("--recalibrate-augment", default="none", help="of those that statistics are of, in every row")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rate", type=float, default=LearnOptions().rate)
+    parser.add_argument("--rate", type=float, default=LearnOptions().lr)
     args = parser.parse_args()
     options = LearnOptions(
         epochs=args.epochs,
         batch=args.batch,
-        rate=args.rate,
+        lr=args.rate,
         augment=args.augment,
         judge_augment=args.recalibrate_augment,
         seed=args.seed,

@@ -63,7 +63,7 @@ def pixels(split: Split) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
 
-def normalised(images: torch.Tensor) -> torch.Tensor:
+def normalized(images: torch.Tensor) -> torch.Tensor:
     """Pixels to what the networks take."""
     mean = torch.tensor(HOW.mean, device=images.device).view(1, 3, 1, 1)
     std = torch.tensor(HOW.std, device=images.device).view(1, 3, 1, 1)

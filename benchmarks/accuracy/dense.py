@@ -16,14 +16,14 @@ from typing import Any
 
 import models
 import torch
-from cifar import load_cifar10, normalised, pixels, shifted_and_flipped
+from cifar import load_cifar10, normalized, pixels, shifted_and_flipped
 from torch import nn
 from torch.nn import functional as F
 
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.files import write_atomically, write_json
 from maskplan.pipeline.core.progress import track
-from maskplan.pipeline.models.state_dict import fit_weights, read_weights, serialise
+from maskplan.pipeline.models.state_dict import fit_weights, read_weights, serialize
 from maskplan.pipeline.report.write import versions
 from maskplan.pipeline.timing.compare_latency import cpu_name
 
@@ -38,7 +38,7 @@ def accuracy(net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> floa
     right = 0
     with torch.no_grad():
         for at in range(0, len(images), 512):
-            right += int((net(normalised(images[at : at + 512])).argmax(1) == labels[at : at + 512]).sum())
+            right += int((net(normalized(images[at : at + 512])).argmax(1) == labels[at : at + 512]).sum())
     return 100 * right / len(images)
 
 
@@ -47,20 +47,20 @@ def train(
 ) -> None:
     """SGD with momentum, the rate rising over the first fifth and then falling to zero."""
     generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.SGD(net.parameters(), peak, momentum=0.9, weight_decay=DECAY, nesterov=True)
+    optimizer = torch.optim.SGD(net.parameters(), peak, momentum=0.9, weight_decay=DECAY, nesterov=True)
     steps = epochs * (len(images) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, total_steps=steps, pct_start=0.2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.2)
     net.train()
     orders = (torch.randperm(len(images), generator=generator) for _ in range(epochs))
     batches = (order[at : at + BATCH] for order in orders for at in range(0, len(order) - BATCH + 1, BATCH))
     for batch in track(batches, name, steps):
-        x = normalised(shifted_and_flipped(images[batch], generator))
+        x = normalized(shifted_and_flipped(images[batch], generator))
         loss = F.cross_entropy(net(x), labels[batch], label_smoothing=SMOOTHING)
         if not bool(loss.isfinite()):
             raise InputError("the loss is not a number", where=name, fix="lower --rate")
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         schedule.step()
 
 
@@ -108,7 +108,7 @@ def main() -> None:
     }
 
     def keep() -> None:
-        write_atomically(args.out, serialise(net.state_dict(), {}))
+        write_atomically(args.out, serialize(net.state_dict(), {}))
         write_json(args.out.with_suffix(".json"), result | {"minutes": round((time.monotonic() - started) / 60, 1)})
 
     keep()

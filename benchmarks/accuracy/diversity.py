@@ -29,7 +29,7 @@ from maskplan.pipeline.masking.magnitude import magnitude_mask
 from maskplan.pipeline.masking.patterns import parse_pattern
 from maskplan.pipeline.masking.policy import select_layers
 from maskplan.pipeline.masking.transposable import transposable_mask
-from maskplan.pipeline.models.layers import survey
+from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.report.write import versions
 from maskplan.pipeline.timing.compare_latency import cpu_name
 
@@ -85,7 +85,7 @@ def main() -> None:
     args = parser.parse_args()
     data = load_cifar10(args.data, most=args.most)
     module = dense_network("resnet20", args.weights, args.data)
-    chosen = select_layers(survey(module, HOW)[0], PATTERN).masked
+    chosen = select_layers(trace_layers(module, HOW)[0], PATTERN).masked
     state = module.state_dict()
     weights = {layer.name: state[layer.name].numpy() for layer in chosen}
     whole = sum(float(np.abs(w).sum(dtype=np.float64)) for w in weights.values())

@@ -22,7 +22,7 @@ from maskplan.pipeline.learning.masked_net import Masks
 from maskplan.pipeline.learning.options import LearnOptions
 from maskplan.pipeline.learning.trainer import learn_masks
 from maskplan.pipeline.masking.policy import select_layers
-from maskplan.pipeline.models.layers import survey
+from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.report.write import versions
 from maskplan.pipeline.timing.compare_latency import cpu_name
 
@@ -32,7 +32,7 @@ RATES = (0.001, 0.01, 0.1)
 
 def magnitude(module: nn.Module) -> Masks:
     """Magnitude masks of our layers."""
-    layers, _ = survey(module, HOW)
+    layers, _ = trace_layers(module, HOW)
     return by_magnitude(module, select_layers(layers, PATTERN).masked)
 
 

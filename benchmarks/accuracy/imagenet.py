@@ -26,7 +26,7 @@ from maskplan.pipeline.learning.masked_net import Masks
 from maskplan.pipeline.learning.options import LearnFiles, LearnOptions
 from maskplan.pipeline.learning.trainer import learn_masks
 from maskplan.pipeline.masking.policy import select_layers
-from maskplan.pipeline.models.layers import survey
+from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.models.registry import build_model
 from maskplan.pipeline.models.state_dict import fit_weights, read_weights
 from maskplan.pipeline.report.write import versions
@@ -63,7 +63,7 @@ class Bench:
 
     name: str
     dense: nn.Module
-    how: Preprocessing
+    preprocessing: Preprocessing
     data: Dataset
     results: Path
     options: LearnOptions
@@ -71,24 +71,24 @@ class Bench:
 
 def rows_of(table: int, bench: Bench) -> Iterator[tuple[str, nn.Module]]:
     """The networks of one table, by the names of their rows."""
-    layers, _ = survey(bench.dense, bench.how)
+    layers, _ = trace_layers(bench.dense, bench.preprocessing)
     magnitude = by_magnitude(bench.dense, select_layers(layers, PATTERN).masked)
     yield "dense", bench.dense
     if table == 1:
-        yield "dense, recalibrated", recalibrated(bench.dense, bench.data, bench.how)
+        yield "dense, recalibrated", recalibrated(bench.dense, bench.data, bench.preprocessing)
         return
     masks: dict[str, Masks] = {"magnitude": magnitude}
     if table == 2:
         files = LearnFiles(bench.results / f"{bench.name}.learning", log=bench.results / f"{bench.name}.log")
         masks["maskplan"] = learn_masks(
-            bench.dense, magnitude, PATTERN, bench.how, bench.data, bench.options, files=files
+            bench.dense, magnitude, PATTERN, bench.preprocessing, bench.data, bench.options, files=files
         )[0]
     else:
         masks["magnitude, ASP's layers"] = by_asp(bench.dense, layers)
     for name, chosen in masks.items():
         sparse = pruned(bench.dense, chosen)
         yield name, sparse
-        yield f"{name}, recalibrated", recalibrated(sparse, bench.data, bench.how)
+        yield f"{name}, recalibrated", recalibrated(sparse, bench.data, bench.preprocessing)
 
 
 def measure(table: int, bench: Bench) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def measure(table: int, bench: Bench) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     reference: Hits | None = None
     for name, module in rows_of(table, bench):
-        found = hits_within(module, bench.data.val, bench.how, TOP)
+        found = hits_within(module, bench.data.val, bench.preprocessing, TOP)
         reference = found[1] if reference is None else reference
         tops = {f"top{k}": round(100 * float(right.mean()), 3) for k, right in found.items()}
         rows[name] = tops | paired(reference, found[1])

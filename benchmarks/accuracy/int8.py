@@ -27,7 +27,7 @@ from maskplan.pipeline.data.dataset import Dataset, Split, batches
 from maskplan.pipeline.learning.options import LearnFiles, LearnOptions
 from maskplan.pipeline.learning.trainer import learn_masks
 from maskplan.pipeline.masking.policy import select_layers
-from maskplan.pipeline.models.layers import survey
+from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.report.write import versions
 from maskplan.pipeline.timing.compare_latency import cpu_name
 
@@ -47,7 +47,7 @@ def exported(module: nn.Module, masked: tuple[str, ...], folder: Path, name: str
     return dict(zip(paths, export_onnx(module, made, ExportOptions(), paths), strict=True))
 
 
-def quantised(model: OnnxModel, data: Dataset, folder: Path, method: str) -> OnnxModel:
+def quantized(model: OnnxModel, data: Dataset, folder: Path, method: str) -> OnnxModel:
     """The same in INT8."""
     out = folder / f"{model.path.stem}.{method}.int8.onnx"
     source = CalibrationImages(data.train, data.select, HOW)
@@ -56,7 +56,7 @@ def quantised(model: OnnxModel, data: Dataset, folder: Path, method: str) -> Onn
 
 def measure(module: nn.Module, data: Dataset, options: LearnOptions, state: Path) -> dict[str, Any]:
     """The table of one network."""
-    layers, _ = survey(module, HOW)
+    layers, _ = trace_layers(module, HOW)
     magnitude = by_magnitude(module, select_layers(layers, PATTERN).masked)
     masks, learning = learn_masks(
         module, magnitude, PATTERN, HOW, data, options, files=LearnFiles(state, log=state.parent / state.stem)
@@ -69,7 +69,7 @@ def measure(module: nn.Module, data: Dataset, options: LearnOptions, state: Path
         folder = Path(made)
         for name, net, masked in (("dense", module, ()), ("sparse", sparse, tuple(masks))):
             models = exported(net, masked, folder, name)
-            by_method = {method: quantised(models["fp32"], data, folder, method) for method in METHODS}
+            by_method = {method: quantized(models["fp32"], data, folder, method) for method in METHODS}
             select[name] = {
                 row: round(100 * float(hits(model, data.select).mean()), 3)
                 for row, model in ({"fp32": models["fp32"]} | by_method).items()

@@ -37,7 +37,7 @@ from maskplan.pipeline.learning.masked_net import Masks
 from maskplan.pipeline.masking.layerwise import layerwise_mask, output_error
 from maskplan.pipeline.masking.policy import select_layers
 from maskplan.pipeline.models.batchnorm import RecalibrateOptions
-from maskplan.pipeline.models.layers import survey
+from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.models.registry import build_model
 from maskplan.pipeline.models.state_dict import fit_weights, read_weights
 from maskplan.pipeline.pruning.convert import ConvertOptions, convert
@@ -51,7 +51,7 @@ def accuracy(weights: Path, folder: Path, out: Path, most: int | None) -> dict[s
     """Layer-wise masks beside magnitude masks; conversions beside their source."""
     data = load_cifar10(folder, most=most)
     module = dense_network("resnet20", weights, folder)
-    chosen = select_layers(survey(module, HOW)[0], PATTERN).masked
+    chosen = select_layers(trace_layers(module, HOW)[0], PATTERN).masked
     magnitude = by_magnitude(module, chosen)
     started = time.process_time()
     layerwise, shares = masks_of(module, chosen, data, magnitude)
@@ -121,7 +121,7 @@ def row_of(right: dict[str, Hits], row: str) -> dict[str, Any]:
 def resnet50(images: int) -> dict[str, Any]:
     """Time and memory, with the load that others put on the machine."""
     built = build_model("resnet50", seed=0)
-    chosen = select_layers(survey(built.module, built.preprocessing)[0], PATTERN).masked
+    chosen = select_layers(trace_layers(built.module, built.preprocessing)[0], PATTERN).masked
     train = Split("train", RandomImages(np.zeros(images, np.int64)), np.arange(images))
     state = built.module.state_dict()
     before, wall, cpu, searching = os.getloadavg(), time.monotonic(), time.process_time(), 0.0
@@ -143,7 +143,7 @@ def resnet50(images: int) -> dict[str, Any]:
 
 
 class RandomImages:
-    """Coloured clouds of 256x256 pixels."""
+    """Colored clouds of 256x256 pixels."""
 
     def __init__(self, labels: npt.NDArray[np.int64]) -> None:
         self.labels = labels

@@ -18,12 +18,12 @@ from torch import nn
 
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.data.dataset import Dataset
-from maskplan.pipeline.learning.danhofer2024 import ReportNet, ReportOptions, hits_of, learn_as_reported
+from maskplan.pipeline.learning.danhofer2024 import DanhoferNet, DanhoferOptions, hits_of, learn_danhofer
 from maskplan.pipeline.learning.masked_net import Masks
 from maskplan.pipeline.masking.magnitude import magnitude_mask
 from maskplan.pipeline.masking.patterns import FLAT
 from maskplan.pipeline.masking.policy import select_layers
-from maskplan.pipeline.models.layers import survey
+from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.report.write import versions
 from maskplan.pipeline.timing.compare_latency import cpu_name
 
@@ -36,13 +36,13 @@ def only(masks: Masks, names: set[str]) -> Masks:
     return {name: mask for name, mask in masks.items() if name in names}
 
 
-def search(module: nn.Module, data: Dataset, options: ReportOptions) -> dict[float, float]:
+def search(module: nn.Module, data: Dataset, options: DanhoferOptions) -> dict[float, float]:
     """Top-1 on `select` by learning rate, after an epoch each."""
     found = {}
     for rate in RATES:
-        one = dataclasses.replace(options, rate=rate, epochs=1)
+        one = dataclasses.replace(options, lr=rate, epochs=1)
         try:
-            net = learn_as_reported(module, HOW, data, one, PATTERN)
+            net = learn_danhofer(module, HOW, data, one, PATTERN)
         except InputError:
             found[rate] = 0.0
             continue
@@ -52,7 +52,7 @@ def search(module: nn.Module, data: Dataset, options: ReportOptions) -> dict[flo
 
 
 def rows_of(
-    name: str, net: ReportNet, module: nn.Module, data: Dataset, parts: Mapping[str, set[str]], augment: str
+    name: str, net: DanhoferNet, module: nn.Module, data: Dataset, parts: Mapping[str, set[str]], augment: str
 ) -> dict[str, list[bool]]:
     """Hits on `val` of gates as they are, and of their likeliest masks on more and fewer layers, recalibrated."""
     found = {
@@ -73,7 +73,7 @@ def main() -> None:
     augment = args.recalibrate_augment
     data = load_cifar10(args.data)
     module = dense_network(args.model, args.weights, args.data)
-    layers, _ = survey(module, HOW)
+    layers, _ = trace_layers(module, HOW)
     convolutions = {x.name: x for x in layers if x.op == "Conv"}
     ours = {x.name for x in select_layers(layers, PATTERN).masked}
     parts = {
@@ -83,22 +83,22 @@ def main() -> None:
     }
     if parts["depthwise dense"] == parts["all convolutions"]:
         del parts["depthwise dense"]
-    options = ReportOptions(epochs=args.epochs, seed=args.seed)
+    options = DanhoferOptions(epochs=args.epochs, seed=args.seed)
     weights = module.state_dict()
     right = {"dense": hits(module, data.val).tolist()}
     for part, names in parts.items():
         flat = {n: magnitude_mask(weights[n].numpy(), PATTERN, FLAT) for n in names}
         sparse = recalibrated(pruned(module, flat), data, augment=augment)
         right[f"magnitude, {part}, recalibrated"] = hits(sparse, data.val).tolist()
-    untrained = ReportNet(module, options, PATTERN).eval()
+    untrained = DanhoferNet(module, options, PATTERN).eval()
     right |= rows_of("report, untrained", untrained, module, data, parts, augment)
-    as_written = learn_as_reported(module, HOW, data, options, PATTERN)
+    as_written = learn_danhofer(module, HOW, data, options, PATTERN)
     right |= rows_of("report", as_written, module, data, parts, augment)
     searched = search(module, data, options)
     best = max(searched, key=lambda rate: searched[rate])
     entropy = {"as written": as_written.entropy()}
-    if best != options.rate:
-        tuned = learn_as_reported(module, HOW, data, dataclasses.replace(options, rate=best), PATTERN)
+    if best != options.lr:
+        tuned = learn_danhofer(module, HOW, data, dataclasses.replace(options, lr=best), PATTERN)
         right |= rows_of(f"report, rate {best:g}", tuned, module, data, parts, augment)
         entropy[f"rate {best:g}"] = tuned.entropy()
     dense = np.array(right["dense"])

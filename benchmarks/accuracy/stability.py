@@ -39,10 +39,10 @@ from maskplan.pipeline.core.files import write_json
 from maskplan.pipeline.core.serialization import encode
 from maskplan.pipeline.data.dataset import Split, batches, identify
 from maskplan.pipeline.masking.policy import select_layers
-from maskplan.pipeline.models.layers import survey
+from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.report.write import versions
-from maskplan.pipeline.stability.analyse import StabilityOptions, Weights, analyse, under_masks
-from maskplan.pipeline.stability.bounds import change_bounds, difference_norms, look, pair_of, worst_case
+from maskplan.pipeline.stability.analyze import StabilityOptions, Weights, analyze, under_masks
+from maskplan.pipeline.stability.bounds import change_bounds, difference_norms, observe, pair_of, worst_case
 from maskplan.pipeline.stability.certify import certify, tails
 from maskplan.pipeline.stability.network import affine_maps
 from maskplan.pipeline.stability.updates import ball_changes, ball_of, keeps_class
@@ -122,7 +122,7 @@ def ball_counts(case: random_nets.Case, rng: np.random.Generator) -> Counter[str
     rho = float(rng.choice(RADII))
     new = random_nets.update_within(case, rho, layers, rng)
     pair = pair_of(network, masked, affine_maps(network, new))
-    seen = look(pair, case.images)
+    seen = observe(pair, case.images)
     ball = ball_of(network, masked, pair.first_norms, {i: a.frobenius for i, a in dense.items()}, layers)
     radii = np.full(len(case.images), rho)
     kept = keeps_class(ball, seen.sizes_first, seen.logits_first, radii)
@@ -137,7 +137,7 @@ def cifar(weights: Path, folder: Path, images: int, most: int | None) -> dict[st
     """ResNet-20 under two kinds of masks, and under one of them after one step of training."""
     data = load_cifar10(folder, most=most)
     module = dense_network("resnet20", weights, folder)
-    chosen = select_layers(survey(module, HOW)[0], PATTERN).masked
+    chosen = select_layers(trace_layers(module, HOW)[0], PATTERN).masked
     magnitude = by_magnitude(module, chosen)
     layerwise, _ = masks_of(module, chosen, data, magnitude)
     newer = a_step_later(module, data.train)
@@ -152,7 +152,7 @@ def cifar(weights: Path, folder: Path, images: int, most: int | None) -> dict[st
             states = replace(states, updated=newer.state_dict(), updated_masked=under_masks(newer, masks, state))
         started = time.monotonic()
         options = StabilityOptions(images=images, radii=(1e-6, 1e-5, 1e-4, 1e-3, 1e-2))
-        report = analyse(masked, about, states, method, data.val, known, options)
+        report = analyze(masked, about, states, method, data.val, known, options)
         told = encode(report)
         told["images"].pop("sketch")
         found[method] = {"seconds": round(time.monotonic() - started, 1)} | told

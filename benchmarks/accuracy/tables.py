@@ -101,7 +101,7 @@ cannot. `{command}`
 
 _REPORTED = """## The semester report's recipe: {model}
 
-{epochs} epochs of {images} images with the report's gates, layers, optimiser and augmentation; the same with the learning
+{epochs} epochs of {images} images with the report's gates, layers, optimizer and augmentation; the same with the learning
 rate that was best on `select` after one epoch (top-1 by rate: {rates}). Masked are {layers}. Groups run along the flattened
 matrix, which TensorRT does not take. Mean entropy of the gates' choices (1 is undecided): {entropy}. Drops are against
 dense. `{command}`

@@ -51,8 +51,8 @@ def main(destination: Path) -> None:
     torch.use_deterministic_algorithms(True)
     module = DigitsResNet(len(CLASSES))
     steps = EPOCHS * (len(data.train) // BATCH)
-    optimiser = torch.optim.AdamW(module.parameters(), lr=RATE, weight_decay=DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=steps)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=RATE, weight_decay=DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
     generator = torch.Generator().manual_seed(SEED)
     best, best_state = -1.0, copy.deepcopy(module.state_dict())
     for epoch in range(EPOCHS):
@@ -64,9 +64,9 @@ def main(destination: Path) -> None:
                 torch.from_numpy(labels),
                 label_smoothing=0.05,
             )
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
+            optimizer.step()
             schedule.step()
         accuracy = top1(module, data.select)
         if accuracy >= best:

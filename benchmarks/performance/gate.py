@@ -4,7 +4,7 @@
 Runtime sessions and batches. `--quick` takes few images and writes nothing.
 
 Bare inference is ONNX Runtime alone on batches of float32 that lie in memory. The gate does all that `compare` does, from
-image files in memory (`files`: decoding and normalising included) and from the same float32 batches (`arrays`).
+image files in memory (`files`: decoding and normalizing included) and from the same float32 batches (`arrays`).
 """
 
 from __future__ import annotations

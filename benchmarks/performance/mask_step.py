@@ -1,9 +1,9 @@
 """What a step of mask learning costs: beside an ordinary step of training, and beside the papers' formulation.
 
 `python benchmarks/performance/mask_step.py` writes mask_step.json beside this script. The ordinary step is forward and backward with
-weight gradients and no optimiser; ours is sampling, forward, backward and Adam on the gates, without the teacher. Both run
+weight gradients and no optimizer; ours is sampling, forward, backward and Adam on the gates, without the teacher. Both run
 in turn in one process; peak memory is of processes of their own. The papers' formulation (unfold, mask, one matrix product)
-is written here from its description, vectorised over all groups, and compared layer by layer.
+is written here from its description, vectorized over all groups, and compared layer by layer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from maskplan.pipeline.learning.danhofer2024 import FlatGates, unfolded
 from maskplan.pipeline.learning.gates import Gates
 from maskplan.pipeline.learning.masked_net import MaskedNet
 from maskplan.pipeline.masking.policy import select_layers
-from maskplan.pipeline.models.layers import survey
+from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.models.registry import build_model
 from maskplan.pipeline.report.write import versions
 from maskplan.pipeline.timing.compare_latency import cpu_name
@@ -66,7 +66,7 @@ def ordinary(name: str, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
 def masked(name: str, x: torch.Tensor, y: torch.Tensor) -> tuple[Callable[[], None], int]:
     """One step of learning masks, and the bytes of gates, their gradients and Adam's state."""
     made = build_model(name, seed=0)
-    layers, _ = survey(made.module, made.preprocessing)
+    layers, _ = trace_layers(made.module, made.preprocessing)
     names = [layer.name for layer in select_layers(layers, PATTERN).masked]
     net = MaskedNet(made.module.to(x.device), names, PATTERN, 3.0, hard=True).to(x.device)
     adam = torch.optim.Adam(net.logits(), lr=0.1, fused=True)

@@ -88,7 +88,7 @@ def measure_norms(network: str, weights: str) -> dict[str, Any]:
     wall, cpu = time.perf_counter() - started, time.process_time() - cpu
     return {
         "layers": len(found),
-        "by": dict(Counter(each.how for each in found.values())),
+        "by": dict(Counter(each.preprocessing for each in found.values())),
         "wall_s": round(wall, 1),
         "cpu_s": round(cpu, 1),
         "load_before": round(load, 2),

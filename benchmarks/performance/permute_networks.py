@@ -51,7 +51,7 @@ def measure(model: str, effort: float, include_linear: bool) -> dict[str, Any]:
     """One network at its own image size."""
     options = ModelOptions(model, "random")
     module, provenance = open_checkpoint(options)
-    randomise_norms(module, provenance.preprocessing)
+    randomize_norms(module, provenance.preprocessing)
     load = os.getloadavg()[0]
     started, cpu = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
@@ -81,7 +81,7 @@ def measure(model: str, effort: float, include_linear: bool) -> dict[str, Any]:
     }
 
 
-def randomise_norms(module: nn.Module, how: Preprocessing) -> None:
+def randomize_norms(module: nn.Module, preprocessing: Preprocessing) -> None:
     """Scales and shifts by chance, then statistics of noise, so that what an image says reaches the outputs."""
     generator = torch.Generator().manual_seed(1)
     norms = [layer for layer in module.modules() if "norm" in type(layer).__name__.lower()]
@@ -97,13 +97,13 @@ def randomise_norms(module: nn.Module, how: Preprocessing) -> None:
             layer.reset_running_stats()
             layer.momentum = None
             layer.train()
-        module(sample_input(how, 4, seed=3))
+        module(sample_input(preprocessing, 4, seed=3))
     module.eval()
 
 
-def compare(before: nn.Module, after: nn.Module, how: Preprocessing) -> float:
+def compare(before: nn.Module, after: nn.Module, preprocessing: Preprocessing) -> float:
     """The largest difference of the outputs on noise, beside the largest difference between two images."""
-    sample = sample_input(how, 2, seed=5).double()
+    sample = sample_input(preprocessing, 2, seed=5).double()
     with torch.no_grad():
         one, other = (copy.deepcopy(module).double().eval()(sample) for module in (before, after))
     return float((one - other).abs().max() / (one[0] - one[1]).abs().max())

@@ -12,7 +12,7 @@ from typing import Any
 from maskplan.engines.evidence import layers_of, sparsity_log
 from maskplan.engines.trt.calibrator import ImplicitInt8, calibrating
 from maskplan.engines.trt.cuda import gpu
-from maskplan.engines.trt.log import Heard
+from maskplan.engines.trt.log import TrtLogCapture
 from maskplan.engines.trt.options import LEAST_LEVEL_FOR_SPARSE, TrtOptions
 from maskplan.engines.trt.progress import progress_monitor
 from maskplan.engines.trt.record import plan_record
@@ -34,7 +34,7 @@ def build_trt(
     out: Path,
     implicit: ImplicitInt8 | None = None,
 ) -> EngineFile:
-    """Build a plan with one optimisation profile for each of `profiles`; with `implicit`, a weakly typed one in INT8.
+    """Build a plan with one optimization profile for each of `profiles`; with `implicit`, a weakly typed one in INT8.
 
     A plan that cannot be inspected is kept all the same, for it took minutes; its record says so.
 
@@ -44,12 +44,12 @@ def build_trt(
     """
     trt = import_tensorrt()
     device = gpu()
-    heard = Heard(trt)
+    log_capture = TrtLogCapture(trt)
     if implicit is not None:
         onnx_model = replace(onnx_model, precision=INT8)
     warnings = _warnings(onnx_model, sparse_weights, options)
     started = time.perf_counter()
-    plan = _build(trt, onnx_model, profiles, sparse_weights, options, implicit, heard)
+    plan = _build(trt, onnx_model, profiles, sparse_weights, options, implicit, log_capture)
     build_s = round(time.perf_counter() - started, 3)
     layers, device_memory_bytes, failure = _inspect(trt, plan, options)
     warnings += failure
@@ -68,7 +68,7 @@ def build_trt(
         compute_capability=device.compute_capability,
         device_memory_bytes=device_memory_bytes,
         build_s=build_s,
-        notes=warnings + _told_of_sparsity(heard),
+        notes=warnings + _told_of_sparsity(log_capture),
         typing="strong" if implicit is None else "weak",
     )
 
@@ -82,7 +82,7 @@ def _warnings(onnx_model: OnnxModel, sparse_weights: bool, options: TrtOptions) 
         notes.append(FP32_NOTE)
     if options.optimization_level < LEAST_LEVEL_FOR_SPARSE:
         notes.append(
-            f"optimisation level {options.optimization_level}: below {LEAST_LEVEL_FOR_SPARSE} the builder leaves out"
+            f"optimization level {options.optimization_level}: below {LEAST_LEVEL_FOR_SPARSE} the builder leaves out"
             " tactics, sparse ones among them"
         )
     return tuple(notes)
@@ -95,19 +95,19 @@ def _build(
     sparse_weights: bool,
     options: TrtOptions,
     implicit: ImplicitInt8 | None,
-    heard: Heard,
+    log_capture: TrtLogCapture,
 ) -> bytes:
-    builder = construct(trt.Builder, heard)
+    builder = construct(trt.Builder, log_capture)
     network = builder.create_network(network_flags(trt) if implicit is None else 0)
     if network is None:
-        raise _failed("TensorRT makes no network", onnx_model, heard)
-    _parse(trt, network, onnx_model, heard)
+        raise _failed("TensorRT makes no network", onnx_model, log_capture)
+    _parse(trt, network, onnx_model, log_capture)
     config = builder.create_builder_config()
     if config is None:
-        raise _failed("TensorRT makes no configuration", onnx_model, heard)
+        raise _failed("TensorRT makes no configuration", onnx_model, log_capture)
     _configure(trt, config, sparse_weights, options)
     for profile in profiles:
-        _add_profile(builder, config, onnx_model, profile, heard)
+        _add_profile(builder, config, onnx_model, profile, log_capture)
     if options.timing_cache is not None:
         load_timing_cache(config, options.timing_cache, options.timing_cache_wait_s)
     calibration: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -117,14 +117,14 @@ def _build(
         config.progress_monitor = monitor
         memory = builder.build_serialized_network(network, config)
     if memory is None:
-        raise _failed("TensorRT cannot build the model", onnx_model, heard)
+        raise _failed("TensorRT cannot build the model", onnx_model, log_capture)
     if options.timing_cache is not None:
         save_timing_cache(config, options.timing_cache, options.timing_cache_wait_s)
     return bytes(memory)
 
 
-def _parse(trt: Any, network: Any, onnx_model: OnnxModel, heard: Heard) -> None:
-    parser = construct(trt.OnnxParser, heard, network)
+def _parse(trt: Any, network: Any, onnx_model: OnnxModel, log_capture: TrtLogCapture) -> None:
+    parser = construct(trt.OnnxParser, log_capture, network)
     if parser.parse_from_file(str(onnx_model.path)):
         return
     errors = [parser.get_error(i) for i in range(parser.num_errors)]
@@ -132,7 +132,7 @@ def _parse(trt: Any, network: Any, onnx_model: OnnxModel, heard: Heard) -> None:
         f"TensorRT cannot parse the model: {len(errors)} errors",
         where=onnx_model.path,
         found=listed(f"node {e.node_name() or e.node()} ({e.node_operator() or '?'}): {e.desc()}" for e in errors)
-        or heard.why(),
+        or log_capture.why(),
         fix="export with another opset, or leave these operators out of the graph",
     )
 
@@ -143,9 +143,9 @@ def _configure(trt: Any, config: Any, sparse_weights: bool, options: TrtOptions)
         trt.BuilderFlag.TF32: options.tf32,
         trt.BuilderFlag.VERSION_COMPATIBLE: options.version_compatible,
         trt.BuilderFlag.REFIT: options.refittable,
-        trt.BuilderFlag.STRIP_PLAN: options.stripped,
+        trt.BuilderFlag.STRIP_PLAN: options.strip_plan,
         # Weights of a stripped plan come back as they were; whoever wants others asks for a refittable one.
-        trt.BuilderFlag.REFIT_IDENTICAL: options.stripped and not options.refittable,
+        trt.BuilderFlag.REFIT_IDENTICAL: options.strip_plan and not options.refittable,
     }
     for flag, on in wanted.items():
         if on:
@@ -160,7 +160,9 @@ def _configure(trt: Any, config: Any, sparse_weights: bool, options: TrtOptions)
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
 
 
-def _add_profile(builder: Any, config: Any, onnx_model: OnnxModel, profile: Profile, heard: Heard) -> None:
+def _add_profile(
+    builder: Any, config: Any, onnx_model: OnnxModel, profile: Profile, log_capture: TrtLogCapture
+) -> None:
     shape = builder.create_optimization_profile()
     for spec in onnx_model.inputs:
         shapes = [_with_batch(spec, batch) for batch in (profile.min, profile.opt, profile.max)]
@@ -177,7 +179,7 @@ def _add_profile(builder: Any, config: Any, onnx_model: OnnxModel, profile: Prof
         raise InputError(
             "TensorRT refuses a profile",
             where=onnx_model.path,
-            found=f"{profile}; {heard.why()}",
+            found=f"{profile}; {log_capture.why()}",
             fix="give batch sizes that the graph accepts; one of a fixed batch takes no other",
         )
 
@@ -198,17 +200,17 @@ def _inspect(
     trt: Any, plan: bytes, options: TrtOptions
 ) -> tuple[tuple[LayerSparsity, ...], int | None, tuple[str, ...]]:
     """What the plan says of its layers, the device memory that one context takes, and a note of why there is neither."""
-    heard = Heard(trt)
+    log_capture = TrtLogCapture(trt)
     try:
-        runtime = construct(trt.Runtime, heard)
+        runtime = construct(trt.Runtime, log_capture)
         if options.version_compatible:
             runtime.engine_host_code_allowed = True
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise RuntimeError(heard.why())
+            raise RuntimeError(log_capture.why())
         inspector = engine.create_engine_inspector()
         if inspector is None:
-            raise RuntimeError(heard.why())
+            raise RuntimeError(log_capture.why())
         layers = layers_of(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
     except (PipelineError, RuntimeError, TypeError, ValueError) as error:  # the last three are the bindings'
         why = f"{error.what}: {error.found}" if isinstance(error, PipelineError) else error
@@ -217,9 +219,9 @@ def _inspect(
     return layers, None if memory is None else int(memory), ()
 
 
-def _told_of_sparsity(heard: Heard) -> tuple[str, ...]:
+def _told_of_sparsity(log_capture: TrtLogCapture) -> tuple[str, ...]:
     """The builder's own account, as a note; none where it logged nothing of sparsity."""
-    told = sparsity_log(heard.sparsity)
+    told = sparsity_log(log_capture.sparsity)
     parts = [f"found {found} layers eligible, chose {chosen}" for found, chosen in told.counts]
     parts += [
         f"{label}: {', '.join(names)}"
@@ -231,17 +233,17 @@ def _told_of_sparsity(heard: Heard) -> tuple[str, ...]:
     return (f"TensorRT's log: {'; '.join(parts)}",) if parts else ()
 
 
-def _failed(what: str, onnx_model: OnnxModel, heard: Heard) -> PipelineError:
-    if heard.is_out_of_memory():
+def _failed(what: str, onnx_model: OnnxModel, log_capture: TrtLogCapture) -> PipelineError:
+    if log_capture.is_out_of_memory():
         return HostError(
             "the GPU's memory does not suffice for the build",
             where=onnx_model.path,
-            found=heard.why(),
+            found=log_capture.why(),
             fix="free the GPU, give smaller batches with --profile, or another limit of the workspace",
         )
     return InputError(
         what,
         where=onnx_model.path,
-        found=heard.why(),
+        found=log_capture.why(),
         fix="see TensorRT's messages above; `maskplan check` shows whether the weights conform",
     )

@@ -62,7 +62,7 @@ def calibrating(trt: Any, builder: Any, config: Any, spec: TensorSpec, source: I
     if base is None or int8 is None or fp16 is None:
         raise InputError(
             f"TensorRT {trt.__version__} has no implicit INT8 mode",
-            fix="quantise the graph instead: maskplan calibrate model.onnx --rest fp16, then build that",
+            fix="quantize the graph instead: maskplan calibrate model.onnx --float-dtype fp16, then build that",
         )
     context = Context()
     with context.active():
@@ -105,7 +105,7 @@ def _calibrator(base: Any, source: ImplicitInt8, context: Context) -> Any:
                 if self.memory is None:
                     self.memory = context.allocate(whole.nbytes)
                 context.copy_in(self.memory, whole)
-                context.synchronise()
+                context.synchronize()
             except BaseException as failure:
                 self.failure = failure
                 return None

@@ -27,7 +27,7 @@ class Gpu:
 
 
 def import_pycuda() -> Any:
-    """The driver module of pycuda, initialised.
+    """The driver module of pycuda, initialized.
 
     Raises:
         HostError: It is not installed, or there is no driver or GPU.
@@ -148,7 +148,7 @@ class Context:
         self._told(second.synchronize)
         return float(self._told(second.time_since, first))
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         """Wait for the stream.
 
         Raises:

@@ -19,12 +19,12 @@ _OUT_OF_MEMORY = re.compile(
     re.IGNORECASE,
 )
 
-_LISTENERS: weakref.WeakSet[Heard] = weakref.WeakSet()
+_LISTENERS: weakref.WeakSet[TrtLogCapture] = weakref.WeakSet()
 # A thread that holds it may free, at the collector's bidding, an object of TensorRT that logs.
 _LOCK = threading.RLock()
 
 
-class Heard:
+class TrtLogCapture:
     """What TensorRT says in this process from now on, for as long as this lives.
 
     Attributes:
@@ -74,12 +74,12 @@ def _logger(trt: Any) -> Any:
             log.log(level, "TensorRT: %s", msg)
             with _LOCK:
                 listeners = tuple(_LISTENERS)
-            for heard in listeners:
+            for log_capture in listeners:
                 if level == logging.ERROR:
-                    heard.errors.append(msg)
+                    log_capture.errors.append(msg)
                 elif level == logging.WARNING:
-                    heard.warnings.append(msg)
+                    log_capture.warnings.append(msg)
                 if _SPARSITY in msg:
-                    heard.sparsity.append(msg)
+                    log_capture.sparsity.append(msg)
 
     return Logger()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.validation import at_least
@@ -26,8 +28,10 @@ class TrtOptions:
         version_compatible: The plan loads in later TensorRT versions too, at some cost in speed.
         hardware_compatible: The plan runs on Ampere GPUs and newer, not only on this kind; tactics may be lost.
         refittable: Weights can be changed in the plan.
-        stripped: The plan is without weights, which are to be refitted.
+        strip_plan: The plan is without weights, which are to be refitted.
     """
+
+    RENAMED_FIELDS: ClassVar[Mapping[str, str]] = {"stripped": "strip_plan"}
 
     tf32: bool = False
     optimization_level: int = 3
@@ -37,7 +41,7 @@ class TrtOptions:
     version_compatible: bool = False
     hardware_compatible: bool = False
     refittable: bool = False
-    stripped: bool = False
+    strip_plan: bool = False
 
     def __post_init__(self) -> None:
         at_least(0, optimization_level=self.optimization_level, timing_cache_wait_s=self.timing_cache_wait_s)

@@ -76,12 +76,12 @@ def plan_record(
         version_compatible=options.version_compatible,
         hardware_compatible=options.hardware_compatible,
         refittable=options.refittable,
-        stripped=options.stripped,
+        strip_plan=options.strip_plan,
     )
 
 
 def differences(trt: Any, plan: Any, engine: EngineFile) -> tuple[str, ...]:
-    """What a deserialised plan has otherwise than its record: names, directions and types of tensors, or profiles."""
+    """What a deserialized plan has otherwise than its record: names, directions and types of tensors, or profiles."""
     types = {
         trt.DataType.FLOAT: "float32",
         trt.DataType.HALF: "float16",

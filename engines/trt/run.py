@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from maskplan.engines.base import Arrays, Spent
+from maskplan.engines.base import Arrays, CallTiming
 from maskplan.engines.trt.cuda import Context
 from maskplan.engines.trt.graph import Graph, capture
 from maskplan.engines.trt.host import require_same_host
-from maskplan.engines.trt.log import Heard
+from maskplan.engines.trt.log import TrtLogCapture
 from maskplan.engines.trt.record import differences
 from maskplan.engines.trt.versions import construct, import_tensorrt
 from maskplan.pipeline.core.artifacts import EngineFile, Profile, TensorSpec
@@ -40,7 +40,7 @@ class _Batch:
 
 
 class TrtEngine:
-    """A plan, deserialised after digest, TensorRT version and GPU were held against its sidecar.
+    """A plan, deserialized after digest, TensorRT version and GPU were held against its sidecar.
 
     Args:
         engine: The sidecar's record; the caller has checked the digest.
@@ -61,13 +61,13 @@ class TrtEngine:
         trt = import_tensorrt()
         self._record, self._graphs = engine, graphs
         self.inputs, self.outputs = engine.inputs, engine.outputs
-        self._heard = Heard(trt)
+        self._heard = TrtLogCapture(trt)
         self._batches: dict[int, _Batch] = {}
         self._current: int | None = None
         self._runtime: Any = None
         self._engine: Any = None
         self._context: Any = None
-        self.spent: Spent | None = None
+        self.spent: CallTiming | None = None
         self._cuda = Context()
         try:
             with self._cuda.active():
@@ -137,7 +137,7 @@ class TrtEngine:
                 np.copyto(memory.sent[name], array, casting="no")
             copied_in, ran, copied_out = self._run(memory)
             found = {name: array.copy() for name, array in memory.received.items()}
-        self.spent = Spent(ran, copied_in, copied_out, 1000 * (time.perf_counter() - started))
+        self.spent = CallTiming(ran, copied_in, copied_out, 1000 * (time.perf_counter() - started))
         return found
 
     def _run(self, memory: _Batch) -> tuple[float, ...]:
@@ -151,7 +151,7 @@ class TrtEngine:
         for name, array in memory.received.items():
             self._cuda.copy_out(array, memory.outputs[name])
         marks.append(self._cuda.mark())
-        self._cuda.synchronise()
+        self._cuda.synchronize()
         return tuple(self._cuda.milliseconds(a, b) for a, b in pairwise(marks))
 
     def close(self) -> None:
@@ -251,7 +251,7 @@ class TrtEngine:
 
 
 def _require_runnable(engine: EngineFile) -> None:
-    if engine.stripped:
+    if engine.strip_plan:
         raise InputError(
             "the plan has no weights",
             where=engine.path,

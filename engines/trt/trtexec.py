@@ -57,11 +57,11 @@ def trtexec_lines(
         (options.hardware_compatible, "--hardwareCompatibilityLevel=ampere+"),
         # Alone, the second lets a plan be refitted with the same weights only; with the first, with any.
         (options.refittable, "--refit"),
-        (options.stripped, "--stripWeights"),
+        (options.strip_plan, "--stripWeights"),
     ):
         if asked:
             common.append(flag)
-    timing = ["--skipInference"] if options.stripped else [] if major >= 11 else list(_TIMING_OF_10)
+    timing = ["--skipInference"] if options.strip_plan else [] if major >= 11 else list(_TIMING_OF_10)
     lines = [f"# {FP32_NOTE}"] if sparse_weights and onnx_model.precision == FP32 else []
     for profile in profiles:
         plan = out if len(profiles) == 1 else out.with_name(f"{out.stem}.{label_of(profile, profiles)}{out.suffix}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from maskplan.engines.trt.log import Heard
+from maskplan.engines.trt.log import TrtLogCapture
 from maskplan.pipeline.core.errors import HostError
 
 OLDEST = (10, 3)
@@ -64,18 +64,18 @@ def network_flags(trt: Any) -> int:
     return 0
 
 
-def construct(kind: Any, heard: Heard, *arguments: Any) -> Any:
+def construct(kind: Any, log_capture: TrtLogCapture, *arguments: Any) -> Any:
     """A Builder, Runtime or OnnxParser, with our logger.
 
     Raises:
         HostError: TensorRT returns none, as without a driver; the bindings make an exception of it.
     """
     try:
-        return kind(*arguments, heard.logger)
+        return kind(*arguments, log_capture.logger)
     except (TypeError, RuntimeError) as error:
         raise HostError(
             f"TensorRT makes no {kind.__name__} here",
-            found=heard.why() if heard.errors or heard.warnings else str(error),
+            found=log_capture.why() if log_capture.errors or log_capture.warnings else str(error),
             fix="check that nvidia-smi sees a GPU and that the driver is recent enough for this TensorRT",
         ) from error
 

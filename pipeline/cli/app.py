@@ -21,9 +21,10 @@ from maskplan.pipeline.cli import (
     probe,
     stability,
 )
+from maskplan.pipeline.cli.renamed_flags import with_new_flags
 from maskplan.pipeline.core.errors import PipelineError
 from maskplan.pipeline.core.interrupts import INTERRUPTS, listening
-from maskplan.pipeline.core.progress import narrator, speaks
+from maskplan.pipeline.core.progress import is_main_process, stderr_console
 
 PASSED, GATE_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 3, 130
 _SIGNALLED = 128
@@ -68,7 +69,7 @@ def common(
 ) -> None:
     """Options of every command."""
     level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
-    if not speaks():
+    if not is_main_process():
         level = logging.ERROR
     handler = _Narration()
     logger = logging.getLogger("maskplan")
@@ -80,7 +81,7 @@ def common(
 class _Narration(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        narrator().print(f"{prefix}{record.getMessage()}")
+        stderr_console().print(f"{prefix}{record.getMessage()}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,7 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         with listening():
-            typed = list(sys.argv[1:] if argv is None else argv)
+            typed, notes = with_new_flags(sys.argv[1:] if argv is None else argv)
+            for note in notes:
+                print(f"note: {note}", file=sys.stderr)
             # Commands find in `obj` what was typed, for the record.
             app(args=typed, prog_name="maskplan", obj=tuple(typed))
     except PipelineError as error:

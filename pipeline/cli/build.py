@@ -29,7 +29,7 @@ _OPTIONS = {
     "--version-compatible": "version_compatible",
     "--hardware-compatible": "hardware_compatible",
     "--refittable": "refittable",
-    "--stripped": "stripped",
+    "--strip-plan": "strip_plan",
 }
 
 
@@ -67,7 +67,7 @@ def build(
         bool, typer.Option(help="Run on Ampere and newer, not only this GPU.", rich_help_panel=_TRT)
     ] = False,
     refittable: Annotated[bool, typer.Option(help="Weights can be changed later.", rich_help_panel=_TRT)] = False,
-    stripped: Annotated[bool, typer.Option(help="A plan without weights.", rich_help_panel=_TRT)] = False,
+    strip_plan: Annotated[bool, typer.Option(help="A plan without weights.", rich_help_panel=_TRT)] = False,
     int8_mode: Annotated[
         str,
         typer.Option(
@@ -122,7 +122,7 @@ def build(
         version_compatible=version_compatible,
         hardware_compatible=hardware_compatible,
         refittable=refittable,
-        stripped=stripped,
+        strip_plan=strip_plan,
     )
     implicit_only = {"--data": data, "--calibration-cache": calibration_cache}
     _require_int8_mode(int8_mode, [name for name, value in implicit_only.items() if value is not None])
@@ -218,7 +218,9 @@ def _implicit(model: OnnxModel, data: Path | None, cache: Path | None) -> Implic
         return ImplicitInt8(lambda: iter(()), defaults.batch, cache)
     source = calibration_images(model.path, data, None, None, defaults.seed)
     chosen = choose_images(source.train, defaults.images, defaults.seed)
-    return ImplicitInt8(lambda: calibration_batches(chosen, source.how, defaults.batch), defaults.batch, cache)
+    return ImplicitInt8(
+        lambda: calibration_batches(chosen, source.preprocessing, defaults.batch), defaults.batch, cache
+    )
 
 
 def _settle_ignored(names: list[str], backend: str, *, asked: bool) -> None:

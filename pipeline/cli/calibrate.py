@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """Examples:\n
   maskplan calibrate build/r50/sparse.onnx --data imagenet -o sparse.int8.onnx\n
-  maskplan calibrate sparse.onnx --data imagenet --rest fp16 --quantize-outputs -o for_tensorrt.onnx\n
+  maskplan calibrate sparse.onnx --data imagenet --float-dtype fp16 --quantize-outputs -o for_tensorrt.onnx\n
   maskplan calibrate sparse.onnx --data imagenet --max-drop 0.5 --cache ranges.json
 """
 
@@ -32,7 +32,7 @@ def calibrate(
     out: Annotated[
         Path | None, typer.Option("--output", "-o", help="The INT8 file; MODEL.int8.onnx by default.")
     ] = None,
-    rest: Annotated[str, typer.Option(help="What stays in floats: fp32 for ONNX Runtime, fp16 for TensorRT.")] = "fp32",
+    float_dtype: Annotated[str, typer.Option(help="What stays in floats: fp32 for ONNX Runtime, fp16 for TensorRT.")] = "fp32",
     images: Annotated[int, typer.Option(min=1, help="Training images to measure ranges on.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 16,
     method: Annotated[str, typer.Option(help="minmax, percentile, entropy or mse.")] = "mse",
@@ -41,7 +41,7 @@ def calibrate(
         list[str] | None, typer.Option(help="Pattern of node or weight names to leave in floats; repeatable.")
     ] = None,
     quantize_outputs: Annotated[
-        bool, typer.Option(help="Quantise what layers hand on too, for INT8-in/INT8-out kernels.")
+        bool, typer.Option(help="Quantize what layers hand on too, for INT8-in/INT8-out kernels.")
     ] = False,
     max_drop: Annotated[
         float | None,
@@ -59,7 +59,7 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="Seed of the draw of images, and of the part set aside.")] = 0,
     report: options.Report = None,
 ) -> None:
-    """Quantise an ONNX file to INT8 with explicit Q/DQ, so that weights that are 2:4 stay so; exit code 1 if they do not."""
+    """Quantize an ONNX file to INT8 with explicit Q/DQ, so that weights that are 2:4 stay so; exit code 1 if they do not."""
     from maskplan.calibration.cache import read_tensorrt_cache, write_tensorrt_cache
     from maskplan.calibration.calibrate import CalibrateOptions
     from maskplan.calibration.calibrate import calibrate as calibrate_stage
@@ -70,8 +70,8 @@ def calibrate(
     from maskplan.pipeline.core.files import write_json
     from maskplan.pipeline.core.serialization import encode
 
-    if rest not in (FP32, FP16):
-        raise InputError(f"unknown --rest {rest!r}", fix="choose fp32 or fp16")
+    if float_dtype not in (FP32, FP16):
+        raise InputError(f"unknown --float-dtype {float_dtype!r}", fix="choose fp32 or fp16")
     target = out or model.with_name(f"{model.stem}.int8.onnx")
     if target.resolve() == model.resolve():
         raise InputError("the INT8 file would take the model's place", where=target, fix="give another -o")
@@ -84,13 +84,13 @@ def calibrate(
         source = read_tensorrt_cache(import_trt_cache)[1]
     else:
         source = calibration_images(model, data, mean, std, seed)
-    done = calibrate_stage(described, source, how, {rest: target}, cache)
+    done = calibrate_stage(described, source, how, {float_dtype: target}, cache)
     if export_trt_cache is not None:
         write_tensorrt_cache(export_trt_cache, done.amax)
     if report is not None:
         write_json(report, encode(done.report))
-    left = f", {len(done.report.in_float)} in {rest}" if done.report.in_float else ""
-    print(f"{target}: {done.report.quantised_layers} layers in INT8{left}; ranges by {_origin(done.report)}")
+    left = f", {len(done.report.in_float)} in {float_dtype}" if done.report.in_float else ""
+    print(f"{target}: {done.report.quantized_layers} layers in INT8{left}; ranges by {_origin(done.report)}")
     for name, why in done.report.in_float:
         print(f"  {name}: {why}")
     if done.report.select_drop is not None:

@@ -68,7 +68,7 @@ def mask(
     Under `torchrun` all processes learn the same masks, each from its own share of the images.
     """
     from maskplan.pipeline.core.files import write_json
-    from maskplan.pipeline.core.progress import speaks
+    from maskplan.pipeline.core.progress import is_main_process
     from maskplan.pipeline.data.dataset import identify
     from maskplan.pipeline.learning.options import LearnFiles
     from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
@@ -95,7 +95,7 @@ def mask(
     sets = (identify(dataset.train), identify(dataset.select)) if dataset is not None and looks else ()
     files = LearnFiles(out.with_name(f"{out.name}.learning"), resume, log_dir)
     masks = choose_masks(module, provenance, how, out, dataset, sets, init=init, files=files, device=device)
-    if not speaks():
+    if not is_main_process():
         return
     if report is not None:
         write_json(report, masks_values(masks, out.parent))

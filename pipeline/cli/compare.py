@@ -27,7 +27,7 @@ _BISECT_IMAGES = 32
 
 _EXAMPLES = """Examples:\n
   maskplan compare build/r50/dense_engine.onnx build/r50/engine.onnx --data imagenet\n
-  maskplan compare dense.onnx sparse.onnx --max-top1-drop 0.5 --min-agreement 98 --confident\n
+  maskplan compare dense.onnx sparse.onnx --max-top1-drop 0.5 --min-agreement 98 --use-ci\n
   maskplan compare dense.onnx sparse.onnx --junit parity.xml --report parity.json --baseline released.json\n
   maskplan compare dense.onnx sparse.onnx --bisect --plot depth.svg
 """
@@ -69,10 +69,10 @@ def compare(
         float | None,
         typer.Option(help="Smallest cosine similarity of one fixed image's outputs.", rich_help_panel=_THRESHOLDS),
     ] = None,
-    confident: Annotated[
+    use_ci: Annotated[
         bool | None,
         typer.Option(
-            "--confident/--point",
+            "--use-ci/--use-point",
             help="Judge the bad end of the 95% interval, or the measured number.",
             rich_help_panel=_THRESHOLDS,
         ),
@@ -153,7 +153,7 @@ def compare(
         max_flip_rate=max_flip_rate,
         max_class_drop=max_class_drop,
         min_cosine=min_cosine,
-        confident=confident,
+        use_ci=use_ci,
         fixed_images=fixed_images,
     )
     earlier = read_baseline(baseline) if baseline is not None else None
@@ -196,15 +196,15 @@ def _options(recipe: Path | None, **given: float | bool | None) -> CompareOption
 
 
 def _images(data: Path | None, sides: list[Side]) -> Split | None:
-    """The folder's images, labelled or not; the bundled model's own digits; or none."""
+    """The folder's images, labeled or not; the bundled model's own digits; or none."""
     from maskplan.pipeline.data.dataset import open_val
     from maskplan.pipeline.data.digits import load_digits
     from maskplan.pipeline.models.registry import BUNDLED
-    from maskplan.pipeline.parity.unlabelled import open_unlabelled
+    from maskplan.pipeline.parity.unlabeled import open_unlabeled
 
     known = next((s.provenance for s in reversed(sides) if s.provenance), None)
     if data is not None:
-        return open_unlabelled(data) or open_val(data, known.labels if known else (), sides[0].classes)
+        return open_unlabeled(data) or open_val(data, known.labels if known else (), sides[0].classes)
     if known is not None and known.model == BUNDLED and sides[0].classes == 10:
         return load_digits().val
     return None
@@ -213,7 +213,7 @@ def _images(data: Path | None, sides: list[Side]) -> Split | None:
 def _gate(
     dense: Path,
     sides: list[Side],
-    how: Preprocessing,
+    preprocessing: Preprocessing,
     val: Split | None,
     image_set: ImageSet | None,
     chosen: CompareOptions,
@@ -233,15 +233,15 @@ def _gate(
     require_comparable(reference, other)
     said = None
     if dense_results is not None or save_dense is not None:
-        asked = question(sha256_of(dense), how, val, image_set, chosen.fixed_images)
+        asked = question(sha256_of(dense), preprocessing, val, image_set, chosen.fixed_images)
         if dense_results is not None:
             said = load_answers(dense_results, asked)
         else:
-            (said,) = ask({"dense": reference}, how, val, chosen.fixed_images).values()
+            (said,) = ask({"dense": reference}, preprocessing, val, chosen.fixed_images).values()
         if save_dense is not None:
             save_answers(save_dense, asked, said)
     provenances = [s.provenance for s in sides]
-    verdict = compare_stage(reference, other, how, provenances, val, chosen, dense_answers=said)
+    verdict = compare_stage(reference, other, preprocessing, provenances, val, chosen, dense_answers=said)
     return replace(verdict, images_sha256=image_set.sha256 if image_set is not None else None)
 
 

@@ -13,7 +13,7 @@ from maskplan.pipeline.cli.gates import GateError
 
 if TYPE_CHECKING:
     from maskplan.pipeline.core.reports import MethodRow
-    from maskplan.pipeline.run import Finished
+    from maskplan.pipeline.run import LineResult
 
 _EXAMPLES = """Examples:\n
   maskplan engine digits_resnet\n
@@ -121,7 +121,7 @@ def engine(
         raise GateError(f"parity: {finished.report.parity.reason}")
 
 
-def show(finished: Finished, folder: Path) -> None:
+def show(finished: LineResult, folder: Path) -> None:
     """Print the final table, what was written, and the next command."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -170,7 +170,7 @@ def show(finished: Finished, folder: Path) -> None:
         done = report.calibration
         left = f", {len(done.in_float)} in floats" if done.in_float else ""
         console.print(
-            f"calibration  {done.method} on {done.images} images: {done.quantised_layers} layers in INT8{left}"
+            f"calibration  {done.method} on {done.images} images: {done.quantized_layers} layers in INT8{left}"
         )
     if report.permutation is not None:
         moved = report.permutation

@@ -131,7 +131,7 @@ def _told_ms(latency: Latency) -> str:
 def _print_clocks(clocks: GpuClocks | None) -> None:
     if clocks is None:
         return
-    held = f"held down by {', '.join(clocks.held_down_by)}" if clocks.held_down_by else "not held down"
+    held = f"held down by {', '.join(clocks.throttle_reasons)}" if clocks.throttle_reasons else "not held down"
     print(
         f"  GPU clock {clocks.sm_mhz:.0f} MHz (lowest {clocks.sm_lowest_mhz:.0f}), memory {clocks.memory_mhz:.0f} MHz,"
         f" {held}; {clocks.celsius:.0f} C, {clocks.watts:.0f} W at most"
@@ -182,7 +182,7 @@ def _flags(record: EngineFile) -> list[str]:
         "version compatible": record.version_compatible,
         "hardware compatible": record.hardware_compatible,
         "refittable": record.refittable,
-        "stripped of weights": record.stripped,
+        "stripped of weights": record.strip_plan,
     }
     return [name for name, on in flags.items() if on]
 

@@ -56,7 +56,7 @@ def stability(
     from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
     from maskplan.pipeline.pruning.bake import baked_state
     from maskplan.pipeline.pruning.mask import given_masks
-    from maskplan.pipeline.stability.analyse import StabilityOptions, Weights, analyse, require_masked, under_masks
+    from maskplan.pipeline.stability.analyze import StabilityOptions, Weights, analyze, require_masked, under_masks
 
     how = StabilityOptions(images, confidence, seed=seed)
     module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed))
@@ -84,7 +84,7 @@ def stability(
     val = _held_out(model, data, provenance.labels, provenance.classes)
     known = identify(val)
     require_disjoint(known, shaped)
-    found = analyse(module, about, Weights(dense, masked, new, new_masked), mask_set.method, val, known, how)
+    found = analyze(module, about, Weights(dense, masked, new, new_masked), mask_set.method, val, known, how)
     if report is not None:
         write_json(report, encode(found))
     for line in _told(found):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 FP32, FP16, INT8 = "fp32", "fp16", "int8"
 """Precisions of a model; that of INT8 stands beside one of the others, in which the rest of it runs."""
@@ -34,10 +36,10 @@ class Preprocessing:
     """How an image file becomes an input tensor; it travels with the weights.
 
     Attributes:
-        channels: 3 for RGB, 1 for grey.
+        channels: 3 for RGB, 1 for gray.
         height: Rows of the input tensor.
         width: Columns of the input tensor.
-        resize: Length of the shorter side before the centre crop; 0 resizes straight to (height, width).
+        resize: Length of the shorter side before the center crop; 0 resizes straight to (height, width).
         interpolation: `bilinear`, `bicubic` or `nearest`.
         mean: Subtracted from values in [0, 1], a number a channel.
         std: Divides afterwards, a number a channel.
@@ -260,9 +262,11 @@ class EngineFile:
         version_compatible: Loads in later versions of the runtime too.
         hardware_compatible: Runs on newer GPUs too, not only on the kind that it was built on.
         refittable: Its weights can be changed.
-        stripped: It has no weights, and cannot run until it is refitted.
+        strip_plan: It has no weights, and cannot run until it is refitted.
         notes: What a reader should know, such as a backend without sparse kernels.
     """
+
+    RENAMED_FIELDS: ClassVar[Mapping[str, str]] = {"stripped": "strip_plan"}
 
     path: Path
     sha256: str
@@ -286,7 +290,7 @@ class EngineFile:
     version_compatible: bool = False
     hardware_compatible: bool = False
     refittable: bool = False
-    stripped: bool = False
+    strip_plan: bool = False
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def speaks() -> bool:
+def is_main_process() -> bool:
     """Whether this process tells people what it does: of those that torchrun started, the first."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @cache
-def narrator() -> Console:
+def stderr_console() -> Console:
     """The one console on stderr: lines printed through it stay clear of a bar that is being drawn."""
     from rich.console import Console
 
@@ -93,4 +93,4 @@ def _progress() -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=narrator(), transient=True)
+    return Progress(*columns, console=stderr_console(), transient=True)

@@ -39,7 +39,7 @@ class WeightVerdict:
         violating_groups: Those with more than N non-zeros.
         negative_zeros: Elements that are -0.0; they count as zero.
         first_violation: In order of storage.
-        likely_to_win: A hint, not evidence: C and K are at least 256 and the op is ungrouped.
+        likely_speedup: A hint, not evidence: C and K are at least 256 and the op is ungrouped.
         hint: The likely cause of a violation or of ineligibility, where it can be told.
     """
 
@@ -55,7 +55,7 @@ class WeightVerdict:
     violating_groups: int
     negative_zeros: int
     first_violation: Violation | None
-    likely_to_win: bool
+    likely_speedup: bool
     hint: str | None = None
 
 
@@ -80,7 +80,7 @@ class ConformanceReport:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """An engine against its own ONNX file, run unoptimised by ONNX Runtime on the same batches."""
+    """An engine against its own ONNX file, run unoptimized by ONNX Runtime on the same batches."""
 
     images: int
     max_abs_diff: float | None
@@ -164,7 +164,7 @@ class Check:
         name: The option: `max_top1_drop`, `min_agreement` and so on.
         limit: Its value.
         value: What was measured, in the limit's unit; None where it could not be.
-        judged: What the limit is held against: `value`, or with `--confident` the bad end of its 95% interval.
+        judged: What the limit is held against: `value`, or with `--use-ci` the bad end of its 95% interval.
         passed: None where the threshold could not be judged.
         message: For a reader: why it failed, or what was found.
         images_needed: Where there were too few images for even equal models to pass: how many would do; None elsewhere.
@@ -236,15 +236,15 @@ class ParityReport:
 
     Attributes:
         verdict: `pass`, `fail` or `not_applicable`, the last two with a reason.
-        images: Labelled images compared.
-        top1_dense: Percent; the four accuracies are None without labelled images.
+        images: Labeled images compared.
+        top1_dense: Percent; the four accuracies are None without labeled images.
         top1_drop: Points; positive when the sparse model is worse.
         drop_ci95: Paired interval of the drop (Newcombe 1998, method 10), points.
         agreement: Percent of images where both models' first choice is the same; None without images.
         max_abs_diff: Of the outputs, over the fixed images; None, as `cosine_min`, when they are not finite.
         cosine_min: Smallest cosine similarity of an image's outputs, over the fixed images.
         methods: Accuracy by method, where baselines were made.
-        unlabelled_images: Images without a label: they count for agreement and flips only.
+        unlabeled_images: Images without a label: they count for agreement and flips only.
         top5_drop: Points, with `top5_drop_ci95` as `top1_drop`.
         flips: Changed first choices by direction; None without images.
         flip_rate: Percent of images whose first choice changed.
@@ -253,8 +253,8 @@ class ParityReport:
         classes: By class, those that occur.
         outputs: Differences of the outputs on the fixed images.
         checks: One for each threshold.
-        confident: Whether intervals' bad ends were judged.
-        notes: What a reader should know: unlabelled images, outputs matched by order, few images.
+        use_ci: Whether intervals' bad ends were judged.
+        notes: What a reader should know: unlabeled images, outputs matched by order, few images.
         images_sha256: Digest of the image set; None where it was not taken.
         drift: Against an earlier report, where one was given.
         depth: Where the models begin to differ, where that was asked for.
@@ -274,7 +274,7 @@ class ParityReport:
     cosine_min: float | None
     max_top1_drop: float
     methods: tuple[MethodRow, ...] = ()
-    unlabelled_images: int = 0
+    unlabeled_images: int = 0
     top5_drop: float | None = None
     top5_drop_ci95: tuple[float, float] | None = None
     flips: Flips | None = None
@@ -284,7 +284,7 @@ class ParityReport:
     classes: tuple[ClassDrop, ...] = ()
     outputs: tuple[OutputCloseness, ...] = ()
     checks: tuple[Check, ...] = ()
-    confident: bool = False
+    use_ci: bool = False
     notes: tuple[str, ...] = ()
     images_sha256: str | None = None
     drift: tuple[DriftRow, ...] = ()
@@ -297,22 +297,22 @@ class ParityReport:
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """How a model was quantised to INT8.
+    """How a model was quantized to INT8.
 
     Attributes:
         method: How ranges followed from what was measured.
         images: Training images that ranges were measured on; 0 where they were imported.
         ranges_from: `images`, `cache` or `imported`.
-        quantised_layers: How many.
+        quantized_layers: How many.
         in_float: Layers in higher precision, and why.
-        select_drop: Points of top-1 that quantising costs on the `select` part; None where no budget was asked for.
+        select_drop: Points of top-1 that quantizing costs on the `select` part; None where no budget was asked for.
         select_images: Images of that part.
     """
 
     method: str
     images: int
     ranges_from: str
-    quantised_layers: int
+    quantized_layers: int
     in_float: tuple[tuple[str, str], ...]
     select_drop: float | None
     select_images: int
@@ -327,7 +327,7 @@ class GpuClocks:
         sm_mhz: Median clock of the multiprocessors.
         sm_lowest_mhz: The lowest seen.
         memory_mhz: Median clock of the memory.
-        held_down_by: Why the clocks were lower than they could be: power, heat. Empty is good.
+        throttle_reasons: Why the clocks were lower than they could be: power, heat. Empty is good.
         celsius: Highest temperature.
         watts: Highest power draw.
     """
@@ -336,7 +336,7 @@ class GpuClocks:
     sm_mhz: float
     sm_lowest_mhz: float
     memory_mhz: float
-    held_down_by: tuple[str, ...]
+    throttle_reasons: tuple[str, ...]
     celsius: float
     watts: float
 
@@ -417,7 +417,7 @@ class PassFigures:
         engine_sha256: Of its engine.
         masked_layers: How many weights its masks prune.
         verdict: Of the parity gate.
-        top1_drop: Points against the dense model; None without labelled images.
+        top1_drop: Points against the dense model; None without labeled images.
         batches: Its engine's times; each `speedup` is against the one dense engine of both passes.
     """
 

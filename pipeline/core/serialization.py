@@ -37,6 +37,8 @@ def encode(value: object, root: Path | None = None) -> Any:
 def decode(kind: type[T], value: Any, root: Path | None = None) -> T:
     """The inverse of `encode` for a record type.
 
+    Fields of files written before a rename are read by the record's `RENAMED_FIELDS` (old name to new name).
+
     Raises:
         ValueError: The value does not fit the type (a field missing, or of the wrong kind).
     """
@@ -69,6 +71,7 @@ def _decode(kind: Any, value: Any, root: Path | None, at: str) -> Any:
         return root / value if root is not None else Path(value)
     if dataclasses.is_dataclass(kind):
         _expect(isinstance(value, dict), at, "a table", value)
+        value = with_new_names(kind, value)
         hints = _hints(typing.cast(type, kind))
         names = {f.name for f in dataclasses.fields(kind)}
         required = {
@@ -85,6 +88,13 @@ def _decode(kind: Any, value: Any, root: Path | None, at: str) -> Any:
     if kind in (int, float, str, bool):
         _expect(type(value) is kind, at, kind.__name__, value)
     return value
+
+
+def with_new_names(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a record's values with renamed fields under their new names; a value under the new name wins."""
+    renamed: Mapping[str, str] = getattr(kind, "RENAMED_FIELDS", {})
+    old = {renamed[name]: value for name, value in values.items() if name in renamed}
+    return {**old, **{name: value for name, value in values.items() if name not in renamed}}
 
 
 def _expect(holds: bool, at: str, wanted: str, found: object) -> None:

@@ -74,10 +74,10 @@ def fewest(images_suffice: Callable[[int], bool], most: int = 10**9) -> int | No
 def wilson(successes: int, trials: int, z: float = _Z95) -> tuple[float, float]:
     """Wilson's score interval of a proportion."""
     p = successes / trials
-    centre = p + z * z / (2 * trials)
+    center = p + z * z / (2 * trials)
     half = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    return max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0)
+    return max((center - half) / scale, 0.0), min((center + half) / scale, 1.0)
 
 
 def _phi(c: PairedCounts) -> float:

@@ -22,13 +22,15 @@ def require_augmentation(name: str) -> None:
         raise InputError(f"augment is {name!r}", fix=f"choose one of {', '.join(AUGMENTATIONS)}")
 
 
-def augmented(images: npt.NDArray[np.float32], kind: str, how: Preprocessing, seed: int) -> npt.NDArray[np.float32]:
+def augmented(
+    images: npt.NDArray[np.float32], kind: str, preprocessing: Preprocessing, seed: int
+) -> npt.NDArray[np.float32]:
     """Move each image by up to an eighth of its size, and mirror half of them if asked.
 
     Args:
         images: (N, channels, H, W), preprocessed.
         kind: `none`; `shift` repeats the edge, `crop` is black beyond it; `+flip` mirrors.
-        how: What black is after preprocessing.
+        preprocessing: What black is after preprocessing.
         seed: Of the draw.
     """
     if kind == "none":
@@ -44,7 +46,7 @@ def augmented(images: npt.NDArray[np.float32], kind: str, how: Preprocessing, se
         beyond_columns[mirrored] = beyond_columns[mirrored, ::-1]
     picked = images[np.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     if moves == "crop":
-        black = -np.asarray(how.mean, np.float32) / np.asarray(how.std, np.float32)
+        black = -np.asarray(preprocessing.mean, np.float32) / np.asarray(preprocessing.std, np.float32)
         picked[beyond_rows[:, :, None] | beyond_columns[:, None, :]] = black
     return np.ascontiguousarray(picked.transpose(0, 3, 1, 2))
 

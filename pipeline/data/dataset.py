@@ -1,4 +1,4 @@
-"""Labelled images: class folders or the bundled digits, their seeded `select` part, and the digests that tell sets apart."""
+"""Labeled images: class folders or the bundled digits, their seeded `select` part, and the digests that tell sets apart."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from maskplan.pipeline.core.artifacts import ImageSet, Preprocessing
 from maskplan.pipeline.core.errors import InputError, listed
 from maskplan.pipeline.core.files import read_bytes
-from maskplan.pipeline.data.preprocessing import decode, is_whole, normalise
+from maskplan.pipeline.data.preprocessing import decode, is_whole, normalize
 
 SKETCH_SIZE = 512
 SELECT_SHARE, SELECT_MOST = 0.1, 5000
@@ -25,7 +25,7 @@ _KEEP_DECODED_BYTES = 512 * 2**20
 
 
 class Images(Protocol):
-    """A labelled collection; an image is the bytes of its file."""
+    """A labeled collection; an image is the bytes of its file."""
 
     @property
     def labels(self) -> npt.NDArray[np.int64]: ...
@@ -187,13 +187,13 @@ def require_disjoint(judged: ImageSet, shaped: Sequence[ImageSet]) -> None:
 
 
 def batches(
-    split: Split, how: Preprocessing, size: int, order: npt.NDArray[np.int64] | None = None
+    split: Split, preprocessing: Preprocessing, size: int, order: npt.NDArray[np.int64] | None = None
 ) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]]:
     """Preprocessed batches, decoded ahead of use by a few threads.
 
     Args:
         split: Images to read.
-        how: Their preprocessing.
+        preprocessing: Their preprocessing.
         size: Images a batch; the last one may be smaller.
         order: Positions within the split; as stored by default.
 
@@ -203,7 +203,7 @@ def batches(
     positions = np.arange(len(split)) if order is None else order
 
     def load(chunk: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-        return np.stack([decode(split.images.read(int(i)), how) for i in split.indices[chunk]])
+        return np.stack([decode(split.images.read(int(i)), preprocessing) for i in split.indices[chunk]])
 
     chunks = [positions[start : start + size] for start in range(0, len(positions), size)]
     with ThreadPoolExecutor(_WORKERS) as pool:
@@ -211,7 +211,7 @@ def batches(
         for i, chunk in enumerate(chunks):
             if i + _WORKERS < len(chunks):
                 waiting.append(pool.submit(load, chunks[i + _WORKERS]))
-            yield normalise(waiting.pop(0).result(), how), split.labels[chunk]
+            yield normalize(waiting.pop(0).result(), preprocessing), split.labels[chunk]
 
 
 def _walk(folder: Path, part: str) -> tuple[list[tuple[str, str]], set[str]]:

@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 handwritten digits (8x8, grey) as labelled images."""
+"""scikit-learn's 1,797 handwritten digits (8x8, gray) as labeled images."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ _RESAMPLING = {
 INTERPOLATIONS = tuple(_RESAMPLING)
 
 
-def decode(data: bytes, how: Preprocessing) -> npt.NDArray[np.uint8]:
+def decode(data: bytes, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
     """Decode, resize and crop one image file.
 
     Returns:
@@ -35,38 +35,42 @@ def decode(data: bytes, how: Preprocessing) -> npt.NDArray[np.uint8]:
         One of `UNREADABLE`: The bytes are not a whole image.
     """
     with Image.open(io.BytesIO(data)) as opened:
-        # Pillow warns of transparency in a palette unless it is made a channel first; the colours are the same.
+        # Pillow warns of transparency in a palette unless it is made a channel first; the colors are the same.
         whole = opened.convert("RGBA") if opened.mode == "P" and "transparency" in opened.info else opened
-        image = whole.convert("RGB" if how.channels == 3 else "L")
-    return fit(image, how)
+        image = whole.convert("RGB" if preprocessing.channels == 3 else "L")
+    return fit(image, preprocessing)
 
 
-def fit(image: Image.Image, how: Preprocessing) -> npt.NDArray[np.uint8]:
+def fit(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
     """Resize and crop a decoded image to (height, width, channels), uint8."""
-    resampling = _RESAMPLING[how.interpolation]
-    if how.resize == 0:
-        image = image if image.size == (how.width, how.height) else image.resize((how.width, how.height), resampling)
+    resampling = _RESAMPLING[preprocessing.interpolation]
+    if preprocessing.resize == 0:
+        image = (
+            image
+            if image.size == (preprocessing.width, preprocessing.height)
+            else image.resize((preprocessing.width, preprocessing.height), resampling)
+        )
     else:
         short, long = sorted(image.size)
-        scaled = int(how.resize * long / short)
-        size = (how.resize, scaled) if image.width <= image.height else (scaled, how.resize)
+        scaled = int(preprocessing.resize * long / short)
+        size = (preprocessing.resize, scaled) if image.width <= image.height else (scaled, preprocessing.resize)
         image = image if image.size == size else image.resize(size, resampling)
-        left, top = _margin(image.width, how.width), _margin(image.height, how.height)
-        image = image.crop((left, top, left + how.width, top + how.height))
-    return np.asarray(image, dtype=np.uint8).reshape(how.height, how.width, how.channels)
+        left, top = _margin(image.width, preprocessing.width), _margin(image.height, preprocessing.height)
+        image = image.crop((left, top, left + preprocessing.width, top + preprocessing.height))
+    return np.asarray(image, dtype=np.uint8).reshape(preprocessing.height, preprocessing.width, preprocessing.channels)
 
 
 def _margin(size: int, crop: int) -> int:
-    """Where a centred crop starts; beyond the border it is black. Rounded as torchvision's CenterCrop does."""
+    """Where a centered crop starts; beyond the border it is black. Rounded as torchvision's CenterCrop does."""
     return -((crop - size) // 2) if crop > size else round((size - crop) / 2)
 
 
-def normalise(images: npt.NDArray[np.uint8], how: Preprocessing) -> npt.NDArray[np.float32]:
+def normalize(images: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
     """(N, H, W, channels) uint8 to (N, channels, H, W) float32: scaled to [0, 1], then (x - mean) / std."""
     scaled = images.transpose(0, 3, 1, 2).astype(np.float32)
     scaled /= 255
-    scaled -= np.asarray(how.mean, np.float32).reshape(-1, 1, 1)
-    scaled /= np.asarray(how.std, np.float32).reshape(-1, 1, 1)
+    scaled -= np.asarray(preprocessing.mean, np.float32).reshape(-1, 1, 1)
+    scaled /= np.asarray(preprocessing.std, np.float32).reshape(-1, 1, 1)
     return np.ascontiguousarray(scaled)
 
 

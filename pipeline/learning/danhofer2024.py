@@ -32,7 +32,7 @@ from maskplan.pipeline.masking.patterns import FLAT, patterns
 
 
 @dataclass(frozen=True)
-class ReportOptions:
+class DanhoferOptions:
     """The report's numbers; `rate` is the one that a fair comparison searches.
 
     Attributes:
@@ -47,7 +47,7 @@ class ReportOptions:
 
     epochs: int = 30
     batch: int = 128
-    rate: float = 0.1
+    lr: float = 0.1
     momentum: float = 0.9
     decay: float = 1e-4
     tau: float = 0.1
@@ -89,7 +89,7 @@ class FlatGates(nn.Module):
         return (choice @ self.table).reshape(self.shape[0], -1)[:, : self.columns].reshape(self.shape)
 
 
-class ReportNet(nn.Module):
+class DanhoferNet(nn.Module):
     """A frozen network with the report's masking layer at every convolution; only the gates are parameters.
 
     Args:
@@ -98,7 +98,7 @@ class ReportNet(nn.Module):
         pattern: N:M.
     """
 
-    def __init__(self, dense: nn.Module, options: ReportOptions, pattern: Pattern) -> None:
+    def __init__(self, dense: nn.Module, options: DanhoferOptions, pattern: Pattern) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(options.seed)
         # Its weights are no parameters of this module.
@@ -109,7 +109,7 @@ class ReportNet(nn.Module):
         self.gates = nn.ModuleList(FlatGates(w, pattern, generator) for w in self._weights.values())
         self._tau = options.tau
 
-    def train(self, mode: bool = True) -> ReportNet:
+    def train(self, mode: bool = True) -> DanhoferNet:
         self._student[0].train(mode)
         return super().train(mode)
 
@@ -136,50 +136,48 @@ class ReportNet(nn.Module):
         return [g for g in self.gates if isinstance(g, FlatGates)]
 
 
-def learn_as_reported(
-    dense: nn.Module, how: Preprocessing, data: Dataset, options: ReportOptions, pattern: Pattern
-) -> ReportNet:
+def learn_danhofer(
+    dense: nn.Module, preprocessing: Preprocessing, data: Dataset, options: DanhoferOptions, pattern: Pattern
+) -> DanhoferNet:
     """Train the gates as the report did; its BatchNorm statistics follow the sampled masks."""
-    net = ReportNet(dense, options, pattern).train()
-    optimiser = torch.optim.SGD(
-        net.parameters(), lr=options.rate, momentum=options.momentum, weight_decay=options.decay
-    )
-    schedule = torch.optim.lr_scheduler.StepLR(optimiser, 30, 0.1)
+    net = DanhoferNet(dense, options, pattern).train()
+    optimizer = torch.optim.SGD(net.parameters(), lr=options.lr, momentum=options.momentum, weight_decay=options.decay)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 30, 0.1)
     order = LearnOptions(epochs=options.epochs, batch=options.batch, augment="crop", seed=options.seed)
     total = options.epochs * max(len(data.train) // options.batch, 1)
-    steps = enumerate(training_batches(data.train, how, order))
+    steps = enumerate(training_batches(data.train, preprocessing, order))
     for step, batch in track(steps, "learn as reported", total):
         generator = torch.Generator().manual_seed(seed_of(options.seed, step))
         loss = F.cross_entropy(net(torch.from_numpy(batch.images), generator), torch.from_numpy(batch.labels))
         if not bool(loss.isfinite()):
             raise InputError("the loss is not a number", where=f"step {step + 1}", fix="lower the learning rate")
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
+        optimizer.step()
         if batch.ends_epoch:
             schedule.step()
     return net.eval()
 
 
-def report_masks(
+def danhofer_masks(
     dense: nn.Module,
     start: Mapping[str, npt.NDArray[np.bool_]],
-    how: Preprocessing,
+    preprocessing: Preprocessing,
     data: Dataset,
-    options: ReportOptions,
+    options: DanhoferOptions,
     pattern: Pattern,
 ) -> tuple[dict[str, npt.NDArray[np.bool_]], Learning]:
     """The likeliest masks of all convolutions, and how they stand against others (those by magnitude) on `select`.
 
     Both are judged by our means: recalibrated, and against the dense network.
     """
-    judge = Judge(dense, how, data, LearnOptions(batch=options.batch, seed=options.seed))
+    judge = Judge(dense, preprocessing, data, LearnOptions(batch=options.batch, seed=options.seed))
     started = time.monotonic()
-    masks = learn_as_reported(dense, how, data, options, pattern).masks()
+    masks = learn_danhofer(dense, preprocessing, data, options, pattern).masks()
     seconds = time.monotonic() - started
     first, last = judge(dict(start)), judge(masks)
     return masks, Learning(
-        recipe="report",
+        recipe="danhofer2024",
         epochs=options.epochs,
         steps=options.epochs * max(len(data.train) // options.batch, 1),
         images=len(data.train),
@@ -192,12 +190,14 @@ def report_masks(
     )
 
 
-def hits_of(net: ReportNet, split: Split, how: Preprocessing, *, sampled: bool, seed: int = 0) -> list[bool]:
+def hits_of(
+    net: DanhoferNet, split: Split, preprocessing: Preprocessing, *, sampled: bool, seed: int = 0
+) -> list[bool]:
     """Which images are right, under masks sampled anew for every batch, or under the likeliest."""
     generator = torch.Generator().manual_seed(seed) if sampled else None
     right: list[bool] = []
     with torch.no_grad():
-        for x, labels in batches(split, how, 500):
+        for x, labels in batches(split, preprocessing, 500):
             right += (net(torch.from_numpy(x), generator).argmax(1).numpy() == labels).tolist()
     return right
 

@@ -2,7 +2,7 @@
 
 Noise is a function of seed, pattern and group, so nothing of it is kept between the passes, and any number of threads gives
 the same bits. Loops are written for the compiler's vector units: floats that are taken apart by their bits are read
-and written in separate arrays, for arrays that share memory are not vectorised.
+and written in separate arrays, for arrays that share memory are not vectorized.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ def _choose(noisy: Floats, table: npt.NDArray[np.bool_], room: Floats, kept: Flo
             best[:n] = noisy[0, :n]
             chosen[:n] = members
         for i in range(n):
-            # Read before the comparison: a choice between two values is vectorised, a branch is not.
+            # Read before the comparison: a choice between two values is vectorized, a branch is not.
             value, top, before = noisy[p, i], best[i], chosen[i]
             best[i] = value if value > top else top
             chosen[i] = members if value > top else before

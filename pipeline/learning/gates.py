@@ -21,33 +21,33 @@ class Gates(nn.Module):
     that every step of a sample runs over contiguous slabs. The table of patterns is a buffer: it is not learned.
 
     Args:
-        weight: The frozen weight (K, C, ...); its magnitudes are the prior.
+        weight: The frozen weight (K, C, ...); its magnitudes are the init_std.
         pattern: N:M.
-        prior: Standard deviation of the initial logits; 0 starts undecided.
+        init_std: Standard deviation of the initial logits; 0 starts undecided.
     """
 
     table: torch.Tensor
 
-    def __init__(self, weight: torch.Tensor, pattern: Pattern, prior: float) -> None:
+    def __init__(self, weight: torch.Tensor, pattern: Pattern, init_std: float) -> None:
         super().__init__()
         self.pattern = pattern
         self.shape = tuple(weight.shape)
         table = torch.from_numpy(patterns(pattern)).to(weight.device)
         self.register_buffer("table", table, persistent=False)
         # In double, so that patterns that keep the same magnitude come out equal, and the first wins as by magnitude.
-        centred = _by_pattern(_slabs(weight.detach().double().abs().contiguous(), pattern.m), table)
-        centred -= centred.mean(dim=0, keepdim=True)
-        spread = float(centred.std())
+        centered = _by_pattern(_slabs(weight.detach().double().abs().contiguous(), pattern.m), table)
+        centered -= centered.mean(dim=0, keepdim=True)
+        spread = float(centered.std())
         if spread > 0:
-            centred *= prior / spread
-        self.logits = nn.Parameter(centred.float())
+            centered *= init_std / spread
+        self.logits = nn.Parameter(centered.float())
 
-    def start_from(self, mask: npt.NDArray[np.bool_], lead: float) -> None:
-        """Raise the pattern of a mask by `lead` above the others, in place; groups of fewer than N keep what they have."""
+    def start_from(self, mask: npt.NDArray[np.bool_], init_margin: float) -> None:
+        """Raise the pattern of a mask by `init_margin` above the others, in place; groups of fewer than N keep what they have."""
         kept = torch.from_numpy(np.ascontiguousarray(mask)).to(self.logits.device)
         members = _by_pattern(_slabs(kept.float(), self.pattern.m), self.table)
         with torch.no_grad():
-            self.logits.add_(members == members.amax(dim=0, keepdim=True), alpha=lead)
+            self.logits.add_(members == members.amax(dim=0, keepdim=True), alpha=init_margin)
 
     def sample(
         self, weight: torch.Tensor, tau: float, seed: int, *, noise: float = 1.0, hard: bool = True

@@ -21,7 +21,7 @@ from maskplan.pipeline.models.batchnorm import RecalibrateOptions, update_statis
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Judgment:
     """Masks on the `select` part: divergence from the dense network, and top-1 in percent."""
 
     divergence: float
@@ -31,10 +31,13 @@ class Judgement:
         return f"divergence {self.divergence:.4f}, top-1 {self.top1:.2f}%"
 
 
-def distillation(student: torch.Tensor, teacher: torch.Tensor, softness: float) -> torch.Tensor:
+def distillation(student: torch.Tensor, teacher: torch.Tensor, distill_temperature: float) -> torch.Tensor:
     """KL divergence from the dense network's softened probabilities, mean over the images (Hinton et al. 2015)."""
-    log_p, log_q = F.log_softmax(student / softness, dim=1), F.log_softmax(teacher / softness, dim=1)
-    return softness**2 * F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+    log_p, log_q = (
+        F.log_softmax(student / distill_temperature, dim=1),
+        F.log_softmax(teacher / distill_temperature, dim=1),
+    )
+    return distill_temperature**2 * F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
 
 
 class Judge:
@@ -46,17 +49,17 @@ class Judge:
         dense: The dense network, in evaluation mode.
         how: Preprocessing of the images.
         data: `train` for the statistics, `select` for the verdict.
-        options: `softness` is the temperature of the divergence, `batch` the images a step, `seed` tells which images the
+        options: `distill_temperature` is the temperature of the divergence, `batch` the images a step, `seed` tells which images the
             statistics are of, and `judge_augment` what is done to these.
     """
 
-    def __init__(self, dense: nn.Module, how: Preprocessing, data: Dataset, options: LearnOptions) -> None:
-        self._dense, self._how, self._data = dense, how, data
-        self._softness, self._batch = options.softness, options.batch
+    def __init__(self, dense: nn.Module, preprocessing: Preprocessing, data: Dataset, options: LearnOptions) -> None:
+        self._dense, self._preprocessing, self._data = dense, preprocessing, data
+        self._softness, self._batch = options.distill_temperature, options.batch
         self._recalibrate = RecalibrateOptions(seed=options.seed, augment=options.judge_augment)
         self._teacher: list[torch.Tensor] = []
 
-    def __call__(self, masks: Masks) -> Judgement:
+    def __call__(self, masks: Masks) -> Judgment:
         """Judge masks by weight name.
 
         Raises:
@@ -68,10 +71,10 @@ class Judge:
         with torch.no_grad():
             for name, mask in masks.items():
                 parameters[name].masked_fill_(~torch.from_numpy(mask).to(device), 0.0)
-        update_statistics(candidate, self._data.train, self._how, self._recalibrate)
+        update_statistics(candidate, self._data.train, self._preprocessing, self._recalibrate)
         divergence, right, first = 0.0, 0, not self._teacher
         with torch.no_grad():
-            for i, (x, labels) in enumerate(batches(self._data.select, self._how, self._batch)):
+            for i, (x, labels) in enumerate(batches(self._data.select, self._preprocessing, self._batch)):
                 images = torch.from_numpy(x).to(device)
                 if first:
                     self._teacher.append(self._dense(images))
@@ -79,10 +82,10 @@ class Judge:
                 divergence += float(distillation(logits, self._teacher[i], self._softness)) * len(x)
                 right += int((logits.argmax(dim=1).cpu().numpy() == labels).sum())
         if not math.isfinite(divergence):
-            fix = "check the weights and the images' normalisation"
+            fix = "check the weights and the images' normalization"
             raise InputError("the loss is not a number", where="the select part", fix=fix)
         count = len(self._data.select)
-        return Judgement(divergence / count, 100 * right / count)
+        return Judgment(divergence / count, 100 * right / count)
 
 
 def share_moved(old: Masks, new: Masks, m: int, layout: str = CHANNEL) -> float:

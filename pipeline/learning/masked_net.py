@@ -21,20 +21,20 @@ Masks = dict[str, npt.NDArray[np.bool_]]
 class MaskedNet(nn.Module):
     """A frozen network under sampled masks; the gates are its only parameters.
 
-    BatchNorm normalises by the batch (of each process, where there are several); everything else is in evaluation mode. What
+    BatchNorm normalizes by the batch (of each process, where there are several); everything else is in evaluation mode. What
     the statistics will be is settled by recalibration, when the masks are.
 
     Args:
         student: A copy of the dense network that may be changed; its parameters stop requiring gradients.
         names: Of the weights to mask.
         pattern: N:M.
-        prior: See `Gates`.
+        init_std: See `Gates`.
         hard: See `Gates.sample`.
     """
 
-    def __init__(self, student: nn.Module, names: list[str], pattern: Pattern, prior: float, *, hard: bool) -> None:
+    def __init__(self, student: nn.Module, names: list[str], pattern: Pattern, init_std: float, *, hard: bool) -> None:
         super().__init__()
-        # Kept out of the registry: its weights are no parameters of this module, nor its buffers for others to synchronise.
+        # Kept out of the registry: its weights are no parameters of this module, nor its buffers for others to synchronize.
         self._student = [student.requires_grad_(False).eval()]
         for norm in norms(student):
             norm.train()
@@ -43,7 +43,7 @@ class MaskedNet(nn.Module):
         self._owners = {name: next(n for n in names if parameters[n] is parameters[name]) for name in names}
         self._weights = {name: parameters[name].contiguous() for name in dict.fromkeys(self._owners.values())}
         self._hard = hard
-        self.gates = nn.ModuleList(Gates(weight, pattern, prior) for weight in self._weights.values())
+        self.gates = nn.ModuleList(Gates(weight, pattern, init_std) for weight in self._weights.values())
 
     def forward(
         self, images: torch.Tensor, tau: float, noise: float, seeds: list[int]
@@ -62,10 +62,10 @@ class MaskedNet(nn.Module):
         shares = [drawn[name].square().sum() / weight.square().sum() for name, weight in self._weights.items()]
         return torch.stack(shares).mean()
 
-    def start_from(self, masks: Mapping[str, npt.NDArray[np.bool_]], lead: float) -> None:
+    def start_from(self, masks: Mapping[str, npt.NDArray[np.bool_]], init_margin: float) -> None:
         """Let the gates start out for given masks, in place."""
         for owner, gates in zip(self._weights, self._each(), strict=True):
-            gates.start_from(masks[owner], lead)
+            gates.start_from(masks[owner], init_margin)
 
     def masks(self, logits: list[torch.Tensor] | None = None) -> Masks:
         """The likeliest masks by weight name, of the gates or of other logits in their order."""

@@ -18,7 +18,7 @@ class Row:
 
     Attributes:
         step: Steps done.
-        minutes: Spent.
+        minutes: CallTiming.
         loss: Running mean.
         top1: Percent of training images right under sampled masks, running mean.
         tau: Temperature.
@@ -34,7 +34,7 @@ class Row:
     loss: float
     top1: float
     tau: float
-    rate: float
+    lr: float
     entropy: float
     moved: float
     select_divergence: float | None = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.validation import above, at_least
@@ -39,10 +41,10 @@ class LearnOptions:
         noise_end: And at the last; it falls in a straight line. Without noise, what is learned at the end is what will be
             deployed.
         hard: Forward through zeros and ones (straight-through); else through the soft sample.
-        prior: How strongly the gates start out for the magnitude mask: the standard deviation of a layer's gates.
-        lead: How far the patterns of given masks (`--init`) start above the others.
+        init_std: How strongly the gates start out for the magnitude mask: the standard deviation of a layer's gates.
+        init_margin: How far the patterns of given masks (`--init`) start above the others.
         distill: Weight of the distillation from the dense network; the rest is cross-entropy with the labels.
-        softness: Temperature of the distillation.
+        distill_temperature: Temperature of the distillation.
         norm_reward: Weight of a reward for the share of squared magnitude that the masks keep.
         ema: Decay of a running average of the gates, which then is what is judged; 0 judges the gates themselves.
         augment: `none`; `shift` moves images by up to an eighth of their size and repeats the edge, `crop` is black beyond
@@ -54,18 +56,25 @@ class LearnOptions:
         seed: Of the noise and of the order of images.
     """
 
+    RENAMED_FIELDS: ClassVar[Mapping[str, str]] = {
+        "rate": "lr",
+        "prior": "init_std",
+        "lead": "init_margin",
+        "softness": "distill_temperature",
+    }
+
     epochs: int = 30
     batch: int = 64
-    rate: float = 0.1
+    lr: float = 0.1
     tau_start: float = 1.0
     tau_end: float = 1.0
     noise_start: float = 0.3
     noise_end: float = 0.0
     hard: bool = True
-    prior: float = 3.0
-    lead: float = 3.0
+    init_std: float = 3.0
+    init_margin: float = 3.0
     distill: float = 1.0
-    softness: float = 2.0
+    distill_temperature: float = 2.0
     norm_reward: float = 0.0
     ema: float = 0.0
     augment: str = "none"
@@ -77,13 +86,15 @@ class LearnOptions:
 
     def __post_init__(self) -> None:
         at_least(0, epochs=self.epochs, noise_start=self.noise_start, noise_end=self.noise_end)
-        at_least(0, prior=self.prior, lead=self.lead)
+        at_least(0, init_std=self.init_std, init_margin=self.init_margin)
         at_least(0, distill=self.distill, ema=self.ema)
         at_least(0, norm_reward=self.norm_reward, patience=self.patience, save_every=self.save_every, seed=self.seed)
         at_least(0, budget_minutes=self.budget_minutes)
         # BatchNorm needs two images for statistics.
         at_least(2, batch=self.batch)
-        above(0, rate=self.rate, tau_start=self.tau_start, tau_end=self.tau_end, softness=self.softness)
+        above(
+            0, lr=self.lr, tau_start=self.tau_start, tau_end=self.tau_end, distill_temperature=self.distill_temperature
+        )
         for name, value in (("distill", self.distill), ("ema", self.ema)):
             if value > 1:
                 raise InputError(f"{name} is {value}", fix="give a number from 0 to 1")

@@ -30,7 +30,12 @@ def steps_per_epoch(train: Split, options: LearnOptions, processes: int = 1) -> 
 
 
 def training_batches(
-    train: Split, how: Preprocessing, options: LearnOptions, start: int = 0, process: int = 0, processes: int = 1
+    train: Split,
+    preprocessing: Preprocessing,
+    options: LearnOptions,
+    start: int = 0,
+    process: int = 0,
+    processes: int = 1,
 ) -> Iterator[Batch]:
     """The images of every step from `start` on; epochs are in a fresh seeded order that the processes share out."""
     count = steps_per_epoch(train, options, processes)
@@ -38,10 +43,10 @@ def training_batches(
         order = np.random.default_rng((options.seed, epoch)).permutation(len(train))
         order = order[: count * options.batch * processes][process::processes]
         done = max(start - epoch * count, 0)
-        left = batches(train, how, options.batch, order[done * options.batch :])
+        left = batches(train, preprocessing, options.batch, order[done * options.batch :])
         for step, (x, labels) in enumerate(left, start=done + 1):
             seed = seed_of(options.seed, process, epoch * count + step)
-            yield Batch(augmented(x, options.augment, how, seed), labels, step == count)
+            yield Batch(augmented(x, options.augment, preprocessing, seed), labels, step == count)
 
 
 def temperature(fraction: float, options: LearnOptions) -> float:
@@ -56,7 +61,7 @@ def noise_scale(fraction: float, options: LearnOptions) -> float:
 
 def learning_rate(fraction: float, options: LearnOptions) -> float:
     """Falls along half a cosine, to a hundredth."""
-    return options.rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * fraction)))
+    return options.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * fraction)))
 
 
 def fraction_done(step: int, total: int, minutes: float, options: LearnOptions) -> float:

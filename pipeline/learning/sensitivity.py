@@ -22,7 +22,7 @@ def costliest(
     module: nn.Module,
     masks: Mapping[str, npt.NDArray[np.bool_]],
     layers: Sequence[Layer],
-    how: Preprocessing,
+    preprocessing: Preprocessing,
     data: Dataset,
     budget: float,
     options: LearnOptions,
@@ -33,12 +33,12 @@ def costliest(
         module: The dense model; it stays as it is.
         masks: By weight name.
         layers: Those of the masks.
-        how: Preprocessing of the images.
+        preprocessing: Preprocessing of the images.
         data: `train` for the statistics, `select` for the verdict.
         budget: Percent of the layers' MACs that may stay dense.
         options: How masks are judged.
     """
-    judge = Judge(module.eval(), how, data, options)
+    judge = Judge(module.eval(), preprocessing, data, options)
     none = judge({}).divergence
     costs = {
         layer.name: judge({layer.name: np.asarray(masks[layer.name])}).divergence - none

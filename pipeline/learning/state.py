@@ -15,10 +15,10 @@ import torch
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.files import write_atomically
 from maskplan.pipeline.core.serialization import encode
-from maskplan.pipeline.learning.judge import Judgement
+from maskplan.pipeline.learning.judge import Judgment
 from maskplan.pipeline.learning.masked_net import Masks
 from maskplan.pipeline.learning.options import LearnOptions
-from maskplan.pipeline.models.state_dict import read_metadata, serialise
+from maskplan.pipeline.models.state_dict import read_metadata, serialize
 
 log = logging.getLogger(__name__)
 
@@ -28,17 +28,17 @@ class Progress:
     """Counters, and the best masks so far.
 
     Attributes:
-        first: The judgement of the masks that learning started from.
+        first: The judgment of the masks that learning started from.
         best: That of the best masks.
         best_masks: By weight name.
         steps: Done.
         epochs: Done.
         stale: Epochs since the best.
-        minutes: Spent, in all processes that worked on this one after the other.
+        minutes: CallTiming, in all processes that worked on this one after the other.
     """
 
-    first: Judgement
-    best: Judgement
+    first: Judgment
+    best: Judgment
     best_masks: Masks = field(repr=False)
     steps: int = 0
     epochs: int = 0
@@ -93,7 +93,7 @@ def save_state(state: LearnerState, path: Path) -> None:
         tensors[f"mask:{name}"] = torch.from_numpy(mask)
     counters = {k: getattr(progress, k) for k in ("steps", "epochs", "stale", "minutes")}
     header = {"key": state.key, "first": encode(progress.first), "best": encode(progress.best), **counters}
-    write_atomically(path, serialise(tensors, header))
+    write_atomically(path, serialize(tensors, header))
 
 
 def load_state(path: Path, key: str) -> LearnerState | None:
@@ -123,8 +123,8 @@ def _state_of(tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) ->
     count = sum(name.startswith("logits.") for name in tensors)
     adam = [{n.rpartition(".")[2]: t for n, t in tensors.items() if n.startswith(f"adam.{i}.")} for i in range(count)]
     progress = Progress(
-        first=Judgement(**header["first"]),
-        best=Judgement(**header["best"]),
+        first=Judgment(**header["first"]),
+        best=Judgment(**header["best"]),
         best_masks={n.removeprefix("mask:"): t.numpy() for n, t in tensors.items() if n.startswith("mask:")},
         steps=int(header["steps"]),
         epochs=int(header["epochs"]),

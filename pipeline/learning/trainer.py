@@ -19,7 +19,7 @@ from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.interrupts import INTERRUPTS
 from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.data.dataset import Dataset
-from maskplan.pipeline.learning.judge import Judge, Judgement, distillation, share_moved
+from maskplan.pipeline.learning.judge import Judge, Judgment, distillation, share_moved
 from maskplan.pipeline.learning.masked_net import MaskedNet, Masks
 from maskplan.pipeline.learning.metrics import MetricsLog, Row
 from maskplan.pipeline.learning.options import LearnFiles, LearnOptions
@@ -48,7 +48,7 @@ def learn_masks(
     module: nn.Module,
     start: Mapping[str, npt.NDArray[np.bool_]],
     pattern: Pattern,
-    how: Preprocessing,
+    preprocessing: Preprocessing,
     data: Dataset,
     options: LearnOptions,
     *,
@@ -60,17 +60,17 @@ def learn_masks(
     """Choose masks by gradient descent over the patterns of each group.
 
     The masks to start from are the candidate to beat: they are kept if no epoch comes closer to the dense network on
-    `select`. In learning, BatchNorm uses batch statistics; for every judgement it is recalibrated, as the final network's
+    `select`. In learning, BatchNorm uses batch statistics; for every judgment it is recalibrated, as the final network's
     will be.
 
     Args:
         module: The dense model; neither its parameters nor its buffers change.
         start: Masks by weight name: those by magnitude, which the gates' prior follows, or given ones.
         pattern: N:M.
-        how: Preprocessing of the images.
+        preprocessing: Preprocessing of the images.
         data: `train` for the gradient, `select` for the choice of the epoch.
         options: Schedule and seed.
-        given: `start` is not by magnitude: raise its patterns by `options.lead`.
+        given: `start` is not by magnitude: raise its patterns by `options.init_margin`.
         images: Digests of the image sets, for the key of the learner's checkpoint.
         files: Where to keep checkpoint and metrics.
         device: `auto`, `cpu` or `cuda`.
@@ -89,7 +89,7 @@ def learn_masks(
     masks = {name: np.asarray(mask) for name, mask in start.items()}
     before = tensors_sha256(module.state_dict())
     with process(device) as here, INTERRUPTS.held():
-        learner = Learner(module, masks, pattern, how, data, options, here, files, given=given)
+        learner = Learner(module, masks, pattern, preprocessing, data, options, here, files, given=given)
         progress = learner.run(state_key(options, before, masks, images))
     if tensors_sha256(module.state_dict()) != before:
         raise AssertionError("learning masks changed a parameter or a buffer")
@@ -115,7 +115,7 @@ class Learner:
         module: nn.Module,
         start: Masks,
         pattern: Pattern,
-        how: Preprocessing,
+        preprocessing: Preprocessing,
         data: Dataset,
         options: LearnOptions,
         here: Process,
@@ -123,18 +123,18 @@ class Learner:
         *,
         given: bool,
     ) -> None:
-        self.start, self.pattern, self.how, self.data = start, pattern, how, data
+        self.start, self.pattern, self.preprocessing, self.data = start, pattern, preprocessing, data
         self.options, self.here, self.files = options, here, files
         teacher = copy.deepcopy(module).eval().requires_grad_(False).to(here.device)
         self.teacher = teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         student = copy.deepcopy(self.teacher)
-        self.net = MaskedNet(student, list(start), pattern, options.prior, hard=options.hard).to(here.device)
+        self.net = MaskedNet(student, list(start), pattern, options.init_std, hard=options.hard).to(here.device)
         if given:
-            self.net.start_from(start, options.lead)
+            self.net.start_from(start, options.init_margin)
         self.parallel = DistributedDataParallel(self.net) if here.count > 1 else self.net
-        self.adam = torch.optim.Adam(self.net.logits(), lr=options.rate, fused=True)
+        self.adam = torch.optim.Adam(self.net.logits(), lr=options.lr, fused=True)
         self.average = [p.detach().clone() for p in self.net.logits()] if options.ema else []
-        self.judge = Judge(self.teacher, how, data, options)
+        self.judge = Judge(self.teacher, preprocessing, data, options)
         self.loss = self.top1 = float("nan")
         self.row: Row | None = None
 
@@ -153,7 +153,7 @@ class Learner:
             progress.first,
         )
         batches = training_batches(
-            self.data.train, self.how, self.options, progress.steps, self.here.rank, self.here.count
+            self.data.train, self.preprocessing, self.options, progress.steps, self.here.rank, self.here.count
         )
         first_step, begun = progress.steps, time.monotonic()
         try:
@@ -223,7 +223,7 @@ class Learner:
             raise InputError(
                 "the loss is not a number",
                 where=f"epoch {progress.epochs + 1}, step {progress.steps + 1}",
-                fix="check the weights and the images' normalisation, or lower the learning rate",
+                fix="check the weights and the images' normalization, or lower the learning rate",
             )
         self.adam.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -238,7 +238,7 @@ class Learner:
         self, logits: torch.Tensor, target: torch.Tensor, labels: torch.Tensor, kept: torch.Tensor
     ) -> torch.Tensor:
         share = self.options.distill
-        loss = share * distillation(logits, target, self.options.softness)
+        loss = share * distillation(logits, target, self.options.distill_temperature)
         if share < 1:
             loss = loss + (1 - share) * F.cross_entropy(logits, labels)
         return loss - self.options.norm_reward * kept if self.options.norm_reward else loss
@@ -247,11 +247,11 @@ class Learner:
         budget = self.options.budget_minutes
         return budget is not None and progress.minutes > budget
 
-    def _judged(self, masks: Masks) -> Judgement:
-        found = self.judge(masks) if self.here.is_first else Judgement(0.0, 0.0)
-        return Judgement(*self.here.agreed(found.divergence, found.top1))
+    def _judged(self, masks: Masks) -> Judgment:
+        found = self.judge(masks) if self.here.is_first else Judgment(0.0, 0.0)
+        return Judgment(*self.here.agreed(found.divergence, found.top1))
 
-    def _end_epoch(self, progress: Progress) -> Judgement:
+    def _end_epoch(self, progress: Progress) -> Judgment:
         progress.epochs += 1
         masks = self.net.masks(self.average or None)
         found = self._judged(masks)
@@ -261,14 +261,14 @@ class Learner:
         log.info("epoch %d/%d: %s", progress.epochs, self.options.epochs, found)
         return found
 
-    def _row(self, progress: Progress, fraction: float, found: Judgement | None) -> Row:
+    def _row(self, progress: Progress, fraction: float, found: Judgment | None) -> Row:
         return Row(
             step=progress.steps,
             minutes=round(progress.minutes, 3),
             loss=self.loss,
             top1=self.top1,
             tau=temperature(fraction, self.options),
-            rate=learning_rate(fraction, self.options),
+            lr=learning_rate(fraction, self.options),
             entropy=self.net.entropy(),
             moved=share_moved(self.start, self.net.masks(), self.pattern.m),
             select_divergence=found.divergence if found else None,

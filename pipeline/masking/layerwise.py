@@ -154,7 +154,7 @@ def _require_fit(weight: Floats, moment: Floats, pattern: Pattern, name: str) ->
         if not (math.isfinite(float(values.max(initial=0))) and math.isfinite(float(values.min(initial=0)))):
             raise InputError(
                 f"the {what} of {name} hold NaN or infinity",
-                fix="use a checkpoint from before training diverged, and check the images' normalisation",
+                fix="use a checkpoint from before training diverged, and check the images' normalization",
             )
 
 

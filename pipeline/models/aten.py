@@ -20,12 +20,12 @@ IMAGES = 2
 """Images in the sample: one could be taken for a dimension of length 1."""
 
 
-def export_aten(module: nn.Module, how: Preprocessing, *, whole_layers: bool = False) -> ExportedProgram:
+def export_aten(module: nn.Module, preprocessing: Preprocessing, *, whole_layers: bool = False) -> ExportedProgram:
     """Export a module in evaluation mode for `IMAGES` images.
 
     Args:
         module: Its weights stay as they are.
-        how: Preprocessing, for the size of an image.
+        preprocessing: Preprocessing, for the size of an image.
         whole_layers: Leave operators such as `linear` as they are; by default they are taken apart.
 
     Raises:
@@ -33,7 +33,7 @@ def export_aten(module: nn.Module, how: Preprocessing, *, whole_layers: bool = F
     """
     import torch
 
-    sample = sample_input(how, IMAGES)
+    sample = sample_input(preprocessing, IMAGES)
     for parameter in module.parameters():
         sample = sample.to(parameter)
         break

@@ -73,7 +73,9 @@ def norms(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
 
-def update_statistics(module: nn.Module, train: Split, how: Preprocessing, options: RecalibrateOptions) -> int:
+def update_statistics(
+    module: nn.Module, train: Split, preprocessing: Preprocessing, options: RecalibrateOptions
+) -> int:
     """Replace a module's BatchNorm statistics, in place, by the average over batches of training images.
 
     The average is cumulative (every batch counts the same); all else stays in evaluation mode. A last
@@ -104,8 +106,8 @@ def update_statistics(module: nn.Module, train: Split, how: Preprocessing, optio
     device = next(module.parameters()).device
     try:
         with torch.no_grad():
-            for i, (x, _) in enumerate(batches(train, how, size, order)):
-                module(torch.from_numpy(augmented(x, options.augment, how, options.seed + i)).to(device))
+            for i, (x, _) in enumerate(batches(train, preprocessing, size, order)):
+                module(torch.from_numpy(augmented(x, options.augment, preprocessing, options.seed + i)).to(device))
     finally:
         for layer, (momentum, state) in zip(layers, before, strict=True):
             assert isinstance(layer, _BatchNorm)

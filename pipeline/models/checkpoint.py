@@ -13,9 +13,9 @@ from maskplan.pipeline.core.errors import HostError, InputError
 from maskplan.pipeline.core.files import sha256_of, write_atomically
 from maskplan.pipeline.core.serialization import decode, encode
 from maskplan.pipeline.core.validation import at_least
-from maskplan.pipeline.models.layers import survey
+from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.models.registry import BUNDLED, BUNDLED_WEIGHTS, Architecture, build_model
-from maskplan.pipeline.models.state_dict import fit_weights, read_metadata, read_weights, serialise, tensors_sha256
+from maskplan.pipeline.models.state_dict import fit_weights, read_metadata, read_weights, serialize, tensors_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ def open_checkpoint(options: ModelOptions) -> tuple[nn.Module, Provenance]:
 
 def save_checkpoint(state: Mapping[str, torch.Tensor], provenance: Provenance, out: Path) -> Checkpoint:
     """Write a state dict with its provenance in the header."""
-    data = serialise(state, encode(provenance))
+    data = serialize(state, encode(provenance))
     return Checkpoint(out, write_atomically(out, data), len(data), provenance)
 
 
@@ -111,7 +111,7 @@ def _load(options: ModelOptions) -> tuple[Architecture, Provenance]:
     written = None if file is None else _written_provenance(file)
     if written is not None:
         return architecture, written
-    _, outputs = survey(architecture.module, architecture.preprocessing)
+    _, outputs = trace_layers(architecture.module, architecture.preprocessing)
     if options.classes not in (None, outputs):
         raise InputError(
             "the model has another number of classes",

@@ -1,4 +1,4 @@
-"""The bundled model: a stem and six 3x3 convolutions in residual blocks, for 8x8 grey images."""
+"""The bundled model: a stem and six 3x3 convolutions in residual blocks, for 8x8 gray images."""
 
 from __future__ import annotations
 

@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def sample_input(how: Preprocessing, batch: int, seed: int = 0) -> torch.Tensor:
-    """Seeded normal noise of the input's shape: what normalised images look like to shapes and timings."""
+def sample_input(preprocessing: Preprocessing, batch: int, seed: int = 0) -> torch.Tensor:
+    """Seeded normal noise of the input's shape: what normalized images look like to shapes and timings."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, how.channels, how.height, how.width, generator=generator)
+    return torch.randn(batch, preprocessing.channels, preprocessing.height, preprocessing.width, generator=generator)
 
 
-def survey(module: nn.Module, how: Preprocessing) -> tuple[tuple[Layer, ...], int]:
+def trace_layers(module: nn.Module, preprocessing: Preprocessing) -> tuple[tuple[Layer, ...], int]:
     """Run one image through a module in evaluation mode and note its layers.
 
     Returns:
@@ -49,11 +49,11 @@ def survey(module: nn.Module, how: Preprocessing) -> tuple[tuple[Layer, ...], in
     hooks = [m.register_forward_hook(note) for _, m in layers]
     try:
         with torch.no_grad():
-            output = module.eval()(sample_input(how, 1))
+            output = module.eval()(sample_input(preprocessing, 1))
     except Exception as error:  # the model's own code, which may raise anything
         raise InputError(
             "the model cannot run on its own input",
-            where=f"input (1, {how.channels}, {how.height}, {how.width})",
+            where=f"input (1, {preprocessing.channels}, {preprocessing.height}, {preprocessing.width})",
             found=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
             fix="set PREPROCESSING in the model's file to the input it expects",
         ) from error

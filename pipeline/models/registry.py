@@ -136,7 +136,7 @@ def _torchvision(name: str, classes: int | None, pretrained: bool) -> Architectu
     best = torchvision.models.get_model_weights(name).DEFAULT
     options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     if name in ("inception_v3", "googlenet"):
-        # Their own initialisation draws from scipy for minutes; torch's default does for untrained weights.
+        # Their own initialization draws from scipy for minutes; torch's default does for untrained weights.
         options["init_weights"] = False
     module = torchvision.models.get_model(name, weights=None, **options)
     if pretrained:
@@ -258,7 +258,7 @@ def _from_file(file: Path, factory: str) -> Architecture:
 
 @contextmanager
 def _beside(file: Path) -> Iterator[None]:
-    """A model's file may import its neighbours, as it can where Python runs it."""
+    """A model's file may import its neighbors, as it can where Python runs it."""
     sys.path.insert(0, str(file.resolve().parent))
     try:
         yield

@@ -56,7 +56,7 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def serialise(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> bytes:
+def serialize(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> bytes:
     """A safetensors file's bytes, the same for the same content.
 
     All metadata lies under one key: safetensors writes several keys in an order that changes from run to run.

@@ -40,21 +40,21 @@ class Answers:
 
 
 def ask(
-    models: Mapping[str, Classifier], how: Preprocessing, images: Split | None, fixed_count: int
+    models: Mapping[str, Classifier], preprocessing: Preprocessing, images: Split | None, fixed_count: int
 ) -> dict[str, Answers]:
     """Run every model once on every image; without images, on noise.
 
     Args:
         models: By name.
-        how: Preprocessing of all of them.
+        preprocessing: Preprocessing of all of them.
         images: All to be answered; those with the label `UNLABELLED` have no top-5.
         fixed_count: How many of them are fixed images.
     """
     if images is None or not len(images):
-        noise = _noise(how, fixed_count)
+        noise = _noise(preprocessing, fixed_count)
         return answers_of(models, _cut(noise, np.full(len(noise), UNLABELLED)), 0, np.arange(len(noise)))
     total = -(-len(images) // _BATCH)
-    stream = track(batches(images, how, _BATCH), "compare", total)
+    stream = track(batches(images, preprocessing, _BATCH), "compare", total)
     return answers_of(models, stream, len(images), fixed_positions(images, fixed_count))
 
 
@@ -100,12 +100,12 @@ def fixed_positions(images: Split, count: int) -> npt.NDArray[np.int64]:
     return np.flatnonzero(np.isin(images.indices, images.first(count, _SEED).indices))
 
 
-def fixed_images(how: Preprocessing, images: Split | None, count: int) -> npt.NDArray[np.float32]:
+def fixed_images(preprocessing: Preprocessing, images: Split | None, count: int) -> npt.NDArray[np.float32]:
     """The same images every time, in the order in which `ask` meets them; without any, normal noise."""
     if images is None or not len(images):
-        return _noise(how, count)
+        return _noise(preprocessing, count)
     positions = fixed_positions(images, count)
-    return np.concatenate([x for x, _ in batches(images, how, _BATCH, positions)])
+    return np.concatenate([x for x, _ in batches(images, preprocessing, _BATCH, positions)])
 
 
 def logits_of(model: Classifier, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -113,8 +113,8 @@ def logits_of(model: Classifier, images: npt.NDArray[np.float32]) -> npt.NDArray
     return np.concatenate([model.logits(x) for x, _ in _cut(images, np.full(len(images), UNLABELLED))])
 
 
-def _noise(how: Preprocessing, count: int) -> npt.NDArray[np.float32]:
-    shape = (count, how.channels, how.height, how.width)
+def _noise(preprocessing: Preprocessing, count: int) -> npt.NDArray[np.float32]:
+    shape = (count, preprocessing.channels, preprocessing.height, preprocessing.width)
     return np.random.default_rng(_SEED).standard_normal(shape, dtype=np.float32)
 
 

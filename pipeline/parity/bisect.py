@@ -54,9 +54,9 @@ class BisectOptions:
 def bisect(dense: Path, sparse: Path, images: npt.NDArray[np.float32], options: BisectOptions) -> DepthReport:
     """Run both models on the same images and find the first layer whose output departs.
 
-    Both run on ONNX Runtime, with graph optimisation off and every float tensor of the layers that both have marked as an
+    Both run on ONNX Runtime, with graph optimization off and every float tensor of the layers that both have marked as an
     output; values are compared in double precision. An INT8 or FP16 graph is compared with what its layers compute before
-    their outputs are quantised again. NaN and infinity depart, unless both models have them at the same places.
+    their outputs are quantized again. NaN and infinity depart, unless both models have them at the same places.
 
     Args:
         dense: The reference: an ONNX file, an engine or a checkpoint.

@@ -30,7 +30,7 @@ _DENSE = "dense"
 def compare(
     dense: Classifier,
     sparse: Classifier,
-    how: Preprocessing,
+    preprocessing: Preprocessing,
     provenances: Sequence[Provenance | None],
     val: Split | None,
     options: CompareOptions,
@@ -44,9 +44,9 @@ def compare(
     Args:
         dense: The reference.
         sparse: What shall replace it.
-        how: Preprocessing of both.
+        preprocessing: Preprocessing of both.
         provenances: Of both, where known; untrained weights make parity not applicable.
-        val: Labelled images; without them the task's metrics are off. Images may be `UNLABELLED`, which leaves agreement.
+        val: Labeled images; without them the task's metrics are off. Images may be `UNLABELLED`, which leaves agreement.
         options: Thresholds.
         others: Baselines by name, for the table of methods.
         sparse_name: What that table calls `sparse`.
@@ -60,7 +60,7 @@ def compare(
     models = {_DENSE: dense, **(others or {}), sparse_name: sparse}
     if dense_answers is not None:
         del models[_DENSE]
-    said = ask(models, how, val, options.fixed_images)
+    said = ask(models, preprocessing, val, options.fixed_images)
     if dense_answers is not None:
         said = {_DENSE: dense_answers, **said}
     return parity(said, sparse_name, provenances, val, options, *_names(dense, sparse))
@@ -140,9 +140,11 @@ def parity(
     return judged
 
 
-def fidelity(engine: Classifier, reference: Classifier, how: Preprocessing, val: Split | None, count: int) -> Fidelity:
+def fidelity(
+    engine: Classifier, reference: Classifier, preprocessing: Preprocessing, val: Split | None, count: int
+) -> Fidelity:
     """How close an engine is to its own ONNX file on the fixed images."""
-    images = fixed_images(how, val, count)
+    images = fixed_images(preprocessing, val, count)
     mine, own_onnx = (logits_of(model, images) for model in (engine, reference))
     near = closeness(own_onnx, mine)
     agreement = 100 * float((mine.argmax(axis=1) == own_onnx.argmax(axis=1)).mean())
@@ -156,17 +158,17 @@ def _counted(measured: ParityReport, tallies: Mapping[str, Tally], sparse_name: 
     low, high = clopper_pearson(changed, own.images, 0.95)
     counted = replace(
         measured,
-        unlabelled_images=own.images - own.labelled,
+        unlabeled_images=own.images - own.labeled,
         agreement=100 * (own.images - changed) / own.images,
         flips=own.flips,
         flip_rate=100 * changed / own.images,
         flip_rate_ci95=(100 * low, 100 * high),
     )
-    if not own.labelled:
+    if not own.labeled:
         return counted
     return replace(
         counted,
-        images=own.labelled,
+        images=own.labeled,
         top1_dense=_first(own.top1),
         top5_dense=_first(own.top5),
         top1_sparse=_second(own.top1),

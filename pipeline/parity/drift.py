@@ -55,7 +55,7 @@ def with_drift(report: ParityReport, baseline: Mapping[str, Any]) -> ParityRepor
     notes = report.notes
     then, digest = baseline.get("images"), baseline.get("images_sha256")
     if then != report.images:
-        notes = (*notes, f"the baseline was measured on {then} labelled images, this report on {report.images}")
+        notes = (*notes, f"the baseline was measured on {then} labeled images, this report on {report.images}")
     elif digest is not None and report.images_sha256 is not None and digest != report.images_sha256:
         notes = (*notes, "the baseline was measured on other images")
     return replace(report, drift=tuple(rows), notes=notes)

@@ -23,7 +23,7 @@ _FLOATS = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(dou
 class Intermediates:
     """An ONNX file of one image input, to be run on ONNX Runtime with any of its tensors marked as outputs.
 
-    Graph optimisation is off: a marked tensor is what its node computes, whichever others are marked. ONNX Runtime reads
+    Graph optimization is off: a marked tensor is what its node computes, whichever others are marked. ONNX Runtime reads
     external data from the file's own folder, so there may be more of it than one ONNX file can hold.
 
     Args:

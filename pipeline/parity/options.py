@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.validation import at_least
@@ -19,9 +21,11 @@ class CompareOptions:
         max_flip_rate: Percent of images whose first choice may change: 100 minus agreement.
         max_class_drop: Points of top-1 that any class may lose.
         min_cosine: Smallest cosine similarity of one fixed image's outputs.
-        confident: Hold the bad end of the 95% interval against the thresholds of drops, agreement and flips.
+        use_ci: Hold the bad end of the 95% interval against the thresholds of drops, agreement and flips.
         fixed_images: Images on which the outputs themselves are compared.
     """
+
+    RENAMED_FIELDS: ClassVar[Mapping[str, str]] = {"confident": "use_ci"}
 
     max_top1_drop: float = 1.0
     min_agreement: float | None = None
@@ -30,7 +34,7 @@ class CompareOptions:
     max_flip_rate: float | None = None
     max_class_drop: float | None = None
     min_cosine: float | None = None
-    confident: bool = False
+    use_ci: bool = False
 
     def __post_init__(self) -> None:
         at_least(-100, max_top1_drop=self.max_top1_drop, max_top5_drop=self.max_top5_drop)

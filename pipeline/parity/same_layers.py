@@ -34,7 +34,7 @@ class GraphLayer:
         tensors: The outputs that are floats.
         weight: Name of the stored weight of a Conv, ConvTranspose, Gemm or MatMul.
         reads: The tensors it computes from, each traced back through conversions to a layer's output or to `IMAGE`.
-        normalised: The BatchNormalization that alone reads it, by name.
+        normalized: The BatchNormalization that alone reads it, by name.
     """
 
     name: str
@@ -43,7 +43,7 @@ class GraphLayer:
     tensors: tuple[TensorSpec, ...]
     weight: str | None
     reads: tuple[str, ...]
-    normalised: str | None
+    normalized: str | None
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def layers_of(model: onnx.ModelProto, floats: Mapping[str, TensorSpec]) -> list[
         tensors = tuple(floats[t] for t in node.output if t in floats)
         if tensors and not _converts(node) and computed.issuperset(t.name for t in tensors):
             reader = graph.only_reader(node.output[0])
-            normalised = reader is not None and graph.nodes[reader[0]].op_type == "BatchNormalization"
+            normalized = reader is not None and graph.nodes[reader[0]].op_type == "BatchNormalization"
             layers.append(
                 GraphLayer(
                     name=name,
@@ -91,7 +91,7 @@ def layers_of(model: onnx.ModelProto, floats: Mapping[str, TensorSpec]) -> list[
                     tensors=tensors,
                     weight=weights.get(node.name or node.output[0]) or None,
                     reads=tuple(_source(graph, t) for t in node.input if t in computed),
-                    normalised=graph.names[reader[0]] if reader is not None and normalised else None,
+                    normalized=graph.names[reader[0]] if reader is not None and normalized else None,
                 )
             )
     return layers
@@ -104,7 +104,7 @@ def same_layers(dense: Sequence[GraphLayer], sparse: Sequence[GraphLayer]) -> Sa
     same; what is left is told by name, and at last by order, where both graphs have as many of an op. A name alone
     is no proof: exporters that number their nodes call other layers by it in other graphs. Layers whose outputs differ in
     shape are never the same. Where only one graph has the BatchNormalization behind a convolution, because it is folded into
-    the weights of the other, the normalised output is the one compared.
+    the weights of the other, the normalized output is the one compared.
     """
     found = _Matching(dense, sparse)
     found.by(lambda layer: layer.weight)
@@ -127,7 +127,7 @@ class _Matching:
     sparse: Sequence[GraphLayer]
     # Of a sparse layer's number, the dense layer's.
     of: dict[int, int] = field(default_factory=dict)
-    # What stands for a convolution that is normalised in its graph only.
+    # What stands for a convolution that is normalized in its graph only.
     dense_end: dict[int, int] = field(default_factory=dict)
     sparse_end: dict[int, int] = field(default_factory=dict)
 
@@ -139,11 +139,11 @@ class _Matching:
                 self.of[j] = firsts[value]
 
     def fold(self) -> None:
-        """Where only one graph normalises a convolution's output, take that output in its place."""
+        """Where only one graph normalizes a convolution's output, take that output in its place."""
         firsts = {self.dense[i].name: i for i in self.free_dense()}
         seconds = {self.sparse[j].name: j for j in self.free_sparse()}
         for j, i in self.of.items():
-            a, b = self.dense[i].normalised, self.sparse[j].normalised
+            a, b = self.dense[i].normalized, self.sparse[j].normalized
             if a in firsts and b is None:
                 self.dense_end[i] = firsts[a]
             elif b in seconds and a is None:

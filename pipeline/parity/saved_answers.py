@@ -39,15 +39,15 @@ class Question:
 
 
 def question(
-    model_sha256: str, how: Preprocessing, images: Split | None, image_set: ImageSet | None, fixed_images: int
+    model_sha256: str, preprocessing: Preprocessing, images: Split | None, image_set: ImageSet | None, fixed_images: int
 ) -> Question:
     """The key of a model's answers to these images; `image_set` is their digest."""
     if images is None or image_set is None:
-        return Question(model_sha256, how, "noise", fixed_images)
+        return Question(model_sha256, preprocessing, "noise", fixed_images)
     digest = hashlib.sha256(image_set.sha256.encode())
     for index, label in zip(images.indices.tolist(), images.labels.tolist(), strict=True):
         digest.update(f"\n{images.images.name(index)}\t{label}".encode())
-    return Question(model_sha256, how, digest.hexdigest(), fixed_images)
+    return Question(model_sha256, preprocessing, digest.hexdigest(), fixed_images)
 
 
 def save_answers(path: Path, asked: Question, said: Answers) -> None:

@@ -19,15 +19,15 @@ class Tally:
 
     Attributes:
         images: All of them.
-        labelled: Those with a label; the others count for `flips` alone.
-        top1: Of the labelled ones, by who got them right: the dense model, this one, both, neither.
+        labeled: Those with a label; the others count for `flips` alone.
+        top1: Of the labeled ones, by who got them right: the dense model, this one, both, neither.
         top5: The same for the five highest classes.
         flips: Changed first choices.
         classes: Hits by class, of the classes that occur, in the order of the outputs.
     """
 
     images: int
-    labelled: int
+    labeled: int
     top1: PairedCounts
     top5: PairedCounts
     flips: Flips
@@ -49,7 +49,7 @@ def tally(dense: Answers, own: Answers, labels: npt.NDArray[np.int64], names: Se
     lost, gained = dense_hits & ~hits & known, hits & ~dense_hits & known
     return Tally(
         images=len(labels),
-        labelled=int(known.sum()),
+        labeled=int(known.sum()),
         top1=_paired(dense_hits[known], hits[known]),
         top5=_paired(dense.in_top5[known], own.in_top5[known]),
         flips=Flips(

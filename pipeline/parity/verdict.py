@@ -37,7 +37,7 @@ def judge(
     checks = _checks(measured, options)
     notes = (*measured.notes, *_notes(measured, options))
     verdict, reason = _verdict(measured, checks, finite, provenances)
-    return replace(measured, verdict=verdict, reason=reason, checks=checks, notes=notes, confident=options.confident)
+    return replace(measured, verdict=verdict, reason=reason, checks=checks, notes=notes, use_ci=options.use_ci)
 
 
 def _verdict(
@@ -50,19 +50,19 @@ def _verdict(
     problems = [c.message for c in checks if c.passed is False]
     if problems:
         return FAIL, "; ".join(problems)
-    if not (measured.images or measured.unlabelled_images) or not any(c.passed for c in checks):
-        return NOT_APPLICABLE, "no labelled images: give --data"
+    if not (measured.images or measured.unlabeled_images) or not any(c.passed for c in checks):
+        return NOT_APPLICABLE, "no labeled images: give --data"
     return PASS, None
 
 
 def _checks(found: ParityReport, options: CompareOptions) -> tuple[Check, ...]:
-    checks = [_drop("top1", found, options.max_top1_drop, options.confident)]
+    checks = [_drop("top1", found, options.max_top1_drop, options.use_ci)]
     if options.max_top5_drop is not None:
-        checks.append(_drop("top5", found, options.max_top5_drop, options.confident))
+        checks.append(_drop("top5", found, options.max_top5_drop, options.use_ci))
     if options.min_agreement is not None:
-        checks.append(_agreement(found, options.min_agreement, options.confident))
+        checks.append(_agreement(found, options.min_agreement, options.use_ci))
     if options.max_flip_rate is not None:
-        checks.append(_flip_rate(found, options.max_flip_rate, options.confident))
+        checks.append(_flip_rate(found, options.max_flip_rate, options.use_ci))
     if options.max_class_drop is not None:
         checks.append(_class_drop(found, options.max_class_drop))
     if options.min_cosine is not None:
@@ -70,7 +70,7 @@ def _checks(found: ParityReport, options: CompareOptions) -> tuple[Check, ...]:
     return tuple(checks)
 
 
-def _drop(top: str, found: ParityReport, limit: float, confident: bool) -> Check:
+def _drop(top: str, found: ParityReport, limit: float, use_ci: bool) -> Check:
     name, shown = f"max_{top}_drop", top.replace("top", "top-")
     value, interval, accuracy = (
         (found.top1_drop, found.drop_ci95, found.top1_dense)
@@ -78,10 +78,10 @@ def _drop(top: str, found: ParityReport, limit: float, confident: bool) -> Check
         else (found.top5_drop, found.top5_drop_ci95, found.top5_dense)
     )
     if value is None or interval is None or accuracy is None:
-        return _unjudged(name, limit, "no labelled images")
-    judged = interval[1] if confident else value
-    message = f"{shown} drops by {value:.2f} points{_at_worst(judged, confident)}; {limit:g} are allowed"
-    if not confident or judged <= limit:
+        return _unjudged(name, limit, "no labeled images")
+    judged = interval[1] if use_ci else value
+    message = f"{shown} drops by {value:.2f} points{_at_worst(judged, use_ci)}; {limit:g} are allowed"
+    if not use_ci or judged <= limit:
         return Check(name, limit, value, judged, judged <= limit, message)
     share = accuracy / 100
     return _undecided(
@@ -93,27 +93,27 @@ def _drop(top: str, found: ParityReport, limit: float, confident: bool) -> Check
     )
 
 
-def _agreement(found: ParityReport, limit: float, confident: bool) -> Check:
+def _agreement(found: ParityReport, limit: float, use_ci: bool) -> Check:
     if found.agreement is None or found.flip_rate_ci95 is None:
         return _unjudged("min_agreement", limit, "no images")
-    value, judged = found.agreement, 100 - found.flip_rate_ci95[1] if confident else found.agreement
-    message = f"the models agree on {value:.2f}% of images{_at_worst(judged, confident)}; {limit:g}% are asked for"
+    value, judged = found.agreement, 100 - found.flip_rate_ci95[1] if use_ci else found.agreement
+    message = f"the models agree on {value:.2f}% of images{_at_worst(judged, use_ci)}; {limit:g}% are asked for"
     check = Check("min_agreement", limit, value, judged, judged >= limit, message)
-    return _undecided_flips(check, found, 100 - limit) if confident and not check.passed else check
+    return _undecided_flips(check, found, 100 - limit) if use_ci and not check.passed else check
 
 
-def _flip_rate(found: ParityReport, limit: float, confident: bool) -> Check:
+def _flip_rate(found: ParityReport, limit: float, use_ci: bool) -> Check:
     if found.flip_rate is None or found.flip_rate_ci95 is None:
         return _unjudged("max_flip_rate", limit, "no images")
-    value, judged = found.flip_rate, found.flip_rate_ci95[1] if confident else found.flip_rate
-    message = f"{value:.2f}% of first choices changed{_at_worst(judged, confident)}; {limit:g}% are allowed"
+    value, judged = found.flip_rate, found.flip_rate_ci95[1] if use_ci else found.flip_rate
+    message = f"{value:.2f}% of first choices changed{_at_worst(judged, use_ci)}; {limit:g}% are allowed"
     check = Check("max_flip_rate", limit, value, judged, judged <= limit, message)
-    return _undecided_flips(check, found, limit) if confident and not check.passed else check
+    return _undecided_flips(check, found, limit) if use_ci and not check.passed else check
 
 
 def _class_drop(found: ParityReport, limit: float) -> Check:
     if not found.classes:
-        return _unjudged("max_class_drop", limit, "no labelled images")
+        return _unjudged("max_class_drop", limit, "no labeled images")
     worst = max(found.classes, key=lambda c: c.drop)
     over = sum(c.drop > limit for c in found.classes)
     others = f" ({over} such classes)" if over > 1 else ""
@@ -130,8 +130,8 @@ def _cosine(found: ParityReport, limit: float) -> Check:
     return Check("min_cosine", limit, found.cosine_min, found.cosine_min, found.cosine_min >= limit, message)
 
 
-def _at_worst(judged: float, confident: bool) -> str:
-    return f", at worst {judged:.2f} (95%)" if confident else ""
+def _at_worst(judged: float, use_ci: bool) -> str:
+    return f", at worst {judged:.2f} (95%)" if use_ci else ""
 
 
 def _unjudged(name: str, limit: float, why: str) -> Check:
@@ -139,7 +139,7 @@ def _unjudged(name: str, limit: float, why: str) -> Check:
 
 
 def _undecided_flips(check: Check, found: ParityReport, limit: float) -> Check:
-    images = found.images + found.unlabelled_images
+    images = found.images + found.unlabeled_images
 
     def most(n: int) -> float:
         return 100 * clopper_pearson(0, n, _CONFIDENCE)[1]
@@ -163,14 +163,14 @@ def _undecided(check: Check, images: int, suffices: Callable[[int], bool], story
 
 def _notes(found: ParityReport, options: CompareOptions) -> tuple[str, ...]:
     notes = []
-    if found.unlabelled_images:
+    if found.unlabeled_images:
         notes.append(
-            f"{found.unlabelled_images} images have no labels: accuracy is not judged, only agreement and outputs"
+            f"{found.unlabeled_images} images have no labels: accuracy is not judged, only agreement and outputs"
         )
-    if options.confident and options.max_class_drop is not None:
+    if options.use_ci and options.max_class_drop is not None:
         notes.append("max_class_drop is held against the drop itself: a class has too few images for an interval")
-    images = found.images + found.unlabelled_images
-    if images and not options.confident:
+    images = found.images + found.unlabeled_images
+    if images and not options.use_ci:
         limits = {
             "max_top1_drop": options.max_top1_drop,
             "max_top5_drop": options.max_top5_drop,

@@ -199,7 +199,7 @@ class Channels:
 
 
 def _scrambled(*numbers: int | npt.NDArray[np.integer]) -> npt.NDArray[np.uint64]:
-    """Tuples of numbers to 64 bits that look random (the finaliser of splitmix64), so that sums of them tell sets apart."""
+    """Tuples of numbers to 64 bits that look random (the finalizer of splitmix64), so that sums of them tell sets apart."""
     z = np.zeros(1, np.uint64)
     with np.errstate(over="ignore"):
         for number in numbers:

@@ -85,22 +85,22 @@ class Axes:
     fixed: tuple[Fixed, ...]
 
 
-def find_groups(module: nn.Module, how: Preprocessing) -> Axes:
+def find_groups(module: nn.Module, preprocessing: Preprocessing) -> Axes:
     """Export a module to ATen operators and follow its channels from the input to the output.
 
     Raises:
         UnexportableError: `torch.export` refuses the module.
     """
-    program = _exported(module, how)
+    program = _exported(module, preprocessing)
     channels = Channels()
     values, parameters = _walk(program, channels)
     _tie_shared(channels, parameters, module)
     return _grouped(channels, values, parameters, set(module.state_dict()))
 
 
-def _exported(module: nn.Module, how: Preprocessing) -> ExportedProgram:
+def _exported(module: nn.Module, preprocessing: Preprocessing) -> ExportedProgram:
     try:
-        program = export_aten(module, how)
+        program = export_aten(module, preprocessing)
         for node in program.graph.nodes:
             _require_sizes(node)
         return program

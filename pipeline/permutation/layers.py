@@ -1,4 +1,4 @@
-"""Rules for layers and statistics: what is contracted, normalised or reduced, and over which channels."""
+"""Rules for layers and statistics: what is contracted, normalized or reduced, and over which channels."""
 
 from __future__ import annotations
 

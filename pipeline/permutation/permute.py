@@ -20,7 +20,7 @@ from maskplan.pipeline.core.validation import above, at_least
 from maskplan.pipeline.masking.patterns import parse_pattern
 from maskplan.pipeline.masking.policy import LayerPolicy, select_layers
 from maskplan.pipeline.models.checkpoint import save_checkpoint
-from maskplan.pipeline.models.layers import sample_input, survey
+from maskplan.pipeline.models.layers import sample_input, trace_layers
 from maskplan.pipeline.models.state_dict import tensors_sha256
 from maskplan.pipeline.permutation.apply import Move, permuted_state
 from maskplan.pipeline.permutation.axes import Integers
@@ -176,9 +176,11 @@ def _require_usable(state: Mapping[str, torch.Tensor], provenance: Provenance) -
         )
 
 
-def _masked(module: nn.Module, how: Preprocessing, pattern: Pattern, policy: LayerPolicy) -> tuple[Layer, ...]:
+def _masked(
+    module: nn.Module, preprocessing: Preprocessing, pattern: Pattern, policy: LayerPolicy
+) -> tuple[Layer, ...]:
     """The layers that masks are for, which alone count."""
-    layers, _ = survey(module, how)
+    layers, _ = trace_layers(module, preprocessing)
     return select_layers(layers, pattern, policy).masked
 
 
@@ -309,11 +311,13 @@ def _kept_near(reader: Reader, order: Integers, pattern: Pattern) -> float:
     return kept(scores[:, columns], pattern.n, pattern.m)
 
 
-def _difference(module: nn.Module, moved: Mapping[str, torch.Tensor], how: Preprocessing) -> tuple[float, float]:
+def _difference(
+    module: nn.Module, moved: Mapping[str, torch.Tensor], preprocessing: Preprocessing
+) -> tuple[float, float]:
     """The largest difference of the outputs on noise, beside the largest output; and how much of it may be rounding."""
     import torch
 
-    sample = sample_input(how, 2)
+    sample = sample_input(preprocessing, 2)
     for parameter in module.parameters():
         sample = sample.to(parameter)
         break

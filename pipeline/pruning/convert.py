@@ -25,7 +25,7 @@ from maskplan.pipeline.masking.patterns import CHANNEL, parse_pattern
 from maskplan.pipeline.masking.policy import LayerPolicy, select_layers
 from maskplan.pipeline.models.batchnorm import RecalibrateOptions, recalibrate
 from maskplan.pipeline.models.device import choose_device
-from maskplan.pipeline.models.layers import survey
+from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.pruning.least_squares import fit_under_mask
 from maskplan.pipeline.pruning.second_moments import MomentOptions, SecondMoments, second_moments
 
@@ -134,7 +134,7 @@ def convert(
 
     pattern = parse_pattern(options.pattern)
     how = provenance.preprocessing
-    layers, _ = survey(module, how)
+    layers, _ = trace_layers(module, how)
     selection = select_layers(
         layers, pattern, LayerPolicy(options.include_linear, options.layers, options.min_channels)
     )

@@ -22,7 +22,7 @@ def fit_under_mask(
     moment: npt.NDArray[np.floating],
     damping: float = 0.01,
 ) -> npt.NDArray[np.float32]:
-    """The weights that minimise the mean of |W u - (mask*W') u|^2 + damping * h * |kept W - W'|^2, h the mean of H_ii.
+    """The weights that minimize the mean of |W u - (mask*W') u|^2 + damping * h * |kept W - W'|^2, h the mean of H_ii.
 
     With H the second moments of u and S what a row w keeps, w' solves (H_SS + damping * h) w' = H_S: w + damping * h * w_S.
     (AdaPrune, Hubara et al. 2021, goes down the same objective by Adam, from the pruned weights.)

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,16 +23,22 @@ from maskplan.pipeline.masking.maskset import load_masks, read_masks, require_fi
 from maskplan.pipeline.masking.patterns import CHANNEL, FLAT, LAYOUTS, parse_pattern
 from maskplan.pipeline.masking.policy import LINEAR, TOO_COSTLY, LayerPolicy, select_layers
 from maskplan.pipeline.masking.transposable import transposable_masks
-from maskplan.pipeline.models.layers import survey
+from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.models.state_dict import tensors_sha256
 
 if TYPE_CHECKING:
     from torch import nn
 
-LEARNED, MAGNITUDE, LAYERWISE, TRANSPOSABLE, REPORT = "learned", "magnitude", "layerwise", "transposable", "report"
+LEARNED, MAGNITUDE, LAYERWISE, TRANSPOSABLE, DANHOFER2024 = (
+    "learned",
+    "magnitude",
+    "layerwise",
+    "transposable",
+    "danhofer2024",
+)
 DEPLOYABLE = (LEARNED, MAGNITUDE, LAYERWISE, TRANSPOSABLE)
-METHODS = (*DEPLOYABLE, REPORT)
-PRIORS = (MAGNITUDE, LAYERWISE)
+METHODS = (*DEPLOYABLE, DANHOFER2024)
+INIT_METHODS = (MAGNITUDE, LAYERWISE)
 AUTO = "auto"
 
 
@@ -42,7 +48,7 @@ class MaskOptions:
 
     Attributes:
         method: `learned`, `magnitude`, `layerwise` (changes each layer's outputs on training images least), `transposable`
-            (N:M along C and along K at once), or `auto`: learned where there are images. `report` is the semester report's
+            (N:M along C and along K at once), or `auto`: learned where there are images. `danhofer2024` is the semester report's
             recipe, for comparison only: every convolution, in the flat layout; of the other options only the pattern counts,
             and the epochs, batch, rate and seed of `learn`.
         pattern: N:M.
@@ -52,9 +58,11 @@ class MaskOptions:
         min_channels: Leave convolutions with fewer input channels dense.
         keep_dense_budget: Percent of the maskable MACs that may stay dense: those of the layers whose masking costs most.
         images: Training images that layer-wise masks are chosen on, drawn with the seed of `learn`.
-        prior: Masks that learned ones start from: `magnitude` or `layerwise`.
+        init_method: Masks that learned ones start from: `magnitude` or `layerwise`.
         learn: For learned masks.
     """
+
+    RENAMED_FIELDS: ClassVar[Mapping[str, str]] = {"prior": "init_method"}
 
     method: str = AUTO
     pattern: str = "2:4"
@@ -64,15 +72,18 @@ class MaskOptions:
     min_channels: int = 0
     keep_dense_budget: float = 0.0
     images: int = 512
-    prior: str = MAGNITUDE
+    init_method: str = MAGNITUDE
     learn: LearnOptions = field(default_factory=LearnOptions)
 
     def __post_init__(self) -> None:
         parse_pattern(self.pattern)
         at_least(0, min_channels=self.min_channels, keep_dense_budget=self.keep_dense_budget)
         at_least(1, images=self.images)
-        if self.prior not in PRIORS:
-            raise InputError(f"unknown prior {self.prior!r} of learned masks", fix=f"choose one of {', '.join(PRIORS)}")
+        if self.init_method not in INIT_METHODS:
+            raise InputError(
+                f"unknown init_method {self.init_method!r} of learned masks",
+                fix=f"choose one of {', '.join(INIT_METHODS)}",
+            )
         if self.layout not in LAYOUTS:
             raise InputError(f"unknown layout {self.layout!r}", fix=f"choose one of {', '.join(LAYOUTS)}")
         if self.method not in (AUTO, *METHODS):
@@ -94,7 +105,7 @@ def method_for(asked: str, has_images: bool) -> str:
 
 def looks_at_images(options: MaskOptions, method: str) -> bool:
     """Whether choosing masks so takes images; `method` is not `auto`."""
-    return method in (LEARNED, LAYERWISE, REPORT) or options.keep_dense_budget > 0
+    return method in (LEARNED, LAYERWISE, DANHOFER2024) or options.keep_dense_budget > 0
 
 
 def choose_masks(
@@ -128,8 +139,8 @@ def choose_masks(
     """
     method = method_for(options.method, data is not None)
     pattern = parse_pattern(options.pattern)
-    layers, _ = survey(module, provenance.preprocessing)
-    if method == REPORT:
+    layers, _ = trace_layers(module, provenance.preprocessing)
+    if method == DANHOFER2024:
         return _as_reported(module, provenance, layers, pattern, options.learn, out, data, image_sets)
     _require_images(method, options, data)
     selection = select_layers(layers, pattern, policy_of(options, method))
@@ -152,7 +163,7 @@ def choose_masks(
         weights, masks = ({k: v for k, v in d.items() if k not in left} for d in (weights, masks))
     if method == TRANSPOSABLE:
         masks = transposable_masks(weights, pattern)
-    elif method == LAYERWISE or (method == LEARNED and options.prior == LAYERWISE and given is None):
+    elif method == LAYERWISE or (method == LEARNED and options.init_method == LAYERWISE and given is None):
         assert data is not None  # required above
         masks = _layerwise(module, provenance, chosen, weights, pattern, options, data, device)
         given = masks if method == LEARNED else None
@@ -240,17 +251,17 @@ def _as_reported(
 ) -> MaskSet:
     if data is None:
         raise InputError("the report's recipe needs images", fix="give --data DIR with train/ and val/")
-    from maskplan.pipeline.learning.danhofer2024 import ReportOptions, report_masks
+    from maskplan.pipeline.learning.danhofer2024 import DanhoferOptions, danhofer_masks
 
     state = module.state_dict()
     chosen = [layer for layer in layers if layer.op == "Conv"]
     weights = {layer.name: state[layer.name].detach().cpu().float().numpy() for layer in chosen}
-    masks, learning = report_masks(
+    masks, learning = danhofer_masks(
         module,
         {name: magnitude_mask(weight, pattern, FLAT) for name, weight in weights.items()},
         provenance.preprocessing,
         data,
-        ReportOptions(epochs=learn.epochs, batch=learn.batch, rate=learn.rate, seed=learn.seed),
+        DanhoferOptions(epochs=learn.epochs, batch=learn.batch, lr=learn.lr, seed=learn.seed),
         pattern,
     )
     return write_masks(
@@ -262,7 +273,7 @@ def _as_reported(
         model=provenance.model,
         pattern=pattern,
         layout=FLAT,
-        method=REPORT,
+        method=DANHOFER2024,
         weights_sha256=tensors_sha256(state),
         learning=learning,
         image_sets=image_sets,
@@ -282,7 +293,7 @@ def given_masks(module: nn.Module, provenance: Provenance, path: Path, *, deploy
     Raises:
         InputError: They do not fit it, or are not N:M.
     """
-    layers, _ = survey(module, provenance.preprocessing)
+    layers, _ = trace_layers(module, provenance.preprocessing)
     state = module.state_dict()
     weights = {layer.name: state[layer.name].detach().cpu().float().numpy() for layer in layers}
     return read_masks(path, weights, layers, model=provenance.model, deployable=deployable)

@@ -40,7 +40,7 @@ class MomentOptions:
     Attributes:
         images: Training images, drawn with the seed.
         batch: Images a batch.
-        positions: Output positions of an image that are looked at, drawn anew for every batch; neighbours say much the same.
+        positions: Output positions of an image that are looked at, drawn anew for every batch; neighbors say much the same.
             A layer with more columns than the images so have rows takes as many as it needs, if there are so many.
         seed: Which images and positions.
     """
@@ -83,14 +83,14 @@ class SecondMoments:
 
 
 def second_moments(
-    module: nn.Module, layers: Sequence[Layer], how: Preprocessing, train: Split, options: MomentOptions
+    module: nn.Module, layers: Sequence[Layer], preprocessing: Preprocessing, train: Split, options: MomentOptions
 ) -> Iterator[tuple[Layer, SecondMoments]]:
     """Yield the moments of one layer after the other; the module is as it was.
 
     Args:
         module: In evaluation mode, on any device.
         layers: Ungrouped convolutions and linear layers, in any order; moments come in this order.
-        how: Preprocessing of the images.
+        preprocessing: Preprocessing of the images.
         train: Images to average over.
         options: How many, and which.
 
@@ -104,7 +104,7 @@ def second_moments(
     if len(images) == 0:
         raise InputError("no images to average over", where=train.role, fix="give --data DIR with train/ and val/")
     module.eval()
-    followed = before_norm(module, how)
+    followed = before_norm(module, preprocessing)
     by_name = _modules(module)
     for part in _parts(layers):
         gathered = [_Gathering(layer, by_name[layer.name], len(images), options) for layer in part]
@@ -112,7 +112,7 @@ def second_moments(
         device = next(module.parameters()).device
         try:
             with torch.no_grad():
-                for i, (x, _) in enumerate(batches(images, how, options.batch)):
+                for i, (x, _) in enumerate(batches(images, preprocessing, options.batch)):
                     for g in gathered:
                         g.draw(i)
                     module(torch.from_numpy(x).to(device))
@@ -126,7 +126,7 @@ def second_moments(
             yield done.layer, done.finished(before_norm=done.layer.name in followed)
 
 
-def before_norm(module: nn.Module, how: Preprocessing) -> frozenset[str]:
+def before_norm(module: nn.Module, preprocessing: Preprocessing) -> frozenset[str]:
     """Weights of the layers whose very output a BatchNorm module with running statistics takes, in a forward pass.
 
     A BatchNorm behind an addition, a concatenation or an activation does not count, nor one that is called as a function.
@@ -149,7 +149,7 @@ def before_norm(module: nn.Module, how: Preprocessing) -> frozenset[str]:
     device = next(module.parameters()).device
     try:
         with torch.no_grad():
-            module.eval()(sample_input(how, 1).to(device))
+            module.eval()(sample_input(preprocessing, 1).to(device))
     finally:
         for hook in hooks:
             hook.remove()
@@ -157,7 +157,7 @@ def before_norm(module: nn.Module, how: Preprocessing) -> frozenset[str]:
 
 
 def _modules(module: nn.Module) -> dict[str, nn.Module]:
-    """Layers by the names of their weights, as `survey` has them."""
+    """Layers by the names of their weights, as `trace_layers` has them."""
     from torch import nn
     from torch.nn.modules.conv import _ConvNd
 
@@ -235,7 +235,7 @@ class _Gathering:
         if not bool(products.isfinite().all()):
             raise InputError(
                 f"the inputs of {self.layer.name} hold NaN or infinity",
-                fix="check the weights and the images' normalisation",
+                fix="check the weights and the images' normalization",
             )
         return SecondMoments(products.cpu().numpy(), mean, self._rows, before_norm)
 

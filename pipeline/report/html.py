@@ -39,7 +39,7 @@ _WHY = {
     "not_2to4": "not 2:4",
     "no_documented_fp32_kernels": "no sparse kernels are documented for FP32",
     "optimization_level_below_3": "the builder's level is below 3: it tries few kernels",
-    "quantised_input_float_output": "quantised input, float output: move the Q/DQ nodes",
+    "quantized_input_float_output": "quantized input, float output: move the Q/DQ nodes",
     "likely_few_channels": "likely too few channels to pay",
 }
 
@@ -121,7 +121,7 @@ def render(report: RunReport, values: dict[str, Any]) -> str:
 
 
 def headline(report: RunReport) -> tuple[str, str]:
-    """The summary's colour (`good`, `bad`, `neutral`) and sentence."""
+    """The summary's color (`good`, `bad`, `neutral`) and sentence."""
     parity, conformance = report.parity, report.conformance
     conforming = f"all {conformance.conforming} masked weights are {conformance.pattern}"
     if not conformance.passed:

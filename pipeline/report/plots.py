@@ -1,6 +1,6 @@
 """The report's plots, as SVG text that stands in the page itself.
 
-Colours are the page's CSS variables, each with its light value to fall back on, so that a plot is legible on light and on
+Colors are the page's CSS variables, each with its light value to fall back on, so that a plot is legible on light and on
 dark paper and in a file of its own. Every plot has a title and a description for readers who do not see it, and marks name
 what they stand for when pointed at.
 """
@@ -40,7 +40,7 @@ _LONGEST_NAME = 30
 class _Style(NamedTuple):
     """How an engine's marks look, and how far beside their batch's place they stand: equal times stay apart."""
 
-    colour: str
+    color: str
     marker: str
     beside: float
 
@@ -105,7 +105,7 @@ def latency(timing: TimingReport) -> str:
         for name, found in _engines(timing).items():
             at = [i + _STYLES[name].beside for i, _ in found]
             spans = [(v.p50_ms, v.p90_ms) for _, v in found]
-            axes.vlines(at, *zip(*spans, strict=True), color=_STYLES[name].colour, linewidth=2, alpha=0.45)
+            axes.vlines(at, *zip(*spans, strict=True), color=_STYLES[name].color, linewidth=2, alpha=0.45)
             _draw(axes, name, at, [v.p50_ms for _, v in found])
             tips[name] = [
                 f"{name}, batch {timing.batches[i].batch}: {v.p50_ms:.4g} ms, 90th percentile {v.p90_ms:.4g} ms"
@@ -270,8 +270,8 @@ def _engines(timing: TimingReport) -> dict[str, list[tuple[int, Latency]]]:
 
 def _draw(axes: Axes, name: str, at: list[float], values: list[float]) -> None:
     style = _STYLES[name]
-    axes.plot(at, values, color=style.colour, linewidth=1, alpha=0.35)
-    axes.plot(at, values, style.marker, color=style.colour, markersize=7, label=name, gid=name)
+    axes.plot(at, values, color=style.color, linewidth=1, alpha=0.35)
+    axes.plot(at, values, style.marker, color=style.color, markersize=7, label=name, gid=name)
 
 
 def _by_batch(axes: Axes, timing: TimingReport) -> None:
@@ -378,7 +378,7 @@ def _svg(axes: Axes, name: str, title: str, description: str, tips: Mapping[str,
 
 
 def _clean(root: ElementTree.Element) -> None:
-    """Take out what belongs to a file of its own (metadata, a sheet of styles, a fixed size) and name the page's colours."""
+    """Take out what belongs to a file of its own (metadata, a sheet of styles, a fixed size) and name the page's colors."""
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):
@@ -387,8 +387,8 @@ def _clean(root: ElementTree.Element) -> None:
         root.attrib.pop(attribute, None)
     for element in root.iter():
         if style := element.get("style"):
-            for colour, variable in _VARIABLES.items():
-                style = style.replace(colour, f"var(--{variable}, {colour})")
+            for color, variable in _VARIABLES.items():
+                style = style.replace(color, f"var(--{variable}, {color})")
             # The page's own letters.
             element.set("style", _FONT.sub("", style))
     root.set("font-family", "system-ui, sans-serif")

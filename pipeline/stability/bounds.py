@@ -72,7 +72,7 @@ class Pair:
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class ForwardObservation:
     """What a batch of N images shows of a pair, float64. h are the first network's values, g the second's.
 
     Attributes:
@@ -143,7 +143,7 @@ def largest_product(network: Network, norms: Norms, sizes: Floats) -> Floats:
     return found
 
 
-def look(pair: Pair, images: torch.Tensor) -> Seen:
+def observe(pair: Pair, images: torch.Tensor) -> ForwardObservation:
     """Run both networks on a batch (N, C, H, W), node by node side by side, in float64."""
     import torch
 
@@ -185,7 +185,7 @@ def look(pair: Pair, images: torch.Tensor) -> Seen:
                 if last_uses[j] <= i and i < count - 1:
                     for values in (h, g, moved):
                         values.pop(j, None)
-    return Seen(
+    return ForwardObservation(
         changes,
         sizes_first,
         sizes_second,
@@ -198,7 +198,7 @@ def look(pair: Pair, images: torch.Tensor) -> Seen:
     )
 
 
-def change_bounds(pair: Pair, seen: Seen, start: int = 0) -> Floats:
+def change_bounds(pair: Pair, seen: ForwardObservation, start: int = 0) -> Floats:
     """Bounds of |h - g|, (nodes, N), from what was measured at `start` on; nodes before it are left 0.
 
     Args:
@@ -320,10 +320,10 @@ def worst_case(pair: Pair, differences: Norms, radius: float) -> Worst:
     return Worst(radius, propagate(pair.network, layer, np.zeros(1))[:, 0], first, second)
 
 
-def largest_image(how: Preprocessing) -> float:
+def largest_image(preprocessing: Preprocessing) -> float:
     """The largest norm of an image after preprocessing, over all pixel values in [0, 1]."""
-    furthest = [max(abs(0 - m), abs(1 - m)) / s for m, s in zip(how.mean, how.std, strict=True)]
-    return float(np.sqrt(how.height * how.width * sum(f**2 for f in furthest)))
+    furthest = [max(abs(0 - m), abs(1 - m)) / s for m, s in zip(preprocessing.mean, preprocessing.std, strict=True)]
+    return float(np.sqrt(preprocessing.height * preprocessing.width * sum(f**2 for f in furthest)))
 
 
 def cuts(network: Network) -> tuple[int, ...]:

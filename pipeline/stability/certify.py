@@ -11,8 +11,8 @@ import numpy.typing as npt
 from maskplan.pipeline.stability.bounds import (
     ROUNDING,
     Floats,
+    ForwardObservation,
     Pair,
-    Seen,
     change_bounds,
     cuts,
     head_of,
@@ -53,7 +53,7 @@ class Certificates:
         return found
 
 
-def certify(pair: Pair, seen: Seen, start: int = 0) -> Certificates:
+def certify(pair: Pair, seen: ForwardObservation, start: int = 0) -> Certificates:
     """Which images of a batch keep the first network's class in the second, as far as the bounds from `start` on tell."""
     bounds = change_bounds(pair, seen, start)
     logits, change = seen.logits_first, bounds[-1]
@@ -88,7 +88,7 @@ def certify(pair: Pair, seen: Seen, start: int = 0) -> Certificates:
             against = _against(moved, top) + between[top] * before[:, None]
             worst = np.minimum(worst, against)
         worst[np.arange(len(logits)), logits.argmax(axis=1)] = 0.0
-        # A change may favour the class, but what it is in the first network has to be clear.
+        # A change may favor the class, but what it is in the first network has to be clear.
         kept = np.minimum(least, (margins - worst - _SLACK * np.abs(worst)).min(axis=1))
         by_pairs = by_pairs | (kept > rounding)
     return Certificates(by_norm, by_largest, by_pairs, odds, change)

@@ -89,7 +89,7 @@ def _first(holds: Callable[[float], bool], low: float, high: float) -> float:
 
 
 def _at_most(successes: int, trials: int, rate: float) -> float:
-    """P(Bin(trials, rate) <= successes), for 0 <= successes < trials, as a regularised incomplete beta function."""
+    """P(Bin(trials, rate) <= successes), for 0 <= successes < trials, as a regularized incomplete beta function."""
     a, b = float(trials - successes), successes + 1.0
     front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log1p(-rate) + b * math.log(rate))
     # The fraction of each converges fast on its own side of the mean.

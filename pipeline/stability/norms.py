@@ -26,13 +26,13 @@ class Norm:
     Attributes:
         value: Never below the norm.
         exact: Whether it is the norm itself, but for at most 1e-6 of it above.
-        how: `matrix` (decomposed), `torus` (of a circular convolution that contains this one), `depthwise` (the same with
+        method: `matrix` (decomposed), `torus` (of a circular convolution that contains this one), `depthwise` (the same with
             one channel a group) or `unfolded` (the kernel as a matrix, times how often a place is seen).
     """
 
     value: float
     exact: bool
-    how: str
+    method: str
 
 
 def linear_norm(weight: npt.NDArray[np.floating]) -> Norm:
@@ -45,7 +45,7 @@ def linear_norm(weight: npt.NDArray[np.floating]) -> Norm:
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"no weight of a linear layer: shape {weight.shape}")
     _require_finite(weight)
-    return Norm(_matrix_norm(weight), exact=True, how="matrix")
+    return Norm(_matrix_norm(weight), exact=True, method="matrix")
 
 
 def conv_norm(
@@ -89,19 +89,25 @@ def conv_norm(
     kernels = weight[:, :, rows.taps][..., columns.taps]
     kernels = kernels.reshape(groups, outputs, *kernels.shape[1:])
     if not kernels.size:
-        return Norm(0.0, exact=True, how="matrix")
+        return Norm(0.0, exact=True, method="matrix")
     if kernels.shape[3:] == (1, 1):
-        return Norm(max(_matrix_norm(kernel[:, :, 0, 0]) for kernel in kernels), exact=True, how="matrix")
+        return Norm(max(_matrix_norm(kernel[:, :, 0, 0]) for kernel in kernels), exact=True, method="matrix")
     if _is_small(groups, outputs, inputs, rows, columns, effort):
-        return Norm(max(_matrix_norm(_written_out(each, rows, columns)) for each in kernels), exact=True, how="matrix")
+        return Norm(
+            max(_matrix_norm(_written_out(each, rows, columns)) for each in kernels), exact=True, method="matrix"
+        )
     times = rows.times_seen * columns.times_seen
     found = []
     if times < rows.times_seen_at_most * columns.times_seen_at_most or times == 1:
         unfolded = max(_matrix_norm(kernel.reshape(outputs, -1)) for kernel in kernels) * math.sqrt(times)
-        found.append(Norm(unfolded, exact=times == 1 and rows.sees_whole and columns.sees_whole, how="unfolded"))
+        found.append(
+            Norm(unfolded, exact=times == 1 and rows.sees_whole and columns.sees_whole, method="unfolded")
+        )
     if not any(norm.exact for norm in found):
         found.append(
-            Norm(_torus_norm(kernels, rows, columns), exact=False, how="depthwise" if inputs == 1 else "torus")
+            Norm(
+                _torus_norm(kernels, rows, columns), exact=False, method="depthwise" if inputs == 1 else "torus"
+            )
         )
     return min(found, key=lambda norm: norm.value)
 

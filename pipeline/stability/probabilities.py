@@ -45,8 +45,8 @@ def l2_limit(differences: npt.ArrayLike) -> Floats:
     length 1 is at most a quarter of its squared range, so at most 1/2.
     """
     array = np.asarray(differences, dtype=np.float64)
-    centred = array - array.mean(axis=-1, keepdims=True)
-    return np.asarray(np.linalg.norm(centred, axis=-1) / 2)
+    centered = array - array.mean(axis=-1, keepdims=True)
+    return np.asarray(np.linalg.norm(centered, axis=-1) / 2)
 
 
 def l2_limit_of_norm(l2: npt.ArrayLike) -> Floats:

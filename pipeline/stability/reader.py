@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 
-def read_network(module: nn.Module, how: Preprocessing) -> Network:
+def read_network(module: nn.Module, preprocessing: Preprocessing) -> Network:
     """Export a module, in evaluation mode, and translate its operators.
 
     Raises:
         InputError: `torch.export` refuses the module, or some operators have no bound; all are named.
     """
-    program = _exported(module, how)
+    program = _exported(module, preprocessing)
     reader = _Reader(program)
     for node in program.graph.nodes:
         reader.read(node)
@@ -48,9 +48,9 @@ def read_network(module: nn.Module, how: Preprocessing) -> Network:
     return reader.network()
 
 
-def _exported(module: nn.Module, how: Preprocessing) -> ExportedProgram:
+def _exported(module: nn.Module, preprocessing: Preprocessing) -> ExportedProgram:
     try:
-        return export_aten(module, how, whole_layers=True)
+        return export_aten(module, preprocessing, whole_layers=True)
     except Exception as error:  # the exporter raises whatever the model's code leads it to
         raise InputError(
             "the bounds do not cover the model: torch.export cannot read its operators",

@@ -59,7 +59,7 @@ def ball_changes(ball: Ball, sizes: Floats, rho: Floats) -> Floats:
     """Bounds of how far an update in the ball moves each node's values, (nodes, N).
 
     Args:
-        ball: Its centre and layers.
+        ball: Its center and layers.
         sizes: (nodes, N), norms of the values before the update.
         rho: (N,), the radius for each image.
     """
@@ -76,7 +76,7 @@ def keeps_class(ball: Ball, sizes: Floats, logits: Floats, rho: Floats) -> np.nd
     """Which images keep their class under every update in the ball.
 
     Args:
-        ball: Its centre and layers.
+        ball: Its center and layers.
         sizes: (nodes, N), norms of the values before the update.
         logits: (N, K) before the update.
         rho: (N,), the radius for each image.

@@ -120,10 +120,10 @@ def judge(
 ) -> Compared:
     """Compare the sparse engine with the dense model, with others, and with its own ONNX file.
 
-    The dense model is the dense engine or, where that is quantised as well, `untouched`.
+    The dense model is the dense engine or, where that is quantized as well, `untouched`.
     """
     made = sparse.provenance
-    # Labelled images say nothing about random weights.
+    # Labeled images say nothing about random weights.
     val = images.data.val if images is not None and made.trained else None
     options = job.recipe.compare
     if val is None:
@@ -145,7 +145,7 @@ def judge(
                 models,
                 sparse_name=row_of(made, own_onnx.precision),
             )
-            reference = stack.enter_context(Classifier(OrtEngine(own_onnx.path, optimised=False), "its ONNX file"))
+            reference = stack.enter_context(Classifier(OrtEngine(own_onnx.path, optimized=False), "its ONNX file"))
             count = min(options.fixed_images, _FIDELITY_IMAGES)
             return Compared(parity, fidelity(sparse_model, reference, made.preprocessing, val, count))
 
@@ -159,7 +159,7 @@ def judge(
     return job.ws.stage("compare", Compared, inputs, work)
 
 
-def clock(job: Job, engines: Engines) -> TimingReport:
+def time_stage(job: Job, engines: Engines) -> TimingReport:
     """Time the engines in turn."""
     on_cpu = engines.sparse.backend == ONNXRUNTIME
 

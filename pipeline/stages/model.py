@@ -87,7 +87,7 @@ class Checked:
 
 
 @dataclass(frozen=True)
-class Quantised:
+class Quantized:
     """One model in INT8: beside FP32, for ONNX Runtime, and beside FP16, for TensorRT."""
 
     models: Exported
@@ -261,7 +261,7 @@ def check(job: Job, exported: Exported, pattern: str, name: str = "check") -> Ch
     return job.ws.stage(name, Checked, inputs, lambda: Checked(one(exported.fp32), one(exported.fp16)))
 
 
-def quantise(job: Job, exported: Exported, name: str, images: Images | None) -> Quantised:
+def quantize(job: Job, exported: Exported, name: str, images: Images | None) -> Quantized:
     """`NAME.int8.onnx` and `NAME.int8.fp16.onnx`, and `NAME.ranges.json` for readers: INT8 beside FP32 and beside FP16.
 
     Raises:
@@ -274,20 +274,20 @@ def quantise(job: Job, exported: Exported, name: str, images: Images | None) -> 
     made = exported.fp32.provenance
     assert made is not None  # our own export
 
-    def work() -> Quantised:
+    def work() -> Quantized:
         source = CalibrationImages(images.data.train, images.data.select, made.preprocessing)
         ranges = job.ws.path(f"{name}.ranges.json")
         # It is written anew: that of other inputs or options would be refused.
         ranges.unlink(missing_ok=True)
         done = calibrate(exported.fp32, source, options, paths, ranges)
-        return Quantised(Exported(*done.models), done.report)
+        return Quantized(Exported(*done.models), done.report)
 
     inputs = {
         "onnx": exported.fp32.sha256,
         "images": [s.sha256 for s in images.sets.shaping],
         "options": options,
     }
-    return job.ws.stage(f"calibrate-{name}", Quantised, inputs, work)
+    return job.ws.stage(f"calibrate-{name}", Quantized, inputs, work)
 
 
 def baselines(job: Job, dense: Checkpoint, masks: MaskSet, images: Images | None) -> dict[str, OnnxModel]:
@@ -319,7 +319,7 @@ def baselines(job: Job, dense: Checkpoint, masks: MaskSet, images: Images | None
 
 
 def beside_int8(
-    dense: Exported, dense_int8: Quantised, sparse: Exported, others: Mapping[str, OnnxModel]
+    dense: Exported, dense_int8: Quantized, sparse: Exported, others: Mapping[str, OnnxModel]
 ) -> dict[str, OnnxModel]:
     """What stands in the table beside the untouched dense model and the sparse one in INT8: both in every precision."""
     rows = [row_of(made) for made in (dense.fp32.provenance, sparse.fp32.provenance) if made is not None]
@@ -336,8 +336,8 @@ def row_of(made: Provenance, precision: str = "fp32") -> str:
     """What the table of methods calls a model."""
     permuted = ", permuted" if made.permutation else ""
     recalibrated = ", recalibrated" if made.recalibrated_images else ""
-    quantised = ", INT8" if precision == INT8 else ""
-    return f"{made.method or 'dense'}{permuted}{recalibrated}{quantised}"
+    quantized = ", INT8" if precision == INT8 else ""
+    return f"{made.method or 'dense'}{permuted}{recalibrated}{quantized}"
 
 
 def export_aside(job: Job, checkpoint: Checkpoint, name: str) -> OnnxModel:

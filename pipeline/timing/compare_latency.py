@@ -14,7 +14,7 @@ import numpy.typing as npt
 from maskplan.engines.base import Classifier, polygraphy_runner, quiet_polygraphy
 from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.core.reports import BatchTiming, Latency, TimingReport
-from maskplan.pipeline.timing.interleaved import Clock, Runs, TimeOptions, run_in_turn
+from maskplan.pipeline.timing.interleaved import Clock, Runs, TimeOptions, run_interleaved
 
 _SEED = 1
 _RESAMPLES = 1000
@@ -85,7 +85,7 @@ def in_ranges(numbers: Sequence[int]) -> str:
 def _time_batch(
     engines: Mapping[str, Classifier], batch: int, options: TimeOptions, same_file: bool, clock: Clock
 ) -> BatchTiming:
-    measured = run_in_turn(list(engines.values()), batch, options, clock)
+    measured = run_interleaved(list(engines.values()), batch, options, clock)
     seconds = {name: measured.seconds(number) for number, name in enumerate(engines)}
     median = {name: float(np.median(values)) for name, values in seconds.items()}
     latencies = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from maskplan.engines.base import Classifier, Spent
+from maskplan.engines.base import CallTiming, Classifier
 from maskplan.engines.trt.clocks import ClockWatch, watch_clocks
 from maskplan.pipeline.core.errors import InputError, listed
 from maskplan.pipeline.core.reports import GpuClocks
@@ -59,12 +59,12 @@ class Runs:
     """
 
     host_s: tuple[float, ...]
-    spent: tuple[Spent, ...]
+    spent: tuple[CallTiming, ...]
 
 
 @dataclass(frozen=True)
-class InTurn:
-    """What `run_in_turn` measured.
+class Interleaved:
+    """What `run_interleaved` measured.
 
     Attributes:
         images: What the engines ran on.
@@ -87,7 +87,7 @@ class InTurn:
         return tuple(s.gpu_ms / 1000 for s in runs.spent) if self.by == GPU else runs.host_s
 
 
-def run_in_turn(engines: Sequence[Classifier], batch: int, options: TimeOptions, clock: Clock) -> InTurn:
+def run_interleaved(engines: Sequence[Classifier], batch: int, options: TimeOptions, clock: Clock) -> Interleaved:
     """Run engines on one batch of noise, one after the other, over and over; each has warmed up before.
 
     Args:
@@ -116,7 +116,7 @@ def run_in_turn(engines: Sequence[Classifier], batch: int, options: TimeOptions,
             slowest = max(slowest, clock() - started)
     repeats = int(np.clip(options.seconds / max(slowest * len(engines), 1e-9), options.least, options.most))
     host_s: list[list[float]] = [[] for _ in engines]
-    spent: list[list[Spent]] = [[] for _ in engines]
+    spent: list[list[CallTiming]] = [[] for _ in engines]
     on_gpu = any(engine.spent is not None for engine in engines)
     with watch_clocks() if on_gpu else contextlib.nullcontext(ClockWatch()) as watch:
         for i in range(repeats):
@@ -128,7 +128,7 @@ def run_in_turn(engines: Sequence[Classifier], batch: int, options: TimeOptions,
                 if (told := engines[number].spent) is not None:
                     spent[number].append(told)
     runs = tuple(Runs(tuple(h), tuple(s)) for h, s in zip(host_s, spent, strict=True))
-    return InTurn(images, runs, watch.clocks)
+    return Interleaved(images, runs, watch.clocks)
 
 
 def _takes(engine: Classifier, batch: int) -> bool:

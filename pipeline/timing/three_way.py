@@ -25,7 +25,7 @@ from maskplan.pipeline.core.errors import InputError, host_error, listed
 from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.core.reports import GpuClocks
 from maskplan.pipeline.core.validation import at_least
-from maskplan.pipeline.timing.interleaved import Clock, TimeOptions, run_in_turn
+from maskplan.pipeline.timing.interleaved import Clock, TimeOptions, run_interleaved
 
 DENSE, PRUNED, SPARSE = "dense", "pruned", "sparse"
 KINDS = (DENSE, PRUNED, SPARSE)
@@ -211,7 +211,7 @@ def _time_batch(
     engines: Mapping[str, Sequence[Classifier]], batch: int, options: TimeOptions, clock: Clock, note: str
 ) -> ThreeWayBatch:
     every = [(kind, engine) for kind, builds in engines.items() for engine in builds]
-    measured = run_in_turn([engine for _, engine in every], batch, options, clock)
+    measured = run_interleaved([engine for _, engine in every], batch, options, clock)
     medians: dict[str, list[float]] = {kind: [] for kind in engines}
     for number, (kind, _) in enumerate(every):
         medians[kind].append(1000 * float(np.median(measured.seconds(number))))

@@ -15,8 +15,8 @@ from maskplan.pipeline.core.files import read_bytes, write_atomically
 from maskplan.pipeline.core.validation import at_least
 from maskplan.pipeline.triton.config import Serving, config_text, model_files, platform_of
 from maskplan.pipeline.triton.golden import Golden, golden_files
-from maskplan.pipeline.triton.repository import PREVIOUS, add_version, held, model_folder, next_version, versions_in
-from maskplan.pipeline.triton.served_config import CONFIG, read_config, told_by
+from maskplan.pipeline.triton.repository import PREVIOUS, add_version, locked, model_folder, next_version, versions_in
+from maskplan.pipeline.triton.served_config import CONFIG, parse_config, read_config
 
 _LABELS = "labels.txt"
 _CAPABILITY = re.compile(r"\d+\.\d+")
@@ -66,7 +66,7 @@ def deploy(engine_paths: Path | Sequence[Path], options: DeployOptions, golden: 
     _require_trained(engines, options)
     _require_one_model(engines)
     folder = model_folder(options.repository, options.name)
-    with held(folder):
+    with locked(folder):
         return _deploy(engines, options, golden, folder)
 
 
@@ -93,12 +93,12 @@ def _deploy(engines: Sequence[EngineFile], options: DeployOptions, golden: Golde
 
 
 def _require_weights(engines: Sequence[EngineFile]) -> None:
-    stripped = [e.path for e in engines if e.stripped]
+    stripped = [e.path for e in engines if e.strip_plan]
     if stripped:
         raise InputError(
             "the plan is stripped of its weights, and Triton does not refit plans",
             where=listed(stripped),
-            fix="build it without --stripped",
+            fix="build it without --strip-plan",
         )
 
 
@@ -175,7 +175,7 @@ def _kept(folder: Path, engines: Sequence[EngineFile], options: DeployOptions) -
 
 
 def _require_same_io(config: Path, text: str) -> None:
-    served, new = read_config(config).tensors, told_by(text, config).tensors
+    served, new = read_config(config).tensors, parse_config(text, config).tensors
     if served != new:
         changed = [
             f"{t}: {served.get(t, 'none')} becomes {new.get(t, 'none')}"

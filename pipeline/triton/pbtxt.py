@@ -102,7 +102,7 @@ def _value(tokens: list[str], at: int) -> tuple[str | Message, int]:
         return message, end + 1
     if token[0] in "\"'":
         text = ""
-        while at < len(tokens) and tokens[at][0] in "\"'":  # neighbours are one string
+        while at < len(tokens) and tokens[at][0] in "\"'":  # neighbors are one string
             text += _unquoted(tokens[at])
             at += 1
         return text, at

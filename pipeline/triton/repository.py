@@ -91,7 +91,7 @@ def set_aside(folder: Path, version: int) -> Path:
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Make a model's folder if need be, keep others from writing to it, and clear away what a killed process left there.
 
     Folders made here and still empty at the end are removed: a server that finds a model without a version does not start.

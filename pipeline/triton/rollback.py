@@ -7,7 +7,7 @@ from pathlib import Path
 from maskplan.pipeline.core.artifacts import Deployment
 from maskplan.pipeline.core.errors import InputError, listed
 from maskplan.pipeline.core.files import read_bytes, write_atomically
-from maskplan.pipeline.triton.repository import PREVIOUS, held, model_folder, set_aside, versions_in
+from maskplan.pipeline.triton.repository import PREVIOUS, locked, model_folder, set_aside, versions_in
 from maskplan.pipeline.triton.served_config import CONFIG, ServedConfig, read_config
 
 
@@ -28,7 +28,7 @@ def rollback(repository: Path, name: str) -> Deployment:
     config = folder / CONFIG
     if not config.is_file():
         raise InputError("no such model in the repository", where=config, fix="check --repository and --name")
-    with held(folder):
+    with locked(folder):
         undone = _last_deployed(folder, read_config(config))
         previous = folder / str(undone) / PREVIOUS
         restored = read_config(previous)

@@ -35,10 +35,10 @@ def read_config(path: Path) -> ServedConfig:
     Raises:
         InputError: It cannot be read.
     """
-    return told_by(read_bytes(path).decode(errors="replace"), path)
+    return parse_config(read_bytes(path).decode(errors="replace"), path)
 
 
-def told_by(text: str, where: Path) -> ServedConfig:
+def parse_config(text: str, where: Path) -> ServedConfig:
     """The same of a config's text; `where` is for the message.
 
     Raises:

@@ -88,7 +88,7 @@ def test_masks_that_stay_while_weights_change(bench: Bench, toy_cifar: Path, tmp
 
 
 def by_hand(module: nn.Module, folder: Path, k: int) -> float:
-    """Top-k of the toy images, decoded and normalised by torchvision."""
+    """Top-k of the toy images, decoded and normalized by torchvision."""
     how = torchvision.transforms.Compose(
         [
             torchvision.transforms.Resize(256),

@@ -101,7 +101,7 @@ def prune(module: nn.Module) -> tuple[str, ...]:
     return tuple(masked)
 
 
-def infer(model: onnx.ModelProto, x: Array, tensors: Sequence[str] = (), *, optimise: bool = True) -> dict[str, Array]:
+def infer(model: onnx.ModelProto, x: Array, tensors: Sequence[str] = (), *, optimize: bool = True) -> dict[str, Array]:
     shown = onnx.ModelProto()
     shown.CopyFrom(model)
     known = {value.name for value in model.graph.output}
@@ -109,7 +109,7 @@ def infer(model: onnx.ModelProto, x: Array, tensors: Sequence[str] = (), *, opti
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
-    if not optimise:
+    if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(shown.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]

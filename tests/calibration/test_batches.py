@@ -24,7 +24,7 @@ GREY = Preprocessing(1, 4, 4, 0, "bilinear", (0.5,), (0.25,))
 
 @dataclass(frozen=True)
 class Flat:
-    """Images of one grey value each."""
+    """Images of one gray value each."""
 
     labels: npt.NDArray[np.int64]
 

@@ -41,8 +41,8 @@ NET = """<ir_version: 10, opset_import: ["": {opset}]> g (float[n, 1, 4, 4] x) =
 
 
 @dataclass(frozen=True)
-class Grey:
-    """Images of one grey value and a little noise each; counts how often each is read."""
+class Gray:
+    """Images of one gray value and a little noise each; counts how often each is read."""
 
     labels: npt.NDArray[np.int64]
     seed: int = 0
@@ -62,7 +62,7 @@ class Grey:
 
 def images_of(train: int = 20, select: int = 8, seed: int = 0) -> tuple[CalibrationImages, list[int]]:
     """Images of both classes in turn, and the list of those that were read since."""
-    images = Grey(np.arange(train + select) % 2, seed)
+    images = Gray(np.arange(train + select) % 2, seed)
     indices = np.arange(train + select)
     parts = Split("train", images, indices[:train]), Split("select", images, indices[train:])
     return CalibrationImages(*parts, HOW), images.reads
@@ -168,7 +168,7 @@ def test_pruned_weights_are_exactly_the_zero_point_and_the_integers_are_the_same
 def test_it_reports_what_it_did(folder: Folder) -> None:
     report = folder.run(images_of()[0], CalibrateOptions(method="mse", images=12, exclude=("head",))).report
     assert (report.method, report.images, report.ranges_from) == ("mse", 12, "images")
-    assert report.quantised_layers == 2
+    assert report.quantized_layers == 2
     assert report.in_float == (("head", "excluded by 'head'"),)
     assert (report.select_drop, report.select_images) == (None, 0)
 
@@ -326,7 +326,7 @@ def test_layers_that_the_budget_leaves_are_told_apart_from_those_the_user_exclud
         "stem": "excluded by 'stem'",
         "wide": "left for the budget, being the most sensitive",
     }
-    assert (done.report.quantised_layers, done.report.select_images) == (1, 8)
+    assert (done.report.quantized_layers, done.report.select_images) == (1, 8)
     assert done.report.select_drop == 0
     assert stored(done.models[0].path)["wide_w"].dtype == np.float32
     assert set(done.amax) == {"c", "d"}
@@ -355,9 +355,9 @@ def test_activations_that_are_nan_are_refused_with_the_layer_and_the_file(folder
     assert "NaN" in str(error.found)
 
 
-def test_a_model_that_is_quantised_already_is_refused(folder: Folder) -> None:
+def test_a_model_that_is_quantized_already_is_refused(folder: Folder) -> None:
     folder.run(images_of()[0])
-    refused(folder, "already quantised", images_of()[0], model="int8.fp32.onnx", cache="ranges.json")
+    refused(folder, "already quantized", images_of()[0], model="int8.fp32.onnx", cache="ranges.json")
 
 
 @pytest.mark.parametrize(("opset", "rest", "needed"), [(12, "fp32", "13"), (12, "fp16", "13"), (18, "fp16", "19")])
@@ -374,21 +374,21 @@ def test_an_opset_that_is_too_old_is_refused_before_images_are_run(
 
 def test_opset_13_will_do_for_fp32(folder: Folder) -> None:
     folder.save(net(13))
-    assert folder.run(images_of()[0]).report.quantised_layers == 3
+    assert folder.run(images_of()[0]).report.quantized_layers == 3
 
 
 @pytest.mark.parametrize("source", ["nothing set aside", "no select", "ranges"])
-def test_a_budget_without_labelled_images_is_refused_before_images_are_run(folder: Folder, source: str) -> None:
+def test_a_budget_without_labeled_images_is_refused_before_images_are_run(folder: Folder, source: str) -> None:
     images, reads = images_of(select=0)
     if source == "no select":
         images = CalibrationImages(images.train, None, HOW)
     given = dict.fromkeys("xbef", 1.0) if source == "ranges" else images
-    refused(folder, "a budget needs labelled images", given, CalibrateOptions(max_drop=1), cache="ranges.json")
+    refused(folder, "a budget needs labeled images", given, CalibrateOptions(max_drop=1), cache="ranges.json")
     assert reads == []
 
 
 def test_ranges_that_lack_tensors_are_refused_with_all_of_them_named(folder: Folder) -> None:
-    error = refused(folder, "tensors to quantise have no range", {"b": 1.0, "other": 1.0})
+    error = refused(folder, "tensors to quantize have no range", {"b": 1.0, "other": 1.0})
     assert error.found == "x, e, f"
 
 

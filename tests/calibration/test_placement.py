@@ -63,7 +63,7 @@ def placed(body: str, options: PlaceOptions | None = None, outputs: Iterable[str
     return place(graph(body, outputs), options)
 
 
-def test_layers_are_quantised_along_their_output_channels() -> None:
+def test_layers_are_quantized_along_their_output_channels() -> None:
     found = placed(
         """
         plain | a = Conv(x, w0, b0)
@@ -89,11 +89,11 @@ def test_layers_are_quantised_along_their_output_channels() -> None:
         ("flat", "gemm", 1, 1),
         ("flat", "matmul", 1, 1),
     ]
-    # One weight cannot be quantised along two axes.
-    assert found.in_float == (("back", "its weight is quantised along another axis for another layer"),)
+    # One weight cannot be quantized along two axes.
+    assert found.in_float == (("back", "its weight is quantized along another axis for another layer"),)
 
 
-def test_what_cannot_be_quantised_stays_in_float_and_says_why() -> None:
+def test_what_cannot_be_quantized_stays_in_float_and_says_why() -> None:
     found = placed("""
         plain | a = Conv(x, w0)
         made | w = Relu(w1)
@@ -117,7 +117,7 @@ def test_weights_of_another_type_stay_and_a_graph_of_only_such_is_refused() -> N
     assert place(model).in_float == (("first", "its weight is float16, not float32"),)
     model.graph.initializer[1].CopyFrom(half)
     model.graph.initializer[1].name = "w1"
-    with pytest.raises(InputError, match=r"(?s)no layer can be quantised.*second: its weight is float16") as error:
+    with pytest.raises(InputError, match=r"(?s)no layer can be quantized.*second: its weight is float16") as error:
         place(model)
     assert "FP32" in str(error.value)
 
@@ -135,7 +135,7 @@ RESIDUAL = """
 
 
 @pytest.mark.parametrize("operands", ["e, b", "b, e"])
-def test_of_a_residual_addition_only_the_skip_is_quantised(operands: str) -> None:
+def test_of_a_residual_addition_only_the_skip_is_quantized(operands: str) -> None:
     found = placed(RESIDUAL.replace("Add(e, b)", f"Add({operands})"))
     skip = operands.split(", ").index("b")
     assert uses(found) == {
@@ -187,7 +187,7 @@ def test_the_skip_stays_float_when_the_convolution_before_the_addition_does() ->
     assert uses(found) == {"x": [("stem", 0)], "b": [("conv1", 0)], "g": [("conv3", 0)]}
 
 
-def test_a_linear_bottleneck_is_quantised_once_for_its_convolution_and_its_skip() -> None:
+def test_a_linear_bottleneck_is_quantized_once_for_its_convolution_and_its_skip() -> None:
     found = placed("""
         project0 | a = Conv(x, w0)
         expand | b = Conv(a, w1)
@@ -250,7 +250,7 @@ def test_a_path_begins_where_the_last_float_reader_is() -> None:
     assert found.tied == (("c", "d"),)
 
 
-def test_averages_are_quantised_after_and_not_before() -> None:
+def test_averages_are_quantized_after_and_not_before() -> None:
     found = placed("""
         stem | a = Conv(x, w0)
         relu | b = Relu(a)
@@ -290,7 +290,7 @@ def test_all_inputs_of_concatenations_on_the_way_have_one_scale() -> None:
     assert found.tied == (("b", "d", "g", "h", "j", "k"),)
 
 
-def test_a_concatenation_of_which_a_part_is_constant_is_quantised_after() -> None:
+def test_a_concatenation_of_which_a_part_is_constant_is_quantized_after() -> None:
     found = placed("""
         stem | a = Conv(x, w0)
         join | b = Concat<axis = 0>(a, w1)
@@ -299,7 +299,7 @@ def test_a_concatenation_of_which_a_part_is_constant_is_quantised_after() -> Non
     assert uses(found) == {"x": [("stem", 0)], "b": [("last", 0)]}
 
 
-def test_a_concatenation_before_arithmetic_stays_float_unless_outputs_are_quantised() -> None:
+def test_a_concatenation_before_arithmetic_stays_float_unless_outputs_are_quantized() -> None:
     body = """
         stem | a = Conv(x, w0)
         pool | b = GlobalAveragePool(x)
@@ -316,7 +316,7 @@ def test_a_concatenation_before_arithmetic_stays_float_unless_outputs_are_quanti
     assert found.tied == (("a", "b", "p"),)
 
 
-def test_outputs_are_quantised_after_all_that_fuses() -> None:
+def test_outputs_are_quantized_after_all_that_fuses() -> None:
     found = placed(RESIDUAL.replace("conv3 | y = Conv(g, w3)", "mean | y = GlobalAveragePool(g)"), OUTPUTS)
     assert uses(found)["g"] == [("mean", 0)]
     assert not {"a", "c", "e", "f", "y"} & set(uses(found))
@@ -384,8 +384,8 @@ def test_a_pattern_that_matches_nothing_is_an_error_that_lists_the_layers() -> N
     assert "stem, conv1, conv2, conv3" in (error.value.fix or "")
 
 
-def test_nothing_left_to_quantise_is_an_error() -> None:
-    with pytest.raises(InputError, match=r"(?s)no layer can be quantised.*excluded by '\*'"):
+def test_nothing_left_to_quantize_is_an_error() -> None:
+    with pytest.raises(InputError, match=r"(?s)no layer can be quantized.*excluded by '\*'"):
         placed(RESIDUAL, PlaceOptions(("*",)))
     with pytest.raises(InputError, match="no Conv, Gemm or MatMul"):
         placed("relu | y = Relu(x)")
@@ -398,8 +398,8 @@ def test_nothing_left_to_quantise_is_an_error() -> None:
         "q | a, s, z = DynamicQuantizeLinear(x)\nd | b = Relu(x)",
     ],
 )
-def test_a_quantised_model_is_refused(node: str) -> None:
-    with pytest.raises(InputError, match=r"already quantised(?s:.)*QuantizeLinear q"):
+def test_a_quantized_model_is_refused(node: str) -> None:
+    with pytest.raises(InputError, match=r"already quantized(?s:.)*QuantizeLinear q"):
         placed(f"{node}\nlast | y = Conv(b, w0)")
 
 

@@ -43,21 +43,21 @@ class Read:
     def readers(self, tensor: str) -> list[onnx.NodeProto]:
         return [node for node in self.nodes for name in node.input if name == tensor]
 
-    def dequantised(self, tensor: str) -> bool:
+    def dequantized(self, tensor: str) -> bool:
         return tensor in self.made and self.made[tensor].op_type == "DequantizeLinear"
 
-    def scale(self, dequantised: str) -> Array:
-        return self.stored[self.made[dequantised].input[1]]
+    def scale(self, dequantized: str) -> Array:
+        return self.stored[self.made[dequantized].input[1]]
 
 
-def quantised(family: Any, quantize_outputs: bool = False, exclude: tuple[str, ...] = ()) -> onnx.ModelProto:
+def quantized(family: Any, quantize_outputs: bool = False, exclude: tuple[str, ...] = ()) -> onnx.ModelProto:
     placement = place(family.model, PlaceOptions(exclude, quantize_outputs))
     return insert_qdq(family.model, placement, family.amax)
 
 
 @both_ways
 def test_layers_read_int8_and_biases_are_float(family: Any, quantize_outputs: bool) -> None:
-    graph = Read(quantised(family, quantize_outputs))
+    graph = Read(quantized(family, quantize_outputs))
     layers = graph.ops("Conv", "Gemm", "MatMul")
     assert len(layers) > 10
     for layer in layers:
@@ -76,7 +76,7 @@ def test_layers_read_int8_and_biases_are_float(family: Any, quantize_outputs: bo
 
 @both_ways
 def test_no_zero_point_is_asymmetric_and_scales_are_scalars(family: Any, quantize_outputs: bool) -> None:
-    graph = Read(quantised(family, quantize_outputs))
+    graph = Read(quantized(family, quantize_outputs))
     for node in graph.ops("QuantizeLinear", "DequantizeLinear"):
         scale, zero = graph.stored[node.input[1]], graph.stored[node.input[2]]
         assert (zero.dtype, zero.any()) == (np.int8, False)
@@ -88,7 +88,7 @@ def test_no_zero_point_is_asymmetric_and_scales_are_scalars(family: Any, quantiz
 
 @both_ways
 def test_nothing_stands_between_a_layer_and_its_activation(family: Any, quantize_outputs: bool) -> None:
-    before, after = Read(family.model), Read(quantised(family, quantize_outputs))
+    before, after = Read(family.model), Read(quantized(family, quantize_outputs))
     seen = 0
     for node in before.ops("Conv", "Gemm", "Add"):
         readers = before.readers(node.output[0])
@@ -103,14 +103,14 @@ ADDITIONS = {"resnet18": (8, 3), "mobilenet_v3_small": (6, 0), "vgg11_bn": (0, 0
 
 
 @both_ways
-def test_of_a_residual_addition_the_skip_alone_is_quantised(family: Any, quantize_outputs: bool) -> None:
-    before, after = Read(family.model), Read(quantised(family, quantize_outputs))
+def test_of_a_residual_addition_the_skip_alone_is_quantized(family: Any, quantize_outputs: bool) -> None:
+    before, after = Read(family.model), Read(quantized(family, quantize_outputs))
     seen = twice = 0
     sums = {node.name: node for node in after.ops("Add")}
     for node in before.ops("Add"):
         direct = [before.made[x].op_type == "Conv" and len(before.readers(x)) == 1 for x in node.input]
         assert any(direct)
-        pairs = [after.dequantised(x) for x in sums[node.name].input]
+        pairs = [after.dequantized(x) for x in sums[node.name].input]
         assert sorted(pairs) == [False, True]
         # The one in float is a convolution's own output.
         assert direct[pairs.index(False)]
@@ -118,7 +118,7 @@ def test_of_a_residual_addition_the_skip_alone_is_quantised(family: Any, quantiz
     assert (seen, twice) == ADDITIONS.get(family.name, (0, 0))
 
 
-# Concatenations whose inputs are quantised, of how many.
+# Concatenations whose inputs are quantized, of how many.
 JOINED = {
     ("shufflenet_v2_x0_5", False): (16, 16),
     ("shufflenet_v2_x0_5", True): (16, 16),
@@ -129,10 +129,10 @@ JOINED = {
 
 @both_ways
 def test_concatenations_have_inputs_of_one_scale(family: Any, quantize_outputs: bool) -> None:
-    graph = Read(quantised(family, quantize_outputs))
+    graph = Read(quantized(family, quantize_outputs))
     joined = 0
     for node in graph.ops("Concat"):
-        pairs = [graph.dequantised(x) for x in node.input]
+        pairs = [graph.dequantized(x) for x in node.input]
         assert all(pairs) or not any(pairs)
         if all(pairs):
             assert len({float(graph.scale(x)) for x in node.input}) == 1
@@ -140,16 +140,16 @@ def test_concatenations_have_inputs_of_one_scale(family: Any, quantize_outputs: 
     assert (joined, len(graph.ops("Concat"))) == JOINED.get((family.name, quantize_outputs), (0, 0))
 
 
-# Max pools between quantised tensors; the last one of VGG and the one of DenseNet feed averages and BatchNorm.
+# Max pools between quantized tensors; the last one of VGG and the one of DenseNet feed averages and BatchNorm.
 POOLS = {"resnet18": 1, "vgg11_bn": 4, "shufflenet_v2_x0_5": 1}
 
 
 def test_max_pools_have_one_scale_before_and_after(family: Any) -> None:
-    graph = Read(quantised(family))
+    graph = Read(quantized(family))
     pooled = 0
     for node in graph.ops("MaxPool"):
         readers = graph.readers(node.output[0])
-        if graph.dequantised(node.input[0]):
+        if graph.dequantized(node.input[0]):
             assert [r.op_type for r in readers] == ["QuantizeLinear"]
             assert graph.stored[readers[0].input[1]] == graph.scale(node.input[0])
             pooled += 1
@@ -157,8 +157,8 @@ def test_max_pools_have_one_scale_before_and_after(family: Any) -> None:
 
 
 @both_ways
-def test_each_tensor_is_quantised_once_and_each_reader_has_its_own_values(family: Any, quantize_outputs: bool) -> None:
-    graph = Read(quantised(family, quantize_outputs))
+def test_each_tensor_is_quantized_once_and_each_reader_has_its_own_values(family: Any, quantize_outputs: bool) -> None:
+    graph = Read(quantized(family, quantize_outputs))
     assert set(Counter(node.input[0] for node in graph.ops("QuantizeLinear")).values()) == {1}
     for node in graph.ops("DequantizeLinear"):
         assert len(graph.readers(node.output[0])) == 1
@@ -166,13 +166,13 @@ def test_each_tensor_is_quantised_once_and_each_reader_has_its_own_values(family
 
 def test_int8_outputs_leave_no_float_reader_behind_a_layer(families: Callable[[str], Any]) -> None:
     family = families("mobilenet_v3_small")
-    before, after = Read(family.model), Read(quantised(family, quantize_outputs=True))
+    before, after = Read(family.model), Read(quantized(family, quantize_outputs=True))
     swishes = [node.output[0] for node in before.ops("HardSwish")]
     assert len(swishes) == 19
     for tensor in swishes:
         # Also for the average and the product of squeeze and excitation.
         assert [r.op_type for r in after.readers(tensor)] == ["QuantizeLinear"]
-    by_default = Read(quantised(family))
+    by_default = Read(quantized(family))
     assert any(r.op_type != "QuantizeLinear" for t in swishes for r in by_default.readers(t))
     assert after.made["logits"].op_type == "Gemm"
 
@@ -181,11 +181,11 @@ def test_int8_outputs_leave_no_float_reader_behind_a_layer(families: Callable[[s
 def test_checker_and_onnx_runtime_accept_it_and_outputs_stay_close(
     family: Any, quantize_outputs: bool, run: Run
 ) -> None:
-    model = quantised(family, quantize_outputs)
+    model = quantized(family, quantize_outputs)
     onnx.checker.check_model(model, full_check=True)
     expected = run(family.model, family.images)["logits"]
-    for optimise in (False, True):
-        found = run(model, family.images, optimise=optimise)["logits"]
+    for optimize in (False, True):
+        found = run(model, family.images, optimize=optimize)["logits"]
         # Random weights magnify noise: half a percent on the images moves the logits of ShuffleNetV2 by 12 percent.
         assert 0.8 < (found * expected).sum() / np.linalg.norm(found) / np.linalg.norm(expected) < 1 - 1e-7
 
@@ -209,8 +209,8 @@ def test_a_trained_network_keeps_its_answers(quantize_outputs: bool, run: Run) -
 @both_ways
 def test_all_else_of_the_model_stays(family: Any, quantize_outputs: bool) -> None:
     untouched = family.model.SerializeToString(deterministic=True)
-    model = quantised(family, quantize_outputs)
-    again = quantised(family, quantize_outputs)
+    model = quantized(family, quantize_outputs)
+    again = quantized(family, quantize_outputs)
     assert model.SerializeToString(deterministic=True) == again.SerializeToString(deterministic=True)
     assert family.model.SerializeToString(deterministic=True) == untouched
     assert read_provenance(model, "it") == read_provenance(family.model, "it")
@@ -227,7 +227,7 @@ def test_all_else_of_the_model_stays(family: Any, quantize_outputs: bool) -> Non
 
 
 def test_integers_of_masked_layers_are_2to4_and_pruned_positions_zero(family: Any) -> None:
-    model = quantised(family)
+    model = quantized(family)
     report = check_2to4(model)
     assert (report.verdict, report.violating) == (PASS, 0)
     masked = set(read_provenance(model, "it").masked)
@@ -243,7 +243,7 @@ def test_integers_of_masked_layers_are_2to4_and_pruned_positions_zero(family: An
 
 
 def test_one_integer_of_a_pruned_position_is_caught(families: Callable[[str], Any]) -> None:
-    model = quantised(families("resnet18"))
+    model = quantized(families("resnet18"))
     name = "layer2.0.conv1.weight"
     (tensor,) = (t for t in model.graph.initializer if t.name == name)
     integers = numpy_helper.to_array(tensor).copy()
@@ -261,7 +261,7 @@ def test_one_integer_of_a_pruned_position_is_caught(families: Callable[[str], An
 def test_excluded_layers_are_as_before(families: Callable[[str], Any], run: Run) -> None:
     family = families("resnet18")
     before = Read(family.model)
-    graph = Read(quantised(family, exclude=("layer1.0.conv?", "fc.weight", "layer2.0.downsample*")))
+    graph = Read(quantized(family, exclude=("layer1.0.conv?", "fc.weight", "layer2.0.downsample*")))
     layers = {node.name: node for node in before.ops("Conv", "Gemm")}
     out = [n for n in layers if n.startswith(("layer1.0.conv", "fc", "layer2.0.downsample"))]
     assert len(out) == 4
@@ -270,7 +270,7 @@ def test_excluded_layers_are_as_before(families: Callable[[str], Any], run: Run)
             assert list(node.input) == list(layers[node.name].input)
             np.testing.assert_array_equal(graph.stored[node.input[1]], before.stored[node.input[1]])
         else:
-            assert graph.dequantised(node.input[0])
+            assert graph.dequantized(node.input[0])
 
 
 # A first layer whose integers are compared where the next one reads them.
@@ -332,11 +332,11 @@ def check_integers(
     to_floats = x_scale * scales.reshape((-1, 1, 1) if w.ndim == 4 else -1)
     bias = stored["b"].reshape((-1, 1, 1)) if "b" in stored else np.float64(0)
     lowest = 0 if any(node.op_type == "Relu" for node in model.graph.node) else -math.inf
-    for optimise in (False, True):
+    for optimize in (False, True):
         # With its fusions ONNX Runtime adds the bias as an integer, in units of the sum; without, as it is.
-        exact = (total + np.rint(bias / to_floats)) * to_floats if optimise else total * to_floats + bias
+        exact = (total + np.rint(bias / to_floats)) * to_floats if optimize else total * to_floats + bias
         expected = np.clip(np.rint(np.maximum(exact, lowest) / a_scale), -128, 127).astype(np.int8)
-        found = run(result, x, ["x_quantized", "a_quantized"], optimise=optimise)
+        found = run(result, x, ["x_quantized", "a_quantized"], optimize=optimize)
         np.testing.assert_array_equal(found["x_quantized"], integers)
         np.testing.assert_array_equal(found["a_quantized"], expected)
     # Not all at the ends, where any arithmetic would agree.
@@ -457,7 +457,7 @@ def test_an_older_opset_that_has_per_channel_scales_works(run: Run) -> None:
     assert run(result, np.ones((1, 8, 9, 9), np.float32))["y"].shape == (1, 4, 7, 7)
 
 
-def test_what_cannot_be_quantised_is_refused_with_all_offenders() -> None:
+def test_what_cannot_be_quantized_is_refused_with_all_offenders() -> None:
     w = np.random.default_rng(4).normal(0, 0.2, (8, 8, 3, 3))
     model = two_layers(w, (1, 8, 9, 9))
     placement = place(model)
@@ -472,11 +472,11 @@ def test_what_cannot_be_quantised_is_refused_with_all_offenders() -> None:
         insert_qdq(broken, placement, {"x": 1.0, "a": 1.0})
     result = insert_qdq(model, placement, {"x": 1.0, "a": 1.0})
     for again in (lambda: place(result), lambda: insert_qdq(result, placement, {"x": 1.0, "a": 1.0})):
-        with pytest.raises(InputError, match="already quantised"):
+        with pytest.raises(InputError, match="already quantized"):
             again()
     with pytest.raises(InputError, match="opset 12"):
         insert_qdq(two_layers(w, (1, 8, 9, 9), opset=12), Placement((), (), ()), {})
 
 
 def test_the_record_of_the_file_says_int8(families: Callable[[str], Any]) -> None:
-    assert precision_of(quantised(families("resnet18"))) == "int8"
+    assert precision_of(quantized(families("resnet18"))) == "int8"

@@ -158,7 +158,7 @@ def activations(draw: st.DrawFn) -> Floats:
 @given(values=activations())
 @example(values=np.float32([127, 1, 1, 1, 1, 1]))
 @example(values=np.float32([1000] + [0.49] * 1000))
-def test_least_squares_never_quantise_worse_than_min_max(values: Floats) -> None:
+def test_least_squares_never_quantize_worse_than_min_max(values: Floats) -> None:
     histogram = histogram_of(values)
     chosen = amax_of(histogram, RangeOptions("mse"))
     assert squared_error(values, chosen) <= squared_error(values, histogram.amax)
@@ -222,5 +222,5 @@ def histogram_of(values: Floats) -> Histogram:
 def squared_error(values: Floats, amax: float) -> float:
     """Of what ONNX's QuantizeLinear and DequantizeLinear make of the values, in float32."""
     scale = np.float32(scale_of(amax))
-    quantised = np.clip(np.rint(values / scale), -127, 127) * scale
-    return float(np.mean((values.astype(np.float64) - quantised) ** 2))
+    quantized = np.clip(np.rint(values / scale), -127, 127) * scale
+    return float(np.mean((values.astype(np.float64) - quantized) ** 2))

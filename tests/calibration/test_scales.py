@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from maskplan.calibration.scales import quantise_weight, scale_of
+from maskplan.calibration.scales import quantize_weight, scale_of
 
 Array = npt.NDArray[Any]
 
@@ -51,7 +51,7 @@ def test_integers_are_those_of_onnx_runtimes_quantize_linear(
     shape: tuple[int, ...], axis: int, run: Callable[..., dict[str, Array]]
 ) -> None:
     values = weight(shape)
-    integers, scales = quantise_weight(values, axis)
+    integers, scales = quantize_weight(values, axis)
     assert (integers.dtype, scales.dtype, scales.shape) == (np.int8, np.float32, (shape[axis],))
     node = helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"], axis=axis)
     graph = helper.make_graph(
@@ -69,7 +69,7 @@ def test_integers_are_those_of_onnx_runtimes_quantize_linear(
 def test_halves_round_to_even() -> None:
     # The largest value makes the scale 1, so the others are halves exactly.
     values = np.array([[127, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5]], np.float32)
-    integers, scales = quantise_weight(values, 0)
+    integers, scales = quantize_weight(values, 0)
     assert scales.tolist() == [1.0]
     assert integers.tolist() == [[127, 0, 2, 2, 0, -2, -2]]
 
@@ -79,7 +79,7 @@ def test_zeros_stay_zeros_and_minus_128_is_not_used() -> None:
     values[np.abs(values) < 0.05] = 0
     values[0, 0, 0, 0] = -5
     values[1, 1, 1, 1] = -0.0
-    integers, _ = quantise_weight(values, 0)
+    integers, _ = quantize_weight(values, 0)
     assert (integers[values == 0] == 0).all()
     assert integers.min() == integers[0, 0, 0, 0] == -127
 
@@ -89,7 +89,7 @@ def test_channels_of_zeros_and_of_tiny_weights_have_sound_scales() -> None:
     values[1] = 0
     values[2] *= 1e-6
     values[3] = np.float32(1e-42)
-    integers, scales = quantise_weight(values, 0)
+    integers, scales = quantize_weight(values, 0)
     assert scales[1] == 1.0
     assert (scales[2:4] == np.finfo(np.float16).smallest_normal).all()
     assert (integers[1:4] == 0).all()
@@ -102,4 +102,4 @@ def test_values_that_are_no_weights_are_refused(bad: float) -> None:
     values = weight()
     values[2, 3, 1, 1] = bad
     with pytest.raises(ValueError, match="range"):
-        quantise_weight(values, 0)
+        quantize_weight(values, 0)

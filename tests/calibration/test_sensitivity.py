@@ -94,7 +94,7 @@ def test_the_drop_that_is_told_is_that_of_the_placement_that_is_told(run: Callab
     assert (run(model, images)["y"].argmax(1) == labels).all()
     kept = held(run, model, 1.0)
     assert kept.drop == pytest.approx(100 - top1(kept.options)) == pytest.approx(0)
-    assert 100 - top1(PlaceOptions()) > 40, "quantised as a whole it is no better than chance"
+    assert 100 - top1(PlaceOptions()) > 40, "quantized as a whole it is no better than chance"
 
 
 def test_nothing_is_left_where_the_budget_holds_at_once(run: Callable[..., dict[str, Any]]) -> None:
@@ -116,7 +116,7 @@ def test_what_the_user_excludes_stays_excluded(run: Callable[..., dict[str, Any]
 def test_a_budget_that_cannot_hold_is_an_error(run: Callable[..., dict[str, Any]], exclude: tuple[str, ...]) -> None:
     # A model that is always right can gain nothing; one whose only layer is the fragile one has nothing to leave.
     budget = -1.0 if not exclude else 1.0
-    with pytest.raises(InputError, match="does not hold even with one layer quantised") as error:
+    with pytest.raises(InputError, match="does not hold even with one layer quantized") as error:
         held(run, fragile(), budget, exclude=exclude)
     assert f"on 60 images; {budget:g} are allowed" in str(error.value.found)
 

@@ -259,7 +259,7 @@ def may_keep(name: str, spans: list[tuple[int, int]], changed: str) -> bool:
     return False
 
 
-def neighbours(name: str, letters: str) -> Iterator[str]:
+def neighbors(name: str, letters: str) -> Iterator[str]:
     """Every name that differs in one character."""
     for at in range(len(name) + 1):
         for letter in letters:
@@ -272,7 +272,7 @@ def neighbours(name: str, letters: str) -> Iterator[str]:
 def test_one_wrong_character_claims_nothing_outside_the_marks(marked: str, state: str) -> None:
     name, spans, cuts = parse(marked)
     shorter = {name[:cut] for cut in cuts}
-    kept = {changed for changed in set(neighbours(name, LETTERS)) - {name} if kernel_state(changed) != UNKNOWN}
+    kept = {changed for changed in set(neighbors(name, LETTERS)) - {name} if kernel_state(changed) != UNKNOWN}
     assert {kernel_state(changed) for changed in kept} <= {state}
     assert [changed for changed in kept if not may_keep(name, spans, changed) and changed not in shorter] == []
 

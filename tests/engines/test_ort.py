@@ -52,10 +52,10 @@ def images(batch: int) -> npt.NDArray[np.float32]:
     return np.random.default_rng(batch).normal(size=(batch, 3, 6, 6)).astype(np.float32)
 
 
-@pytest.mark.parametrize("optimised", [True, False])
-def test_any_batch_gives_what_the_reference_implementation_gives(optimised: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimized", [True, False])
+def test_any_batch_gives_what_the_reference_implementation_gives(optimized: bool, tmp_path: Path) -> None:
     path = small(tmp_path / "small.onnx")
-    engine, reference = OrtEngine(path, optimised=optimised), ReferenceEvaluator(str(path))
+    engine, reference = OrtEngine(path, optimized=optimized), ReferenceEvaluator(str(path))
     assert engine.inputs == (TensorSpec("image", "float32", (None, 3, 6, 6)),)
     assert engine.outputs == (TensorSpec("scores", "float32", (None, 5)),)
     for batch in (1, 2, 7):

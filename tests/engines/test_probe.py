@@ -52,7 +52,7 @@ def pruned(shape: LayerShape, seed: int = 0) -> npt.NDArray[np.float32]:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_conforming_weights_are_2_4_in_groups_of_four_neighbours(name: str) -> None:
+def test_conforming_weights_are_2_4_in_groups_of_four_neighbors(name: str) -> None:
     matrix = weight_matrix(pruned(SHAPES[name]))
     assert np.count_nonzero(matrix.reshape(-1, 4), axis=1).max() == 2
     assert (matrix == Packed.of(torch.from_numpy(matrix)).unpacked().numpy()).all()

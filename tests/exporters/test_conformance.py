@@ -212,7 +212,7 @@ def test_the_verdict_names_the_stored_type(dtype: Any, name: str) -> None:
     assert (verdict.name, verdict.node, verdict.op) == ("w", "node_w", "Conv")
 
 
-def quantised(weight: Array, point: Array | None, scale: Array | None = None, before: bool = False) -> onnx.ModelProto:
+def quantized(weight: Array, point: Array | None, scale: Array | None = None, before: bool = False) -> onnx.ModelProto:
     """A convolution behind DequantizeLinear; with `before`, of floats behind QuantizeLinear as well."""
     tensors = {"w": weight, "s": np.array(0.5, np.float32) if scale is None else scale}
     rest = ["s"] if point is None else ["s", "z"]
@@ -230,12 +230,12 @@ def quantised(weight: Array, point: Array | None, scale: Array | None = None, be
 @pytest.mark.parametrize(
     ("dtype", "zero"), [(np.int8, 0), (np.int8, -3), (np.uint8, 0), (np.uint8, 128), (ml_dtypes.float8_e4m3fn, 0)]
 )
-def test_zero_in_a_quantised_weight_is_the_zero_point(dtype: Any, zero: int) -> None:
+def test_zero_in_a_quantized_weight_is_the_zero_point(dtype: Any, zero: int) -> None:
     weight = two_of_four(dtype, zero)
-    (verdict,) = check_2to4(quantised(weight, np.array(zero, dtype))).weights
+    (verdict,) = check_2to4(quantized(weight, np.array(zero, dtype))).weights
     assert (verdict.verdict, verdict.violating_groups, verdict.groups) == (CONFORMING, 0, 8)
     weight[2, 1] = 1
-    (verdict,) = check_2to4(quantised(weight, np.array(zero, dtype))).weights
+    (verdict,) = check_2to4(quantized(weight, np.array(zero, dtype))).weights
     assert (verdict.verdict, verdict.violating_groups) == (VIOLATING, 1)
     assert verdict.first_violation is not None
     assert verdict.first_violation.index == (2, 0, 0, 0)
@@ -243,30 +243,30 @@ def test_zero_in_a_quantised_weight_is_the_zero_point(dtype: Any, zero: int) -> 
 
 
 def test_without_a_zero_point_zero_is_zero() -> None:
-    assert check_2to4(quantised(two_of_four(np.int8), None)).passed
-    assert not check_2to4(quantised(two_of_four(np.int8, 5), None)).passed
+    assert check_2to4(quantized(two_of_four(np.int8), None)).passed
+    assert not check_2to4(quantized(two_of_four(np.int8, 5), None)).passed
 
 
 def test_every_channel_has_its_own_zero_point() -> None:
     scales, points = np.full(4, 0.5, np.float32), np.array([5, -7, 0, 5], np.int8)
     weight = np.concatenate([two_of_four(np.int8, zero)[:1] for zero in points])
-    assert check_2to4(quantised(weight, points, scales)).passed
-    (verdict,) = check_2to4(quantised(weight, np.full(4, 5, np.int8), scales)).weights
+    assert check_2to4(quantized(weight, points, scales)).passed
+    (verdict,) = check_2to4(quantized(weight, np.full(4, 5, np.int8), scales)).weights
     # The second and third channel hold what would be zero elsewhere; all four groups of theirs are full.
     assert (verdict.verdict, verdict.violating_groups) == (VIOLATING, 4)
     assert verdict.first_violation is not None
     assert verdict.first_violation.index == (1, 0, 0, 0)
 
 
-def test_floats_that_are_quantised_later_are_held_against_zero() -> None:
-    """The zero point speaks of the quantised numbers; 0.0 becomes the zero point, and 3.0 does not."""
+def test_floats_that_are_quantized_later_are_held_against_zero() -> None:
+    """The zero point speaks of the quantized numbers; 0.0 becomes the zero point, and 3.0 does not."""
     point = np.array(3, np.int8)
-    assert check_2to4(quantised(two_of_four(np.float32), point, before=True)).passed
-    assert not check_2to4(quantised(two_of_four(np.float32, 3.0), point, before=True)).passed
+    assert check_2to4(quantized(two_of_four(np.float32), point, before=True)).passed
+    assert not check_2to4(quantized(two_of_four(np.float32, 3.0), point, before=True)).passed
 
 
 def test_a_zero_point_in_a_constant_node_counts() -> None:
-    model = quantised(two_of_four(np.int8, 5), np.array(5, np.int8))
+    model = quantized(two_of_four(np.int8, 5), np.array(5, np.int8))
     (tensor,) = [t for t in model.graph.initializer if t.name == "z"]
     model.graph.node.insert(0, helper.make_node("Constant", [], ["z"], value=tensor))
     model.graph.initializer.remove(tensor)
@@ -453,7 +453,7 @@ def test_a_weight_used_twice_is_judged_along_the_axis_of_each_use() -> None:
 )
 def test_only_wide_layers_are_likely_to_win(shape: tuple[int, ...], likely: bool) -> None:
     (verdict,) = check_2to4(convolutions(w=np.zeros(shape, np.float32))).weights
-    assert verdict.likely_to_win is likely
+    assert verdict.likely_speedup is likely
 
 
 def test_masks_in_the_flat_layout_violate_on_3x3_kernels_and_hold_on_1x1() -> None:
@@ -573,7 +573,7 @@ def test_the_command_says_yes_no_and_why(
         assert report["verdict"] == verdict
         assert {"eligible", "conforming", "violating", "dense_by_choice", "ineligible", "weights"} <= set(report)
         fields = {"name", "node", "op", "shape", "axis", "dtype", "verdict", "reason", "groups"}
-        fields |= {"violating_groups", "negative_zeros", "first_violation", "likely_to_win"}
+        fields |= {"violating_groups", "negative_zeros", "first_violation", "likely_speedup"}
         assert all(fields <= set(w) for w in report["weights"])
     (weight,) = [w for w in report["weights"] if w["verdict"] == VIOLATING]
     assert weight["first_violation"] == {"index": [0, 0, 0, 0], "values": [1, 1, 1, 1]}

@@ -1,6 +1,6 @@
 """ONNX files of other tools through compare, check, build and deploy: PyTorch's TorchScript exporter, and hand-built graphs.
 
-The networks are written down, not trained: the logits follow the mean colour of the picture, which is what tells the toy
+The networks are written down, not trained: the logits follow the mean color of the picture, which is what tells the toy
 classes apart.
 """
 
@@ -197,7 +197,7 @@ def test_parity_fails_for_a_model_that_confuses_two_classes(
 def test_without_data_parity_cannot_be_told(written: Callable[[str], Path], cli: Cli) -> None:
     ran = cli("compare", written("dense"), written("sparse"))
     assert ran.code == 1
-    assert "no labelled images" in ran.err
+    assert "no labeled images" in ran.err
 
 
 def test_check_finds_the_weights_whatever_they_are_called(written: Callable[[str], Path], cli: Cli) -> None:
@@ -212,7 +212,7 @@ def test_check_finds_the_weights_whatever_they_are_called(written: Callable[[str
         assert [w["reason"] for w in found["weights"]] == ["channels_not_multiple_of_4", None, None]
         if code:
             (bad,) = [w for w in found["weights"] if w["verdict"] == "violating"]
-            # Of a 3x3 convolution only the centre is more than zeros.
+            # Of a 3x3 convolution only the center is more than zeros.
             assert bad["violating_groups"] == 16
             assert cli("check", path, "--allow-dense", bad["name"]).code == 0
 
@@ -231,12 +231,12 @@ def test_build_and_deploy_take_the_file_as_it_is(written: Callable[[str], Path],
         "scores",
         [3],
     )
-    ran = cli("deploy", engine, "--repository", repository, "--name", "colours")
+    ran = cli("deploy", engine, "--repository", repository, "--name", "colors")
     assert ran.code == 0, ran.err
-    served = repository / "colours" / "1" / "model.onnx"
+    served = repository / "colors" / "1" / "model.onnx"
     x = np.random.default_rng(0).random((3, 3, 20, 20), dtype=np.float32)
     assert np.array_equal(logits(served, x), logits(source, x))
-    config = (repository / "colours" / "config.pbtxt").read_text()
+    config = (repository / "colors" / "config.pbtxt").read_text()
     fixed = image["shape"][0] == 1
     assert f"max_batch_size: {0 if fixed else 8}" in config
     assert ("dims: [ 1, 3, 20, 20 ]" if fixed else "dims: [ 3, 20, 20 ]") in config

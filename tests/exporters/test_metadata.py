@@ -199,7 +199,7 @@ def test_without_products_a_file_is_what_most_elements_are() -> None:
     assert precision_of(model) == "bf16"
 
 
-def test_quantised_weights_make_a_file_int8() -> None:
+def test_quantized_weights_make_a_file_int8() -> None:
     nodes = [helper.make_node("DequantizeLinear", ["w", "s"], ["d"]), helper.make_node("Relu", ["d"], ["y"])]
     tensors = {"w": np.zeros(10, np.int8), "s": np.array(1, np.float32), "rest": FULL}
     assert precision_of(model_of(nodes=nodes, tensors=tensors)) == "int8"

@@ -191,7 +191,7 @@ def test_a_weight_in_a_constant_node_is_seen() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "zero"), [(np.int8, 0), (np.uint8, 128)])
-def test_a_quantised_weight_is_judged_by_its_zero_point(dtype: type, zero: int) -> None:
+def test_a_quantized_weight_is_judged_by_its_zero_point(dtype: type, zero: int) -> None:
     """Polygraphy skips it and passes."""
     scale = {"s": np.array(0.1, np.float32), "z": np.array(zero, dtype)}
     nodes = [helper.make_node("DequantizeLinear", ["w", "s", "z"], ["d"]), conv("d")]

@@ -48,10 +48,10 @@ def constant(name: str, value: Array) -> onnx.NodeProto:
     return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value))
 
 
-def run(model: onnx.ModelProto, x: Array, *, optimised: bool = True) -> list[Array]:
+def run(model: onnx.ModelProto, x: Array, *, optimized: bool = True) -> list[Array]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    if not optimised:
+    if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return session.run(None, {"x": x})
@@ -349,7 +349,7 @@ def exact(model: onnx.ModelProto, x: Array) -> list[Array]:
 
 
 @pytest.mark.parametrize("opset", [19, 20, 21, 23])
-def test_outside_its_integers_a_quantised_graph_runs_in_half(opset: int) -> None:
+def test_outside_its_integers_a_quantized_graph_runs_in_half(opset: int) -> None:
     model = qdq(opset=opset)
     half = to_fp16(model)
     types = assert_valid(half)
@@ -370,7 +370,7 @@ def test_outside_its_integers_a_quantised_graph_runs_in_half(opset: int) -> None
     assert_close_in_ort(model, half)
 
 
-def test_a_quantised_graph_in_half_computes_nearly_the_same_where_every_step_is_rounded() -> None:
+def test_a_quantized_graph_in_half_computes_nearly_the_same_where_every_step_is_rounded() -> None:
     model = qdq()
     x = np.random.default_rng(5).normal(size=(2, 8, 4, 4)).astype(np.float32)
     (expected,), (found,) = run(model, x), exact(to_fp16(model), x)
@@ -408,10 +408,10 @@ def test_a_weight_scale_that_half_cannot_hold_leaves_its_layer_in_fp32_and_int8(
     assert {types[name] for name in (*conv.input[:2], "c1", "r1")} == {FLOAT}
     assert "Cast" not in {n.op_type for n in half.graph.node for name in ("c1", "r1") if name in n.input}
     assert types["c2"] == HALF
-    # ONNX Runtime's optimiser makes integers of the bias, which with such a scale are too large for it.
+    # ONNX Runtime's optimizer makes integers of the bias, which with such a scale are too large for it.
     x = np.random.default_rng(3).normal(size=(2, 8, 4, 4)).astype(np.float32)
     (expected,) = exact(model, x)
-    for found in (*exact(half, x), *run(half, x, optimised=False)):
+    for found in (*exact(half, x), *run(half, x, optimized=False)):
         assert np.allclose(found, expected, atol=1e-2 * np.abs(expected).max())
 
 
@@ -432,7 +432,7 @@ def test_scales_that_half_holds_are_not_warned_of(caplog: pytest.LogCaptureFixtu
     assert not caplog.records
 
 
-def overflowing(quantised: bool = False) -> onnx.ModelProto:
+def overflowing(quantized: bool = False) -> onnx.ModelProto:
     """The first layer's weights are too large for its output to fit FP16, the second's as much smaller."""
     up, down = noise(8, 8, 1, 1, scale=2e4), noise(8, 8, 1, 1, scale=2e-5)
     middle = "r"
@@ -441,7 +441,7 @@ def overflowing(quantised: bool = False) -> onnx.ModelProto:
         helper.make_node("Conv", ["x", "up.weight"], ["u"], "up"),
         helper.make_node("Relu", ["u"], ["r"], "rectify"),
     ]
-    if quantised:
+    if quantized:
         middle = "r_dq"
         tensors |= {"s": np.array(2e5 / 127, np.float32), "z": np.array(0, np.int8)}
         nodes += [
@@ -488,8 +488,8 @@ def test_what_overflows_is_infinite_in_plain_half_and_right_where_it_is_kept() -
     assert up.input[0] == "x"
 
 
-def test_what_overflows_before_it_is_quantised_is_kept_by_its_scale_alone(caplog: pytest.LogCaptureFixture) -> None:
-    model = overflowing(quantised=True)
+def test_what_overflows_before_it_is_quantized_is_kept_by_its_scale_alone(caplog: pytest.LogCaptureFixture) -> None:
+    model = overflowing(quantized=True)
     x = np.random.default_rng(2).normal(size=(2, 8, 4, 4)).astype(np.float32)
     (expected,) = run(model, x)
     half = to_fp16(model)

@@ -64,7 +64,7 @@ def test_a_product_is_pruned_along_its_inner_axis() -> None:
     assert np.array_equal(values(model)["b"], brute_force(noise(8, 12), 0))
 
 
-def test_a_quantised_weight_is_pruned_to_its_zero_point() -> None:
+def test_a_quantized_weight_is_pruned_to_its_zero_point() -> None:
     weight = np.random.default_rng(2).integers(0, 255, (4, 8, 1, 1), dtype=np.uint8)
     nodes = [
         helper.make_node("DequantizeLinear", ["w", "s", "z"], ["f"]),

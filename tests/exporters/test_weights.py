@@ -140,7 +140,7 @@ CASES = {
         1,
         (("axes", np.array([-1, -2], np.int64)),),
     ),
-    "dequantised": Case(
+    "dequantized": Case(
         (node("DequantizeLinear", ["w", "s", "z"], "i"), node("Conv", ["x", "i"])),
         steps(6, 8, 3, 3),
         (2, 8, 5, 5),
@@ -148,14 +148,14 @@ CASES = {
         QUANTISED,
         7,
     ),
-    "dequantised, no zero point": Case(
+    "dequantized, no zero point": Case(
         (node("DequantizeLinear", ["w", "s"], "i"), node("Conv", ["x", "i"])),
         steps(6, 8, 3, 3),
         (2, 8, 5, 5),
         1,
         QUANTISED[:1],
     ),
-    "dequantised, then transposed": Case(
+    "dequantized, then transposed": Case(
         (
             node("DequantizeLinear", ["w", "s", "z"], "i"),
             node("Transpose", ["i"], "j", perm=[1, 0]),
@@ -167,7 +167,7 @@ CASES = {
         QUANTISED,
         7,
     ),
-    "quantised and dequantised": Case(
+    "quantized and dequantized": Case(
         (
             node("QuantizeLinear", ["w", "s"], "i"),
             node("DequantizeLinear", ["i", "s"], "j"),
@@ -353,7 +353,7 @@ def as_constant_node(value: Array) -> onnx.NodeProto:
 
 
 @pytest.mark.parametrize("stored", ["initializer", "constant node"])
-def test_the_zero_point_of_a_quantised_tensor_is_found(stored: str) -> None:
+def test_the_zero_point_of_a_quantized_tensor_is_found(stored: str) -> None:
     nodes = [node("DequantizeLinear", ["w", "s", "z"], "i"), node("Conv", ["x", "i"])]
     point = np.array(7, np.int8)
     tensors: dict[str, Array] = {"w": steps(6, 8, 1, 1), "s": SCALE}
@@ -364,8 +364,8 @@ def test_the_zero_point_of_a_quantised_tensor_is_found(stored: str) -> None:
     assert zero_point_of(model) == 7
 
 
-def test_the_zero_of_a_float_tensor_that_is_quantised_later_is_zero() -> None:
-    """The zero point tells zero in the quantised tensor; what is stored before QuantizeLinear is a plain float."""
+def test_the_zero_of_a_float_tensor_that_is_quantized_later_is_zero() -> None:
+    """The zero point tells zero in the quantized tensor; what is stored before QuantizeLinear is a plain float."""
     nodes = [
         node("QuantizeLinear", ["w", "s", "z"], "i"),
         node("DequantizeLinear", ["i", "s", "z"], "j"),

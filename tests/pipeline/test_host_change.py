@@ -39,7 +39,7 @@ def go_on(out: Path, net: Path, backend: str = "tensorrt") -> tuple[list[str], e
         job = stages.Job(ws, ModelOptions("net"), RECIPE)
         model = describe_onnx(net)
         engines = engine_stages.build(job, backend, model, model)
-        device = engine_stages.clock(job, engines).device
+        device = engine_stages.time_stage(job, engines).device
         return sorted(ws.reused), engines, device
 
 

@@ -182,7 +182,7 @@ def test_the_report_says_how_it_was_calibrated(finished: Path) -> None:
         "method": "entropy",
         "images": 512,
         "ranges_from": "images",
-        "quantised_layers": 10,
+        "quantized_layers": 10,
         "in_float": [],
         "select_drop": None,
         "select_images": 0,

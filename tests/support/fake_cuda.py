@@ -1,6 +1,6 @@
 """A stand-in for pycuda and cuda-python: memory on the host, and streams that do nothing until they are waited for.
 
-So a result that is read before its stream was synchronised is stale here too, a copy without a current context fails, and
+So a result that is read before its stream was synchronized is stale here too, a copy without a current context fails, and
 memory that is gone cannot be reached.
 """
 
@@ -55,7 +55,7 @@ class World:
         self.retained = self.launches = self.graphs = self.captures = self.misplaced = self.alive = 0
         self.bus_id = "0000:C1:00.0"
         self.refused: set[str] = set()
-        self.initialised = False
+        self.initialized = False
         self.broken = False
         self.memory: dict[int, np.ndarray[Any, Any]] = {}
         self.streams: weakref.WeakValueDictionary[int, Stream] = weakref.WeakValueDictionary()
@@ -232,19 +232,19 @@ def install(monkeypatch: pytest.MonkeyPatch, *, graphs: bool = True) -> World:
 
     class CountedDevice(Device):
         def __init__(self, number: int) -> None:
-            if not world.initialised:
+            if not world.initialized:
                 raise Error("cuDeviceGet failed: initialization error")
             assert number < world.devices
             super().__init__(world)
 
         @staticmethod
         def count() -> int:
-            if not world.initialised:
+            if not world.initialized:
                 raise Error("cuDeviceGetCount failed: initialization error")
             return world.devices
 
     def init() -> None:
-        world.initialised = True
+        world.initialized = True
 
     members = {
         "init": init,

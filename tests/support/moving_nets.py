@@ -50,20 +50,20 @@ def drawn(module: nn.Module, seed: int = 0) -> nn.Module:
     return module.eval()
 
 
-def moved(module: nn.Module, groups: tuple[Group, ...], how: Preprocessing, seed: int = 0) -> float:
+def moved(module: nn.Module, groups: tuple[Group, ...], preprocessing: Preprocessing, seed: int = 0) -> float:
     """How far outputs move when all groups are shuffled, beside how far two images' outputs lie apart, in float64."""
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(group.size) for group in groups]
     moves = [
         Move(g, np.roll(o, 1) if (o == np.arange(g.size)).all() else o) for g, o in zip(groups, orders, strict=True)
     ]
-    return difference(module, permuted_state(module.state_dict(), moves), how)
+    return difference(module, permuted_state(module.state_dict(), moves), preprocessing)
 
 
-def difference(module: nn.Module, state: dict[str, torch.Tensor], how: Preprocessing) -> float:
+def difference(module: nn.Module, state: dict[str, torch.Tensor], preprocessing: Preprocessing) -> float:
     other = copy.deepcopy(module)
     other.load_state_dict(state)
-    sample = sample_input(how, 2, seed=7).double()
+    sample = sample_input(preprocessing, 2, seed=7).double()
     with torch.no_grad():
         before, after = (m.double().eval()(sample) for m in (copy.deepcopy(module), other))
     spread = (before[0] - before[1]).abs().max()
@@ -71,11 +71,11 @@ def difference(module: nn.Module, state: dict[str, torch.Tensor], how: Preproces
     return float((before - after).abs().max() / spread)
 
 
-def stays(module: nn.Module, how: Preprocessing = HOW) -> Axes:
+def stays(module: nn.Module, preprocessing: Preprocessing = HOW) -> Axes:
     """Assert that some groups can move, and that moving all of them changes nothing."""
-    axes = find_groups(module, how)
+    axes = find_groups(module, preprocessing)
     assert axes.movable
-    assert moved(module, axes.movable, how) < 1e-9
+    assert moved(module, axes.movable, preprocessing) < 1e-9
     return axes
 
 

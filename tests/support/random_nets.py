@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from maskplan.pipeline.core.artifacts import Preprocessing
-from maskplan.pipeline.stability.bounds import Pair, Seen, change_bounds, look, pair_of
+from maskplan.pipeline.stability.bounds import ForwardObservation, Pair, change_bounds, look, pair_of
 from maskplan.pipeline.stability.network import Network, affine_maps
 from maskplan.pipeline.stability.reader import read_network
 
@@ -260,17 +260,17 @@ def update_within(case: Case, rho: float, layers: Sequence[int], rng: np.random.
     return state
 
 
-def violated(pair: Pair, seen: Seen, start: int = 0) -> bool:
+def violated(pair: Pair, seen: ForwardObservation, start: int = 0) -> bool:
     """Whether some node changes by more than its bound; rounding is left out."""
     return exceeds(seen, change_bounds(pair, seen, start), start)
 
 
-def exceeds(seen: Seen, bounds: np.ndarray, start: int = 0) -> bool:
+def exceeds(seen: ForwardObservation, bounds: np.ndarray, start: int = 0) -> bool:
     rounding = 1e-11 * (seen.sizes_first + seen.sizes_second)
     return bool((seen.changes > bounds * (1 + 1e-9) + rounding)[start:].any())
 
 
-def seen_of(case: Case) -> tuple[Pair, Seen]:
+def seen_of(case: Case) -> tuple[Pair, ForwardObservation]:
     pair = case.pair()
     return pair, look(pair, case.images)
 
@@ -316,7 +316,7 @@ def _draw(module: nn.Module, rng: np.random.Generator) -> None:
 def _cancel(module: nn.Module, images: torch.Tensor, rng: np.random.Generator) -> None:
     """Choose biases so that what some layers make of the first image is 0 on average."""
 
-    def centre(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    def center(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         mean = output[0].flatten(1).mean(1) if output.ndim == 4 else output[0]
         layer.bias -= mean
         return output - mean.view(-1, *(1,) * (output.ndim - 2))
@@ -326,7 +326,7 @@ def _cancel(module: nn.Module, images: torch.Tensor, rng: np.random.Generator) -
         for m in module.modules()
         if isinstance(m, nn.Conv2d | nn.Linear) and m.bias is not None and rng.random() < 0.5
     ]
-    hooks = [m.register_forward_hook(centre) for m in chosen]
+    hooks = [m.register_forward_hook(center) for m in chosen]
     with torch.no_grad():
         module(images)
     for hook in hooks:

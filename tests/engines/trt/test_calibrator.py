@@ -120,7 +120,7 @@ def test_the_command_feeds_the_images_that_calibrate_would_take(
     assert "int8 on tensorrt" in capsys.readouterr().out
     source = calibration_images(digits_onnx, None, None, None, 0)
     chosen = choose_images(source.train, CalibrateOptions().images, 0)
-    expected = np.concatenate([x for x, _ in pipeline_batches(chosen, source.how, CalibrateOptions().batch)])
+    expected = np.concatenate([x for x, _ in pipeline_batches(chosen, source.preprocessing, CalibrateOptions().batch)])
     assert np.array_equal(np.concatenate(older.calibrated), expected)
     assert read_engine(out).typing == "weak"
     # The second time the cache serves, and no image is fed.

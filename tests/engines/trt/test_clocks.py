@@ -32,7 +32,7 @@ def test_samples_are_summed_up() -> None:
 def test_an_idle_gpu_or_clocks_set_by_its_owner_are_not_held_down() -> None:
     found = clocks_of("345, 2619, 0x0000000000000001, 30, 70\n1200, 2619, 0x0000000000000002, 30, 70\n")
     assert found is not None
-    assert found.held_down_by == ()
+    assert found.throttle_reasons == ()
 
 
 @pytest.mark.parametrize("line", ["", "[N/A], 2619, 0x0, 30, 70", "1980, 26", "No devices were found", "1,2,z,4,5"])

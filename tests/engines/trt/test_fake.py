@@ -50,19 +50,19 @@ ASKING = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import tensorrt_bindings as tensorrt
-from maskplan.engines.trt.log import Heard
+from maskplan.engines.trt.log import TrtLogCapture
 from maskplan.engines.trt.versions import construct
 from maskplan.pipeline.core.errors import HostError
 
 try:
-    construct(tensorrt.Runtime, Heard(tensorrt))
+    construct(tensorrt.Runtime, TrtLogCapture(tensorrt))
 except HostError as error:
     print(error.found)
-heard = Heard(tensorrt)
+log_capture = TrtLogCapture(tensorrt)
 try:
-    construct(tensorrt.Builder, heard)
+    construct(tensorrt.Builder, log_capture)
 except HostError as error:
-    print(error.found, heard.errors)
+    print(error.found, log_capture.errors)
 
 class Mute(tensorrt.ILogger):
     def __init__(self):
@@ -182,10 +182,10 @@ def test_our_logger_hears_the_real_bindings_and_a_missing_builder_is_told(
     command = [sys.executable, "-c", ASKING, str(BINDINGS / version)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    silent, heard, null, unmade = done.stdout.splitlines()
+    silent, log_capture, null, unmade = done.stdout.splitlines()
     assert silent == "pybind11::init(): factory function returned nullptr"
     said = "CUDA initialization failure with error: 35"
-    assert heard == f"{said} {[said]}"
+    assert log_capture == f"{said} {[said]}"
     fake_tensorrt.install(version, fake_cuda.World(), monkeypatch).failures |= {"builder", "runtime", "parser"}
     tensorrt: Any = sys.modules["tensorrt"]
     for make in (lambda: tensorrt.Runtime(tensorrt.ILogger()), lambda: tensorrt.OnnxParser(None, tensorrt.ILogger())):

@@ -25,7 +25,7 @@ from small_net import small_net
 from maskplan.engines.build import BuildOptions, build_engine
 from maskplan.engines.sidecar import read_engine
 from maskplan.engines.trt.build import FP32_NOTE
-from maskplan.engines.trt.log import Heard
+from maskplan.engines.trt.log import TrtLogCapture
 from maskplan.engines.trt.options import TrtOptions
 from maskplan.engines.trt.progress import _monitor_class
 from maskplan.engines.trt.versions import import_tensorrt, network_flags
@@ -68,7 +68,7 @@ def test_flags_are_those_asked_for(trt: Control, source: Path, sparse: bool) -> 
     assert trt.config.profiling_verbosity.name == "DETAILED"
     assert trt.config.hardware_compatibility_level.name == "NONE"
     assert trt.config.builder_optimization_level == 3
-    build(source, tf32=True, version_compatible=True, stripped=True, hardware_compatible=True, optimization_level=5)
+    build(source, tf32=True, version_compatible=True, strip_plan=True, hardware_compatible=True, optimization_level=5)
     assert trt.flags == {"SPARSE_WEIGHTS", "TF32", "VERSION_COMPATIBLE", "STRIP_PLAN", "REFIT_IDENTICAL"}
     assert trt.config.hardware_compatibility_level.name == "AMPERE_PLUS"
     assert trt.config.builder_optimization_level == 5
@@ -198,7 +198,7 @@ def test_only_the_batch_may_be_dynamic(trt: Control, source: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("refittable", "stripped", "flags"),
+    ("refittable", "strip_plan", "flags"),
     [
         (False, False, set()),
         (True, False, {"REFIT"}),
@@ -207,11 +207,11 @@ def test_only_the_batch_may_be_dynamic(trt: Control, source: Path) -> None:
     ],
 )
 def test_a_plan_can_be_refittable_and_without_its_weights_and_its_record_says_so(
-    trt: Control, source: Path, refittable: bool, stripped: bool, flags: set[str]
+    trt: Control, source: Path, refittable: bool, strip_plan: bool, flags: set[str]
 ) -> None:
-    record = build(source, refittable=refittable, stripped=stripped)
+    record = build(source, refittable=refittable, strip_plan=strip_plan)
     assert trt.flags == {"SPARSE_WEIGHTS"} | flags
-    assert (record.refittable, record.stripped) == (refittable, stripped)
+    assert (record.refittable, record.strip_plan) == (refittable, strip_plan)
 
 
 def test_a_version_without_a_figure_of_device_memory_leaves_it_open(trt: Control, source: Path) -> None:
@@ -447,17 +447,17 @@ def test_every_listener_hears_all_for_as_long_as_it_lives(trt: Control, source: 
     """TensorRT takes one logger for the process; a second build must not lose what a first began."""
     import tensorrt
 
-    first = Heard(tensorrt)
-    second = Heard(tensorrt)
+    first = TrtLogCapture(tensorrt)
+    second = TrtLogCapture(tensorrt)
     assert first.logger is second.logger
     trt.failures.add("build")
     with pytest.raises(InputError, match="Could not find any implementation"):
         build(source)
-    for heard in (first, second):
-        assert heard.errors == ["Could not find any implementation for node conv1."]
-        assert heard.warnings == []
+    for log_capture in (first, second):
+        assert log_capture.errors == ["Could not find any implementation for node conv1."]
+        assert log_capture.warnings == []
     gone = weakref.ref(first)
-    del first, heard
+    del first, log_capture
     gc.collect()
     assert gone() is None
 
@@ -514,16 +514,16 @@ def test_and_other_failures_are_not_taken_for_it(trt: Control, source: Path, mes
 def test_lines_about_sparsity_and_errors_are_kept_apart(trt: Control) -> None:
     import tensorrt
 
-    heard = Heard(tensorrt)
-    heard.logger.log(tensorrt.ILogger.INFO, "(Sparsity) Chose 2 layer(s) using sparse tactics")
-    heard.logger.log(tensorrt.ILogger.WARNING, "something else")
-    assert heard.why() == "something else"
-    heard.logger.log(tensorrt.ILogger.INTERNAL_ERROR, "an assertion failed")
-    assert heard.sparsity == ["(Sparsity) Chose 2 layer(s) using sparse tactics"]
-    assert heard.warnings == ["something else"]
-    assert heard.errors == ["an assertion failed"]
-    assert heard.why() == "an assertion failed"
-    assert Heard(tensorrt).why() == "TensorRT gave no reason"
+    log_capture = TrtLogCapture(tensorrt)
+    log_capture.logger.log(tensorrt.ILogger.INFO, "(Sparsity) Chose 2 layer(s) using sparse tactics")
+    log_capture.logger.log(tensorrt.ILogger.WARNING, "something else")
+    assert log_capture.why() == "something else"
+    log_capture.logger.log(tensorrt.ILogger.INTERNAL_ERROR, "an assertion failed")
+    assert log_capture.sparsity == ["(Sparsity) Chose 2 layer(s) using sparse tactics"]
+    assert log_capture.warnings == ["something else"]
+    assert log_capture.errors == ["an assertion failed"]
+    assert log_capture.why() == "an assertion failed"
+    assert TrtLogCapture(tensorrt).why() == "TensorRT gave no reason"
 
 
 @pytest.mark.parametrize("options", [{"optimization_level": 6}, {"optimization_level": -1}, {"workspace_bytes": 0}])

@@ -244,7 +244,7 @@ def test_no_context_for_another_reason(plan: EngineFile, trt: Control) -> None:
 
 
 def test_a_plan_without_weights_is_refused(trt: Control, source: Path) -> None:
-    options = BuildOptions("tensorrt", PROFILES, True, TrtOptions(stripped=True))
+    options = BuildOptions("tensorrt", PROFILES, True, TrtOptions(strip_plan=True))
     record = build_engine(describe_onnx(source), options, source.with_name("engine.plan"))
     with pytest.raises(InputError, match="the plan has no weights") as caught:
         open_engine(record)

@@ -104,7 +104,7 @@ def test_a_graph_in_fp32_carries_the_builders_warning(sparse: bool, source: Path
 @pytest.mark.parametrize("refittable", [True, False])
 def test_a_plan_without_weights_takes_the_same_ones_back_unless_any_are_to_do(refittable: bool, source: Path) -> None:
     """trtexec's help: --stripWeights is for identical weights, with --refit for others. There is nothing to time."""
-    found = set(lines(source, 10, stripped=True, refittable=refittable)[0])
+    found = set(lines(source, 10, strip_plan=True, refittable=refittable)[0])
     assert {"--stripWeights", "--skipInference"} <= found
     assert ("--refit" in found) == refittable
     assert not found & DEFAULTS_OF_11
@@ -123,7 +123,7 @@ def test_options_become_flags(source: Path) -> None:
             version_compatible=True,
             hardware_compatible=True,
             refittable=True,
-            stripped=True,
+            strip_plan=True,
         )[0]
     )
     assert "--noTF32" not in found
@@ -212,7 +212,7 @@ def test_a_plan_of_trtexec_is_taken_in_with_its_evidence(
     assert (record.runtime_version, record.compute_capability) == ("10.13.3.9", "9.0")
     assert record.profiles == (Profile(1, 8, 16),)
     assert [(x.name, x.state, x.kernel) for x in record.layers] == [("mix", "sparse", SPARSE_KERNEL)]
-    assert (record.refittable, record.stripped) == (False, False)
+    assert (record.refittable, record.strip_plan) == (False, False)
     assert main(["inspect", str(record.path)]) == 0
     text = capsys.readouterr().out
     assert "1 layers sparse, 0 dense, 0 unknown" in text
@@ -226,10 +226,10 @@ def test_what_trtexec_was_given_comes_into_the_record(source: Path, capsys: pyte
     plan.write_bytes(PLAN)
     info.write_text(json.dumps({"Layers": [layer(LayerType="CaskConvolution")]}))
     told = ["--import", str(plan), "--layer-info", str(info), "--trt-version", "10.3.0", "--profile", "8"]
-    flags = ["--stripped", "--refittable", "--hardware-compatible", "--version-compatible", "--no-sparse"]
+    flags = ["--strip-plan", "--refittable", "--hardware-compatible", "--version-compatible", "--no-sparse"]
     assert main(["build", str(source), *told, *flags]) == 0
     record = read_engine(source.with_name("net.engine.plan"))
-    assert (record.stripped, record.refittable, record.sparse_weights) == (True, True, False)
+    assert (record.strip_plan, record.refittable, record.sparse_weights) == (True, True, False)
     assert (record.hardware_compatible, record.version_compatible, record.compute_capability) == (True, True, None)
     capsys.readouterr()
     assert main(["inspect", str(record.path)]) == 0
@@ -340,7 +340,7 @@ TENSORRT_ONLY = {
     "--version-compatible": [],
     "--hardware-compatible": [],
     "--refittable": [],
-    "--stripped": [],
+    "--strip-plan": [],
 }
 
 

@@ -148,7 +148,7 @@ def test_every_example_is_one_that_the_parser_takes(helped: dict[str, Any]) -> N
     ("arguments", "says"),
     [
         (["engin"], "engin"),
-        (["quantise", "x.onnx"], "quantise"),
+        (["quantize", "x.onnx"], "quantize"),
         (["check"], "Missing argument"),
         (["check", "a.onnx", "--strikt"], "--strikt"),
         (["check", "a.onnx", "b.onnx"], "unexpected"),

@@ -28,7 +28,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def sparse(finished_digits: Path, here: Path) -> Path:
-    """The pruned digits model, to quantise."""
+    """The pruned digits model, to quantize."""
     return Path(shutil.copy(finished_digits / "sparse.onnx", here))
 
 
@@ -92,12 +92,23 @@ def test_a_pruned_model_becomes_int8_beside_it_and_is_checked(
     assert "conformance pass: 8 of 9 eligible weights" in ran.out
     assert cli("check", here / "sparse.int8.onnx").code == 0
     report = json.loads((here / "r.json").read_text())
-    assert (report["method"], report["images"], report["quantised_layers"]) == ("mse", 512, 10)
+    assert (report["method"], report["images"], report["quantized_layers"]) == ("mse", 512, 10)
     assert report["in_float"] == []
 
 
 def test_options_reach_the_stage(sparse: Path, cli: Callable[..., Any], here: Path) -> None:
-    options = ("--method", "percentile", "--percentile", "99.9", "--images", "100", "--batch", "30", "--rest", "fp16")
+    options = (
+        "--method",
+        "percentile",
+        "--percentile",
+        "99.9",
+        "--images",
+        "100",
+        "--batch",
+        "30",
+        "--float-dtype",
+        "fp16",
+    )
     more = ("--exclude", "head", "--exclude", "stem", "--quantize-outputs", "-o", "x.onnx", "--cache", "c.json")
 
     ran = cli("calibrate", sparse, *options, *more)
@@ -231,19 +242,19 @@ def test_a_model_without_images_is_refused(foreign: Path, refused: Callable[...,
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--rest", "banana"), "unknown --rest 'banana'"),
+        (("--float-dtype", "banana"), "unknown --float-dtype 'banana'"),
         (("--method", "median"), "no such method"),
         (("--method", "percentile", "--percentile", "0"), "percentile is 0"),
         (("--max-drop", "nan"), "max_drop is nan"),
         (("--exclude", "nothing*"), "no layer matches what is to be excluded"),
-        (("--exclude", "*"), "no layer can be quantised"),
+        (("--exclude", "*"), "no layer can be quantized"),
         (("-o", "foreign.onnx"), "would take the model's place"),
         (("-o", "data/../foreign.onnx"), "would take the model's place"),
         (("--data", "nowhere"), "data folder not found"),
         (("--import-trt-cache", "gone.txt"), "file not found"),
         (("--import-trt-cache", "foreign.onnx"), "not a calibration cache of TensorRT"),
-        (("--import-trt-cache", "some.txt"), "tensors to quantise have no range"),
-        (("--import-trt-cache", "whole.txt", "--max-drop", "1"), "a budget needs labelled images"),
+        (("--import-trt-cache", "some.txt"), "tensors to quantize have no range"),
+        (("--import-trt-cache", "whole.txt", "--max-drop", "1"), "a budget needs labeled images"),
         (("--import-trt-cache", "whole.txt", "--cache", "c.json"), "both give ranges"),
         (("--cache", "some.txt"), "not a range cache"),
         (("--std", "0"), "not a deviation"),
@@ -271,12 +282,12 @@ def test_a_budget_without_images_to_set_aside_is_refused(
     ("model", "more", "says"),
     [
         (net(opset=12), (), "opset 12"),
-        (net(opset=18), ("--rest", "fp16", "--cache", "c.json"), "opset 18"),
+        (net(opset=18), ("--float-dtype", "fp16", "--cache", "c.json"), "opset 18"),
         (net(odd="Log"), ("--cache", "c.json"), "tensor b, made by Log odd, of m.onnx"),
     ],
     ids=["opset 12", "opset 18 for FP16", "NaN"],
 )
-def test_models_that_cannot_be_quantised_are_refused(
+def test_models_that_cannot_be_quantized_are_refused(
     foreign: Path, refused: Callable[..., str], here: Path, model: onnx.ModelProto, more: tuple[str, ...], says: str
 ) -> None:
     save(here / "m.onnx", model)
@@ -287,7 +298,7 @@ def test_what_is_int8_or_fp16_already_is_refused(
     sparse: Path, finished_digits: Path, refused: Callable[..., str], cli: Callable[..., Any]
 ) -> None:
     assert cli("calibrate", sparse).code == 0
-    assert "already quantised" in refused("sparse.int8.onnx")
+    assert "already quantized" in refused("sparse.int8.onnx")
     assert "its weight is float16" in refused(finished_digits / "sparse.fp16.onnx", "-o", "x.onnx")
 
 

@@ -114,11 +114,13 @@ def test_a_recipe_gives_thresholds_and_the_command_line_overrides_them(cli: Cli,
     assert cli("compare", dense, dense, "--recipe", recipe, "--report", out).code == 1
     found = report_of(out)
     assert {c.name: c.limit for c in found.checks} == {"max_top1_drop": 0.5, "max_class_drop": 2, "min_cosine": 0.999}
-    assert found.confident
+    assert found.use_ci
     assert "too few images to tell: with 359 images" in str(found.reason)
-    assert cli("compare", dense, dense, "--recipe", recipe, "--point", "--max-top1-drop", 0, "--report", out).code == 0
+    assert (
+        cli("compare", dense, dense, "--recipe", recipe, "--use-point", "--max-top1-drop", 0, "--report", out).code == 0
+    )
     found = report_of(out)
-    assert (found.checks[0].limit, found.confident) == (0, False)
+    assert (found.checks[0].limit, found.use_ci) == (0, False)
     recipe.write_text("[compare]\nmax_top1_dorp = 0.5\n")
     ran = cli("compare", dense, dense, "--recipe", recipe)
     assert ran.code == 3
@@ -167,13 +169,13 @@ def test_folders_without_classes_turn_accuracy_off_and_say_so(cli: Cli, dense: P
     out = tmp_path / "r.json"
     ran = cli("compare", dense, dense, "--data", folder, "--report", out)
     assert ran.code == 1
-    assert "no labelled images" in ran.err
+    assert "no labeled images" in ran.err
     assert "50 images have no labels: accuracy is not judged" in ran.err
     assert "top-1" not in ran.out
     ran = cli("compare", dense, dense, "--data", folder, "--min-agreement", 100, "--report", out)
     assert ran.code == 0, ran.err
     found = report_of(out)
-    assert (found.images, found.unlabelled_images, found.agreement, found.top1_drop) == (0, 50, 100, None)
+    assert (found.images, found.unlabeled_images, found.agreement, found.top1_drop) == (0, 50, 100, None)
 
 
 def test_data_whose_folders_are_in_another_order_than_the_records_is_refused(

@@ -69,7 +69,7 @@ def test_the_length_shown_can_be_chosen_and_an_iterator_will_do() -> None:
     assert listed((c for c in "abcd"), 2) == "a, b and 2 more"
 
 
-def test_a_slip_of_the_finger_is_recognised() -> None:
+def test_a_slip_of_the_finger_is_recognized() -> None:
     assert did_you_mean("resnet5", ["resnet50", "vgg16"]) == "did you mean 'resnet50'?"
     assert "'resnet50'" in str(did_you_mean("resnte50", ["resnet50", "vgg16"]))
 

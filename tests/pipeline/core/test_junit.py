@@ -30,9 +30,9 @@ def test_every_weight_is_a_case_and_violations_are_failures(
 OUTPUT = OutputCloseness("logits", 8, 0.5, 0.1, 0.1, 0.4, 2.0, 0.2, 0.1, 1.5, 0.99, 0.999, None)
 GOOD = Check("max_top1_drop", 1.0, 0.25, 0.25, True, "top-1 drops by 0.25 points; 1 are allowed")
 BAD = Check("min_agreement", 99.5, 98.0, 98.0, False, '98% < 99% & "more"')
-OPEN = Check("max_class_drop", 5.0, None, None, None, "not judged: no labelled images")
+OPEN = Check("max_class_drop", 5.0, None, None, None, "not judged: no labeled images")
 BASE = ParityReport(
-    NOT_APPLICABLE, "no labelled images", 0, None, None, None, None, None, None, None, 0.5, 0.9, 1.0, outputs=(OUTPUT,)
+    NOT_APPLICABLE, "no labeled images", 0, None, None, None, None, None, None, None, 0.5, 0.9, 1.0, outputs=(OUTPUT,)
 )
 
 
@@ -59,7 +59,7 @@ def state_of(suite: ElementTree.Element) -> list[str]:
         (FAIL, BAD.message, (GOOD, BAD), ["passed", "passed", "failure"]),
         (PASS, None, (GOOD, OPEN), ["passed", "passed", "skipped"]),
         (FAIL, "outputs are NaN or infinite", (GOOD, OPEN), ["failure", "passed", "skipped"]),
-        (NOT_APPLICABLE, "no labelled images", (OPEN,), ["passed", "error"]),
+        (NOT_APPLICABLE, "no labeled images", (OPEN,), ["passed", "error"]),
         (NOT_APPLICABLE, "the weights are random", (GOOD, OPEN), ["passed", "error", "error"]),
     ],
 )

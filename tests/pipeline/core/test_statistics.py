@@ -136,7 +136,7 @@ def test_simulated_coverage_of_the_drop_and_of_the_flip_rate(rates: tuple[float,
     limits = {count: clopper_pearson(count, n, 0.95) for count in set(changed)}
     exact = [limits[count] for count in changed]
     assert 0.94 <= np.mean([low <= flips <= high for low, high in exact]) <= 0.995
-    # What `--confident` promises is the bad end alone: it is below the truth in at most about 2.5%.
+    # What `--use-ci` promises is the bad end alone: it is below the truth in at most about 2.5%.
     assert np.mean([high < drop for _, high in drops]) <= 0.035
     assert np.mean([high < flips for _, high in exact]) <= 0.035
 

@@ -35,7 +35,7 @@ from maskplan.pipeline.data.dataset import (
     require_disjoint,
     split_arrays,
 )
-from maskplan.pipeline.data.preprocessing import decode, normalise
+from maskplan.pipeline.data.preprocessing import decode, normalize
 
 HOW = Preprocessing(3, 16, 16, 18, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 NAMES = ("blue", "green", "red")
@@ -397,7 +397,7 @@ def test_batches_are_what_decoding_one_by_one_gives(toy_data: Path, size: int, s
     assert images.dtype == np.float32
     assert images.shape[1:] == (3, 16, 16)
     for image, position in zip(images, positions, strict=True):
-        assert np.array_equal(image, normalise(decode(split.images.read(position), HOW)[None], HOW)[0])
+        assert np.array_equal(image, normalize(decode(split.images.read(position), HOW)[None], HOW)[0])
     assert np.concatenate([labels for _, labels in got]).tolist() == split.labels[positions].tolist()
 
 
@@ -406,7 +406,7 @@ def test_positions_are_within_the_split_not_the_collection(toy_data: Path) -> No
     ((x, labels),) = batches(select, HOW, 10, np.array([5, 0]))
     assert labels.tolist() == [select.labels[5], select.labels[0]]
     for image, index in zip(x, select.indices[[5, 0]], strict=True):
-        assert np.array_equal(image, normalise(decode(select.images.read(int(index)), HOW)[None], HOW)[0])
+        assert np.array_equal(image, normalize(decode(select.images.read(int(index)), HOW)[None], HOW)[0])
 
 
 def test_no_images_make_no_batches(toy_data: Path) -> None:

@@ -95,7 +95,7 @@ def test_the_cut_is_the_same_each_time() -> None:
         assert identify(getattr(again, name)) == identify(part(name))
 
 
-def test_normalised_training_images_have_mean_0_and_deviation_1() -> None:
+def test_normalized_training_images_have_mean_0_and_deviation_1() -> None:
     x = np.concatenate([x for x, _ in batches(part("train"), PREPROCESSING, 500)])
     assert abs(x.mean()) < 0.01
     assert abs(x.std() - 1) < 0.01

@@ -23,7 +23,7 @@ from maskplan.pipeline.data.preprocessing import (
     decode,
     from_transforms,
     is_whole,
-    normalise,
+    normalize,
 )
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -41,18 +41,18 @@ def file_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def reference(data: bytes, how: Preprocessing) -> torch.Tensor:
+def reference(data: bytes, preprocessing: Preprocessing) -> torch.Tensor:
     """The same with torchvision: (channels, H, W) float32."""
-    image = Image.open(io.BytesIO(data)).convert("RGB" if how.channels == 3 else "L")
-    mode = InterpolationMode(how.interpolation)
-    steps: list[Any] = [T.Resize((how.height, how.width), mode)]
-    if how.resize:
-        steps = [T.Resize(how.resize, mode), T.CenterCrop((how.height, how.width))]
-    return T.Compose([*steps, T.ToTensor(), T.Normalize(how.mean, how.std)])(image)
+    image = Image.open(io.BytesIO(data)).convert("RGB" if preprocessing.channels == 3 else "L")
+    mode = InterpolationMode(preprocessing.interpolation)
+    steps: list[Any] = [T.Resize((preprocessing.height, preprocessing.width), mode)]
+    if preprocessing.resize:
+        steps = [T.Resize(preprocessing.resize, mode), T.CenterCrop((preprocessing.height, preprocessing.width))]
+    return T.Compose([*steps, T.ToTensor(), T.Normalize(preprocessing.mean, preprocessing.std)])(image)
 
 
-def ours(data: bytes, how: Preprocessing) -> np.ndarray[Any, np.dtype[np.float32]]:
-    return normalise(decode(data, how)[None], how)[0]
+def ours(data: bytes, preprocessing: Preprocessing) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return normalize(decode(data, preprocessing)[None], preprocessing)[0]
 
 
 def record(channels: int, height: int, width: int, resize: int, interpolation: str = "bilinear") -> Preprocessing:
@@ -119,14 +119,14 @@ def test_every_torchvision_preset_is_reproduced() -> None:
 
 
 def test_a_palette_with_transparency_is_read_without_a_warning() -> None:
-    """Pillow would have it converted to RGBA first; the colours are the same."""
+    """Pillow would have it converted to RGBA first; the colors are the same."""
     palette = picture(5, 12, 10, "RGBA").quantize(8)
     assert isinstance(Image.open(io.BytesIO(file_of(palette))).info["transparency"], bytes)
     expected = np.asarray(palette.convert("RGBA"))[..., :3]
     assert np.array_equal(decode(file_of(palette), record(3, 10, 12, 0)), expected)
 
 
-def test_grey_input_of_a_colour_image_has_one_channel() -> None:
+def test_grey_input_of_a_color_image_has_one_channel() -> None:
     assert decode(file_of(picture(0, 9, 7)), record(1, 5, 6, 0)).shape == (5, 6, 1)
 
 
@@ -135,10 +135,10 @@ def test_an_image_of_the_right_size_is_not_resampled() -> None:
     assert np.array_equal(decode(file_of(image), record(3, 10, 12, 0, "bicubic")), np.asarray(image))
 
 
-def test_normalising_a_batch_is_normalising_each_image() -> None:
+def test_normalizing_a_batch_is_normalizing_each_image() -> None:
     how = record(3, 4, 5, 0)
     batch = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 3), dtype=np.uint8)
-    done = normalise(batch, how)
+    done = normalize(batch, how)
     assert done.shape == (3, 3, 4, 5)
     assert done.dtype == np.float32
     assert done.flags.c_contiguous

@@ -45,7 +45,7 @@ def test_masks_come_within_a_hundredth_of_the_best_of_1679616() -> None:
     assert bool((start >= best * (1 - 1e-9)).all())
     assert float((start <= best * (1 + 1e-9)).double().mean()) < 0.2, "magnitude is not to be right too often"
 
-    gates = Gates(flat, TWO_FOUR, prior=1.0)
+    gates = Gates(flat, TWO_FOUR, init_std=1.0)
     adam = torch.optim.Adam([gates.logits], lr=0.1)
     batches = torch.Generator().manual_seed(1)
     found = start.clone()

@@ -17,11 +17,11 @@ from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.data.digits import PREPROCESSING, load_digits
 from maskplan.pipeline.learning.danhofer2024 import (
+    DanhoferNet,
+    DanhoferOptions,
     FlatGates,
-    ReportNet,
-    ReportOptions,
     hits_of,
-    learn_as_reported,
+    learn_danhofer,
     unfolded,
 )
 from maskplan.pipeline.learning.options import LearnOptions
@@ -101,7 +101,7 @@ class Odd(nn.Module):
 def test_with_masks_of_ones_and_padding_the_logits_are_the_dense_networks() -> None:
     torch.manual_seed(0)
     dense = Odd().eval()
-    net = ReportNet(dense, ReportOptions(), TWO_FOUR).eval()
+    net = DanhoferNet(dense, DanhoferOptions(), TWO_FOUR).eval()
     net.gates = nn.ModuleList(AllOnes(w, TWO_FOUR, generator()) for w in net._weights.values())
     x = torch.randn(4, 3, 8, 8)
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_with_masks_of_ones_and_padding_the_logits_are_the_dense_networks() -> N
 
 
 def test_every_convolution_is_masked_and_no_weight_is_a_parameter() -> None:
-    net = ReportNet(Odd(), ReportOptions(), TWO_FOUR)
+    net = DanhoferNet(Odd(), DanhoferOptions(), TWO_FOUR)
     assert list(net._weights) == ["stem.weight", "depthwise.weight"]
     assert {name.rpartition(".")[2] for name, _ in net.named_parameters()} == {"weight", "bias"}
     assert sum(p.numel() for p in net.parameters()) == (3 * 7 + 3 * 3) * 6 + 2 * 6
@@ -118,9 +118,9 @@ def test_every_convolution_is_masked_and_no_weight_is_a_parameter() -> None:
 def test_learning_changes_gates_and_statistics_but_no_weight() -> None:
     dense, _ = open_checkpoint(ModelOptions("digits_resnet"))
     before = copy.deepcopy(dense.state_dict())
-    options = ReportOptions(epochs=1, batch=256)
-    net = learn_as_reported(dense, PREPROCESSING, load_digits(), options, TWO_FOUR)
-    untouched = ReportNet(dense, options, TWO_FOUR)
+    options = DanhoferOptions(epochs=1, batch=256)
+    net = learn_danhofer(dense, PREPROCESSING, load_digits(), options, TWO_FOUR)
+    untouched = DanhoferNet(dense, options, TWO_FOUR)
     assert all(torch.equal(v, before[k]) for k, v in dense.state_dict().items())
     student = net._student[0].state_dict()
     assert all(torch.equal(student[k], v) for k, v in before.items() if k.endswith("conv1.weight"))
@@ -141,17 +141,17 @@ def test_learning_changes_gates_and_statistics_but_no_weight() -> None:
 def test_its_masks_go_to_a_file_that_says_what_it_is(tmp_path: Path) -> None:
     module, provenance = open_checkpoint(ModelOptions("digits_resnet"))
     learn = LearnOptions(epochs=1, batch=256, seed=3)
-    options = MaskOptions("report", include_linear=True, layers=("nothing.*",), learn=learn)
+    options = MaskOptions("danhofer2024", include_linear=True, layers=("nothing.*",), learn=learn)
     found = choose_masks(module, provenance, options, tmp_path / "m.safetensors", load_digits())
-    assert found.method == "report"
+    assert found.method == "danhofer2024"
     assert found.layout == "flat"
     assert found.learning is not None
-    assert found.learning.recipe == "report"
+    assert found.learning.recipe == "danhofer2024"
     assert found.learning.steps == len(load_digits().train) // 256
     masks = load_masks(tmp_path / "m.safetensors")
     convolutions = {f"{n}.weight" for n, m in module.named_modules() if isinstance(m, nn.Conv2d)}
     assert set(masks) == convolutions
-    expected = learn_as_reported(module, PREPROCESSING, load_digits(), ReportOptions(1, 256, seed=3), TWO_FOUR).masks()
+    expected = learn_danhofer(module, PREPROCESSING, load_digits(), DanhoferOptions(1, 256, seed=3), TWO_FOUR).masks()
     assert all(np.array_equal(masks[name], expected[name]) for name in masks)
     again = given_masks(module, provenance, tmp_path / "m.safetensors", deployable=False)
     assert again.layout == "flat"
@@ -159,12 +159,12 @@ def test_its_masks_go_to_a_file_that_says_what_it_is(tmp_path: Path) -> None:
         given_masks(module, provenance, tmp_path / "m.safetensors")
 
 
-@pytest.mark.parametrize("given", [["--masks", "report"], ["--recipe", "r.toml"]])
+@pytest.mark.parametrize("given", [["--masks", "danhofer2024"], ["--recipe", "r.toml"]])
 def test_the_line_refuses_it_before_it_learns(
     tmp_path: Path, given: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "r.toml").write_text('[mask]\nmethod = "report"\n')
+    (tmp_path / "r.toml").write_text('[mask]\nmethod = "danhofer2024"\n')
     assert main(["engine", "digits_resnet", "--out", "out", *given]) == 3
     assert "do not run along C" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -173,4 +173,4 @@ def test_the_line_refuses_it_before_it_learns(
 def test_it_needs_images(tmp_path: Path) -> None:
     module, provenance = open_checkpoint(ModelOptions("digits_resnet"))
     with pytest.raises(InputError, match="needs images"):
-        choose_masks(module, provenance, MaskOptions("report"), tmp_path / "m.safetensors")
+        choose_masks(module, provenance, MaskOptions("danhofer2024"), tmp_path / "m.safetensors")

@@ -100,7 +100,7 @@ def test_the_noise_is_gumbels() -> None:
     assert noise.var() == pytest.approx(np.pi**2 / 6, rel=0.01)
 
 
-def test_the_noise_of_patterns_neighbours_and_seeds_has_nothing_in_common() -> None:
+def test_the_noise_of_patterns_neighbors_and_seeds_has_nothing_in_common() -> None:
     first, second = (gumbel_noise((6, 50_000), seed).numpy() for seed in (0, 1))
     rows = np.concatenate([first, second, np.roll(first, 1, axis=1)])
     correlation = np.corrcoef(rows) - np.eye(len(rows))

@@ -76,14 +76,14 @@ def test_the_gates_start_at_the_magnitude_mask(n: int, m: int, kernel: tuple[int
     assert np.array_equal(mask, mask_of(kept_sums(weight, n, m).argmax(axis=1), tuple(weight.shape), n, m))
 
 
-@pytest.mark.parametrize("prior", [0.5, 3.0])
+@pytest.mark.parametrize("init_std", [0.5, 3.0])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_the_first_logits_are_what_patterns_keep_scaled_to_the_prior(prior: float, kernel: tuple[int, ...]) -> None:
+def test_the_first_logits_are_what_patterns_keep_scaled_to_the_prior(init_std: float, kernel: tuple[int, ...]) -> None:
     weight = distinct((3, 8, *kernel))
-    logits = Gates(weight, Pattern(2, 4), prior).logits
+    logits = Gates(weight, Pattern(2, 4), init_std).logits
     assert logits.shape == (6, 3, 2, math.prod(kernel))
-    centred = (sums := kept_sums(weight, 2, 4)) - sums.mean(axis=1, keepdims=True)
-    assert rows(logits) == pytest.approx(prior * centred / centred.std(ddof=1), rel=1e-5, abs=1e-5)
+    centered = (sums := kept_sums(weight, 2, 4)) - sums.mean(axis=1, keepdims=True)
+    assert rows(logits) == pytest.approx(init_std * centered / centered.std(ddof=1), rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("size", [0.0, 0.3, 1.7])

@@ -132,7 +132,7 @@ def test_how_often_it_is_saved_does_not_matter(net: nn.Module, start: Masks, who
     assert same(learn(net, start, tmp_path / "s.safetensors", save_every=3), whole)
 
 
-@pytest.mark.parametrize("change", [{"seed": 5}, {"rate": 0.2}, {"epochs": 2}])
+@pytest.mark.parametrize("change", [{"seed": 5}, {"lr": 0.2}, {"epochs": 2}])
 def test_a_checkpoint_of_another_question_is_not_gone_on_from(
     change: dict[str, object], net: nn.Module, start: Masks, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -183,13 +183,13 @@ def test_metrics_are_logged_by_epoch(net: nn.Module, start: Masks, tmp_path: Pat
     assert 0 <= float(last["entropy"]) <= 1
     assert 0 < float(last["moved"]) < 1
     assert float(last["tau"]) == pytest.approx(QUICK.tau_end)
-    assert float(last["rate"]) == pytest.approx(QUICK.rate / 100)
+    assert float(last["lr"]) == pytest.approx(QUICK.lr / 100)
 
 
 def test_learning_stops_when_nothing_is_gained(net: nn.Module, start: Masks) -> None:
     """At a rate of next to nothing no epoch is better than the start."""
     data = load_digits()
-    options = dataclasses.replace(QUICK, epochs=30, rate=1e-12, ema=0.0, patience=2)
+    options = dataclasses.replace(QUICK, epochs=30, lr=1e-12, ema=0.0, patience=2)
     masks, took = learn_masks(net, start, TWO_FOUR, PREPROCESSING, data, options, device="cpu")
     assert took.epochs == 2
     assert same(masks, start)

@@ -28,7 +28,7 @@ PARTS = ("train", "select", "val")
 
 @dataclasses.dataclass(frozen=True)
 class InMemory:
-    """Grey images of 2x4 that were never files."""
+    """Gray images of 2x4 that were never files."""
 
     pixels: npt.NDArray[np.uint8]
     labels: npt.NDArray[np.int64]
@@ -141,15 +141,15 @@ def logits_of(weight: npt.NDArray[Any], module: nn.Module, images: npt.NDArray[n
     return np.asarray(np.einsum("...kc,nc->...nk", weight, x) + module.state_dict()["1.bias"].double().numpy())
 
 
-def divergence(student: npt.NDArray[np.float64], teacher: npt.NDArray[np.float64], softness: float) -> Any:
-    """Kullback-Leibler divergence from the teacher's softened probabilities, mean over images, times softness squared."""
+def divergence(student: npt.NDArray[np.float64], teacher: npt.NDArray[np.float64], distill_temperature: float) -> Any:
+    """Kullback-Leibler divergence from the teacher's softened probabilities, mean over images, times distill_temperature squared."""
 
     def log_softmax(z: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        z = z / softness
+        z = z / distill_temperature
         return np.asarray(z - np.log(np.exp(z).sum(axis=-1, keepdims=True)))
 
     p, q = log_softmax(student), log_softmax(teacher)
-    return softness**2 * (np.exp(q) * (q - p)).sum(axis=-1).mean(axis=-1)
+    return distill_temperature**2 * (np.exp(q) * (q - p)).sum(axis=-1).mean(axis=-1)
 
 
 def every_mask() -> npt.NDArray[np.bool_]:
@@ -179,7 +179,7 @@ def test_learning_finds_the_best_of_all_masks_where_the_magnitude_mask_is_not() 
     assert found[at_start] > 20 * found[best]
     assert found[second] > 1.2 * found[best]
 
-    options = LearnOptions(epochs=40, batch=16, rate=0.1, prior=0.5)
+    options = LearnOptions(epochs=40, batch=16, lr=0.1, init_std=0.5)
     learned, _ = learn_masks(module, start, TWO_FOUR, HOW, data, options)
     assert np.array_equal(learned["1.weight"], masks[best])
 
@@ -187,7 +187,7 @@ def test_learning_finds_the_best_of_all_masks_where_the_magnitude_mask_is_not() 
 def test_the_figures_are_those_of_the_masks_on_select() -> None:
     module, images = cancelling()
     data = dataset(images, 96)
-    options = LearnOptions(epochs=10, batch=16, rate=0.1, prior=0.5, softness=1.5)
+    options = LearnOptions(epochs=10, batch=16, lr=0.1, init_std=0.5, distill_temperature=1.5)
     start = magnitude(module, ("1.weight",))
     learned, learning = learn_masks(module, start, TWO_FOUR, HOW, data, options)
     weight = module.state_dict()["1.weight"].double().numpy()
@@ -227,7 +227,7 @@ def test_masks_are_judged_with_the_statistics_of_the_masked_network(net: Net) ->
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (1, 2)])
 def test_the_masks_have_the_weights_shapes_and_keep_n_of_each_group(net: Net, n: int, m: int) -> None:
     start = magnitude(net, NAMES, Pattern(n, m))
-    options = LearnOptions(epochs=4, batch=8, rate=1.0, prior=0.1)
+    options = LearnOptions(epochs=4, batch=8, lr=1.0, init_std=0.1)
     masks, learning = learn_masks(net, start, Pattern(n, m), HOW, dataset(any_images(36), 24), options)
     assert masks.keys() == start.keys()
     for name, mask in masks.items():
@@ -250,7 +250,7 @@ def test_masks_that_are_no_closer_to_the_dense_network_are_not_taken() -> None:
     """The given masks are the best of all, and learning is far too coarse to find them."""
     module, images = cancelling()
     best = {"1.weight": np.tile(np.array([0, 0, 1, 1, 0, 1, 0, 1], np.bool_), (3, 1))}
-    options = LearnOptions(epochs=3, batch=16, rate=5.0)
+    options = LearnOptions(epochs=3, batch=16, lr=5.0)
     masks, learning = learn_masks(module, best, TWO_FOUR, HOW, dataset(images, 96), options)
     assert same(masks, best)
     assert learning.groups_changed == 0
@@ -258,7 +258,7 @@ def test_masks_that_are_no_closer_to_the_dense_network_are_not_taken() -> None:
 
 
 def test_the_same_seed_gives_the_same_masks_whatever_ran_before(net: Net) -> None:
-    options = {"epochs": 4, "rate": 0.5, "prior": 0.1}
+    options = {"epochs": 4, "lr": 0.5, "init_std": 0.1}
     torch.manual_seed(1)
     masks, learning = learn(net, **options, seed=7)
     torch.manual_seed(2)
@@ -296,7 +296,7 @@ def test_a_weight_under_two_names_has_one_mask() -> None:
     module = nn.Sequential(nn.Conv2d(1, 8, 1), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten())
     module[3].weight = module[1].weight
     start = magnitude(module, ("1.weight", "3.weight"))
-    options = LearnOptions(epochs=4, batch=8, rate=1.0, prior=0.1)
+    options = LearnOptions(epochs=4, batch=8, lr=1.0, init_std=0.1)
     masks, _ = learn_masks(module, start, TWO_FOUR, HOW, dataset(any_images(36), 24), options)
     assert np.array_equal(masks["1.weight"], masks["3.weight"])
 
@@ -308,7 +308,7 @@ def test_a_weight_under_two_names_has_one_mask() -> None:
 def test_the_model_is_bit_identical_after_learning(net: Net, mode: bool) -> None:
     net.train(mode)
     before = fingerprint(net)
-    _, learning = learn(net, epochs=3, rate=1.0, prior=0.1)
+    _, learning = learn(net, epochs=3, lr=1.0, init_std=0.1)
     assert learning.steps == 9
     assert fingerprint(net) == before
     assert all(p.requires_grad and p.grad is None for p in net.parameters())
@@ -335,7 +335,7 @@ def test_the_model_is_bit_identical_after_learning_that_broke_off(
     net.register_forward_hook(note)
     before = fingerprint(net)
     with pytest.raises(type(error)):
-        learn(net, epochs=5, rate=1.0, prior=0.1)
+        learn(net, epochs=5, lr=1.0, init_std=0.1)
     assert fingerprint(net) == before
     assert all(p.grad is None for p in net.parameters())
 

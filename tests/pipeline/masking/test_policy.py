@@ -10,7 +10,7 @@ from maskplan.pipeline.core.artifacts import Layer, Pattern
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.data.preprocessing import IMAGENET
 from maskplan.pipeline.masking.policy import LayerPolicy, select_layers
-from maskplan.pipeline.models.layers import survey
+from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.models.registry import build_model
 
 TWO_FOUR = Pattern(2, 4)
@@ -95,7 +95,7 @@ def test_nothing_to_mask_is_an_error_that_lists_why(layers: list[Layer], named: 
 
 def test_resnet18_has_all_convolutions_masked_but_for_the_stem() -> None:
     module = torchvision.models.resnet18(weights=None)
-    layers, _ = survey(module, IMAGENET)
+    layers, _ = trace_layers(module, IMAGENET)
     selection = select_layers(layers, TWO_FOUR)
     convolutions = {f"{n}.weight" for n, m in module.named_modules() if isinstance(m, torch.nn.Conv2d)}
     assert {layer.name for layer in selection.masked} == convolutions - {"conv1.weight"}
@@ -107,7 +107,7 @@ def test_resnet18_has_all_convolutions_masked_but_for_the_stem() -> None:
 
 def test_the_tiny_model_has_one_eligible_convolution_of_each_kind(tiny_spec: str) -> None:
     built = build_model(tiny_spec, seed=0)
-    layers, _ = survey(built.module, built.preprocessing)
+    layers, _ = trace_layers(built.module, built.preprocessing)
     selection = select_layers(layers, TWO_FOUR)
     assert [layer.name for layer in selection.masked] == ["wide.weight", "narrow.weight"]
     assert {layer.name: layer.reason for layer in selection.dense} == {

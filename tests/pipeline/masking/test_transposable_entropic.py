@@ -71,7 +71,7 @@ def test_on_average_one_percent_is_lost_at_most(kind: str, n: int, m: int, count
         assert lost < (0.0001 if m == 4 else 0.0015)
 
 
-def test_a_tile_does_not_depend_on_its_neighbours() -> None:
+def test_a_tile_does_not_depend_on_its_neighbors() -> None:
     """Blocks of tiles are solved together."""
     tiles = np.concatenate([tiles_of(kind, np.random.default_rng(1), 40, 8) for kind in KINDS])
     together = entropic_tiles(tiles, Pattern(4, 8))

@@ -30,7 +30,7 @@ TRAIN = ImageSet("train", 20, "cd" * 32, ("0" * 16,))
 
 @dataclasses.dataclass(frozen=True)
 class InMemory:
-    """Colour images of 3x5, no two alike, that were never files."""
+    """Color images of 3x5, no two alike, that were never files."""
 
     pixels: npt.NDArray[np.uint8]
 
@@ -151,8 +151,8 @@ def test_the_statistics_are_the_mean_over_full_batches(
     inner = []
     for x in net.shown:
         one = x.astype(np.float64)
-        centred = one - one.mean(axis=(0, 2, 3), keepdims=True)
-        normal = centred / np.sqrt(one.var(axis=(0, 2, 3), keepdims=True) + 1e-5)
+        centered = one - one.mean(axis=(0, 2, 3), keepdims=True)
+        normal = centered / np.sqrt(one.var(axis=(0, 2, 3), keepdims=True) + 1e-5)
         inner.append(moments(np.einsum("kc,nchw->nkhw", weight, normal) + bias[:, None, None]))
     mean, var = average(inner)
     assert statistics(net.second)[0] == pytest.approx(mean, rel=1e-3, abs=1e-5)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from maskplan.pipeline.core.artifacts import Layer, Preprocessing
 from maskplan.pipeline.core.errors import InputError
-from maskplan.pipeline.models.layers import sample_input, survey
+from maskplan.pipeline.models.layers import sample_input, trace_layers
 from maskplan.pipeline.models.registry import build_model
 
 HOW = Preprocessing(3, 8, 10, 0, "bilinear", (0.5,) * 3, (0.25,) * 3)
@@ -30,16 +30,16 @@ class Chain(nn.Module):
         return self.run(self, x)
 
 
-def counted(module: nn.Module, how: Preprocessing = HOW) -> int:
+def counted(module: nn.Module, preprocessing: Preprocessing = HOW) -> int:
     """Multiply-accumulates of one image, as torch counts them."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module.eval()(sample_input(how, 1))
+        module.eval()(sample_input(preprocessing, 1))
     return counter.get_total_flops() // 2
 
 
 def test_the_tiny_model_is_described_layer_by_layer(tiny_spec: str) -> None:
     built = build_model(tiny_spec, seed=0)
-    layers, outputs = survey(built.module, built.preprocessing)
+    layers, outputs = trace_layers(built.module, built.preprocessing)
     assert outputs == 3
     assert layers == (
         Layer("stem.weight", "Conv", (8, 3, 3, 3), 1, 0, 64 * 8 * 27),
@@ -54,7 +54,7 @@ def test_the_tiny_model_is_described_layer_by_layer(tiny_spec: str) -> None:
 @pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5", "squeezenet1_1"])
 def test_the_cost_of_a_torchvision_model_is_what_torch_counts(name: str) -> None:
     built = build_model(name, seed=0)
-    layers, outputs = survey(built.module, built.preprocessing)
+    layers, outputs = trace_layers(built.module, built.preprocessing)
     assert sum(layer.macs for layer in layers) == counted(built.module, built.preprocessing)
     assert outputs == 1000
     names = {f"{n}.weight" for n, m in built.module.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
@@ -68,44 +68,44 @@ def test_the_cost_of_a_transposed_convolution_is_what_torch_counts(stride: int, 
         stem=nn.Conv2d(3, 8, 1),
         up=nn.ConvTranspose2d(8, 4, 3, stride, groups=groups),
     )
-    (_, up), outputs = survey(module, HOW)
+    (_, up), outputs = trace_layers(module, HOW)
     assert (up.op, up.shape, up.groups, outputs) == ("ConvTranspose", (8, 4 // groups, 3, 3), groups, 4)
     assert up.macs == counted(module) - 80 * 8 * 3
 
 
 def test_positions_follow_use_not_definition() -> None:
     module = Chain(lambda m, x: m.first(m.second(x)).mean((2, 3)), first=nn.Conv2d(4, 5, 1), second=nn.Conv2d(3, 4, 1))
-    layers, _ = survey(module, HOW)
+    layers, _ = trace_layers(module, HOW)
     assert [(layer.name, layer.position) for layer in layers] == [("first.weight", 1), ("second.weight", 0)]
 
 
 def test_a_layer_that_is_not_used_has_no_position_and_no_cost() -> None:
     module = Chain(lambda m, x: m.used(x).mean((2, 3)), used=nn.Conv2d(3, 4, 1), spare=nn.Linear(4, 4))
-    layers, _ = survey(module, HOW)
+    layers, _ = trace_layers(module, HOW)
     assert layers[1] == Layer("spare.weight", "Gemm", (4, 4), 1, None, 0)
 
 
 def test_a_layer_used_twice_keeps_its_first_position_and_costs_twice() -> None:
     module = Chain(lambda m, x: m.again(m.again(x)).mean((2, 3)), again=nn.Conv2d(3, 3, 1))
-    (again,), _ = survey(module, HOW)
+    (again,), _ = trace_layers(module, HOW)
     assert (again.position, again.macs) == (0, 2 * 80 * 9)
 
 
 def test_a_bare_layer_is_named_weight() -> None:
     flat = nn.Sequential(nn.Flatten(), nn.Linear(240, 2))
-    assert survey(flat, HOW)[0] == (Layer("1.weight", "Gemm", (2, 240), 1, 0, 480),)
+    assert trace_layers(flat, HOW)[0] == (Layer("1.weight", "Gemm", (2, 240), 1, 0, 480),)
 
     class Bare(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x.flatten(1))
 
-    assert survey(Bare(240, 2), HOW)[0] == (Layer("weight", "Gemm", (2, 240), 1, 0, 480),)
+    assert trace_layers(Bare(240, 2), HOW)[0] == (Layer("weight", "Gemm", (2, 240), 1, 0, 480),)
 
 
 def test_the_survey_leaves_no_trace() -> None:
     module = Chain(lambda m, x: m.bn(m.conv(x)).mean((2, 3)), conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4))
     before = {k: v.clone() for k, v in module.state_dict().items()}
-    survey(module.train(), HOW)
+    trace_layers(module.train(), HOW)
     assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
     assert not any(m._forward_hooks for m in module.modules())
     assert not module.training
@@ -131,7 +131,7 @@ def test_a_model_that_cannot_run_on_its_own_input_is_an_error(
 ) -> None:
     module = Chain(forward, conv=nn.Conv2d(3, 4, 1))
     with pytest.raises(InputError, match="cannot run on its own input") as raised:
-        survey(module, HOW)
+        trace_layers(module, HOW)
     assert raised.value.where == "input (1, 3, 8, 10)"
     assert str(raised.value.found).startswith(told)
     assert "\n" not in str(raised.value.found)
@@ -152,7 +152,7 @@ def test_what_returns_no_logits_is_not_a_classifier(
     forward: Callable[[Chain, torch.Tensor], object], found: str
 ) -> None:
     with pytest.raises(InputError, match="not a classifier") as raised:
-        survey(Chain(forward), HOW)
+        trace_layers(Chain(forward), HOW)
     assert raised.value.found == found
 
 

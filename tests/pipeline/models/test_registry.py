@@ -152,14 +152,14 @@ def test_preprocessing_is_timms_own(name: str) -> None:
     how = build_model(f"timm/{name}", seed=0).preprocessing
     config = resolve_model_data_config(timm.create_model(name, pretrained=False))
     steps = {type(step).__name__: step for step in create_transform(**config, is_training=False).transforms}
-    resize, normalise = steps["Resize"], steps["Normalize"]
+    resize, normalize = steps["Resize"], steps["Normalize"]
     assert (how.channels, how.height, how.width) == config["input_size"]
     # A pair is a size to be squashed to; one number is that of the shorter side.
     squashed = not isinstance(resize.size, int)
     assert how.resize == (0 if squashed else resize.size)
     assert how.interpolation == resize.interpolation.value
-    assert how.mean == pytest.approx(normalise.mean.tolist())
-    assert how.std == pytest.approx(normalise.std.tolist())
+    assert how.mean == pytest.approx(normalize.mean.tolist())
+    assert how.std == pytest.approx(normalize.std.tolist())
 
 
 def test_the_bundled_model_comes_with_its_preprocessing_and_labels() -> None:
@@ -203,9 +203,9 @@ def test_a_file_of_ones_own_says_its_preprocessing_and_labels(file: Callable[[st
     assert outputs(made) == 2
     plain = build_model(file(NET), seed=0)
     assert (plain.preprocessing, plain.labels, plain.module.training) == (IMAGENET, (), False)
-    grey = "PREPROCESSING = {'channels': 1, 'mean': [0.5], 'std': (0.5,), 'interpolation': 'nearest'}\n"
+    gray = "PREPROCESSING = {'channels': 1, 'mean': [0.5], 'std': (0.5,), 'interpolation': 'nearest'}\n"
     wanted = Preprocessing(1, 224, 224, 256, "nearest", (0.5,), (0.5,))
-    assert build_model(file(NET + grey), seed=0).preprocessing == wanted
+    assert build_model(file(NET + gray), seed=0).preprocessing == wanted
 
 
 def test_a_file_may_hold_what_python_files_hold(file: Callable[[str], str], tmp_path: Path) -> None:

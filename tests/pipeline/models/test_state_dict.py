@@ -20,7 +20,7 @@ from torch import nn
 
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.models.registry import build_model
-from maskplan.pipeline.models.state_dict import fit_weights, read_metadata, read_weights, serialise, tensors_sha256
+from maskplan.pipeline.models.state_dict import fit_weights, read_metadata, read_weights, serialize, tensors_sha256
 
 STATE = {"conv.weight": torch.arange(12.0).reshape(1, 3, 2, 2), "conv.bias": torch.tensor([1.5])}
 KINDS = ("safetensors", "zip", "legacy")
@@ -49,7 +49,7 @@ def saved(tmp_path: Path) -> Callable[..., Path]:
 
 def as_bytes(kind: str, folder: Path) -> bytes:
     if kind == "safetensors":
-        return serialise(STATE, {"model": "m"})
+        return serialize(STATE, {"model": "m"})
     path = folder / "whole.pth"
     torch.save({"state_dict": STATE, "epoch": 3}, path, _use_new_zipfile_serialization=kind == "zip")
     return path.read_bytes()
@@ -300,44 +300,44 @@ def test_float8_weights_are_loaded_or_refused_but_no_crash() -> None:
     assert "conv.weight" in refused or torch.equal(net.conv.weight, state["conv.weight"].float())
 
 
-def test_what_is_serialised_is_read_back_with_its_metadata(tmp_path: Path) -> None:
+def test_what_is_serialized_is_read_back_with_its_metadata(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
-    path.write_bytes(serialise(STATE, {"b": [1, None], "a": {"c": "é"}}))
+    path.write_bytes(serialize(STATE, {"b": [1, None], "a": {"c": "é"}}))
     assert same(read_weights(path), STATE)
     assert read_metadata(path) == {"b": [1, None], "a": {"c": "é"}}
 
 
-def test_strided_tensors_are_serialised_by_value(tmp_path: Path) -> None:
+def test_strided_tensors_are_serialized_by_value(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     strided = torch.arange(24.0).reshape(2, 3, 4).permute(2, 0, 1)
-    path.write_bytes(serialise({"a": strided}, {}))
+    path.write_bytes(serialize({"a": strided}, {}))
     assert same(read_weights(path), {"a": strided})
 
 
-def test_tensors_that_share_memory_are_serialised_each(tmp_path: Path) -> None:
+def test_tensors_that_share_memory_are_serialized_each(tmp_path: Path) -> None:
     """As in the state dict of a model that uses one layer under two names."""
     path = tmp_path / "w.safetensors"
     layer = nn.Linear(2, 2)
     state = nn.ModuleDict({"first": layer, "second": layer}).state_dict()
-    path.write_bytes(serialise(state, {}))
+    path.write_bytes(serialize(state, {}))
     assert same(read_weights(path), dict(state))
 
 
 def test_bytes_do_not_depend_on_the_order_of_tensors_or_metadata() -> None:
     state = net_state()
     flipped = dict(reversed(state.items()))
-    assert serialise(state, {"a": 1, "b": 2}) == serialise(flipped, {"b": 2, "a": 1})
-    assert serialise(state, {"a": 1}) != serialise(state, {"a": 2})
+    assert serialize(state, {"a": 1, "b": 2}) == serialize(flipped, {"b": 2, "a": 1})
+    assert serialize(state, {"a": 1}) != serialize(state, {"a": 2})
 
 
 def test_bytes_are_the_same_in_every_process(tmp_path: Path) -> None:
     program = (
         "import hashlib, torch\n"
-        "from maskplan.pipeline.models.state_dict import serialise, tensors_sha256\n"
+        "from maskplan.pipeline.models.state_dict import serialize, tensors_sha256\n"
         "names = {f'layer{i}.weight' for i in range(20)}\n"
         "state = {n: torch.full((3, 4), float(n[5:-7])) for n in names}\n"
         "metadata = {n: i for n in names for i in [len(n)]}\n"
-        "print(hashlib.sha256(serialise(state, metadata)).hexdigest(), tensors_sha256(state))\n"
+        "print(hashlib.sha256(serialize(state, metadata)).hexdigest(), tensors_sha256(state))\n"
     )
     printed = {
         subprocess.run(
@@ -373,7 +373,7 @@ def test_metadata_of_a_damaged_or_missing_file_is_an_error(tmp_path: Path) -> No
     path = tmp_path / "w.safetensors"
     with pytest.raises(InputError):
         read_metadata(path)
-    path.write_bytes(serialise(STATE, {"a": 1})[:30])
+    path.write_bytes(serialize(STATE, {"a": 1})[:30])
     with pytest.raises(InputError, match="cannot be read"):
         read_metadata(path)
 

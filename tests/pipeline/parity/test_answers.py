@@ -33,7 +33,7 @@ HOW = Preprocessing(3, 4, 4, 0, "nearest", (0.25,) * 3, (0.5,) * 3)
 
 
 class Weighing:
-    """An engine in NumPy whose logits are weighted mean colours; it counts the images that it is shown."""
+    """An engine in NumPy whose logits are weighted mean colors; it counts the images that it is shown."""
 
     inputs = (TensorSpec("x", "float32", (None, 3, 4, 4)),)
     spent = None
@@ -53,7 +53,7 @@ class Weighing:
 
 @dataclass(frozen=True)
 class Pictures:
-    """PPM files of one colour, all different."""
+    """PPM files of one color, all different."""
 
     labels: npt.NDArray[np.int64]
 
@@ -61,8 +61,8 @@ class Pictures:
         return f"picture {index}"
 
     def read(self, index: int) -> bytes:
-        colour = np.random.default_rng(index).integers(0, 256, 3, dtype=np.uint8)
-        return b"P6 4 4 255\n" + np.broadcast_to(colour, (4, 4, 3)).tobytes()
+        color = np.random.default_rng(index).integers(0, 256, 3, dtype=np.uint8)
+        return b"P6 4 4 255\n" + np.broadcast_to(color, (4, 4, 3)).tobytes()
 
 
 def pictures(count: int, classes: int = 3) -> Split:
@@ -70,7 +70,7 @@ def pictures(count: int, classes: int = 3) -> Split:
 
 
 def pixels(images: Split) -> Array:
-    """By hand: bytes after the header, scaled and normalised."""
+    """By hand: bytes after the header, scaled and normalized."""
     raw = [np.frombuffer(images.images.read(int(i))[11:], np.uint8) for i in images.indices]
     return ((np.stack(raw).reshape(-1, 4, 4, 3).transpose(0, 3, 1, 2) / 255 - 0.25) / 0.5).astype(np.float32)
 

@@ -289,7 +289,7 @@ def test_half_precision_differs_by_rounding_only(dense: Path, tmp_path: Path) ->
     assert_all_the_same(run(half, dense), most=0.005)
 
 
-def quantised(path: Path, out: Path) -> Path:
+def quantized(path: Path, out: Path) -> Path:
     model = onnx.load(path)
     placement = place(model)
     out.write_bytes(insert_qdq(model, placement, {a.tensor: 4.0 for a in placement.activations}).SerializeToString())
@@ -297,11 +297,11 @@ def quantised(path: Path, out: Path) -> Path:
 
 
 def test_int8_differs_by_rounding_and_its_extra_nodes_are_no_layers(dense: Path, tmp_path: Path) -> None:
-    report = run(dense, quantised(dense, tmp_path / "int8.onnx"))
+    report = run(dense, quantized(dense, tmp_path / "int8.onnx"))
     assert_all_the_same(report, most=0.2)
     assert by_node(report)["stem"].relative > 0.001
     bad = residual_net(tmp_path / "bad.onnx", spoilt(weights(), "two.a", 0, 1000.0))
-    assert run(dense, quantised(bad, tmp_path / "bad.int8.onnx")).first == "two.a"
+    assert run(dense, quantized(bad, tmp_path / "bad.int8.onnx")).first == "two.a"
 
 
 def renamed(model: onnx.ModelProto, *, keep_weights: bool = False) -> None:

@@ -1,6 +1,6 @@
 """Parity against counts that are known beforehand.
 
-The classifiers are hand-built graphs whose logits are the mean colours of a picture. The pictures are of one colour, so what
+The classifiers are hand-built graphs whose logits are the mean colors of a picture. The pictures are of one color, so what
 each of them predicts, and where two of them differ, follows from a list of numbers.
 """
 
@@ -38,12 +38,12 @@ from maskplan.pipeline.parity.options import CompareOptions
 Array = npt.NDArray[Any]
 
 HOW = Preprocessing(3, 4, 4, 0, "nearest", (0.0,) * 3, (1.0,) * 3)
-MADE = Provenance("colours", True, "test", "0" * 64, 3, (), HOW)
+MADE = Provenance("colors", True, "test", "0" * 64, 3, (), HOW)
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures of one colour each, kept as PNG files in memory."""
+    """Pictures of one color each, kept as PNG files in memory."""
 
     files: tuple[bytes, ...]
     labels: npt.NDArray[np.int64]
@@ -55,11 +55,11 @@ class Pictures:
         return self.files[index]
 
 
-def split_of(colours: Array, labels: Array) -> Split:
+def split_of(colors: Array, labels: Array) -> Split:
     files = []
-    for colour in colours:
+    for color in colors:
         buffer = io.BytesIO()
-        Image.fromarray(np.full((4, 4, 3), colour, np.uint8)).save(buffer, "PNG")
+        Image.fromarray(np.full((4, 4, 3), color, np.uint8)).save(buffer, "PNG")
         files.append(buffer.getvalue())
     return Split("val", Pictures(tuple(files), labels.astype(np.int64)), np.arange(len(files)))
 
@@ -67,7 +67,7 @@ def split_of(colours: Array, labels: Array) -> Split:
 def graph_of(
     path: Path, bias: Array, *, nodes: list[onnx.NodeProto] | None = None, classes: int = 3, batch: int | str = "n"
 ) -> Path:
-    """Logits are the mean colours, cut or filled up to `classes`, plus a bias; or what `nodes` make of `means`."""
+    """Logits are the mean colors, cut or filled up to `classes`, plus a bias; or what `nodes` make of `means`."""
     head = np.eye(3, classes, dtype=np.float32)
     if nodes is None:
         nodes = [helper.make_node("Gemm", ["means", "head", "bias"], ["logits"])]
@@ -142,7 +142,7 @@ def test_the_counts_are_exactly_those_known_beforehand(tmp_path: Path) -> None:
         str(c): (int((c == LABELS).sum()), pytest.approx(100 * (right[c][0] - right[c][1]) / (c == LABELS).sum()))
         for c in range(3)
     }
-    assert (report.top5_drop, report.unlabelled_images, report.outputs[0].images) == (0, 0, 46)
+    assert (report.top5_drop, report.unlabeled_images, report.outputs[0].images) == (0, 0, 46)
     assert report.verdict == FAIL
     assert report.reason == "top-1 drops by 8.70 points; 1 are allowed"
 
@@ -228,13 +228,13 @@ def test_outputs_that_are_not_finite_fail_whatever_else_holds(
 
 
 def test_one_bad_picture_among_many_fails_though_it_is_not_among_the_fixed_ones(tmp_path: Path) -> None:
-    colours = np.full((200, 3), 50)
-    colours[:, 1] = 100
-    val = split_of(colours, np.ones(200))
+    colors = np.full((200, 3), 50)
+    colors[:, 1] = 100
+    val = split_of(colors, np.ones(200))
     drawn = {int(i) for i in val.first(32, 20240229).indices}
     (hot, *_) = sorted(set(range(200)) - drawn)
-    colours[hot, 0] = 250
-    val = split_of(colours, np.ones(200))
+    colors[hot, 0] = 250
+    val = split_of(colors, np.ones(200))
     good, bad = graph_of(tmp_path / "good.onnx", np.zeros(3)), spoilt(tmp_path / "bad.onnx", math.nan, 0.9)
     report = compared(good, bad, val, max_top1_drop=100, fixed_images=32)
     # The outputs on the fixed pictures are equal, so the picture is indeed none of these.
@@ -255,11 +255,11 @@ def test_random_weights_have_no_parity_but_nan_still_fails(tmp_path: Path) -> No
         assert compare(first, second, HOW, [MADE, MADE], pictures(), CompareOptions()).verdict == PASS
 
 
-def test_without_labelled_images_only_outputs_are_compared(tmp_path: Path) -> None:
+def test_without_labeled_images_only_outputs_are_compared(tmp_path: Path) -> None:
     dense, sparse = graph_of(tmp_path / "dense.onnx", np.zeros(3)), graph_of(tmp_path / "sparse.onnx", BIAS)
     report = compared(dense, sparse, None)
     assert (report.verdict, report.images) == (NOT_APPLICABLE, 0)
-    assert "no labelled images" in str(report.reason)
+    assert "no labeled images" in str(report.reason)
     accuracies = [report.top1_dense, report.top5_dense, report.top1_sparse, report.top5_sparse]
     assert [*accuracies, report.top1_drop, report.drop_ci95, report.agreement] == [None] * 7
     assert report.max_abs_diff == pytest.approx(0.15, abs=1e-6)
@@ -349,7 +349,7 @@ def test_the_fixed_pictures_are_the_same_every_time() -> None:
 
 def test_an_engine_is_faithful_to_itself_and_not_to_another(tmp_path: Path) -> None:
     path, other = graph_of(tmp_path / "net.onnx", np.zeros(3)), graph_of(tmp_path / "other.onnx", BIAS)
-    with opened(path) as engine, Classifier(OrtEngine(path, optimised=False), "reference") as reference:
+    with opened(path) as engine, Classifier(OrtEngine(path, optimized=False), "reference") as reference:
         same = fidelity(engine, reference, HOW, pictures(), 46)
     assert (same.images, same.agreement) == (46, 100)
     assert same.max_abs_diff == pytest.approx(0, abs=1e-6)
@@ -440,7 +440,7 @@ def test_images_without_labels_leave_agreement_and_outputs(tmp_path: Path) -> No
     dense, sparse = graph_of(tmp_path / "dense.onnx", np.zeros(3)), graph_of(tmp_path / "sparse.onnx", BIAS)
     val = split_of(COLOURS * 25, np.full(len(LABELS), -1))
     report = compared(dense, sparse, val)
-    assert (report.verdict, report.images, report.unlabelled_images) == (NOT_APPLICABLE, 0, 46)
+    assert (report.verdict, report.images, report.unlabeled_images) == (NOT_APPLICABLE, 0, 46)
     assert report.agreement == pytest.approx(100 * 34 / 46)
     assert report.flips == Flips(12, 0, 0, 0)
     assert [report.top1_dense, report.top5_sparse, report.top1_drop, report.mcnemar_p, report.classes] == [None] * 4 + [
@@ -461,7 +461,7 @@ def with_record(path: Path, made: Provenance) -> Path:
     return path
 
 
-def colour_models(folder: Path, made: Provenance | None = None) -> tuple[Path, Path]:
+def color_models(folder: Path, made: Provenance | None = None) -> tuple[Path, Path]:
     """Classes in the order blue, green, red; the second says green where it is close."""
     pair = []
     for name, bias in (("dense", np.zeros(3)), ("sparse", np.array([0, 1e-4, 0]))):
@@ -479,7 +479,7 @@ def colour_models(folder: Path, made: Provenance | None = None) -> tuple[Path, P
 
 
 def test_the_command_reports_what_the_gate_saw(cli: Callable[..., Any], toy_data: Path, tmp_path: Path) -> None:
-    dense, sparse = colour_models(tmp_path, MADE)
+    dense, sparse = color_models(tmp_path, MADE)
     ran = cli("compare", dense, sparse, "--data", toy_data, "--report", tmp_path / "report.json")
     assert ran.code == 0, ran.err
     report = json.loads((tmp_path / "report.json").read_text())
@@ -499,7 +499,7 @@ def test_the_command_reports_what_the_gate_saw(cli: Callable[..., Any], toy_data
 
 
 def test_the_commands_thresholds_reach_the_gate(cli: Callable[..., Any], toy_data: Path, tmp_path: Path) -> None:
-    dense, _ = colour_models(tmp_path)
+    dense, _ = color_models(tmp_path)
     wrong = graph_of(tmp_path / "wrong.onnx", np.zeros(3))
     options = ["--data", toy_data, "--max-top1-drop"]
     assert cli("compare", dense, wrong, *options, 60).code == 1
@@ -511,7 +511,7 @@ def test_the_commands_thresholds_reach_the_gate(cli: Callable[..., Any], toy_dat
 def test_random_weights_fail_the_command_with_their_reason(
     cli: Callable[..., Any], toy_data: Path, tmp_path: Path
 ) -> None:
-    dense, sparse = colour_models(tmp_path, dataclasses.replace(MADE, trained=False))
+    dense, sparse = color_models(tmp_path, dataclasses.replace(MADE, trained=False))
     ran = cli("compare", dense, sparse, "--data", toy_data, "--report", tmp_path / "report.json")
     assert ran.code == 1
     assert "the weights are random" in ran.err
@@ -519,7 +519,7 @@ def test_random_weights_fail_the_command_with_their_reason(
 
 
 def test_nan_fails_the_command_and_its_report_is_json(cli: Callable[..., Any], toy_data: Path, tmp_path: Path) -> None:
-    dense, _ = colour_models(tmp_path)
+    dense, _ = color_models(tmp_path)
     bad = spoilt(tmp_path / "bad.onnx", math.nan)
     ran = cli("compare", dense, bad, "--data", toy_data, "--max-top1-drop", 100, "--report", tmp_path / "report.json")
     assert ran.code == 1
@@ -534,7 +534,7 @@ def test_images_that_made_either_model_may_not_judge_it(
 ) -> None:
     val = identify(open_val(toy_data, (), 3))
     sketch = val.sketch if shared == "all" else ("0" * 16, val.sketch[7])
-    pair = colour_models(tmp_path, MADE)
+    pair = color_models(tmp_path, MADE)
     with_record(pair[side], MADE)
     model = onnx.load(pair[side])
     del model.metadata_props[:]
@@ -552,14 +552,14 @@ def test_images_that_made_the_model_and_are_not_compared_on_are_no_overlap(
 ) -> None:
     data = open_folder(toy_data, (), 3, seed=0)
     sets = (identify(data.train), identify(data.select))
-    dense, sparse = colour_models(tmp_path, dataclasses.replace(MADE, image_sets=sets))
+    dense, sparse = color_models(tmp_path, dataclasses.replace(MADE, image_sets=sets))
     assert cli("compare", dense, sparse, "--data", toy_data).code == 0
 
 
 def test_models_that_want_different_preprocessing_are_refused(
     cli: Callable[..., Any], toy_data: Path, tmp_path: Path
 ) -> None:
-    dense, sparse = colour_models(tmp_path)
+    dense, sparse = color_models(tmp_path)
     with_record(dense, MADE)
     with_record(sparse, dataclasses.replace(MADE, preprocessing=dataclasses.replace(HOW, mean=(0.5, 0.5, 0.5))))
     ran = cli("compare", dense, sparse, "--data", toy_data)

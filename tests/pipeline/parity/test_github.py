@@ -13,8 +13,8 @@ from maskplan.pipeline.parity.github import append_summary, summary, workflow_co
 
 GOOD = Check("max_top1_drop", 1.0, 0.25, 0.25, True, "top-1 drops by 0.25 points; 1 are allowed")
 BAD = Check("min_agreement", 99.0, 98.0, 98.0, False, "the models agree on 98.00% of images; 99% are asked for")
-OPEN = Check("max_class_drop", 5.0, None, None, None, "not judged: no labelled images")
-EMPTY = ParityReport(NOT_APPLICABLE, "no labelled images", 0, None, None, None, None, None, None, None, 0.5, 0.9, 1.0)
+OPEN = Check("max_class_drop", 5.0, None, None, None, "not judged: no labeled images")
+EMPTY = ParityReport(NOT_APPLICABLE, "no labeled images", 0, None, None, None, None, None, None, None, 0.5, 0.9, 1.0)
 PASSED = replace(EMPTY, verdict=PASS, reason=None, checks=(GOOD,))
 FAILED = replace(EMPTY, verdict=FAIL, reason=BAD.message, checks=(GOOD, BAD, OPEN), notes=("few images",))
 

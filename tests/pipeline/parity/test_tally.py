@@ -33,21 +33,21 @@ rows = st.lists(
 def test_every_count_is_the_count_by_hand(table: list[tuple[int, int, bool, bool, int]]) -> None:
     mine, theirs, mine5, theirs5, labels = map(list, zip(*table, strict=True))
     found = tally(answers(theirs, theirs5), answers(mine, mine5), np.array(labels))
-    labelled = [row for row in table if row[4] != UNLABELLED]
-    assert (found.images, found.labelled) == (len(table), len(labelled))
-    hits = Counter((b == label, a == label) for a, b, _, _, label in labelled)
+    labeled = [row for row in table if row[4] != UNLABELLED]
+    assert (found.images, found.labeled) == (len(table), len(labeled))
+    hits = Counter((b == label, a == label) for a, b, _, _, label in labeled)
     assert found.top1 == PairedCounts(hits[True, True], hits[True, False], hits[False, True], hits[False, False])
-    fives = Counter((b, a) for _, _, a, b, _ in labelled)
+    fives = Counter((b, a) for _, _, a, b, _ in labeled)
     assert found.top5 == PairedCounts(fives[True, True], fives[True, False], fives[False, True], fives[False, False])
     assert found.flips == Flips(
         changed=sum(a != b for a, b, *_ in table),
-        right_to_wrong=sum(b == label != a for a, b, _, _, label in labelled),
-        wrong_to_right=sum(a == label != b for a, b, _, _, label in labelled),
-        wrong_to_wrong=sum(a != b and label not in (a, b) for a, b, _, _, label in labelled),
+        right_to_wrong=sum(b == label != a for a, b, _, _, label in labeled),
+        wrong_to_right=sum(a == label != b for a, b, _, _, label in labeled),
+        wrong_to_wrong=sum(a != b and label not in (a, b) for a, b, _, _, label in labeled),
     )
-    assert [c.name for c in found.classes] == [str(k) for k in sorted({row[4] for row in labelled})]
+    assert [c.name for c in found.classes] == [str(k) for k in sorted({row[4] for row in labeled})]
     for c in found.classes:
-        own = [row for row in labelled if row[4] == int(c.name)]
+        own = [row for row in labeled if row[4] == int(c.name)]
         right = [sum(row[i] == row[4] for row in own) for i in (0, 1)]
         wanted = [100 * r / len(own) for r in right]
         drop = 100 * (right[1] - right[0]) / len(own)
@@ -61,6 +61,6 @@ def test_directions_are_told_apart() -> None:
     sparse = answers([1, 2, 2, 2, 0, 2, 3], [True] * 7)
     found = tally(dense, sparse, labels, ["a", "b", "c"])
     assert found.flips == Flips(5, 2, 1, 1)
-    assert (found.top1.drop, found.labelled) == (20, 5)
+    assert (found.top1.drop, found.labeled) == (20, 5)
     assert [c.name for c in found.classes] == ["a", "b", "c", "3"]
     assert [c.drop for c in found.classes] == [50, 100, -100, 0]

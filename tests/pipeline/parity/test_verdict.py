@@ -91,9 +91,9 @@ def test_each_threshold_is_where_it_is_said_to_be(option: str, edge: float, wors
 )
 def test_with_confidence_the_bad_end_of_the_interval_decides(option: str, edge: float, worse: float) -> None:
     better = edge - math.copysign(1e-6, worse)
-    at, beyond = (judged(THOUSAND, confident=True, **{**ROOM, option: limit}) for limit in (better, edge + worse))
+    at, beyond = (judged(THOUSAND, use_ci=True, **{**ROOM, option: limit}) for limit in (better, edge + worse))
     assert (at.verdict, beyond.verdict) == (PASS, FAIL)
-    assert at.confident
+    assert at.use_ci
     assert check_of(beyond, option).judged == pytest.approx(edge)
     assert "at worst" in str(beyond.reason)
     # The point is well within.
@@ -128,17 +128,17 @@ def test_a_cosine_that_is_not_a_number_fails_its_threshold() -> None:
 
 
 UNLABELLED = replace(
-    EMPTY, unlabelled_images=1000, agreement=99.0, flip_rate=1.0, flip_rate_ci95=(0.4, 1.8), flips=Flips(10, 0, 0, 0)
+    EMPTY, unlabeled_images=1000, agreement=99.0, flip_rate=1.0, flip_rate_ci95=(0.4, 1.8), flips=Flips(10, 0, 0, 0)
 )
 
 
 def test_without_labels_the_other_thresholds_decide_and_it_is_said() -> None:
     assert (judged(UNLABELLED).verdict, judged(EMPTY).verdict) == (NOT_APPLICABLE, NOT_APPLICABLE)
-    assert "no labelled images" in str(judged(UNLABELLED).reason)
+    assert "no labeled images" in str(judged(UNLABELLED).reason)
     for options, verdict in (
         ({"min_agreement": 99}, PASS),
         ({"min_agreement": 99.5}, FAIL),
-        ({"max_flip_rate": 1.5, "confident": True}, FAIL),
+        ({"max_flip_rate": 1.5, "use_ci": True}, FAIL),
         ({"min_cosine": 0.99}, PASS),
         ({"min_cosine": 0.995}, FAIL),
         ({"max_class_drop": 99}, NOT_APPLICABLE),
@@ -162,7 +162,7 @@ def test_noise_can_fail_the_gate_and_not_pass_it() -> None:
 
 def test_equal_models_on_too_few_images_fail_with_confidence_and_are_told_how_many_it_takes() -> None:
     few = measured(40, 0, 0, 6)
-    report = judged(few, confident=True)
+    report = judged(few, use_ci=True)
     check = check_of(report, "max_top1_drop")
     assert report.verdict == FAIL
     assert str(report.reason).startswith("too few images to tell: with 46 images, top-1 of equal models could drop by")
@@ -172,24 +172,24 @@ def test_equal_models_on_too_few_images_fail_with_confidence_and_are_told_how_ma
     # As many as that decide, a few less do not; the share of hits is the nearest that there is.
     for count, verdict in ((needed, PASS), (needed - 5, FAIL)):
         right = round(count * 40 / 46)
-        assert judged(measured(right, 0, 0, count - right), confident=True).verdict == verdict
+        assert judged(measured(right, 0, 0, count - right), use_ci=True).verdict == verdict
 
 
 def test_a_model_that_gains_enough_passes_on_images_too_few_for_an_equal_one() -> None:
-    report = judged(measured(30, 0, 14, 2), confident=True)
+    report = judged(measured(30, 0, 14, 2), use_ci=True)
     assert (report.verdict, report.reason) == (PASS, None)
-    assert judged(measured(44, 0, 0, 2), confident=True).verdict == FAIL
+    assert judged(measured(44, 0, 0, 2), use_ci=True).verdict == FAIL
 
 
 def test_enough_images_that_fail_are_not_called_too_few() -> None:
-    check = check_of(judged(measured(8000, 150, 20, 1830), confident=True), "max_top1_drop")
+    check = check_of(judged(measured(8000, 150, 20, 1830), use_ci=True), "max_top1_drop")
     assert (check.passed, check.images_needed) == (False, None)
     assert "too few" not in check.message
 
 
 @pytest.mark.parametrize(("option", "limit"), [("min_agreement", 99.0), ("max_flip_rate", 1.0)])
 def test_the_images_that_no_flips_need_are_those_of_the_exact_interval(option: str, limit: float) -> None:
-    check = check_of(judged(measured(90, 0, 0, 10), confident=True, max_top1_drop=50, **{option: limit}), option)
+    check = check_of(judged(measured(90, 0, 0, 10), use_ci=True, max_top1_drop=50, **{option: limit}), option)
     # 1 - 0.025^(1/n) <= 1%.
     assert check.images_needed == math.ceil(math.log(0.025) / math.log(0.99)) == 368
     assert "it takes 368" in check.message
@@ -197,7 +197,7 @@ def test_the_images_that_no_flips_need_are_those_of_the_exact_interval(option: s
 
 def test_what_no_number_of_images_can_show_is_said() -> None:
     for options in ({"max_top1_drop": 0.0}, {"max_top1_drop": 50, "min_agreement": 100.0}):
-        report = judged(measured(900, 0, 0, 100), confident=True, **options)
+        report = judged(measured(900, 0, 0, 100), use_ci=True, **options)
         assert report.verdict == FAIL
         assert "no number of images can show less" in str(report.reason)
 

@@ -51,7 +51,7 @@ def bn(k: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(k)
 
 
-def settled(module: nn.Module, how: Preprocessing) -> nn.Module:
+def settled(module: nn.Module, preprocessing: Preprocessing) -> nn.Module:
     """BatchNorm statistics of noise, so that what an image says reaches the outputs of a deep random network."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     for norm in norms:
@@ -59,7 +59,7 @@ def settled(module: nn.Module, how: Preprocessing) -> nn.Module:
         norm.momentum = None
         norm.train()
     with torch.no_grad():
-        module(sample_input(how, 4, seed=3))
+        module(sample_input(preprocessing, 4, seed=3))
     return module.eval()
 
 

@@ -311,8 +311,8 @@ def test_a_layer_used_twice_in_a_row_ties_its_two_sides() -> None:
     assert sizes(stays(drawn(Net(forward, stem=conv(3, 8), one=conv(8, 8), head=head(8))))) == {"stem": 8}
 
 
-def test_weights_that_are_standardised_before_use_move() -> None:
-    class Standardised(nn.Conv2d):
+def test_weights_that_are_standardized_before_use_move() -> None:
+    class Standardized(nn.Conv2d):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             flat = self.weight.view(1, self.out_channels, -1)
             weight = functional.batch_norm(flat, None, None, training=True).view_as(self.weight)
@@ -321,7 +321,7 @@ def test_weights_that_are_standardised_before_use_move() -> None:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         return pooled(self, self.two(functional.relu(self.one(x))))
 
-    net = Net(forward, one=Standardised(3, 8, 3), two=Standardised(8, 12, 3), head=head(12))
+    net = Net(forward, one=Standardized(3, 8, 3), two=Standardized(8, 12, 3), head=head(12))
     assert sizes(stays(drawn(net))) == {"one": 8, "two": 12}
 
 

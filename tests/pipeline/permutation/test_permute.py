@@ -22,7 +22,7 @@ from maskplan.pipeline.masking.magnitude import magnitude_mask
 from maskplan.pipeline.masking.patterns import parse_pattern
 from maskplan.pipeline.masking.policy import LayerPolicy, select_layers
 from maskplan.pipeline.models.checkpoint import read_checkpoint
-from maskplan.pipeline.models.layers import sample_input, survey
+from maskplan.pipeline.models.layers import sample_input, trace_layers
 from maskplan.pipeline.models.registry import build_model
 from maskplan.pipeline.models.state_dict import METADATA_KEY, fit_weights, read_weights, tensors_sha256
 from maskplan.pipeline.permutation.groups import UnexportableError
@@ -83,15 +83,15 @@ def loaded(module: nn.Module, done: Permuted) -> nn.Module:
     return other
 
 
-def outputs(module: nn.Module, how: Preprocessing = HOW) -> torch.Tensor:
+def outputs(module: nn.Module, preprocessing: Preprocessing = HOW) -> torch.Tensor:
     with torch.no_grad():
-        return copy.deepcopy(module).double().eval()(sample_input(how, 3, seed=9).double())  # type: ignore[no-any-return]
+        return copy.deepcopy(module).double().eval()(sample_input(preprocessing, 3, seed=9).double())  # type: ignore[no-any-return]
 
 
-def kept(module: nn.Module, pattern: str = "2:4", how: Preprocessing = HOW) -> float:
+def kept(module: nn.Module, pattern: str = "2:4", preprocessing: Preprocessing = HOW) -> float:
     """What magnitude masks of the usual layers keep, by the mask stage's own function."""
     state = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
-    masked = select_layers(survey(module, how)[0], parse_pattern(pattern)).masked
+    masked = select_layers(trace_layers(module, preprocessing)[0], parse_pattern(pattern)).masked
     masks = {layer.name: magnitude_mask(state[layer.name], parse_pattern(pattern)) for layer in masked}
     return float(sum(np.abs(state[name]).sum(where=mask, dtype=np.float64) for name, mask in masks.items()))
 

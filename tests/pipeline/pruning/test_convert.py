@@ -25,7 +25,7 @@ from maskplan.pipeline.masking.patterns import violations
 from maskplan.pipeline.masking.policy import select_layers
 from maskplan.pipeline.models.batchnorm import RecalibrateOptions
 from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint, read_checkpoint
-from maskplan.pipeline.models.layers import survey
+from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.models.state_dict import tensors_sha256
 from maskplan.pipeline.pruning.convert import ConversionReport, ConvertOptions, convert
 from maskplan.pipeline.pruning.second_moments import MomentOptions, second_moments
@@ -44,7 +44,7 @@ def source() -> tuple[nn.Module, Provenance]:
     """The digits network without the smaller half of its weights."""
     module, provenance = open_checkpoint(ModelOptions("digits_resnet"))
     with torch.no_grad():
-        for layer in select_layers(survey(module, provenance.preprocessing)[0], TWO_FOUR).masked:
+        for layer in select_layers(trace_layers(module, provenance.preprocessing)[0], TWO_FOUR).masked:
             weight = dict(module.named_parameters())[layer.name]
             weight.masked_fill_(weight.abs() <= weight.abs().median(), 0.0)
     return module, provenance
@@ -84,7 +84,7 @@ def test_without_update_what_is_not_dropped_stays_to_the_bit(
 def test_the_update_gives_outputs_back(source: tuple[nn.Module, Provenance], data: Dataset, tmp_path: Path) -> None:
     state, report = converted(source, data, tmp_path / "c.safetensors")
     module, provenance = source
-    layers = [x for x in survey(module, provenance.preprocessing)[0] if x.name in {y.name for y in report.layers}]
+    layers = [x for x in trace_layers(module, provenance.preprocessing)[0] if x.name in {y.name for y in report.layers}]
     told = {layer.name: layer for layer in report.layers}
     # On images that nothing was fitted to.
     for layer, found in second_moments(module, layers, provenance.preprocessing, data.select, MomentOptions()):

@@ -26,7 +26,7 @@ from maskplan.pipeline.masking.layerwise import output_error
 from maskplan.pipeline.masking.magnitude import magnitude_mask
 from maskplan.pipeline.masking.transposable import transposed_violations
 from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
-from maskplan.pipeline.models.layers import survey
+from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.pruning.mask import (
     AUTO,
     LAYERWISE,
@@ -112,7 +112,7 @@ def test_learning_starts_from_given_masks(net: tuple[nn.Module, Any], tmp_path: 
         given[name] = magnitude_mask(weights[name].numpy()[:, ::-1].copy(), TWO_FOUR)[:, ::-1].copy()
     given["blocks.1.conv1.weight"] = np.roll(given["blocks.1.conv1.weight"], 1, axis=0)
     safetensors.numpy.save_file(given, tmp_path / "init.safetensors")
-    learn = dataclasses.replace(QUICK, rate=1e-12, noise_start=0.0, lead=1000.0)
+    learn = dataclasses.replace(QUICK, lr=1e-12, noise_start=0.0, init_margin=1000.0)
     options = MaskOptions(method=LEARNED, learn=learn)
     choose_masks(*net, options, tmp_path / "m.safetensors", load_digits(), init=tmp_path / "init.safetensors")
     found = safetensors.numpy.load_file(tmp_path / "m.safetensors")
@@ -165,7 +165,7 @@ def test_layerwise_masks_change_every_layers_outputs_less_than_magnitude_masks(
     net: tuple[nn.Module, Any], layerwise: dict[str, np.ndarray[Any, Any]]
 ) -> None:
     module, provenance = net
-    layers = [layer for layer in survey(module, provenance.preprocessing)[0] if layer.name in layerwise]
+    layers = [layer for layer in trace_layers(module, provenance.preprocessing)[0] if layer.name in layerwise]
     assert len(layers) == 8
     # On images that the masks were not chosen on.
     select = load_digits().select
@@ -182,8 +182,8 @@ def test_learned_masks_may_start_from_layerwise_ones(
     net: tuple[nn.Module, Any], layerwise: dict[str, np.ndarray[Any, Any]], tmp_path: Path
 ) -> None:
     """At no rate to speak of, what comes out is what it started from, and the gates never were for anything else."""
-    learn = dataclasses.replace(QUICK, rate=1e-12, noise_start=0.0, lead=1000.0)
-    options = MaskOptions(method=LEARNED, prior=LAYERWISE, images=200, learn=learn)
+    learn = dataclasses.replace(QUICK, lr=1e-12, noise_start=0.0, init_margin=1000.0)
+    options = MaskOptions(method=LEARNED, init_method=LAYERWISE, images=200, learn=learn)
     out = tmp_path / "m.safetensors"
     choose_masks(*net, options, out, load_digits(), files=LearnFiles(log=tmp_path / "log"))
     found = safetensors.numpy.load_file(out)
@@ -229,7 +229,7 @@ def test_the_images_are_named_where_they_were_looked_at(cli: Callable[..., Any],
         assert [images["role"] for images in told["image_sets"]] == roles
 
 
-@pytest.mark.parametrize("options", [{"method": LAYERWISE}, {"method": LEARNED, "prior": LAYERWISE}])
+@pytest.mark.parametrize("options", [{"method": LAYERWISE}, {"method": LEARNED, "init_method": LAYERWISE}])
 def test_masks_that_need_images_say_so(options: dict[str, Any], net: tuple[nn.Module, Any], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="masks need images"):
         choose_masks(*net, MaskOptions(**options), tmp_path / "m.safetensors")
@@ -244,8 +244,8 @@ def test_masks_along_c_refuse_the_flat_layout(method: str, net: tuple[nn.Module,
 
 
 def test_options_that_mean_nothing_are_told() -> None:
-    with pytest.raises(InputError, match="unknown prior"):
-        MaskOptions(prior="random")
+    with pytest.raises(InputError, match="unknown init_method"):
+        MaskOptions(init_method="random")
     with pytest.raises(InputError, match="images is 0"):
         MaskOptions(images=0)
 

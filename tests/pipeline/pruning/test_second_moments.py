@@ -19,7 +19,7 @@ from maskplan.pipeline.core.artifacts import Preprocessing
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.data.dataset import Split, batches
 from maskplan.pipeline.masking.layerwise import output_error, unfolded
-from maskplan.pipeline.models.layers import survey
+from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.pruning import second_moments as module_under_test
 from maskplan.pipeline.pruning.second_moments import MomentOptions, SecondMoments, before_norm, second_moments
 
@@ -55,7 +55,7 @@ def net(conv: nn.Module, *, norm: bool = True) -> nn.Sequential:
 
 
 def found_of(module: nn.Module, name: str = "2.weight", options: MomentOptions = ALL) -> SecondMoments:
-    layers = [layer for layer in survey(module, HOW)[0] if layer.name == name]
+    layers = [layer for layer in trace_layers(module, HOW)[0] if layer.name == name]
     ((_, found),) = second_moments(module, layers, HOW, TRAIN, options)
     return found
 
@@ -172,7 +172,7 @@ def test_a_wide_layer_takes_the_positions_it_needs() -> None:
 
 def test_layers_done_a_few_at_a_time_have_the_same_moments(monkeypatch: pytest.MonkeyPatch) -> None:
     module = net(nn.Conv2d(8, 6, 3, padding=1))
-    layers = survey(module, HOW)[0]
+    layers = trace_layers(module, HOW)[0]
     options = MomentOptions(images=9, batch=4, positions=20)
     together = list(second_moments(module, layers, HOW, TRAIN, options))
     monkeypatch.setattr(module_under_test, "_MOST_BYTES", 1)
@@ -187,7 +187,7 @@ def test_layers_done_a_few_at_a_time_have_the_same_moments(monkeypatch: pytest.M
 
 
 def test_a_layer_that_is_not_its_weight_times_its_inputs_is_told() -> None:
-    class Standardised(nn.Conv2d):
+    class Standardized(nn.Conv2d):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
 
@@ -196,7 +196,7 @@ def test_a_layer_that_is_not_its_weight_times_its_inputs_is_told() -> None:
             return super().forward(F.pad(x, (0, 1, 0, 1)))
 
     with pytest.raises(InputError, match="not its weight times its inputs"):
-        found_of(net(Standardised(8, 6, 3)))
+        found_of(net(Standardized(8, 6, 3)))
     with pytest.raises(InputError, match="not those of its stride and padding"):
         found_of(net(Padded(8, 6, 3)))
 
@@ -213,4 +213,4 @@ def test_no_images_are_told() -> None:
     module = net(nn.Conv2d(8, 6, 3))
     empty = Split("train", Noise(), np.arange(0))
     with pytest.raises(InputError, match="no images to average over"):
-        list(second_moments(module, survey(module, HOW)[0], HOW, empty, ALL))
+        list(second_moments(module, trace_layers(module, HOW)[0], HOW, empty, ALL))

@@ -313,15 +313,15 @@ def test_text_stands_out_from_what_it_stands_on(ground: str, tmp_path: Path) -> 
     """4.5 to 1 for text and 3 to 1 for marks, as the W3C's guidelines ask (WCAG 2.1, 1.4.3 and 1.4.11)."""
     (style,) = Page(page_of(report_of(tmp_path))).styles
     blocks = re.findall(r":root \{([^}]*--ink[^}]*)\}", style)
-    colours = dict(re.findall(r"--([a-z-]+): *(#[0-9a-f]{6})", blocks[("light", "dark").index(ground)]))
+    colors = dict(re.findall(r"--([a-z-]+): *(#[0-9a-f]{6})", blocks[("light", "dark").index(ground)]))
 
-    def luminance(colour: str) -> float:
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    def luminance(color: str) -> float:
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
     def contrast(one: str, other: str) -> float:
-        low, high = sorted((luminance(colours[one]), luminance(colours[other])))
+        low, high = sorted((luminance(colors[one]), luminance(colors[other])))
         return (high + 0.05) / (low + 0.05)
 
     for text in ("ink", "soft", "own", "good", "bad"):
@@ -378,7 +378,7 @@ def test_names_from_outside_are_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "colour", "says"),
+    ("changed", "color", "says"),
     [
         ({}, "good", "loses 0.75 points of top-1 (91.00% dense, 90.25% sparse, 400 images)"),
         ({"parity": replace(PARITY, top1_drop=-0.5)}, "good", "gains 0.50 points of top-1"),
@@ -389,13 +389,13 @@ def test_names_from_outside_are_text(tmp_path: Path) -> None:
         (CASES["not conforming"], "bad", "Not deployable: 1 weight violates 2:4."),
     ],
 )
-def test_the_headline_says_what_was_found(changed: dict[str, Any], colour: str, says: str, tmp_path: Path) -> None:
+def test_the_headline_says_what_was_found(changed: dict[str, Any], color: str, says: str, tmp_path: Path) -> None:
     read = Page(page_of(report_of(tmp_path, **changed)))
     assert says in read.text
     verdicts = [a["class"] for a in read.attributes("div") if (a.get("class") or "").startswith("verdict")]
-    assert verdicts == [f"verdict {colour}"]
-    # In words too, for those who do not tell the colours.
-    assert {"good": "Pass", "bad": "Fail", "neutral": "Not judged"}[colour] + " " in read.text
+    assert verdicts == [f"verdict {color}"]
+    # In words too, for those who do not tell the colors.
+    assert {"good": "Pass", "bad": "Fail", "neutral": "Not judged"}[color] + " " in read.text
     assert ("(untrained)" in read.text) == ("random" in says)
 
 

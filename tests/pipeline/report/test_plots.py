@@ -1,4 +1,4 @@
-"""The plots as SVG: what stands where, whose colours, and that names and numbers are those given."""
+"""The plots as SVG: what stands where, whose colors, and that names and numbers are those given."""
 
 from __future__ import annotations
 
@@ -96,10 +96,10 @@ def words(svg: str) -> list[str]:
 def test_every_plot_stands_on_any_paper_and_says_what_it_shows(name: str) -> None:
     svg = ALL[name]()
     root = ElementTree.fromstring(svg)
-    colours = set(re.findall(r"(?:fill|stroke): *([^;\"]+)", svg))
-    # Every colour is one of the page's, with its light value for a file of its own.
-    assert len(colours - {"none"}) >= 3
-    assert all(re.fullmatch(r"none|var\(--[a-z]+, #[0-9a-f]{6}\)", c) for c in colours), colours
+    colors = set(re.findall(r"(?:fill|stroke): *([^;\"]+)", svg))
+    # Every color is one of the page's, with its light value for a file of its own.
+    assert len(colors - {"none"}) >= 3
+    assert all(re.fullmatch(r"none|var\(--[a-z]+, #[0-9a-f]{6}\)", c) for c in colors), colors
     assert all("fill: var(--" in t.get("style", "") for t in root.iter(f"{SVG}text"))
     # Words for those who do not see it, and no size that would not shrink with the page.
     said = dict(zip((root[0].get("id"), root[1].get("id")), (root[0], root[1]), strict=True))

@@ -55,7 +55,7 @@ from maskplan.pipeline.report.write import as_typed, report_values, weighted_mea
 # From the design's section on report.json, word for word.
 CONFORMANCE = "verdict eligible conforming violating dense_by_choice ineligible weights"
 WEIGHT = (
-    "name node op shape axis dtype verdict reason groups violating_groups negative_zeros first_violation likely_to_win"
+    "name node op shape axis dtype verdict reason groups violating_groups negative_zeros first_violation likely_speedup"
 )
 ENGINE = (
     "backend path sha256 bytes build_s precision runtime_version device device_memory_bytes profiles fidelity sparsity"

@@ -16,13 +16,13 @@ from torch import nn
 
 from maskplan.pipeline.core.artifacts import Preprocessing
 from maskplan.pipeline.stability.bounds import (
+    ForwardObservation,
     Pair,
-    Seen,
     change_bounds,
     cuts,
     difference_norms,
     largest_image,
-    look,
+    observe,
     pair_of,
     worst_case,
 )
@@ -75,7 +75,7 @@ def test_starting_later_never_loosens_a_bound(network: int, seed: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def examples() -> list[tuple[Case, Pair, Seen]]:
+def examples() -> list[tuple[Case, Pair, ForwardObservation]]:
     """450 random networks."""
     drawn = [case(network, seed) for network in range(ARCHITECTURES) for seed in range(15)]
     return [(each, *seen_of(each)) for each in drawn]
@@ -126,13 +126,13 @@ MUTANTS = (
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_random_networks_catch_a_wrong_bound(
-    mutant: Callable[[Pair], Pair], examples: list[tuple[Case, Pair, Seen]]
+    mutant: Callable[[Pair], Pair], examples: list[tuple[Case, Pair, ForwardObservation]]
 ) -> None:
     assert not any(violated(pair, seen) for _, pair, seen in examples)
     assert any(violated(mutant(pair), seen) for _, pair, seen in examples)
 
 
-def test_the_random_networks_are_of_all_kinds(examples: list[tuple[Case, Pair, Seen]]) -> None:
+def test_the_random_networks_are_of_all_kinds(examples: list[tuple[Case, Pair, ForwardObservation]]) -> None:
     modules = [type(m) for seed in range(ARCHITECTURES) for m in architecture(seed)[0].modules()]
     for kind in (nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Linear):
         assert kind in modules
@@ -170,14 +170,14 @@ def test_one_layer_is_bounded_exactly() -> None:
     pair, _ = linear_pair(dense, masked)
     x = torch.randn(5, 1, 1, 8, generator=generator, dtype=torch.float64)
     expected = (x.flatten(1) @ (dense - masked).T).norm(dim=1)
-    np.testing.assert_allclose(change_bounds(pair, look(pair, x))[-1], expected, rtol=1e-12)
+    np.testing.assert_allclose(change_bounds(pair, observe(pair, x))[-1], expected, rtol=1e-12)
 
 
 def test_masks_that_drop_nothing_bound_all_changes_by_zero() -> None:
     drawn = case(3, 0)
     maps = affine_maps(drawn.network, drawn.dense)
     pair = pair_of(drawn.network, maps, affine_maps(drawn.network, drawn.dense))
-    seen = look(pair, drawn.images)
+    seen = observe(pair, drawn.images)
     assert not change_bounds(pair, seen).any()
     assert not seen.changes.any()
     radius = float(seen.sizes_first[0].max())
@@ -190,7 +190,7 @@ def test_layers_before_the_first_change_add_nothing() -> None:
     name = last.weight
     changed = drawn.dense | {name: drawn.dense[name] * 1.01}
     pair = pair_of(drawn.network, affine_maps(drawn.network, drawn.dense), affine_maps(drawn.network, changed))
-    bounds = change_bounds(pair, look(pair, drawn.images))
+    bounds = change_bounds(pair, observe(pair, drawn.images))
     assert not bounds[: drawn.network.layers[-1]].any()
     assert bounds[-1].any()
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from maskplan.pipeline.core.artifacts import Preprocessing
 from maskplan.pipeline.models.registry import build_model
-from maskplan.pipeline.stability.bounds import Seen, distances, look, pair_of
+from maskplan.pipeline.stability.bounds import ForwardObservation, distances, observe, pair_of
 from maskplan.pipeline.stability.certify import Certificates, certify, tails
 from maskplan.pipeline.stability.network import affine_maps
 from maskplan.pipeline.stability.reader import read_network
@@ -29,14 +29,14 @@ class Two(nn.Module):
 
 def certificates(
     body: list[list[float]], masked: list[list[float]], head: list[list[float]], image: list[float]
-) -> tuple[Seen, Certificates]:
+) -> tuple[ForwardObservation, Certificates]:
     network = read_network(Two(), Preprocessing(1, 1, 2, 0, "bilinear", (0.0,), (1.0,)))
     maps = [
         affine_maps(network, {"body.weight": torch.tensor(weight), "head.weight": torch.tensor(head)})
         for weight in (body, masked)
     ]
     pair = pair_of(network, *maps)
-    seen = look(pair, torch.tensor(image, dtype=torch.float64).view(1, 1, 1, 2))
+    seen = observe(pair, torch.tensor(image, dtype=torch.float64).view(1, 1, 1, 2))
     return seen, certify(pair, seen)
 
 

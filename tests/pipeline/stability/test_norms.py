@@ -171,7 +171,7 @@ def test_the_torus_norm_is_that_of_the_circular_convolution(
     found = conv_norm(weight, size=size, effort=0)
     circular = circular_norm(weight, size)
     assert found.value <= circular * CLOSE
-    if found.how in ("torus", "depthwise"):
+    if found.method in ("torus", "depthwise"):
         assert found.value == pytest.approx(circular, rel=1e-6)
 
 
@@ -183,7 +183,7 @@ def test_one_by_one_kernels_are_their_matrix_whatever_the_stride(
     weight = np.random.default_rng(0).standard_normal((20, 30, 1, 1)).astype(np.float32)
     found = conv_norm(weight, size=(6, 7), stride=stride, padding=padding, effort=0)
     assert found.exact
-    assert found.how == "matrix"
+    assert found.method == "matrix"
     expected = np.linalg.norm(weight[:, :, 0, 0].astype(np.float64), 2)
     assert expected <= found.value <= expected * CLOSE
 
@@ -200,7 +200,7 @@ def test_linear_norm_is_the_largest_singular_value(outputs: int, inputs: int) ->
 def test_patches_that_do_not_overlap_are_exact() -> None:
     weight = np.random.default_rng(2).standard_normal((6, 3, 4, 4))
     found = conv_norm(weight, size=(32, 32), stride=(4, 4), effort=0)
-    assert (found.exact, found.how) == (True, "unfolded")
+    assert (found.exact, found.method) == (True, "unfolded")
     assert found.value == pytest.approx(np.linalg.norm(weight.reshape(6, -1), 2), rel=1e-6)
 
 
@@ -227,7 +227,7 @@ def test_groups_count_by_the_largest_and_depthwise_by_the_largest_channel() -> N
     assert conv_norm(weight, **options, groups=3).value == pytest.approx(max(parts))
     channels = random.standard_normal((40, 1, 3, 3))
     found = conv_norm(channels, **options, groups=40)
-    assert found.how == "depthwise"
+    assert found.method == "depthwise"
     assert found.value == pytest.approx(max(conv_norm(each[None], **options).value for each in channels))
 
 
@@ -252,7 +252,7 @@ def test_a_larger_case_lies_between_power_iteration_and_the_unfolded_bound() -> 
     for stride in (1, 2):
         options: dict[str, Any] = {"size": (28, 28), "padding": (1, 1), "stride": (stride, stride)}
         found = conv_norm(weight, **options)
-        assert found.how == "torus"
+        assert found.method == "torus"
         low = power_iteration(weight, **options, steps=100)
         unfolded = conv_update_factor((3, 3), (stride, stride)) * np.linalg.norm(weight.reshape(48, -1), 2)
         assert low <= found.value < 1.15 * low

@@ -98,7 +98,7 @@ def test_bernsteins_quantities_are_those_over_all_masks(pattern: Pattern, rows: 
     masks = every_mask(probabilities.reshape(rows * groups, -1), table)
     kept = inclusion(probabilities, table)
     deviations = [(chance, ((mask.reshape(weight.shape) - kept) * weight)) for chance, mask in masks]
-    # Groups are independent and centred, so the sums over them are those of the whole deviation.
+    # Groups are independent and centered, so the sums over them are those of the whole deviation.
     flat = [(chance, each.reshape(rows, -1)) for chance, each in deviations]
     left = sum(chance * each @ each.T for chance, each in flat)
     variances = np.linalg.eigvalsh(left)[-1]

@@ -20,7 +20,7 @@ from maskplan.pipeline.data.dataset import batches, identify, open_val
 from maskplan.pipeline.data.digits import load_digits
 from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
 from maskplan.pipeline.models.registry import BUNDLED_WEIGHTS
-from maskplan.pipeline.stability.analyse import StabilityOptions, Weights, analyse, under_masks
+from maskplan.pipeline.stability.analyze import StabilityOptions, Weights, analyze, under_masks
 from maskplan.pipeline.stability.record import StabilityReport
 
 Cli = Callable[..., Any]
@@ -260,14 +260,14 @@ def test_a_split_without_images_is_refused(toy_data: Path) -> None:
     empty = type(val)("val", val.images, val.indices[:0])
     states = Weights(module.state_dict(), module.state_dict())
     with pytest.raises(InputError, match="no held-out images"):
-        analyse(module, provenance, states, "", empty, identify(open_val(toy_data, (), 3)), StabilityOptions())
+        analyze(module, provenance, states, "", empty, identify(open_val(toy_data, (), 3)), StabilityOptions())
 
 
 def test_masks_that_drop_nothing_flip_nothing() -> None:
     module, provenance = open_checkpoint(ModelOptions("digits_resnet"))
     val = load_digits().val
     states = Weights(module.state_dict(), module.state_dict())
-    found = analyse(module, provenance, states, "", val, identify(val), StabilityOptions(images=50))
+    found = analyze(module, provenance, states, "", val, identify(val), StabilityOptions(images=50))
     assert found.masking.flips == 0
     assert [regime.certified for regime in found.masking.regimes] == [100.0] * 5
     assert all(regime.tightness is None for regime in found.masking.regimes)

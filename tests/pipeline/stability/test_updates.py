@@ -14,7 +14,7 @@ from torch import nn
 
 from maskplan.pipeline.core.artifacts import Preprocessing
 from maskplan.pipeline.stability import updates
-from maskplan.pipeline.stability.bounds import Seen, look, pair_of, spectral_norms
+from maskplan.pipeline.stability.bounds import ForwardObservation, observe, pair_of, spectral_norms
 from maskplan.pipeline.stability.network import affine_maps
 from maskplan.pipeline.stability.reader import read_network
 from maskplan.pipeline.stability.updates import Ball, ball_changes, ball_of, keeps_class, largest_radius
@@ -28,10 +28,10 @@ def ball_around(drawn: Case, layers: Collection[int]) -> Ball:
     return ball_of(drawn.network, masked, norms, {i: a.frobenius for i, a in dense.items()}, layers)
 
 
-def updated(drawn: Case, rho: float, layers: Collection[int], rng: np.random.Generator) -> Seen:
+def updated(drawn: Case, rho: float, layers: Collection[int], rng: np.random.Generator) -> ForwardObservation:
     """What an update on the border of the ball does to the masked network."""
     new = affine_maps(drawn.network, update_within(drawn, rho, list(layers), rng))
-    return look(pair_of(drawn.network, affine_maps(drawn.network, drawn.masked), new), drawn.images)
+    return observe(pair_of(drawn.network, affine_maps(drawn.network, drawn.masked), new), drawn.images)
 
 
 def some_layers(drawn: Case, rng: np.random.Generator) -> list[int]:
@@ -73,7 +73,7 @@ def test_the_largest_radius_is_where_certainty_ends(network: int, seed: int) -> 
     drawn, rng = case(network, seed), np.random.default_rng(seed)
     ball = ball_around(drawn, some_layers(drawn, rng) or drawn.network.layers)
     masked = affine_maps(drawn.network, drawn.masked)
-    seen = look(pair_of(drawn.network, masked, masked), drawn.images)
+    seen = observe(pair_of(drawn.network, masked, masked), drawn.images)
     radius = largest_radius(ball, seen.sizes_second, seen.logits_second)
     inside = keeps_class(ball, seen.sizes_second, seen.logits_second, radius * 0.999)
     outside = keeps_class(ball, seen.sizes_second, seen.logits_second, radius * 1.001)
@@ -82,12 +82,12 @@ def test_the_largest_radius_is_where_certainty_ends(network: int, seed: int) -> 
     assert ((radius > 0) | ~keeps_class(ball, seen.sizes_second, seen.logits_second, np.full(3, 1e-11))).all()
 
 
-def head_only() -> tuple[Ball, Seen, torch.Tensor]:
+def head_only() -> tuple[Ball, ForwardObservation, torch.Tensor]:
     how = Preprocessing(1, 1, 4, 0, "bilinear", (0.0,), (1.0,))
     network = read_network(nn.Sequential(nn.Flatten(), nn.Linear(4, 3, bias=False)), how)
     weight = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.5, 0.0]], dtype=torch.float64)
     maps = affine_maps(network, {"1.weight": weight})
-    seen = look(pair_of(network, maps, maps), torch.tensor([[[[2.0, 1.0, 0.0, 0.0]]]], dtype=torch.float64))
+    seen = observe(pair_of(network, maps, maps), torch.tensor([[[[2.0, 1.0, 0.0, 0.0]]]], dtype=torch.float64))
     norms = spectral_norms(network, maps)
     return ball_of(network, maps, norms, {i: a.frobenius for i, a in maps.items()}, network.layers), seen, weight
 
@@ -110,7 +110,7 @@ def test_layers_outside_the_ball_stay() -> None:
     last = drawn.network.layers[-1]
     ball = ball_around(drawn, [last])
     masked = affine_maps(drawn.network, drawn.masked)
-    sizes = look(pair_of(drawn.network, masked, masked), drawn.images).sizes_first
+    sizes = observe(pair_of(drawn.network, masked, masked), drawn.images).sizes_first
     changes = ball_changes(ball, sizes, np.full(3, 0.1))
     assert not changes[:last].any()
     np.testing.assert_allclose(changes[last], 0.1 * ball.reach[last] * sizes[drawn.network.nodes[last].inputs[0]])

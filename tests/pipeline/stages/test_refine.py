@@ -245,20 +245,20 @@ class Plain:
 
 
 def trained() -> torch.nn.Module:
-    """Tells the classes of the toy data, which are colours, so that spoilt outputs show as a loss of accuracy."""
+    """Tells the classes of the toy data, which are colors, so that spoilt outputs show as a loss of accuracy."""
     namespace: dict[str, Any] = {}
     exec(MODEL, namespace)
     torch.manual_seed(5)
     net: torch.nn.Module = namespace["net"]()
-    optimiser = torch.optim.Adam(net.parameters(), 0.01)
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
     for _ in range(40):
         labels = torch.randint(3, (32,))
         pixels = 120 * torch.rand(32, 3, 16, 16)
         pixels[torch.arange(32), 2 - labels] += 120
         loss = torch.nn.functional.cross_entropy(net((pixels / 255 - 0.5) / 0.25), labels)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     return net.eval()
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from maskplan.engines.base import Arrays, Classifier, Spent
+from maskplan.engines.base import Arrays, CallTiming, Classifier
 from maskplan.pipeline.core.artifacts import Profile, TensorSpec
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.timing.compare_latency import time_engines
-from maskplan.pipeline.timing.interleaved import GPU, HOST, TimeOptions, run_in_turn
+from maskplan.pipeline.timing.interleaved import GPU, HOST, TimeOptions, run_interleaved
 from maskplan.pipeline.timing.three_way import time_three_way
 
 
@@ -34,11 +34,11 @@ class OnGpu:
 
     def __init__(self, clock: Clock, gpu_ms: float | None) -> None:
         self._clock, self._gpu_ms = clock, gpu_ms
-        self.spent: Spent | None = None
+        self.spent: CallTiming | None = None
 
     def infer(self, feeds: Arrays) -> dict[str, npt.NDArray[np.float32]]:
         self._clock.now += 1.0
-        self.spent = None if self._gpu_ms is None else Spent(self._gpu_ms, 0.25, 0.5, 1000.0)
+        self.spent = None if self._gpu_ms is None else CallTiming(self._gpu_ms, 0.25, 0.5, 1000.0)
         return {"y": np.zeros((len(feeds["x"]), 5), np.float32)}
 
     def close(self) -> None: ...
@@ -78,14 +78,14 @@ def test_one_engine_without_a_gpu_clock_puts_all_on_the_hosts() -> None:
 def test_a_batch_in_several_calls_is_the_sum_of_them() -> None:
     (engine,) = classifiers(Clock(), 3.0, profiles=(Profile(1, 1, 2),))
     engine.logits(np.zeros((5, 3, 4, 4), np.float32))
-    assert engine.spent == Spent(9.0, 0.75, 1.5, 3000.0)
+    assert engine.spent == CallTiming(9.0, 0.75, 1.5, 3000.0)
 
 
 @pytest.mark.parametrize(("profile", "batch"), [(Profile(1, 1, 1), 2), (Profile(4, 8, 8), 2)])
 def test_a_batch_that_is_no_single_call_is_not_timed(profile: Profile, batch: int) -> None:
     engines = classifiers(Clock(), 3.0, 4.0, profiles=(profile,))
     with pytest.raises(InputError, match=f"do not take batches of {batch}") as caught:
-        run_in_turn(engines, batch, ONCE, Clock())
+        run_interleaved(engines, batch, ONCE, Clock())
     assert f"3.0 takes {profile.min} to {profile.max}; 4.0 takes" in str(caught.value).replace(", 4.0", "; 4.0")
 
 

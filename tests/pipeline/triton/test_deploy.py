@@ -360,10 +360,10 @@ def test_one_random_plan_among_others_is_refused(tmp_path: Path) -> None:
 
 def test_a_plan_without_weights_is_refused(cli: Callable[..., Any], tmp_path: Path) -> None:
     """Triton loads a plan as it is; one that merely can be refitted has its weights."""
-    plans = [plan(tmp_path / "a.plan"), plan(tmp_path / "b.plan", compute_capability="8.0", stripped=True)]
+    plans = [plan(tmp_path / "a.plan"), plan(tmp_path / "b.plan", compute_capability="8.0", strip_plan=True)]
     with pytest.raises(InputError, match=r"stripped of its weights(.|\n)*where: \S*b\.plan\n") as refused:
         deploy(plans, DeployOptions(tmp_path / "models", "net"))
-    assert "--stripped" in str(refused.value)
+    assert "--strip-plan" in str(refused.value)
     ran = cli("deploy", plans[1], "--repository", tmp_path / "models")
     assert (ran.code, ran.out) == (3, "")
     assert not (tmp_path / "models").exists()

@@ -10,7 +10,7 @@ from maskplan.pipeline.data.dataset import ImageFiles, Split
 from maskplan.pipeline.parity.answers import UNLABELLED
 
 
-def open_unlabelled(folder: Path) -> Split | None:
+def open_unlabeled(folder: Path) -> Split | None:
     """The images that lie in a folder, or in its `val/`, without class folders; None where there are none such.
 
     Images next to folders are left to `open_val`, which says what is wrong with the layout.

@@ -16,12 +16,12 @@ from maskplan.pipeline.core.validation import at_least
 from maskplan.pipeline.data.dataset import Split, batches
 from maskplan.pipeline.stability.bounds import (
     Floats,
+    ForwardObservation,
     Pair,
-    Seen,
     change_bounds,
     difference_norms,
     largest_image,
-    look,
+    observe,
     pair_of,
     worst_case,
 )
@@ -103,7 +103,7 @@ class Weights:
     updated_masked: State | None = None
 
 
-def analyse(
+def analyze(
     module: nn.Module,
     provenance: Provenance,
     weights: Weights,
@@ -147,7 +147,7 @@ def analyse(
     margins = []
     split = val.first(options.images, options.seed)
     for images in _batches(split, how, options):
-        seen = look(pair, images)
+        seen = observe(pair, images)
         masking.add(pair, seen)
         for each in held:
             each.add(seen)
@@ -219,12 +219,12 @@ def require_masked(sparse: State, masks: Mapping[str, np.ndarray], *, where: obj
         )
 
 
-def _batches(split: Split, how: Preprocessing, options: StabilityOptions) -> Iterator[torch.Tensor]:
+def _batches(split: Split, preprocessing: Preprocessing, options: StabilityOptions) -> Iterator[torch.Tensor]:
     import torch
 
     # Both networks keep several nodes' values at a time, in float64.
-    size = options.batch or (64 if how.height * how.width <= 64**2 else 8)
-    for x, _ in track(batches(split, how, size), "stability", -(-len(split) // size)):
+    size = options.batch or (64 if preprocessing.height * preprocessing.width <= 64**2 else 8)
+    for x, _ in track(batches(split, preprocessing, size), "stability", -(-len(split) // size)):
         yield torch.from_numpy(x)
 
 
@@ -268,7 +268,7 @@ class _Tally:
         self._flips: list[Bools] = []
         self._found: list[list[Certificates]] = [[] for _ in ends]
 
-    def add(self, pair: Pair, seen: Seen) -> None:
+    def add(self, pair: Pair, seen: ForwardObservation) -> None:
         self._changes.append(seen.changes[-1])
         self._variation.append(_total_variation(seen.logits_first, seen.logits_second))
         self._flips.append(seen.logits_first.argmax(axis=1) != seen.logits_second.argmax(axis=1))
@@ -323,7 +323,7 @@ class _Held:
         self._largest: list[Floats] = []
         self._kept: list[list[Bools]] = [[] for _ in radii]
 
-    def add(self, seen: Seen) -> None:
+    def add(self, seen: ForwardObservation) -> None:
         sizes, logits = seen.sizes_second, seen.logits_second
         self._largest.append(largest_radius(self._ball, sizes, logits))
         for radius, kept in zip(self._radii, self._kept, strict=True):
@@ -364,9 +364,9 @@ class _Update:
             ends,
         )
 
-    def add(self, before: Seen, images: torch.Tensor) -> None:
+    def add(self, before: ForwardObservation, images: torch.Tensor) -> None:
         """Take a batch, and what was seen of dense and masked network before the update."""
-        dense, masked, both = (look(pair, images) for pair in (self._dense, self._masked, self._both))
+        dense, masked, both = (observe(pair, images) for pair in (self._dense, self._masked, self._both))
         self._old_and_new.add(self._masked, masked)
         self._new.add(self._both, both)
         moved = change_bounds(self._dense, dense)[-1] + change_bounds(self._masked, masked)[-1]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from maskplan.pipeline.parity.unlabelled import open_unlabelled
+from maskplan.pipeline.parity.unlabeled import open_unlabeled
 
 
 def pictures(folder: Path, *names: str) -> None:
@@ -21,7 +21,7 @@ def test_loose_images_are_found_in_order_and_have_no_label(part: str, tmp_path: 
     pictures(tmp_path / part, "b.png", "a.PNG", "c.jpg")
     (tmp_path / part / "notes.txt").write_text("no image")
     (tmp_path / part / "paper.pdf").write_text("Pillow writes these and cannot open them")
-    found = open_unlabelled(tmp_path)
+    found = open_unlabeled(tmp_path)
     assert found is not None
     assert [found.images.name(i) for i in found.indices.tolist()] == ["a.PNG", "b.png", "c.jpg"]
     assert found.labels.tolist() == [-1, -1, -1]
@@ -33,11 +33,11 @@ def test_class_folders_are_left_to_the_reader_of_class_folders(name: str, tmp_pa
     """Also where loose images lie beside them: that is a mistake in the layout."""
     pictures((tmp_path / name).parent, "a.png")
     pictures((tmp_path / name).parents[1], "loose.png")
-    assert open_unlabelled(tmp_path) is None
+    assert open_unlabeled(tmp_path) is None
 
 
-def test_no_folder_and_a_folder_without_images_are_no_unlabelled_images(tmp_path: Path) -> None:
+def test_no_folder_and_a_folder_without_images_are_no_unlabeled_images(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("")
-    assert open_unlabelled(tmp_path / "nowhere") is None
-    assert open_unlabelled(tmp_path / "empty") is None
+    assert open_unlabeled(tmp_path / "nowhere") is None
+    assert open_unlabeled(tmp_path / "empty") is None
