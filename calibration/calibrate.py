@@ -23,7 +23,8 @@ from maskplan.exporters.external_data import bring_inside
 from maskplan.exporters.half_range import beyond_half
 from maskplan.exporters.metadata import describe_onnx, load_onnx, read_provenance, write_provenance
 from maskplan.exporters.precision import to_fp16
-from maskplan.pipeline.core.artifacts import FP16, FP32, ImageSet, OnnxModel, Preprocessing
+from maskplan.pipeline.core.artifacts import ImageSet, OnnxModel, Preprocessing
+from maskplan.pipeline.core.choices import FP16, FP32
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.files import write_atomically
 from maskplan.pipeline.core.reports import CalibrationReport

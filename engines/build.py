@@ -13,9 +13,9 @@ from maskplan.engines.sidecar import read_engine, write_sidecar
 from maskplan.engines.trt.calibrator import ImplicitInt8
 from maskplan.engines.trt.options import TrtOptions
 from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel, Profile
+from maskplan.pipeline.core.choices import AUTO, ONNXRUNTIME, TENSORRT
 from maskplan.pipeline.core.errors import InputError
 
-AUTO, TENSORRT, ONNXRUNTIME = "auto", "tensorrt", "onnxruntime"
 DEFAULT_PROFILES = (Profile(1, 1, 1), Profile(1, 8, 8))
 
 

@@ -25,11 +25,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from maskplan.engines.kernel_names import DENSE as DENSE
-from maskplan.engines.kernel_names import SPARSE as SPARSE
-from maskplan.engines.kernel_names import UNKNOWN as UNKNOWN
 from maskplan.engines.kernel_names import kernel_state
 from maskplan.pipeline.core.artifacts import LayerSparsity
+from maskplan.pipeline.core.choices import DENSE, SPARSE, UNKNOWN
 from maskplan.pipeline.core.errors import InputError
 
 T = TypeVar("T")

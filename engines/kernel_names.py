@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import re
 
-SPARSE, DENSE, UNKNOWN = "sparse", "dense", "unknown"
+from maskplan.pipeline.core.choices import DENSE, SPARSE, UNKNOWN
 
 _SM_SPARSE = r"sm(?:80|86|87|89|90|100|101|103|110|120|121)"
 _SM = r"sm(?:50|52|53|60|61|62|70|72|75|80|86|87|89|90|100|101|103|110|120|121)"

@@ -17,9 +17,9 @@ import numpy.typing as npt
 from maskplan.engines.cusparselt import SparseHost, cusparselt_host
 from maskplan.exporters.counting import count_groups
 from maskplan.exporters.layer_shapes import LayerShape
+from maskplan.pipeline.core.choices import FAIL, PASS
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.progress import track
-from maskplan.pipeline.core.reports import FAIL, PASS
 from maskplan.pipeline.core.validation import at_least
 from maskplan.pipeline.masking.eligibility import ineligible_reason
 

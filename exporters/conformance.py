@@ -17,18 +17,9 @@ from maskplan.exporters.metadata import read_provenance
 from maskplan.exporters.tensors import Array, StoredValues, TensorError, dtype_name, is_numeric, read_values
 from maskplan.exporters.weights import WeightUse, weight_uses
 from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.core.choices import CONFORMING, DENSE_BY_CHOICE, FAIL, INELIGIBLE, PASS, VIOLATING
 from maskplan.pipeline.core.errors import InputError, PipelineError, listed
-from maskplan.pipeline.core.reports import (
-    CONFORMING,
-    DENSE_BY_CHOICE,
-    FAIL,
-    INELIGIBLE,
-    PASS,
-    VIOLATING,
-    ConformanceReport,
-    Violation,
-    WeightVerdict,
-)
+from maskplan.pipeline.core.reports import ConformanceReport, Violation, WeightVerdict
 from maskplan.pipeline.masking.eligibility import DTYPE
 from maskplan.pipeline.masking.patterns import parse_pattern
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import onnx
 
 from maskplan.exporters.weights import weight_uses
-from maskplan.pipeline.core.artifacts import FP16, FP32, INT8, OnnxModel, Provenance, TensorSpec
+from maskplan.pipeline.core.artifacts import OnnxModel, Provenance, TensorSpec
+from maskplan.pipeline.core.choices import FP16, FP32, INT8
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.files import read_bytes, sha256_of
 from maskplan.pipeline.core.serialization import decode, encode

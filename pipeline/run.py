@@ -6,23 +6,27 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from maskplan.engines.build import TENSORRT, choose_backend
-from maskplan.pipeline.core.artifacts import FP16, FP32, INT8, Checkpoint, Deployment, EngineFile, MaskSet, OnnxModel
-from maskplan.pipeline.core.errors import InputError
-from maskplan.pipeline.core.reports import (
+from maskplan.engines.build import choose_backend
+from maskplan.pipeline.core.artifacts import Checkpoint, Deployment, EngineFile, MaskSet, OnnxModel
+from maskplan.pipeline.core.choices import (
+    AUTO,
+    CHANNEL,
+    DANHOFER2024,
     FAIL,
-    CalibrationReport,
-    ConformanceReport,
-    PassFigures,
-    Refinement,
-    TimingReport,
+    FP16,
+    FP32,
+    INT8,
+    LAYERWISE,
+    LEARNED,
+    TENSORRT,
 )
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.reports import CalibrationReport, ConformanceReport, PassFigures, Refinement, TimingReport
 from maskplan.pipeline.data.dataset import Dataset, open_folder
 from maskplan.pipeline.data.digits import load_digits
-from maskplan.pipeline.masking.patterns import CHANNEL
 from maskplan.pipeline.models.checkpoint import ModelOptions
 from maskplan.pipeline.models.registry import BUNDLED, folder_name
-from maskplan.pipeline.pruning.mask import AUTO, DANHOFER2024, DEPLOYABLE, LAYERWISE, LEARNED, method_for
+from maskplan.pipeline.pruning.mask import DEPLOYABLE, method_for
 from maskplan.pipeline.recipe import Recipe
 from maskplan.pipeline.report.record import ReportFiles, RunReport
 from maskplan.pipeline.stages import engines as engine_stages

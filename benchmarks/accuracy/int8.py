@@ -22,7 +22,8 @@ from maskplan.engines.base import Classifier
 from maskplan.engines.ort import OrtEngine
 from maskplan.exporters.conformance import CheckOptions, check_2to4
 from maskplan.exporters.onnx_export import ExportOptions, export_onnx
-from maskplan.pipeline.core.artifacts import FP32, OnnxModel, Provenance
+from maskplan.pipeline.core.artifacts import OnnxModel, Provenance
+from maskplan.pipeline.core.choices import FP32
 from maskplan.pipeline.data.dataset import Dataset, Split, batches
 from maskplan.pipeline.learning.options import LearnFiles, LearnOptions
 from maskplan.pipeline.learning.trainer import learn_masks

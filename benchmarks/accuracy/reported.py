@@ -16,12 +16,12 @@ from accuracy import PATTERN, dense_network, hits, network_parser, paired, prune
 from cifar import HOW, load_cifar10
 from torch import nn
 
+from maskplan.pipeline.core.choices import FLAT
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.data.dataset import Dataset
 from maskplan.pipeline.learning.danhofer2024 import DanhoferNet, DanhoferOptions, hits_of, learn_danhofer
 from maskplan.pipeline.learning.masked_net import Masks
 from maskplan.pipeline.masking.magnitude import magnitude_mask
-from maskplan.pipeline.masking.patterns import FLAT
 from maskplan.pipeline.masking.policy import select_layers
 from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.report.write import versions

@@ -18,7 +18,8 @@ from maskplan.engines.trt.progress import progress_monitor
 from maskplan.engines.trt.record import plan_record
 from maskplan.engines.trt.timing_cache import load_timing_cache, save_timing_cache
 from maskplan.engines.trt.versions import construct, import_tensorrt, member, network_flags
-from maskplan.pipeline.core.artifacts import INT8, EngineFile, LayerSparsity, OnnxModel, Profile, TensorSpec
+from maskplan.pipeline.core.artifacts import EngineFile, LayerSparsity, OnnxModel, Profile, TensorSpec
+from maskplan.pipeline.core.choices import INT8
 from maskplan.pipeline.core.errors import HostError, InputError, PipelineError, listed
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from maskplan.engines.trt.build import FP32_NOTE
 from maskplan.engines.trt.options import TrtOptions
-from maskplan.pipeline.core.artifacts import FP32, OnnxModel, Profile
+from maskplan.pipeline.core.artifacts import OnnxModel, Profile
+from maskplan.pipeline.core.choices import FP32
 from maskplan.pipeline.core.errors import InputError, listed
 
 MAJORS = (10, 11)

@@ -110,9 +110,10 @@ def build(
     ] = None,
 ) -> None:
     """Compile an ONNX file to an engine with a sidecar that describes it."""
-    from maskplan.engines.build import SUFFIX, TENSORRT, BuildOptions, build_engine, choose_backend
+    from maskplan.engines.build import SUFFIX, BuildOptions, build_engine, choose_backend
     from maskplan.engines.trt.options import TrtOptions
     from maskplan.exporters.metadata import describe_onnx
+    from maskplan.pipeline.core.choices import TENSORRT
 
     trt = TrtOptions(
         tf32=tf32,

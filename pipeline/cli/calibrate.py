@@ -32,7 +32,9 @@ def calibrate(
     out: Annotated[
         Path | None, typer.Option("--output", "-o", help="The INT8 file; MODEL.int8.onnx by default.")
     ] = None,
-    float_dtype: Annotated[str, typer.Option(help="What stays in floats: fp32 for ONNX Runtime, fp16 for TensorRT.")] = "fp32",
+    float_dtype: Annotated[
+        str, typer.Option(help="What stays in floats: fp32 for ONNX Runtime, fp16 for TensorRT.")
+    ] = "fp32",
     images: Annotated[int, typer.Option(min=1, help="Training images to measure ranges on.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 16,
     method: Annotated[str, typer.Option(help="minmax, percentile, entropy or mse.")] = "mse",
@@ -65,7 +67,7 @@ def calibrate(
     from maskplan.calibration.calibrate import calibrate as calibrate_stage
     from maskplan.exporters.conformance import CheckOptions, check_2to4
     from maskplan.exporters.metadata import describe_onnx
-    from maskplan.pipeline.core.artifacts import FP16, FP32
+    from maskplan.pipeline.core.choices import FP16, FP32
     from maskplan.pipeline.core.errors import InputError
     from maskplan.pipeline.core.files import write_json
     from maskplan.pipeline.core.serialization import encode

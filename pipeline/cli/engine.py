@@ -75,7 +75,7 @@ def engine(
     Stages that are done and unchanged are not run again, so the same command goes on after an interruption, and on another
     host after copying DIR.
     """
-    from maskplan.pipeline.core.artifacts import FP16, FP32, INT8
+    from maskplan.pipeline.core.choices import FP16, FP32, INT8
     from maskplan.pipeline.core.errors import InputError
     from maskplan.pipeline.core.files import write_atomically
     from maskplan.pipeline.models.checkpoint import ModelOptions

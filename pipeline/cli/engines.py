@@ -60,9 +60,9 @@ def time(
 
 
 def _time_two(dense: Path, sparse: Path, how: TimeOptions, report: Path | None) -> None:
-    from maskplan.engines.build import ONNXRUNTIME
     from maskplan.engines.ort import NO_SPARSE_KERNELS
     from maskplan.engines.sidecar import read_engine
+    from maskplan.pipeline.core.choices import ONNXRUNTIME
     from maskplan.pipeline.core.files import write_json
     from maskplan.pipeline.core.serialization import encode
     from maskplan.pipeline.stages.engines import opened
@@ -98,8 +98,8 @@ def _time_two(dense: Path, sparse: Path, how: TimeOptions, report: Path | None) 
 
 
 def _time_three_way(folder: Path, how: TimeOptions, report: Path | None) -> None:
-    from maskplan.engines.build import ONNXRUNTIME
     from maskplan.engines.ort import NO_SPARSE_KERNELS
+    from maskplan.pipeline.core.choices import ONNXRUNTIME
     from maskplan.pipeline.core.files import write_json
     from maskplan.pipeline.core.serialization import encode
     from maskplan.pipeline.stages.engines import opened
@@ -188,8 +188,8 @@ def _flags(record: EngineFile) -> list[str]:
 
 
 def _evidence(record: EngineFile) -> str:
-    from maskplan.engines.build import TENSORRT
     from maskplan.engines.evidence import totals
+    from maskplan.pipeline.core.choices import TENSORRT
 
     if record.layers:
         counted = totals(record.layers)

@@ -48,9 +48,9 @@ def probe(
     from maskplan.exporters.conformance import CheckOptions, check_2to4
     from maskplan.exporters.layer_shapes import shaped_weights
     from maskplan.exporters.lazy_load import load_mapped
+    from maskplan.pipeline.core.choices import CONFORMING, FAIL, VIOLATING
     from maskplan.pipeline.core.errors import InputError, listed
     from maskplan.pipeline.core.files import write_json
-    from maskplan.pipeline.core.reports import CONFORMING, FAIL, VIOLATING
     from maskplan.pipeline.core.serialization import encode
 
     sizes = [part.strip() for part in batch.split(",")]

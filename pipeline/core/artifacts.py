@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-FP32, FP16, INT8 = "fp32", "fp16", "int8"
-"""Precisions of a model; that of INT8 stands beside one of the others, in which the rest of it runs."""
+from maskplan.pipeline.core.choices import Backend, LayerState, Layout, Precision
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class Provenance:
     preprocessing: Preprocessing
     masked: tuple[str, ...] = ()
     pattern: str | None = None
-    layout: str | None = None
+    layout: Layout | None = None
     method: str | None = None
     recalibrated_images: int = 0
     image_sets: tuple[ImageSet, ...] = ()
@@ -193,7 +192,7 @@ class MaskSet:
     sha256: str
     model: str
     pattern: Pattern
-    layout: str
+    layout: Layout
     method: str
     weights_sha256: str
     masked: tuple[MaskedLayer, ...]
@@ -210,7 +209,7 @@ class OnnxModel:
     path: Path
     sha256: str
     bytes: int
-    precision: str
+    precision: Precision
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     provenance: Provenance | None
@@ -243,7 +242,7 @@ class LayerSparsity:
 
     name: str
     kernel: str | None
-    state: str
+    state: LayerState
     c: int | None
     k: int | None
     nodes: tuple[str, ...] = ()
@@ -271,8 +270,8 @@ class EngineFile:
     path: Path
     sha256: str
     bytes: int
-    backend: str
-    precision: str
+    backend: Backend
+    precision: Precision
     runtime_version: str
     device: str
     compute_capability: str | None

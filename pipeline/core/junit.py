@@ -5,17 +5,8 @@ from __future__ import annotations
 import dataclasses
 from xml.etree import ElementTree
 
-from maskplan.pipeline.core.reports import (
-    DENSE_BY_CHOICE,
-    INELIGIBLE,
-    NOT_APPLICABLE,
-    PASS,
-    VIOLATING,
-    Check,
-    ConformanceReport,
-    OutputCloseness,
-    ParityReport,
-)
+from maskplan.pipeline.core.choices import DENSE_BY_CHOICE, INELIGIBLE, NOT_APPLICABLE, PASS, VIOLATING
+from maskplan.pipeline.core.reports import Check, ConformanceReport, OutputCloseness, ParityReport
 
 
 def conformance_junit(report: ConformanceReport, model: str) -> bytes:

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PASS, FAIL, NOT_APPLICABLE = "pass", "fail", "not_applicable"
-
-CONFORMING, VIOLATING, DENSE_BY_CHOICE, INELIGIBLE = (
-    "conforming",
-    "violating",
-    "dense_by_choice",
-    "ineligible",
-)
+from maskplan.pipeline.core.choices import PASS, GateVerdict, WeightState
 
 
 @dataclass(frozen=True)
@@ -49,7 +42,7 @@ class WeightVerdict:
     shape: tuple[int, ...]
     axis: int | None
     dtype: str
-    verdict: str
+    verdict: WeightState
     reason: str | None
     groups: int
     violating_groups: int
@@ -63,7 +56,7 @@ class WeightVerdict:
 class ConformanceReport:
     """Whether the weights that should be N:M are; no such weight at all is a failure."""
 
-    verdict: str
+    verdict: GateVerdict
     reason: str | None
     pattern: str
     eligible: int
@@ -260,7 +253,7 @@ class ParityReport:
         depth: Where the models begin to differ, where that was asked for.
     """
 
-    verdict: str
+    verdict: GateVerdict
     reason: str | None
     images: int
     top1_dense: float | None
@@ -423,7 +416,7 @@ class PassFigures:
 
     engine_sha256: str
     masked_layers: int
-    verdict: str
+    verdict: GateVerdict
     top1_drop: float | None
     batches: tuple[PassTiming, ...]
 

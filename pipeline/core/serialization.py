@@ -57,6 +57,9 @@ def _decode(kind: Any, value: Any, root: Path | None, at: str) -> Any:
             return None
         (inner,) = [a for a in arguments if a is not type(None)]
         return _decode(inner, value, root, at)
+    if origin is typing.Literal:
+        _expect(value in arguments, at, f"one of {', '.join(map(str, arguments))}", value)
+        return value
     if origin is tuple:
         _expect(isinstance(value, list), at, "a list", value)
         if len(arguments) == 2 and arguments[1] is Ellipsis:

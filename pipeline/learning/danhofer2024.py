@@ -22,13 +22,14 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from maskplan.pipeline.core.artifacts import Learning, Pattern, Preprocessing
+from maskplan.pipeline.core.choices import FLAT
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.data.dataset import Dataset, Split, batches
 from maskplan.pipeline.learning.judge import Judge, share_moved
 from maskplan.pipeline.learning.options import LearnOptions
 from maskplan.pipeline.learning.schedule import seed_of, training_batches
-from maskplan.pipeline.masking.patterns import FLAT, patterns
+from maskplan.pipeline.masking.patterns import patterns
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from maskplan.pipeline.core.artifacts import Preprocessing
+from maskplan.pipeline.core.choices import CHANNEL, FLAT
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.data.dataset import Dataset, batches
 from maskplan.pipeline.learning.masked_net import Masks
 from maskplan.pipeline.learning.options import LearnOptions
-from maskplan.pipeline.masking.patterns import CHANNEL, FLAT, group
+from maskplan.pipeline.masking.patterns import group
 from maskplan.pipeline.models.batchnorm import RecalibrateOptions, update_statistics
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from maskplan.pipeline.core.artifacts import Pattern
-from maskplan.pipeline.masking.patterns import CHANNEL
+from maskplan.pipeline.core.choices import CHANNEL
 
 # Elements a block: small enough that a block's magnitudes and ranks stay in the cache.
 _BLOCK = 1 << 16

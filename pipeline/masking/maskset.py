@@ -14,12 +14,13 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from maskplan.pipeline.core.artifacts import DenseLayer, ImageSet, Layer, Learning, MaskedLayer, MaskSet, Pattern
+from maskplan.pipeline.core.choices import CHANNEL, FLAT
 from maskplan.pipeline.core.errors import InputError, listed
 from maskplan.pipeline.core.files import sha256_of, write_atomically
 from maskplan.pipeline.core.serialization import encode
 from maskplan.pipeline.masking.eligibility import ineligible_reason
 from maskplan.pipeline.masking.magnitude import kept_magnitude, magnitude_mask
-from maskplan.pipeline.masking.patterns import CHANNEL, FLAT, LAYOUTS, group, parse_pattern, violations
+from maskplan.pipeline.masking.patterns import LAYOUTS, group, parse_pattern, violations
 from maskplan.pipeline.masking.policy import UNUSED
 from maskplan.pipeline.models.state_dict import METADATA_KEY, read_metadata
 

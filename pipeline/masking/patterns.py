@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.core.choices import CHANNEL, FLAT, Layout
 from maskplan.pipeline.core.errors import InputError
 
 Scalar = TypeVar("Scalar", bound=np.generic)
 
-CHANNEL, FLAT = "channel", "flat"
-LAYOUTS = (CHANNEL, FLAT)
+LAYOUTS: tuple[Layout, ...] = (CHANNEL, FLAT)
 
 
 def parse_pattern(text: str) -> Pattern:

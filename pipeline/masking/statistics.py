@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.core.choices import CHANNEL, FLAT
 from maskplan.pipeline.masking.magnitude import magnitude_mask
-from maskplan.pipeline.masking.patterns import CHANNEL, FLAT, group
+from maskplan.pipeline.masking.patterns import group
 
 # There are six patterns that keep two of four, but 12,870 that keep eight of sixteen.
 _MOST_LISTED = 12

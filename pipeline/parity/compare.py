@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from maskplan.engines.base import Classifier
 from maskplan.pipeline.core.artifacts import Preprocessing, Provenance
+from maskplan.pipeline.core.choices import NOT_APPLICABLE
 from maskplan.pipeline.core.errors import InputError
-from maskplan.pipeline.core.reports import NOT_APPLICABLE, Fidelity, MethodRow, ParityReport
+from maskplan.pipeline.core.reports import Fidelity, MethodRow, ParityReport
 from maskplan.pipeline.core.statistics import PairedCounts, drop_interval, mcnemar_p
 from maskplan.pipeline.data.dataset import Split
 from maskplan.pipeline.parity.answers import UNLABELLED, Answers, ask, fixed_images, logits_of

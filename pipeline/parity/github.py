@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from maskplan.pipeline.core.choices import NOT_APPLICABLE, PASS
 from maskplan.pipeline.core.errors import host_error
-from maskplan.pipeline.core.reports import NOT_APPLICABLE, PASS, ParityReport
+from maskplan.pipeline.core.reports import ParityReport
 
 
 def workflow_commands(report: ParityReport, title: str) -> tuple[str, ...]:

@@ -8,9 +8,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from maskplan.engines.build import TENSORRT
 from maskplan.engines.sidecar import read_engine, sidecar_path
 from maskplan.exporters.onnx_export import ExportOptions, export_onnx
+from maskplan.pipeline.core.choices import TENSORRT
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.files import sha256_of
 from maskplan.pipeline.models.checkpoint import read_checkpoint, rebuilt

@@ -5,10 +5,10 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from maskplan.engines.build import TENSORRT
 from maskplan.engines.sidecar import read_engine, sidecar_path
 from maskplan.exporters.metadata import describe_onnx
 from maskplan.pipeline.core.artifacts import TensorSpec
+from maskplan.pipeline.core.choices import TENSORRT
 from maskplan.pipeline.core.errors import InputError
 
 OUTPUTS = "dense_outputs.json"

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from maskplan.engines.base import Classifier
-from maskplan.engines.build import TENSORRT, open_engine
+from maskplan.engines.build import open_engine
 from maskplan.engines.ort import OrtEngine
 from maskplan.engines.sidecar import read_engine, sidecar_path
 from maskplan.exporters.metadata import load_onnx, read_provenance
 from maskplan.exporters.onnx_export import ExportOptions, export_onnx
 from maskplan.pipeline.core.artifacts import Preprocessing, Provenance
+from maskplan.pipeline.core.choices import TENSORRT
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.models.checkpoint import read_checkpoint, rebuilt
 

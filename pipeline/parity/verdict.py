@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from maskplan.pipeline.core.artifacts import Provenance
-from maskplan.pipeline.core.reports import FAIL, NOT_APPLICABLE, PASS, Check, ParityReport
+from maskplan.pipeline.core.choices import FAIL, NOT_APPLICABLE, PASS
+from maskplan.pipeline.core.reports import Check, ParityReport
 from maskplan.pipeline.core.statistics import best_drop_limit, fewest
 from maskplan.pipeline.stability.flip_rate import clopper_pearson
 

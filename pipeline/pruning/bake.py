@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maskplan.pipeline.core.artifacts import Checkpoint, MaskSet, Provenance
+from maskplan.pipeline.core.choices import CHANNEL
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.masking.maskset import load_masks
-from maskplan.pipeline.masking.patterns import CHANNEL
 from maskplan.pipeline.models.checkpoint import save_checkpoint
 from maskplan.pipeline.models.state_dict import tensors_sha256
 

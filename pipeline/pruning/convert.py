@@ -16,12 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from maskplan.pipeline.core.artifacts import Checkpoint, ImageSet, Layer, Provenance
+from maskplan.pipeline.core.choices import CHANNEL
 from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.core.validation import at_least
 from maskplan.pipeline.data.dataset import Dataset, Split, batches
 from maskplan.pipeline.masking.layerwise import layerwise_mask, output_error, unfolded
 from maskplan.pipeline.masking.magnitude import kept_magnitude
-from maskplan.pipeline.masking.patterns import CHANNEL, parse_pattern
+from maskplan.pipeline.masking.patterns import parse_pattern
 from maskplan.pipeline.masking.policy import LayerPolicy, select_layers
 from maskplan.pipeline.models.batchnorm import RecalibrateOptions, recalibrate
 from maskplan.pipeline.models.device import choose_device

@@ -12,6 +12,16 @@ import numpy as np
 import numpy.typing as npt
 
 from maskplan.pipeline.core.artifacts import DenseLayer, ImageSet, Layer, MaskSet, Pattern, Provenance
+from maskplan.pipeline.core.choices import (
+    AUTO,
+    CHANNEL,
+    DANHOFER2024,
+    FLAT,
+    LAYERWISE,
+    LEARNED,
+    MAGNITUDE,
+    TRANSPOSABLE,
+)
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.core.validation import at_least
@@ -20,7 +30,7 @@ from maskplan.pipeline.learning.options import LearnFiles, LearnOptions
 from maskplan.pipeline.masking.layerwise import layerwise_mask
 from maskplan.pipeline.masking.magnitude import magnitude_mask
 from maskplan.pipeline.masking.maskset import load_masks, read_masks, require_fit, write_masks
-from maskplan.pipeline.masking.patterns import CHANNEL, FLAT, LAYOUTS, parse_pattern
+from maskplan.pipeline.masking.patterns import LAYOUTS, parse_pattern
 from maskplan.pipeline.masking.policy import LINEAR, TOO_COSTLY, LayerPolicy, select_layers
 from maskplan.pipeline.masking.transposable import transposable_masks
 from maskplan.pipeline.models.layers import trace_layers
@@ -29,17 +39,9 @@ from maskplan.pipeline.models.state_dict import tensors_sha256
 if TYPE_CHECKING:
     from torch import nn
 
-LEARNED, MAGNITUDE, LAYERWISE, TRANSPOSABLE, DANHOFER2024 = (
-    "learned",
-    "magnitude",
-    "layerwise",
-    "transposable",
-    "danhofer2024",
-)
 DEPLOYABLE = (LEARNED, MAGNITUDE, LAYERWISE, TRANSPOSABLE)
 METHODS = (*DEPLOYABLE, DANHOFER2024)
 INIT_METHODS = (MAGNITUDE, LAYERWISE)
-AUTO = "auto"
 
 
 @dataclass(frozen=True)

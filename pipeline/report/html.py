@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from maskplan.engines.build import ONNXRUNTIME
-from maskplan.engines.evidence import DENSE, SPARSE, UNKNOWN, totals
+from maskplan.engines.evidence import totals
 from maskplan.pipeline.core.artifacts import LayerSparsity
-from maskplan.pipeline.core.reports import CONFORMING, BatchTiming, LayerDifference, WeightVerdict
+from maskplan.pipeline.core.choices import CONFORMING, DENSE, ONNXRUNTIME, SPARSE, UNKNOWN
+from maskplan.pipeline.core.reports import BatchTiming, LayerDifference, WeightVerdict
 from maskplan.pipeline.core.serialization import encode
 from maskplan.pipeline.permutation.record import AS_GIVEN, FIXED, MOVED, UNREAD
 from maskplan.pipeline.recipe import Recipe

@@ -13,9 +13,7 @@ from maskplan.engines.evidence import totals
 from maskplan.pipeline import __version__
 from maskplan.pipeline.core.artifacts import EngineFile, MaskSet
 from maskplan.pipeline.core.files import write_atomically, write_json
-from maskplan.pipeline.core.reports import (
-    Fidelity,
-)
+from maskplan.pipeline.core.reports import Fidelity
 from maskplan.pipeline.core.serialization import encode
 from maskplan.pipeline.permutation.record import Permuted
 from maskplan.pipeline.report.record import ReportFile, ReportFiles, RunReport

@@ -100,14 +100,10 @@ def conv_norm(
     found = []
     if times < rows.times_seen_at_most * columns.times_seen_at_most or times == 1:
         unfolded = max(_matrix_norm(kernel.reshape(outputs, -1)) for kernel in kernels) * math.sqrt(times)
-        found.append(
-            Norm(unfolded, exact=times == 1 and rows.sees_whole and columns.sees_whole, method="unfolded")
-        )
+        found.append(Norm(unfolded, exact=times == 1 and rows.sees_whole and columns.sees_whole, method="unfolded"))
     if not any(norm.exact for norm in found):
         found.append(
-            Norm(
-                _torus_norm(kernels, rows, columns), exact=False, method="depthwise" if inputs == 1 else "torus"
-            )
+            Norm(_torus_norm(kernels, rows, columns), exact=False, method="depthwise" if inputs == 1 else "torus")
         )
     return min(found, key=lambda norm: norm.value)
 

@@ -8,19 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from maskplan.engines.base import Classifier
-from maskplan.engines.build import (
-    ONNXRUNTIME,
-    SUFFIX,
-    TENSORRT,
-    BuildOptions,
-    build_engine,
-    is_foreign,
-    open_engine,
-    profiles_for,
-)
+from maskplan.engines.build import SUFFIX, BuildOptions, build_engine, is_foreign, open_engine, profiles_for
 from maskplan.engines.ort import NO_SPARSE_KERNELS, OrtEngine
 from maskplan.engines.sidecar import has_sidecar, write_sidecar
 from maskplan.pipeline.core.artifacts import Checkpoint, EngineFile, OnnxModel
+from maskplan.pipeline.core.choices import ONNXRUNTIME, TENSORRT
 from maskplan.pipeline.core.files import read_bytes, write_atomically
 from maskplan.pipeline.core.reports import Fidelity, ParityReport, TimingReport
 from maskplan.pipeline.parity.compare import compare, fidelity

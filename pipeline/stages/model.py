@@ -10,7 +10,8 @@ from pathlib import Path
 from maskplan.calibration.calibrate import CalibrationImages, calibrate
 from maskplan.exporters.conformance import CheckOptions, check_2to4
 from maskplan.exporters.onnx_export import export_onnx
-from maskplan.pipeline.core.artifacts import FP16, FP32, INT8, Checkpoint, ImageSet, MaskSet, OnnxModel, Provenance
+from maskplan.pipeline.core.artifacts import Checkpoint, ImageSet, MaskSet, OnnxModel, Provenance
+from maskplan.pipeline.core.choices import FP16, FP32, INT8, MAGNITUDE
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.files import read_bytes, sha256_of, write_atomically
 from maskplan.pipeline.core.reports import CalibrationReport, ConformanceReport
@@ -23,7 +24,7 @@ from maskplan.pipeline.models.checkpoint import ModelOptions, load_checkpoint, m
 from maskplan.pipeline.models.registry import model_identity
 from maskplan.pipeline.permutation.record import Permuted
 from maskplan.pipeline.pruning.bake import bake
-from maskplan.pipeline.pruning.mask import MAGNITUDE, choose_masks, given_masks, looks_at_images, policy_of
+from maskplan.pipeline.pruning.mask import choose_masks, given_masks, looks_at_images, policy_of
 from maskplan.pipeline.recipe import Recipe
 from maskplan.pipeline.stages.refine import RAN_DENSE
 from maskplan.pipeline.stages.workspace import Workspace

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from maskplan.engines.evidence import DENSE, SPARSE, UNKNOWN
 from maskplan.pipeline.core.artifacts import EngineFile, MaskSet
+from maskplan.pipeline.core.choices import DENSE, FAIL, SPARSE, UNKNOWN
 from maskplan.pipeline.core.reports import (
-    FAIL,
     BatchTiming,
     ConformanceReport,
     ParityReport,

@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from maskplan.engines.base import Classifier
-from maskplan.engines.build import SUFFIX, TENSORRT, BuildOptions, build_engine
+from maskplan.engines.build import SUFFIX, BuildOptions, build_engine
 from maskplan.engines.sidecar import read_engine, sidecar_path
 from maskplan.engines.trt.options import TrtOptions
 from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel
+from maskplan.pipeline.core.choices import TENSORRT
 from maskplan.pipeline.core.errors import InputError, host_error, listed
 from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.core.reports import GpuClocks

@@ -19,8 +19,8 @@ from maskplan.calibration.qdq import insert_qdq
 from maskplan.exporters.conformance import check_2to4
 from maskplan.exporters.metadata import precision_of, read_provenance
 from maskplan.exporters.onnx_export import trace
+from maskplan.pipeline.core.choices import CONFORMING, FAIL, PASS, VIOLATING
 from maskplan.pipeline.core.errors import InputError
-from maskplan.pipeline.core.reports import CONFORMING, FAIL, PASS, VIOLATING
 from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
 
 Array = npt.NDArray[Any]

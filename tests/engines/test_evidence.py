@@ -16,15 +16,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from maskplan.engines.evidence import (
-    DENSE,
     FEW_CHANNELS,
     FLOAT_OUTPUT,
     GROUPED,
     LOW_OPTIMIZATION,
     NO_FP32_KERNELS,
     NOT_2TO4,
-    SPARSE,
-    UNKNOWN,
     SparsityLog,
     Totals,
     layers_of,
@@ -33,6 +30,7 @@ from maskplan.engines.evidence import (
     with_reasons,
 )
 from maskplan.pipeline.core.artifacts import LayerSparsity
+from maskplan.pipeline.core.choices import DENSE, SPARSE, UNKNOWN
 from maskplan.pipeline.core.errors import InputError
 
 SIMT = "sm70_xmma_fprop_conv1x1_i8f32_f32_f32_nchw_vect_c_4kcrs_vect_c_4_nchw_simt_small_batch_bias_relu"

@@ -17,7 +17,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from maskplan.engines.kernel_names import DENSE, SPARSE, UNKNOWN, kernel_state
+from maskplan.engines.kernel_names import kernel_state
+from maskplan.pipeline.core.choices import DENSE, SPARSE, UNKNOWN
 
 _AVDT = (
     "_int8int8_tilesize<64>x<64>x<64>_tapsperload<3>_threadspercta<128>_r<3>s<3>_u<1>v<1>|_scalebias|_relu"

@@ -23,8 +23,9 @@ from onnx import TensorProto, helper, numpy_helper
 from maskplan.exporters.conformance import CheckOptions, check_2to4
 from maskplan.exporters.metadata import write_provenance
 from maskplan.pipeline.core.artifacts import Preprocessing, Provenance
+from maskplan.pipeline.core.choices import CONFORMING, DENSE_BY_CHOICE, FAIL, INELIGIBLE, PASS, VIOLATING
 from maskplan.pipeline.core.errors import InputError
-from maskplan.pipeline.core.reports import CONFORMING, DENSE_BY_CHOICE, FAIL, INELIGIBLE, PASS, VIOLATING, WeightVerdict
+from maskplan.pipeline.core.reports import WeightVerdict
 
 Array = npt.NDArray[Any]
 

@@ -19,9 +19,9 @@ from torch import nn
 from maskplan.engines.build import BuildOptions, build_engine, open_engine
 from maskplan.exporters.conformance import check_2to4
 from maskplan.pipeline.core.artifacts import MaskSet
-from maskplan.pipeline.core.reports import CONFORMING, DENSE_BY_CHOICE, INELIGIBLE, PASS, ConformanceReport
+from maskplan.pipeline.core.choices import CONFORMING, DENSE_BY_CHOICE, INELIGIBLE, MAGNITUDE, PASS
+from maskplan.pipeline.core.reports import ConformanceReport
 from maskplan.pipeline.models.checkpoint import ModelOptions, module_of
-from maskplan.pipeline.pruning.mask import MAGNITUDE
 from maskplan.pipeline.recipe import Recipe
 from maskplan.pipeline.stages import model as stages
 from maskplan.pipeline.stages.workspace import Workspace

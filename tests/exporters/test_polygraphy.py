@@ -15,7 +15,7 @@ from polygraphy.tools.sparse import SparsityPruner
 
 from maskplan.engines.base import quiet_polygraphy
 from maskplan.exporters.conformance import CheckOptions, check_2to4
-from maskplan.pipeline.core.reports import CONFORMING, FAIL, INELIGIBLE, VIOLATING
+from maskplan.pipeline.core.choices import CONFORMING, FAIL, INELIGIBLE, VIOLATING
 
 Array = npt.NDArray[Any]
 GRAPHS = 240

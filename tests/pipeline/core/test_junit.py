@@ -10,8 +10,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from maskplan.pipeline.core.choices import FAIL, NOT_APPLICABLE, PASS
 from maskplan.pipeline.core.junit import parity_junit
-from maskplan.pipeline.core.reports import FAIL, NOT_APPLICABLE, PASS, Check, OutputCloseness, ParityReport
+from maskplan.pipeline.core.reports import Check, OutputCloseness, ParityReport
 
 
 def test_every_weight_is_a_case_and_violations_are_failures(

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.core.choices import CHANNEL, FLAT
 from maskplan.pipeline.masking.magnitude import kept_magnitude, largest, magnitude_mask
-from maskplan.pipeline.masking.patterns import CHANNEL, FLAT, group
+from maskplan.pipeline.masking.patterns import group
 
 PATTERNS = [(1, 2), (1, 4), (2, 4), (3, 4), (4, 4), (2, 6), (4, 8)]
 WEIGHTS: dict[str, Callable[[np.random.Generator, tuple[int, ...]], npt.NDArray[np.floating]]] = {

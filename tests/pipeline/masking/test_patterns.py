@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.core.choices import CHANNEL, FLAT
 from maskplan.pipeline.core.errors import InputError
-from maskplan.pipeline.masking.patterns import CHANNEL, FLAT, group, parse_pattern, patterns, ungroup, violations
+from maskplan.pipeline.masking.patterns import group, parse_pattern, patterns, ungroup, violations
 
 KERNELS = [(), (1, 1), (3, 3), (1, 3), (2,), (2, 1, 3)]
 

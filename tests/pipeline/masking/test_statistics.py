@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.core.choices import CHANNEL, FLAT
 from maskplan.pipeline.masking.magnitude import magnitude_mask
-from maskplan.pipeline.masking.patterns import CHANNEL, FLAT, LAYOUTS
+from maskplan.pipeline.masking.patterns import LAYOUTS
 from maskplan.pipeline.masking.statistics import PatternCount, mask_statistics
 
 RANDOM = np.random.default_rng(5)

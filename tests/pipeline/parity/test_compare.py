@@ -27,8 +27,9 @@ from maskplan.engines.base import Arrays, Classifier
 from maskplan.engines.ort import OrtEngine
 from maskplan.exporters.metadata import write_provenance
 from maskplan.pipeline.core.artifacts import ImageSet, Preprocessing, Profile, Provenance, TensorSpec
+from maskplan.pipeline.core.choices import FAIL, NOT_APPLICABLE, PASS
 from maskplan.pipeline.core.errors import InputError
-from maskplan.pipeline.core.reports import FAIL, NOT_APPLICABLE, PASS, Flips, ParityReport
+from maskplan.pipeline.core.reports import Flips, ParityReport
 from maskplan.pipeline.core.statistics import PairedCounts, drop_interval
 from maskplan.pipeline.data.dataset import Split, identify, open_folder, open_val
 from maskplan.pipeline.parity.answers import ask, fixed_images

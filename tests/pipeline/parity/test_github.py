@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from maskplan.pipeline.core.choices import FAIL, NOT_APPLICABLE, PASS
 from maskplan.pipeline.core.errors import HostError
-from maskplan.pipeline.core.reports import FAIL, NOT_APPLICABLE, PASS, Check, DriftRow, ParityReport
+from maskplan.pipeline.core.reports import Check, DriftRow, ParityReport
 from maskplan.pipeline.parity.github import append_summary, summary, workflow_commands
 
 GOOD = Check("max_top1_drop", 1.0, 0.25, 0.25, True, "top-1 drops by 0.25 points; 1 are allowed")

@@ -10,8 +10,9 @@ import pytest
 from scipy.stats import binomtest
 
 from maskplan.pipeline.core.artifacts import Preprocessing, Provenance
+from maskplan.pipeline.core.choices import FAIL, NOT_APPLICABLE, PASS
 from maskplan.pipeline.core.errors import InputError
-from maskplan.pipeline.core.reports import FAIL, NOT_APPLICABLE, PASS, Check, ClassDrop, Flips, ParityReport
+from maskplan.pipeline.core.reports import Check, ClassDrop, Flips, ParityReport
 from maskplan.pipeline.core.statistics import PairedCounts, drop_interval
 from maskplan.pipeline.parity.options import CompareOptions
 from maskplan.pipeline.parity.verdict import judge

@@ -19,6 +19,7 @@ import safetensors.numpy
 from torch import nn
 
 from maskplan.pipeline.core.artifacts import Pattern
+from maskplan.pipeline.core.choices import AUTO, LAYERWISE, LEARNED, MAGNITUDE, TRANSPOSABLE
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.data.digits import load_digits
 from maskplan.pipeline.learning.options import LearnFiles, LearnOptions
@@ -27,16 +28,7 @@ from maskplan.pipeline.masking.magnitude import magnitude_mask
 from maskplan.pipeline.masking.transposable import transposed_violations
 from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
 from maskplan.pipeline.models.layers import trace_layers
-from maskplan.pipeline.pruning.mask import (
-    AUTO,
-    LAYERWISE,
-    LEARNED,
-    MAGNITUDE,
-    TRANSPOSABLE,
-    MaskOptions,
-    choose_masks,
-    method_for,
-)
+from maskplan.pipeline.pruning.mask import MaskOptions, choose_masks, method_for
 from maskplan.pipeline.pruning.second_moments import MomentOptions, second_moments
 
 TWO_FOUR = Pattern(2, 4)

@@ -33,8 +33,8 @@ from maskplan.pipeline.core.artifacts import (
     Provenance,
     TensorSpec,
 )
+from maskplan.pipeline.core.choices import PASS
 from maskplan.pipeline.core.reports import (
-    PASS,
     BatchTiming,
     ConformanceReport,
     DepthReport,

@@ -25,7 +25,8 @@ from maskplan.engines.sidecar import read_engine
 from maskplan.exporters.conformance import check_2to4
 from maskplan.pipeline.cli.app import main
 from maskplan.pipeline.core.artifacts import DenseLayer, EngineFile, LayerSparsity, MaskedLayer, MaskSet, Pattern
-from maskplan.pipeline.core.reports import FAIL, PASS, ConformanceReport, PassFigures, PassTiming, WeightVerdict
+from maskplan.pipeline.core.choices import FAIL, PASS
+from maskplan.pipeline.core.reports import ConformanceReport, PassFigures, PassTiming, WeightVerdict
 from maskplan.pipeline.masking.maskset import leave_out
 from maskplan.pipeline.stages.refine import FIRST, REFINED, better, layers_to_restore, why_skip
 

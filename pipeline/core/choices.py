@@ -1,0 +1,55 @@
+"""Every closed set of choices as a type, so that mypy finds a branch that forgets one."""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+FloatPrecision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "int8"]
+"""Precision of a model; an INT8 model runs what is not quantized in one of the other two."""
+
+FP32: Final = "fp32"
+FP16: Final = "fp16"
+INT8: Final = "int8"
+
+Backend = Literal["tensorrt", "onnxruntime"]
+
+TENSORRT: Final = "tensorrt"
+ONNXRUNTIME: Final = "onnxruntime"
+
+GateVerdict = Literal["pass", "fail", "not_applicable"]
+
+PASS: Final = "pass"
+FAIL: Final = "fail"
+NOT_APPLICABLE: Final = "not_applicable"
+
+WeightState = Literal["conforming", "violating", "dense_by_choice", "ineligible"]
+"""What the 2:4 check found for one weight."""
+
+CONFORMING: Final = "conforming"
+VIOLATING: Final = "violating"
+DENSE_BY_CHOICE: Final = "dense_by_choice"
+INELIGIBLE: Final = "ineligible"
+
+LayerState = Literal["sparse", "dense", "unknown"]
+"""What is known of how an engine runs a layer."""
+
+SPARSE: Final = "sparse"
+DENSE: Final = "dense"
+UNKNOWN: Final = "unknown"
+
+Layout = Literal["channel", "flat"]
+"""Which axis the groups of a convolution's weight run along: the input channels, or the flattened C*R*S axis."""
+
+CHANNEL: Final = "channel"
+FLAT: Final = "flat"
+
+MaskMethod = Literal["learned", "magnitude", "layerwise", "transposable", "danhofer2024"]
+
+LEARNED: Final = "learned"
+MAGNITUDE: Final = "magnitude"
+LAYERWISE: Final = "layerwise"
+TRANSPOSABLE: Final = "transposable"
+DANHOFER2024: Final = "danhofer2024"
+
+AUTO: Final = "auto"
