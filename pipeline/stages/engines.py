@@ -1,4 +1,4 @@
-"""The line's stages on engines: build, compare, time."""
+"""The stages on engines: build, compare, time."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from maskplan.engines.base import Classifier
 from maskplan.engines.build import SUFFIX, BuildOptions, build_engine, is_foreign, open_engine, profiles_for
 from maskplan.engines.ort import NO_SPARSE_KERNELS, OrtEngine
 from maskplan.engines.sidecar import has_sidecar, write_sidecar
-from maskplan.pipeline.core.artifacts import Checkpoint, EngineFile, OnnxModel
-from maskplan.pipeline.core.choices import ONNXRUNTIME, TENSORRT
+from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel
+from maskplan.pipeline.core.choices import ONNXRUNTIME, TENSORRT, Backend, FloatPrecision
 from maskplan.pipeline.core.files import read_bytes, write_atomically
 from maskplan.pipeline.core.reports import Fidelity, ParityReport, TimingReport
-from maskplan.pipeline.parity.compare import compare, fidelity
-from maskplan.pipeline.stages.model import Images, Job, row_of
+from maskplan.pipeline.parity.compare import compare as compare_models
+from maskplan.pipeline.parity.compare import fidelity
+from maskplan.pipeline.stages.job import Images, Job, Network
+from maskplan.pipeline.stages.onnx_files import row_name
 from maskplan.pipeline.timing.compare_latency import time_engines
 
-# Images on which an engine is held against its own ONNX file, and noise on which random weights are compared.
+# Images for comparing an engine with its own ONNX file, and noise images for comparing random weights.
 _FIDELITY_IMAGES, _NOISE_IMAGES = 32, 32
 
-# Stages that build the same sparse engine: as the line's own, and as one of two of which one will be kept.
+# Two stages build the same sparse engine: as the result of the line, and as one of two candidates of `--refine`.
 _BUILD, _BUILD_CANDIDATE = "build-sparse", "build-candidate"
 
 
 @dataclass(frozen=True)
 class Engines:
-    """The three of a fair comparison; `pruned` is `sparse` itself where the runtime has no sparse flag."""
+    """The three engines of a fair comparison; `pruned` is `sparse` itself where the runtime has no sparse flag."""
 
     dense: EngineFile
     pruned: EngineFile
@@ -44,7 +46,7 @@ class Compared:
 
 
 def build(
-    job: Job, backend: str, dense: OnnxModel | EngineFile, sparse: OnnxModel, *, candidate: bool = False
+    job: Job, backend: Backend, dense: OnnxModel | EngineFile, sparse: OnnxModel, *, candidate: bool = False
 ) -> Engines:
     """Build the engines of a fair comparison.
 
@@ -53,8 +55,8 @@ def build(
         backend: `tensorrt` or `onnxruntime`.
         dense: The dense model, or its engine from an earlier pass.
         sparse: The pruned model.
-        candidate: Put the sparse engine aside; `keep_engine` gives it its name. One that a run without this option has
-            built, or the other way round, is copied, for builds of one graph differ.
+        candidate: Write the sparse engine between stages; `keep_engine` copies the better candidate to its final name. An
+            engine of the same inputs that a run without this option has built is copied, for builds of one graph differ.
     """
 
     def engine(name: str, model: OnnxModel, out: Path, sparse_weights: bool, twin: str | None = None) -> EngineFile:
@@ -62,14 +64,14 @@ def build(
         if backend == TENSORRT:
             profiles = profiles_for(model, job.recipe.time.batches)
             options = replace(options, profiles=profiles, trt=job.recipe.tensorrt)
-        # Where measurements are kept is a matter of the host.
+        # The path of the timing cache belongs to the host, not to the engine.
         inputs = {"onnx": model.sha256, "options": replace(options, trt=replace(options.trt, timing_cache=None))}
 
         def work() -> EngineFile:
             built = job.ws.known(twin, EngineFile, inputs) if twin is not None else None
             if built is None or is_foreign(built):
                 return build_engine(model, options, out)
-            return _copied_engine(built, out)
+            return _copy_engine(built, out)
 
         return job.ws.stage(name, EngineFile, inputs, work, intact=lambda e: has_sidecar(e) and not is_foreign(e))
 
@@ -89,61 +91,72 @@ def build(
 
 
 def keep_engine(job: Job, engine: EngineFile) -> EngineFile:
-    """Copy the better of two candidates to where an engine is looked for."""
+    """Copy the better of two candidates to its final name."""
     out = job.ws.path(f"engine{engine.path.suffix}")
     inputs = {"engine": _identity(engine)}
-    return job.ws.stage("keep-engine", EngineFile, inputs, lambda: _copied_engine(engine, out), intact=has_sidecar)
+    return job.ws.stage("keep-engine", EngineFile, inputs, lambda: _copy_engine(engine, out), intact=has_sidecar)
 
 
-def _copied_engine(engine: EngineFile, out: Path) -> EngineFile:
+def _copy_engine(engine: EngineFile, out: Path) -> EngineFile:
     copied = replace(engine, path=out, sha256=write_atomically(out, read_bytes(engine.path)))
     write_sidecar(copied)
     return copied
 
 
-def judge(
+def compare(
     job: Job,
     engines: Engines,
-    own_onnx: OnnxModel,
-    others: Mapping[str, OnnxModel],
-    sparse: Checkpoint,
+    float_precision: FloatPrecision,
+    dense: Network,
+    sparse: Network,
+    rows: Mapping[str, OnnxModel],
     images: Images | None,
-    untouched: OnnxModel | None = None,
 ) -> Compared:
-    """Compare the sparse engine with the dense model, with others, and with its own ONNX file.
+    """Compare the sparse engine with the dense model, with other methods, and with its own ONNX file.
 
-    The dense model is the dense engine or, where that is quantized as well, `untouched`.
+    The gate compares with the untouched dense model: its engine, or its FP32 file where the dense engine is INT8 as well.
+
+    Args:
+        job: The run.
+        engines: The engines of `dense` and `sparse`.
+        float_precision: What the engines run in where they are not INT8.
+        dense: The untouched network.
+        sparse: The pruned network.
+        rows: More rows of the table of accuracies, by name.
+        images: Labeled images; without them the engines are compared on noise.
     """
-    made = sparse.provenance
+    provenance, own_onnx = sparse.checkpoint.provenance, sparse.deployed.of(float_precision)
+    untouched = None if dense.int8 is None else dense.floats.fp32
     # Labeled images say nothing about random weights.
-    val = images.data.val if images is not None and made.trained else None
+    val = images.data.val if images is not None and provenance.trained else None
     options = job.recipe.compare
     if val is None:
         options = replace(options, fixed_images=min(options.fixed_images, _NOISE_IMAGES))
 
     def work() -> Compared:
         with contextlib.ExitStack() as stack:
-            sparse_model = stack.enter_context(opened(engines.sparse))
-            dense = opened(engines.dense) if untouched is None else Classifier(OrtEngine(untouched.path), "dense")
-            dense_model = stack.enter_context(dense)
-            models = {name: stack.enter_context(Classifier(OrtEngine(m.path), name)) for name, m in others.items()}
-            parity = compare(
+            sparse_model = stack.enter_context(open_classifier(engines.sparse))
+            reference = open_classifier(engines.dense) if untouched is None else _onnx_classifier(untouched, "dense")
+            dense_model = stack.enter_context(reference)
+            models = {name: stack.enter_context(_onnx_classifier(model, name)) for name, model in rows.items()}
+            parity = compare_models(
                 dense_model,
                 sparse_model,
-                made.preprocessing,
-                [engines.dense.provenance, made],
+                provenance.preprocessing,
+                [engines.dense.provenance, provenance],
                 val,
                 options,
                 models,
-                sparse_name=row_of(made, own_onnx.precision),
+                sparse_name=row_name(provenance, own_onnx.precision),
             )
-            reference = stack.enter_context(Classifier(OrtEngine(own_onnx.path, optimized=False), "its ONNX file"))
+            # Graph optimizations round differently; the reference runs the nodes as they are in the file.
+            exact = stack.enter_context(_onnx_classifier(own_onnx, "its ONNX file", optimized=False))
             count = min(options.fixed_images, _FIDELITY_IMAGES)
-            return Compared(parity, fidelity(sparse_model, reference, made.preprocessing, val, count))
+            return Compared(parity, fidelity(sparse_model, exact, provenance.preprocessing, val, count))
 
     inputs = {
         "engines": [_identity(e) for e in (engines.dense, engines.sparse)],
-        "others": {name: m.sha256 for name, m in others.items()},
+        "others": {name: m.sha256 for name, m in rows.items()},
         **({"untouched": untouched.sha256} if untouched is not None else {}),
         "val": images.sets.val.sha256 if images and val else None,
         "options": options,
@@ -151,12 +164,20 @@ def judge(
     return job.ws.stage("compare", Compared, inputs, work)
 
 
+def _onnx_classifier(model: OnnxModel, name: str, *, optimized: bool = True) -> Classifier:
+    return Classifier(OrtEngine(model.path, optimized=optimized), name)
+
+
 def time_stage(job: Job, engines: Engines) -> TimingReport:
-    """Time the engines in turn."""
+    """Time the engines interleaved."""
     on_cpu = engines.sparse.backend == ONNXRUNTIME
 
     def work() -> TimingReport:
-        with opened(engines.dense) as dense, opened(engines.sparse) as sparse, opened(engines.pruned) as pruned:
+        with (
+            open_classifier(engines.dense) as dense,
+            open_classifier(engines.sparse) as sparse,
+            open_classifier(engines.pruned) as pruned,
+        ):
             return time_engines(
                 dense,
                 sparse,
@@ -172,15 +193,15 @@ def time_stage(job: Job, engines: Engines) -> TimingReport:
 
 
 def _identity(engine: EngineFile) -> str | list[str | None]:
-    """What tells an engine's results from another's: of a plan, the GPU and the TensorRT too."""
+    """What identifies an engine's results: for a plan, the GPU and the TensorRT version too."""
     if engine.backend == ONNXRUNTIME:
         return engine.sha256
     return [engine.sha256, engine.runtime_version, engine.device, engine.compute_capability]
 
 
 @contextlib.contextmanager
-def opened(engine: EngineFile) -> Iterator[Classifier]:
-    """An engine opened for images, and closed again."""
+def open_classifier(engine: EngineFile) -> Iterator[Classifier]:
+    """Open an engine for images, and close it."""
     profiles = engine.profiles if engine.backend == TENSORRT else ()
     with Classifier(open_engine(engine), engine.path.name, profiles) as model:
         yield model

@@ -1,4 +1,4 @@
-"""The line's stages that describe what was made: by layer, by pattern, and in the report."""
+"""The stages that describe the result: by layer, by pattern, and in the report."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from maskplan.pipeline.parity.answers import fixed_images
 from maskplan.pipeline.parity.bisect import BisectOptions, bisect
 from maskplan.pipeline.report.record import ReportFiles, RunReport
 from maskplan.pipeline.report.write import write_report
-from maskplan.pipeline.stages.model import Images, Job
+from maskplan.pipeline.stages.job import Images, Job
 
 _DEPTH_IMAGES = 16
 
 
-def depth(job: Job, dense: OnnxModel, sparse: OnnxModel, images: Images | None) -> DepthReport:
-    """How far each layer of the sparse model departs from the dense one, on a few of the fixed images."""
+def measure_depth(job: Job, dense: OnnxModel, sparse: OnnxModel, images: Images | None) -> DepthReport:
+    """Measure how far each layer of the sparse model departs from the dense one, on a few of the fixed images."""
     assert sparse.provenance is not None  # our own export
-    made = sparse.provenance
-    val = images.data.val if images is not None and made.trained else None
+    provenance = sparse.provenance
+    val = images.data.val if images is not None and provenance.trained else None
     count = min(job.recipe.compare.fixed_images, _DEPTH_IMAGES)
 
     def work() -> DepthReport:
-        return bisect(dense.path, sparse.path, fixed_images(made.preprocessing, val, count), BisectOptions())
+        return bisect(dense.path, sparse.path, fixed_images(provenance.preprocessing, val, count), BisectOptions())
 
     inputs = {
         "onnx": [dense.sha256, sparse.sha256],
@@ -37,8 +37,8 @@ def depth(job: Job, dense: OnnxModel, sparse: OnnxModel, images: Images | None) 
     return job.ws.stage("depth", DepthReport, inputs, work)
 
 
-def statistics(job: Job, checkpoint: Checkpoint, masks: MaskSet) -> MaskStatistics:
-    """Patterns of the masks' groups, beside magnitude masks of the weights that they were chosen for."""
+def measure_statistics(job: Job, checkpoint: Checkpoint, masks: MaskSet) -> MaskStatistics:
+    """Count the patterns of the masks' groups and of magnitude masks for the same weights."""
 
     def work() -> MaskStatistics:
         chosen = load_masks(masks.path)
@@ -49,13 +49,13 @@ def statistics(job: Job, checkpoint: Checkpoint, masks: MaskSet) -> MaskStatisti
     return job.ws.stage("statistics", MaskStatistics, {"checkpoint": checkpoint.sha256, "masks": masks.sha256}, work)
 
 
-def report(job: Job, found: RunReport) -> ReportFiles:
-    """report.json and report.html."""
-    # Another command that comes to the same does not make it anew.
-    values = encode(replace(found, command=""), job.ws.folder)
+def write(job: Job, report: RunReport) -> ReportFiles:
+    """Write report.json and report.html."""
+    # The same result under another command line is the same report.
+    values = encode(replace(report, command=""), job.ws.folder)
     return job.ws.stage(
         "report",
         ReportFiles,
         {"report": values},
-        lambda: write_report(found, job.ws.path("report.json"), job.ws.path("report.html")),
+        lambda: write_report(report, job.ws.path("report.json"), job.ws.path("report.html")),
     )

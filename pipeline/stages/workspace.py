@@ -1,11 +1,10 @@
-"""The output folder: one run at a time, stages that are not run twice, and nothing left of a run that never got going."""
+"""The output folder: one run at a time, unchanged stages do not run again, a run with bad input leaves nothing behind."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
@@ -18,31 +17,30 @@ from types import TracebackType
 from typing import IO, Any, TypeVar
 
 from maskplan.pipeline.core.errors import HostError, InputError, host_error
+from maskplan.pipeline.core.file_lock import acquire_lock
 from maskplan.pipeline.core.files import remove_leftovers, sha256_of, write_json
 from maskplan.pipeline.core.interrupts import INTERRUPTS
 from maskplan.pipeline.core.serialization import decode, encode
+from maskplan.pipeline.stages.versions import STAGE_VERSIONS
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 STATE = ".maskplan"
-# Raised when a stage's output changes for the same inputs and options, so that older folders are made anew.
-STAGES_VERSION = 1
 
 
 class Workspace:
-    """A run's folder, held under a lock while open.
+    """A run's folder, locked while open.
 
     `stage` runs a stage or takes its record from an earlier run. A record is taken when the inputs' digests and the options
-    are the same and every file that it names is still what it was. Keys hold no paths, hosts, devices or library versions:
-    the folder can be copied and go on elsewhere.
+    are the same and every file that it names is unchanged. Keys hold no paths, hosts, devices or library versions, so that
+    the folder can be copied to another host and continued there.
 
-    An `InputError` before `keep()`, or a `HostError` before the first stage, undoes a folder that this run made, so that
-    bad input leaves nothing behind.
+    An `InputError` before `keep()`, or a `HostError` before the first stage, removes a folder that this run created.
 
     Raises:
-        HostError: The folder cannot be written, or another run holds it.
+        HostError: The folder cannot be written, or another run uses it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -51,12 +49,12 @@ class Workspace:
         self.seconds: dict[str, float] = {}
         self._prefix = ""
         self._kept = False
-        self._made: Path | None = None
+        self._created: Path | None = None
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> Workspace:
         missing = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
-        self._made = missing[-1] if missing else None
+        self._created = missing[-1] if missing else None
         self._kept = not missing and any(self.folder.iterdir()) if self.folder.is_dir() else False
         try:
             (self.folder / STATE).mkdir(parents=True, exist_ok=True)
@@ -64,17 +62,10 @@ class Workspace:
         except OSError as error:
             raise host_error(error, where=self.folder) from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "unknown"
+            acquire_lock(self._lock, self._in_use)
+        except HostError:
             self._lock.close()
-            raise HostError(
-                "another run is using the folder",
-                where=self.folder,
-                found=f"process {holder}",
-                fix="wait for it to end, or choose another --out",
-            ) from error
+            raise
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()
@@ -86,28 +77,39 @@ class Workspace:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         assert self._lock is not None
-        # A host's fault may be gone tomorrow: stages that are done are kept for then.
+        # The host's problem may be fixed later: finished stages are kept.
         nothing_done = isinstance(error, HostError) and not self.seconds
         if not self._kept and (isinstance(error, InputError) or nothing_done):
             self._undo()
         self._lock.close()
 
+    def _in_use(self) -> HostError:
+        assert self._lock is not None
+        self._lock.seek(0)
+        holder = self._lock.read().strip() or "unknown"
+        return HostError(
+            "another run is using the folder",
+            where=self.folder,
+            found=f"process {holder}",
+            fix="wait for it to end, or choose another --out",
+        )
+
     def keep(self) -> None:
-        """From here on, what the run has made is worth more than a clean slate."""
+        """Keep the folder from here on, whatever happens."""
         self._kept = True
 
-    def apart(self, prefix: str) -> Workspace:
-        """The same open folder, where stages and files have names with a prefix: a second pass leaves the first as it is."""
+    def with_prefix(self, prefix: str) -> Workspace:
+        """The same open folder with a prefix on the names of stages and files, for a second pass beside the first."""
         other = copy.copy(self)
         other._prefix = f"{self._prefix}{prefix}-"
         return other
 
     def path(self, name: str) -> Path:
-        """A file that the user will find."""
+        """A file for the user."""
         return self.folder / (self._prefix + name)
 
     def hidden(self, name: str) -> Path:
-        """A file between two stages."""
+        """A file that only stages read."""
         return self.folder / STATE / (self._prefix + name)
 
     def stage(
@@ -121,16 +123,16 @@ class Workspace:
         """Run `work`, or take its record from an earlier run with the same inputs.
 
         Args:
-            name: Of the stage; its record lies under this name.
+            name: Of the stage and its record; the part before the first hyphen is a key of `STAGE_VERSIONS`.
             kind: The record's type.
-            inputs: Digests and options that decide the outcome, and nothing else.
-            work: Makes the files and returns the record.
-            intact: Asked of a known record whose files are as they were; False has them made again.
+            inputs: Digests and options that determine the result, and nothing else.
+            work: Writes the files and returns the record.
+            intact: Called with a known record whose files are unchanged; False runs the stage again.
         """
         INTERRUPTS.heed()
         name = self._prefix + name
         key = _key(name, inputs)
-        log.debug("%s: its inputs' digest is %s", name, key[:12])
+        log.debug("%s: key %s", name, key[:12])
         known = self._recall(name, kind, key)
         if known is not None and (intact is None or intact(known)):
             log.info("%s: unchanged", name)
@@ -163,14 +165,14 @@ class Workspace:
         for path, sha256 in files_of(record):
             if not path.is_file() or sha256_of(path) != sha256:
                 if not silent:
-                    log.warning("%s: %s has changed or is gone; making it again", name, path.name)
+                    log.warning("%s: %s has changed or is missing; running the stage again", name, path.name)
                 return None
         return record
 
     def _undo(self) -> None:
-        """Remove what this run made: its folders, or what it put into an empty one."""
-        if self._made is not None:
-            shutil.rmtree(self._made, ignore_errors=True)
+        """Remove what this run created: its folders, or the contents of an empty one."""
+        if self._created is not None:
+            shutil.rmtree(self._created, ignore_errors=True)
             return
         for path in self.folder.iterdir():
             if path.is_dir():
@@ -194,5 +196,10 @@ def files_of(record: object) -> Iterator[tuple[Path, str]]:
 
 
 def _key(name: str, inputs: Mapping[str, object]) -> str:
-    text = json.dumps({"stage": name, "version": STAGES_VERSION, "inputs": encode(inputs)}, sort_keys=True)
+    text = json.dumps({"stage": name, "version": _version(name), "inputs": encode(inputs)}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _version(name: str) -> int:
+    """Of a stage with or without a pass's prefix: `refined-mask` is a `mask` stage."""
+    return next((STAGE_VERSIONS[verb] for verb in name.split("-") if verb in STAGE_VERSIONS), 1)

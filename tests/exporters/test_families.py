@@ -24,6 +24,8 @@ from maskplan.pipeline.core.reports import ConformanceReport
 from maskplan.pipeline.models.checkpoint import ModelOptions, module_of
 from maskplan.pipeline.recipe import Recipe
 from maskplan.pipeline.stages import model as stages
+from maskplan.pipeline.stages import onnx_files
+from maskplan.pipeline.stages.job import Job
 from maskplan.pipeline.stages.workspace import Workspace
 
 QUICK = ("resnet18", "shufflenet_v2_x0_5", "mobilenet_v3_small", "convnext_tiny")
@@ -135,17 +137,18 @@ def assert_conforms(report: ConformanceReport, path: Path, dense: dict[str, str]
 def go_through(name: str, folder: Path) -> None:
     """One model from mask to engine."""
     with Workspace(folder / name) as ws:
-        job = stages.Job(ws, ModelOptions(name, "random"), Recipe())
+        job = Job(ws, ModelOptions(name, "random"), Recipe())
         checkpoint = stages.load(job)
         how = checkpoint.provenance.preprocessing
         x = torch.randn(2, how.channels, how.height, how.width, generator=torch.Generator().manual_seed(1))
         dense, masked = expected_reasons(module_of(job.model, checkpoint), x[:1])
-        masks = stages.choose(job, checkpoint, MAGNITUDE, None)
+        masks = stages.mask(job, checkpoint, MAGNITUDE, None)
         assert_masks(name, masks, dense, masked)
-        sparse = stages.prune(job, checkpoint, masks, "sparse", ws.path("sparse.safetensors"), None)
+        sparse = stages.bake_and_recalibrate(job, checkpoint, masks, "sparse", ws.path("sparse.safetensors"), None)
         assert set(sparse.provenance.masked) == masked
-        exported = stages.export(job, sparse, "sparse")
-        assert stages.check(job, exported, "2:4").of("fp16").passed
+        network = onnx_files.export(job, sparse, "sparse")
+        assert onnx_files.check(job, network, "2:4").of("fp16").passed
+        exported = network.floats
         for model in (exported.fp32, exported.fp16):
             assert_conforms(check_2to4(model.path), model.path, dense, masked)
         record = build_engine(exported.fp32, BuildOptions("onnxruntime"), ws.path("engine.onnx"))

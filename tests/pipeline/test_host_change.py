@@ -15,7 +15,7 @@ from maskplan.pipeline.core.artifacts import Profile
 from maskplan.pipeline.models.checkpoint import ModelOptions
 from maskplan.pipeline.recipe import Recipe
 from maskplan.pipeline.stages import engines as engine_stages
-from maskplan.pipeline.stages import model as stages
+from maskplan.pipeline.stages.job import Job
 from maskplan.pipeline.stages.workspace import Workspace
 from maskplan.pipeline.timing.interleaved import TimeOptions
 
@@ -36,7 +36,7 @@ def net(tmp_path: Path) -> Path:
 def go_on(out: Path, net: Path, backend: str = "tensorrt") -> tuple[list[str], engine_stages.Engines, str]:
     """Which stages were not run again, the engines, and what timed them."""
     with Workspace(out) as ws:
-        job = stages.Job(ws, ModelOptions("net"), RECIPE)
+        job = Job(ws, ModelOptions("net"), RECIPE)
         model = describe_onnx(net)
         engines = engine_stages.build(job, backend, model, model)
         device = engine_stages.time_stage(job, engines).device

@@ -1,0 +1,25 @@
+"""The version of each stage, part of its key: raise one when that stage's output changes for the same inputs.
+
+Folders of older versions then run this stage again and keep the others, learned masks among them.
+"""
+
+STAGE_VERSIONS = {
+    "load": 1,
+    "images": 1,
+    "permute": 1,
+    "mask": 1,
+    "bake": 1,
+    "recalibrate": 1,
+    "export": 1,
+    "check": 1,
+    "calibrate": 1,
+    "baseline": 1,
+    "build": 1,
+    "compare": 1,
+    "time": 1,
+    "keep": 1,
+    "depth": 1,
+    "statistics": 1,
+    "report": 1,
+}
+"""By the stage's verb: the part of its name before the first hyphen."""
