@@ -20,7 +20,7 @@ from maskplan.exporters.weights import WeightUse, weight_uses
 from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.core.errors import InputError, host_error, listed
 from maskplan.pipeline.core.files import TEMPORARY_SUFFIX, sha256_of, write_atomically
-from maskplan.pipeline.masking.magnitude import largest
+from maskplan.pipeline.masking.magnitude import keep_largest
 
 # Alignment of tensors in an external data file; what ONNX recommends for mapping them.
 _ALIGNMENT = 4096
@@ -115,7 +115,7 @@ def _pruned_values(use: WeightUse, pattern: Pattern, folder: Path | None) -> tup
         zero = _zero(use, stored, folder)
     except TensorError as error:
         raise InputError("a weight cannot be read", where=use.name, found=error) from error
-    kept = largest(_magnitude(stored, zero), use.axis, pattern)
+    kept = keep_largest(_magnitude(stored, zero), use.axis, pattern)
     values = np.where(kept, stored.array, stored.array.dtype.type(zero))
     count = int(np.count_nonzero(~kept & (stored.array != zero)))
     if stored.negative_zero is not None:

@@ -31,7 +31,7 @@ from maskplan.pipeline.core.serialization import encode
 from maskplan.pipeline.core.statistics import PairedCounts, drop_interval
 from maskplan.pipeline.data.dataset import Dataset, Split, batches
 from maskplan.pipeline.learning.masked_net import Masks
-from maskplan.pipeline.learning.options import LearnFiles, LearnOptions
+from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions
 from maskplan.pipeline.learning.trainer import learn_masks
 from maskplan.pipeline.masking.magnitude import magnitude_mask
 from maskplan.pipeline.masking.policy import select_layers
@@ -140,7 +140,7 @@ def measure(
     magnitude = by_magnitude(module, chosen)
     started = time.monotonic()
     learned, learning = learn_masks(
-        module, magnitude, PATTERN, HOW, data, options, files=LearnFiles(state, log=state.parent / state.stem)
+        module, magnitude, PATTERN, HOW, data, options, files=LearnerFiles(state, log=state.parent / state.stem)
     )
     minutes = (time.monotonic() - started) / 60
     nets = {"dense": module, "magnitude": pruned(module, magnitude), "maskplan": pruned(module, learned)}

@@ -17,7 +17,7 @@ from dense import train
 from torch import nn
 
 from maskplan.pipeline.data.dataset import Dataset
-from maskplan.pipeline.learning.judge import share_moved
+from maskplan.pipeline.learning.evaluate import fraction_changed
 from maskplan.pipeline.learning.masked_net import Masks
 from maskplan.pipeline.learning.options import LearnOptions
 from maskplan.pipeline.learning.trainer import learn_masks
@@ -44,7 +44,7 @@ def learned(module: nn.Module, data: Dataset, options: LearnOptions, old: Masks 
 
 def equal_groups(first: Masks, second: Masks) -> float:
     """Percent of groups that choose the same pattern."""
-    return round(100 * (1 - share_moved(first, second, PATTERN.m)), 3)
+    return round(100 * (1 - fraction_changed(first, second, PATTERN.m)), 3)
 
 
 def top1(module: nn.Module, masks: Masks, data: Dataset) -> float:

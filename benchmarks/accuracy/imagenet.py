@@ -23,7 +23,7 @@ from maskplan.pipeline.core.artifacts import Preprocessing
 from maskplan.pipeline.core.files import write_atomically
 from maskplan.pipeline.data.dataset import Dataset, open_folder
 from maskplan.pipeline.learning.masked_net import Masks
-from maskplan.pipeline.learning.options import LearnFiles, LearnOptions
+from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions
 from maskplan.pipeline.learning.trainer import learn_masks
 from maskplan.pipeline.masking.policy import select_layers
 from maskplan.pipeline.models.layers import trace_layers
@@ -79,7 +79,7 @@ def rows_of(table: int, bench: Bench) -> Iterator[tuple[str, nn.Module]]:
         return
     masks: dict[str, Masks] = {"magnitude": magnitude}
     if table == 2:
-        files = LearnFiles(bench.results / f"{bench.name}.learning", log=bench.results / f"{bench.name}.log")
+        files = LearnerFiles(bench.results / f"{bench.name}.learning", log=bench.results / f"{bench.name}.log")
         masks["maskplan"] = learn_masks(
             bench.dense, magnitude, PATTERN, bench.preprocessing, bench.data, bench.options, files=files
         )[0]

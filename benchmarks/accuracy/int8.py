@@ -25,7 +25,7 @@ from maskplan.exporters.onnx_export import ExportOptions, export_onnx
 from maskplan.pipeline.core.artifacts import OnnxModel, Provenance
 from maskplan.pipeline.core.choices import FP32
 from maskplan.pipeline.data.dataset import Dataset, Split, batches
-from maskplan.pipeline.learning.options import LearnFiles, LearnOptions
+from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions
 from maskplan.pipeline.learning.trainer import learn_masks
 from maskplan.pipeline.masking.policy import select_layers
 from maskplan.pipeline.models.layers import trace_layers
@@ -60,7 +60,7 @@ def measure(module: nn.Module, data: Dataset, options: LearnOptions, state: Path
     layers, _ = trace_layers(module, HOW)
     magnitude = by_magnitude(module, select_layers(layers, PATTERN).masked)
     masks, learning = learn_masks(
-        module, magnitude, PATTERN, HOW, data, options, files=LearnFiles(state, log=state.parent / state.stem)
+        module, magnitude, PATTERN, HOW, data, options, files=LearnerFiles(state, log=state.parent / state.stem)
     )
     sparse = recalibrated(pruned(module, masks), data)
     right: dict[str, Hits] = {}

@@ -19,7 +19,7 @@ from torch import nn
 from maskplan.pipeline.core.choices import FLAT
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.data.dataset import Dataset
-from maskplan.pipeline.learning.danhofer2024 import DanhoferNet, DanhoferOptions, hits_of, learn_danhofer
+from maskplan.pipeline.learning.danhofer2024 import DanhoferNet, DanhoferOptions, correct_predictions, learn_danhofer
 from maskplan.pipeline.learning.masked_net import Masks
 from maskplan.pipeline.masking.magnitude import magnitude_mask
 from maskplan.pipeline.masking.policy import select_layers
@@ -46,7 +46,7 @@ def search(module: nn.Module, data: Dataset, options: DanhoferOptions) -> dict[f
         except InputError:
             found[rate] = 0.0
             continue
-        found[rate] = 100 * float(np.mean(hits_of(net, data.select, HOW, sampled=False)))
+        found[rate] = 100 * float(np.mean(correct_predictions(net, data.select, HOW, sampled=False)))
         print(f"rate {rate:g}: {found[rate]:.2f}% of select")
     return found
 
@@ -56,8 +56,8 @@ def rows_of(
 ) -> dict[str, list[bool]]:
     """Hits on `val` of gates as they are, and of their likeliest masks on more and fewer layers, recalibrated."""
     found = {
-        f"{name}, sampled": hits_of(net, data.val, HOW, sampled=True),
-        f"{name}, argmax": hits_of(net, data.val, HOW, sampled=False),
+        f"{name}, sampled": correct_predictions(net, data.val, HOW, sampled=True),
+        f"{name}, argmax": correct_predictions(net, data.val, HOW, sampled=False),
     }
     for part, names in parts.items():
         sparse = recalibrated(pruned(module, only(net.masks(), names)), data, augment=augment)

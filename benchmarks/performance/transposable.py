@@ -38,8 +38,8 @@ from maskplan.pipeline.masking.transposable import (
     transposed_violations,
 )
 from maskplan.pipeline.masking.transposable_entropic import entropic_tiles
-from maskplan.pipeline.masking.transposable_flow import flow_tiles
-from maskplan.pipeline.masking.transposable_table import best_of_table
+from maskplan.pipeline.masking.transposable_flow import solve_by_flow
+from maskplan.pipeline.masking.transposable_table import solve_by_table
 from maskplan.pipeline.models.registry import build_model
 from maskplan.pipeline.report.write import versions
 from maskplan.pipeline.timing.compare_latency import cpu_name
@@ -83,7 +83,7 @@ def beside_networkx(pattern: Pattern, count: int) -> dict[str, Any]:
     best: list[int] = []
     peer_s = cpu_seconds(lambda: best.extend(best_by_networkx(tile, pattern.n) for tile in tiles)) / count
     row: dict[str, Any] = {"pattern": str(pattern), "tiles": count, "networkx_us": round(peer_s * 1e6, 1)}
-    exact = best_of_table if pattern.m <= 4 else flow_tiles
+    exact = solve_by_table if pattern.m <= 4 else solve_by_flow
     for name, solve in ((EXACT, exact), (ENTROPIC, entropic_tiles), (APPROXIMATE, lighter_half)):
         kept = solve(tiles, pattern)
         values = (tiles * kept).sum(axis=(1, 2))
@@ -112,7 +112,7 @@ def bound(pattern: Pattern, count: int) -> dict[str, Any]:
     }
     row: dict[str, Any] = {"pattern": str(pattern), "tiles_a_kind": count}
     for name, tiles in kinds.items():
-        exact = best_of_table if m <= 4 else flow_tiles
+        exact = solve_by_table if m <= 4 else solve_by_flow
         least = (tiles * ~exact(tiles, pattern)).sum(axis=(1, 2))
         dropped = (tiles * ~lighter_half(tiles, pattern)).sum(axis=(1, 2))
         some = least > 0

@@ -26,10 +26,10 @@ from maskplan.pipeline.core.choices import FLAT
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.data.dataset import Dataset, Split, batches
-from maskplan.pipeline.learning.judge import Judge, share_moved
+from maskplan.pipeline.learning.evaluate import MaskEvaluator, fraction_changed
 from maskplan.pipeline.learning.options import LearnOptions
-from maskplan.pipeline.learning.schedule import seed_of, training_batches
-from maskplan.pipeline.masking.patterns import patterns
+from maskplan.pipeline.learning.schedule import derive_seed, training_batches
+from maskplan.pipeline.masking.patterns import pattern_table
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class FlatGates(nn.Module):
     def __init__(self, weight: torch.Tensor, pattern: Pattern, generator: torch.Generator) -> None:
         super().__init__()
         self.shape, self.columns = weight.shape, weight[0].numel()
-        self.register_buffer("table", torch.from_numpy(patterns(pattern)).float(), persistent=False)
+        self.register_buffer("table", torch.from_numpy(pattern_table(pattern)).float(), persistent=False)
         groups, choices = len(weight) * math.ceil(self.columns / pattern.m), len(self.table)
         bound = math.sqrt(6 / (groups + choices))
         self.weight = nn.Parameter((2 * torch.rand(groups, choices, generator=generator) - 1) * bound)
@@ -148,7 +148,7 @@ def learn_danhofer(
     total = options.epochs * max(len(data.train) // options.batch, 1)
     steps = enumerate(training_batches(data.train, preprocessing, order))
     for step, batch in track(steps, "learn as reported", total):
-        generator = torch.Generator().manual_seed(seed_of(options.seed, step))
+        generator = torch.Generator().manual_seed(derive_seed(options.seed, step))
         loss = F.cross_entropy(net(torch.from_numpy(batch.images), generator), torch.from_numpy(batch.labels))
         if not bool(loss.isfinite()):
             raise InputError("the loss is not a number", where=f"step {step + 1}", fix="lower the learning rate")
@@ -172,7 +172,7 @@ def danhofer_masks(
 
     Both are judged by our means: recalibrated, and against the dense network.
     """
-    judge = Judge(dense, preprocessing, data, LearnOptions(batch=options.batch, seed=options.seed))
+    judge = MaskEvaluator(dense, preprocessing, data, LearnOptions(batch=options.batch, seed=options.seed))
     started = time.monotonic()
     masks = learn_danhofer(dense, preprocessing, data, options, pattern).masks()
     seconds = time.monotonic() - started
@@ -183,7 +183,7 @@ def danhofer_masks(
         steps=options.epochs * max(len(data.train) // options.batch, 1),
         images=len(data.train),
         seconds=round(seconds, 3),
-        groups_changed=share_moved(dict(start), masks, pattern.m, FLAT),
+        groups_changed=fraction_changed(dict(start), masks, pattern.m, FLAT),
         select_divergence_start=first.divergence,
         select_divergence_end=last.divergence,
         select_top1_start=first.top1,
@@ -191,7 +191,7 @@ def danhofer_masks(
     )
 
 
-def hits_of(
+def correct_predictions(
     net: DanhoferNet, split: Split, preprocessing: Preprocessing, *, sampled: bool, seed: int = 0
 ) -> list[bool]:
     """Which images are right, under masks sampled anew for every batch, or under the likeliest."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.learning import fused
-from maskplan.pipeline.masking.patterns import patterns
+from maskplan.pipeline.masking.patterns import pattern_table
 
 
 class Gates(nn.Module):
@@ -32,7 +32,7 @@ class Gates(nn.Module):
         super().__init__()
         self.pattern = pattern
         self.shape = tuple(weight.shape)
-        table = torch.from_numpy(patterns(pattern)).to(weight.device)
+        table = torch.from_numpy(pattern_table(pattern)).to(weight.device)
         self.register_buffer("table", table, persistent=False)
         # In double, so that patterns that keep the same magnitude come out equal, and the first wins as by magnitude.
         centered = _by_pattern(_slabs(weight.detach().double().abs().contiguous(), pattern.m), table)

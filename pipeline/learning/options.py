@@ -13,7 +13,7 @@ from maskplan.pipeline.data.augmentation import require_augmentation
 
 
 @dataclass(frozen=True)
-class LearnFiles:
+class LearnerFiles:
     """Where the learner keeps what outlives it; None keeps nothing.
 
     Attributes:

@@ -45,7 +45,7 @@ def training_batches(
         done = max(start - epoch * count, 0)
         left = batches(train, preprocessing, options.batch, order[done * options.batch :])
         for step, (x, labels) in enumerate(left, start=done + 1):
-            seed = seed_of(options.seed, process, epoch * count + step)
+            seed = derive_seed(options.seed, process, epoch * count + step)
             yield Batch(augmented(x, options.augment, preprocessing, seed), labels, step == count)
 
 
@@ -72,6 +72,6 @@ def fraction_done(step: int, total: int, minutes: float, options: LearnOptions) 
     return min(fraction, 1.0)
 
 
-def seed_of(*parts: int) -> int:
+def derive_seed(*parts: int) -> int:
     """One seed from several numbers."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))

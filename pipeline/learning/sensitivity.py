@@ -12,13 +12,13 @@ from torch import nn
 from maskplan.pipeline.core.artifacts import Layer, Preprocessing
 from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.data.dataset import Dataset
-from maskplan.pipeline.learning.judge import Judge
+from maskplan.pipeline.learning.evaluate import MaskEvaluator
 from maskplan.pipeline.learning.options import LearnOptions
 
 log = logging.getLogger(__name__)
 
 
-def costliest(
+def costliest_layers(
     module: nn.Module,
     masks: Mapping[str, npt.NDArray[np.bool_]],
     layers: Sequence[Layer],
@@ -38,7 +38,7 @@ def costliest(
         budget: Percent of the layers' MACs that may stay dense.
         options: How masks are judged.
     """
-    judge = Judge(module.eval(), preprocessing, data, options)
+    judge = MaskEvaluator(module.eval(), preprocessing, data, options)
     none = judge({}).divergence
     costs = {
         layer.name: judge({layer.name: np.asarray(masks[layer.name])}).divergence - none

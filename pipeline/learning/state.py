@@ -15,7 +15,7 @@ import torch
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.files import write_atomically
 from maskplan.pipeline.core.serialization import encode
-from maskplan.pipeline.learning.judge import Judgment
+from maskplan.pipeline.learning.evaluate import MaskScore
 from maskplan.pipeline.learning.masked_net import Masks
 from maskplan.pipeline.learning.options import LearnOptions
 from maskplan.pipeline.models.state_dict import read_metadata, serialize
@@ -37,8 +37,8 @@ class Progress:
         minutes: CallTiming, in all processes that worked on this one after the other.
     """
 
-    first: Judgment
-    best: Judgment
+    first: MaskScore
+    best: MaskScore
     best_masks: Masks = field(repr=False)
     steps: int = 0
     epochs: int = 0
@@ -123,8 +123,8 @@ def _state_of(tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) ->
     count = sum(name.startswith("logits.") for name in tensors)
     adam = [{n.rpartition(".")[2]: t for n, t in tensors.items() if n.startswith(f"adam.{i}.")} for i in range(count)]
     progress = Progress(
-        first=Judgment(**header["first"]),
-        best=Judgment(**header["best"]),
+        first=MaskScore(**header["first"]),
+        best=MaskScore(**header["best"]),
         best_masks={n.removeprefix("mask:"): t.numpy() for n, t in tensors.items() if n.startswith("mask:")},
         steps=int(header["steps"]),
         epochs=int(header["epochs"]),

@@ -19,17 +19,17 @@ from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.interrupts import INTERRUPTS
 from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.data.dataset import Dataset
-from maskplan.pipeline.learning.judge import Judge, Judgment, distillation, share_moved
+from maskplan.pipeline.learning.evaluate import MaskEvaluator, MaskScore, distillation_loss, fraction_changed
 from maskplan.pipeline.learning.masked_net import MaskedNet, Masks
 from maskplan.pipeline.learning.metrics import MetricsLog, Row
-from maskplan.pipeline.learning.options import LearnFiles, LearnOptions
+from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions
 from maskplan.pipeline.learning.processes import Process, process
 from maskplan.pipeline.learning.schedule import (
     Batch,
+    derive_seed,
     fraction_done,
     learning_rate,
     noise_scale,
-    seed_of,
     steps_per_epoch,
     temperature,
     training_batches,
@@ -54,7 +54,7 @@ def learn_masks(
     *,
     given: bool = False,
     images: tuple[str, ...] = (),
-    files: LearnFiles | None = None,
+    files: LearnerFiles | None = None,
     device: str = "auto",
 ) -> tuple[Masks, Learning]:
     """Choose masks by gradient descent over the patterns of each group.
@@ -85,7 +85,7 @@ def learn_masks(
     """
     if len(data.train) < 2:
         raise InputError("too few images to learn from", found=f"{len(data.train)} in train", fix="give more images")
-    files = files or LearnFiles()
+    files = files or LearnerFiles()
     masks = {name: np.asarray(mask) for name, mask in start.items()}
     before = tensors_sha256(module.state_dict())
     with process(device) as here, INTERRUPTS.held():
@@ -99,7 +99,7 @@ def learn_masks(
         steps=progress.steps,
         images=len(data.train),
         seconds=round(60 * progress.minutes, 3),
-        groups_changed=share_moved(masks, progress.best_masks, pattern.m),
+        groups_changed=fraction_changed(masks, progress.best_masks, pattern.m),
         select_divergence_start=progress.first.divergence,
         select_divergence_end=progress.best.divergence,
         select_top1_start=progress.first.top1,
@@ -119,7 +119,7 @@ class Learner:
         data: Dataset,
         options: LearnOptions,
         here: Process,
-        files: LearnFiles,
+        files: LearnerFiles,
         *,
         given: bool,
     ) -> None:
@@ -134,7 +134,7 @@ class Learner:
         self.parallel = DistributedDataParallel(self.net) if here.count > 1 else self.net
         self.adam = torch.optim.Adam(self.net.logits(), lr=options.lr, fused=True)
         self.average = [p.detach().clone() for p in self.net.logits()] if options.ema else []
-        self.judge = Judge(self.teacher, preprocessing, data, options)
+        self.judge = MaskEvaluator(self.teacher, preprocessing, data, options)
         self.loss = self.top1 = float("nan")
         self.row: Row | None = None
 
@@ -210,7 +210,7 @@ class Learner:
     def _step(self, batch: Batch, fraction: float, progress: Progress) -> None:
         images = torch.from_numpy(batch.images).to(self.here.device).contiguous(memory_format=torch.channels_last)
         labels = torch.from_numpy(batch.labels).to(self.here.device)
-        seeds = [seed_of(self.options.seed, self.here.rank, progress.steps, i) for i in range(len(self.net.logits()))]
+        seeds = [derive_seed(self.options.seed, self.here.rank, progress.steps, i) for i in range(len(self.net.logits()))]
         for group in self.adam.param_groups:
             group["lr"] = learning_rate(fraction, self.options)
         with torch.autocast(self.here.device.type, torch.bfloat16, enabled=self.here.device.type == "cuda"):
@@ -238,7 +238,7 @@ class Learner:
         self, logits: torch.Tensor, target: torch.Tensor, labels: torch.Tensor, kept: torch.Tensor
     ) -> torch.Tensor:
         share = self.options.distill
-        loss = share * distillation(logits, target, self.options.distill_temperature)
+        loss = share * distillation_loss(logits, target, self.options.distill_temperature)
         if share < 1:
             loss = loss + (1 - share) * F.cross_entropy(logits, labels)
         return loss - self.options.norm_reward * kept if self.options.norm_reward else loss
@@ -247,11 +247,11 @@ class Learner:
         budget = self.options.budget_minutes
         return budget is not None and progress.minutes > budget
 
-    def _judged(self, masks: Masks) -> Judgment:
-        found = self.judge(masks) if self.here.is_first else Judgment(0.0, 0.0)
-        return Judgment(*self.here.agreed(found.divergence, found.top1))
+    def _judged(self, masks: Masks) -> MaskScore:
+        found = self.judge(masks) if self.here.is_first else MaskScore(0.0, 0.0)
+        return MaskScore(*self.here.agreed(found.divergence, found.top1))
 
-    def _end_epoch(self, progress: Progress) -> Judgment:
+    def _end_epoch(self, progress: Progress) -> MaskScore:
         progress.epochs += 1
         masks = self.net.masks(self.average or None)
         found = self._judged(masks)
@@ -261,7 +261,7 @@ class Learner:
         log.info("epoch %d/%d: %s", progress.epochs, self.options.epochs, found)
         return found
 
-    def _row(self, progress: Progress, fraction: float, found: Judgment | None) -> Row:
+    def _row(self, progress: Progress, fraction: float, found: MaskScore | None) -> Row:
         return Row(
             step=progress.steps,
             minutes=round(progress.minutes, 3),
@@ -270,7 +270,7 @@ class Learner:
             tau=temperature(fraction, self.options),
             lr=learning_rate(fraction, self.options),
             entropy=self.net.entropy(),
-            moved=share_moved(self.start, self.net.masks(), self.pattern.m),
+            moved=fraction_changed(self.start, self.net.masks(), self.pattern.m),
             select_divergence=found.divergence if found else None,
             select_top1=found.top1 if found else None,
         )

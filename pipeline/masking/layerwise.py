@@ -22,8 +22,8 @@ import numpy.typing as npt
 
 from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.core.errors import HostError, InputError
-from maskplan.pipeline.masking.magnitude import largest
-from maskplan.pipeline.masking.patterns import Scalar, group, patterns, ungroup
+from maskplan.pipeline.masking.magnitude import keep_largest
+from maskplan.pipeline.masking.patterns import Scalar, group, pattern_table, ungroup
 
 Floats = npt.NDArray[np.floating]
 
@@ -53,7 +53,7 @@ def layerwise_mask(
     Args:
         weight: (K, C, R, S) or (K, C); finite, C a multiple of M.
         moment: (D, D) with D = R*S*C, the second moments of the unfolded inputs, symmetric, no negative eigenvalues but by
-            rounding. Columns are in the order of `unfolded`: kernel positions outermost, channels innermost.
+            rounding. Columns are in the order of `unfold_weight`: kernel positions outermost, channels innermost.
         pattern: N:M.
         start: The mask to start from; by default two are tried (above), and each row keeps the better.
         name: Of the weight, for messages.
@@ -77,19 +77,19 @@ def layerwise_mask(
             found=error,
             fix="pip install 'maskplan[learn]', or choose magnitude masks",
         ) from error
-    table = patterns(pattern)
-    rows = unfolded(weight).astype(np.float64)
+    table = pattern_table(pattern)
+    rows = unfold_weight(weight).astype(np.float64)
     # A power of two for each row brings its largest below one, so that no product overflows and no small scale is lost.
     _, exponents = np.frexp(np.abs(rows).max(axis=1, initial=0, keepdims=True))
     rows = np.ldexp(rows, -exponents)
     # Sums in another order leave halves that differ by rounding, on which the search could go in circles.
     moment = (moment + moment.T) / 2
     reach = np.sqrt(np.maximum(np.diagonal(moment), 0, dtype=np.float64))
-    starts = [np.abs(rows), np.abs(rows) * reach] if start is None else [unfolded(start)]
+    starts = [np.abs(rows), np.abs(rows) * reach] if start is None else [unfold_weight(start)]
     near = _coupled(moment, reach, pattern.m, _NEAR if len(table) <= _MOST_PAIRED else 0)
     groups = rows.shape[1] // pattern.m
     kicks = min(_MOST_KICKS, _KICKED_PATTERNS // max(groups * len(table), 1))
-    kept = [largest(scores, 1, pattern) for scores in starts] if start is None else starts
+    kept = [keep_largest(scores, 1, pattern) for scores in starts] if start is None else starts
     choices = np.stack([_choice(mask, table) for mask in kept])
     dropped = np.nonzero(~table)[1].reshape(len(table), -1)
     chosen = np.empty_like(choices[0])
@@ -104,13 +104,13 @@ def layerwise_mask(
     return ungroup(table[chosen].reshape(weight.shape[0], *weight.shape[2:], -1, pattern.m), weight.shape)
 
 
-def unfolded(weight: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
+def unfold_weight(weight: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
     """(K, C, R, S) to (K, R*S*C): kernel positions outermost, so that groups along C lie side by side."""
     return np.ascontiguousarray(group(weight, 1)).reshape(len(weight), -1)
 
 
-def folded(rows: npt.NDArray[Scalar], shape: tuple[int, ...]) -> npt.NDArray[Scalar]:
-    """The inverse of `unfolded`: back to the weight's `shape`."""
+def fold_weight(rows: npt.NDArray[Scalar], shape: tuple[int, ...]) -> npt.NDArray[Scalar]:
+    """The inverse of `unfold_weight`: back to the weight's `shape`."""
     return ungroup(rows.reshape(shape[0], *shape[2:], shape[1], 1), shape)
 
 
@@ -124,7 +124,7 @@ def output_error(difference: Floats, moment: Floats) -> npt.NDArray[np.float64]:
     Returns:
         (K,), not negative but by rounding.
     """
-    rows = unfolded(difference).astype(np.float64)
+    rows = unfold_weight(difference).astype(np.float64)
     found: npt.NDArray[np.float64] = np.einsum("kd,kd->k", rows @ moment.astype(np.float64), rows)
     return found
 

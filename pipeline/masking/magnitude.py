@@ -31,13 +31,13 @@ def magnitude_mask(weight: npt.NDArray[np.floating], pattern: Pattern, layout: s
     """
     magnitude = np.abs(weight)
     if layout == CHANNEL:
-        return largest(magnitude, 1, pattern)
+        return keep_largest(magnitude, 1, pattern)
     flat = magnitude.reshape(len(weight), -1)
     padded = np.pad(flat, ((0, 0), (0, -flat.shape[1] % pattern.m)))
-    return np.ascontiguousarray(largest(padded, 1, pattern)[:, : flat.shape[1]]).reshape(weight.shape)
+    return np.ascontiguousarray(keep_largest(padded, 1, pattern)[:, : flat.shape[1]]).reshape(weight.shape)
 
 
-def largest(scores: npt.NDArray[Any], axis: int, pattern: Pattern) -> npt.NDArray[np.bool_]:
+def keep_largest(scores: npt.NDArray[Any], axis: int, pattern: Pattern) -> npt.NDArray[np.bool_]:
     """Keep the N largest of each aligned group of M along an axis of any contiguous array; ties keep the lower index.
 
     Raises:

@@ -20,7 +20,7 @@ from maskplan.pipeline.core.files import sha256_of, write_atomically
 from maskplan.pipeline.core.serialization import encode
 from maskplan.pipeline.masking.eligibility import ineligible_reason
 from maskplan.pipeline.masking.magnitude import kept_magnitude, magnitude_mask
-from maskplan.pipeline.masking.patterns import LAYOUTS, group, parse_pattern, violations
+from maskplan.pipeline.masking.patterns import LAYOUTS, count_violations, group, parse_pattern
 from maskplan.pipeline.masking.policy import UNUSED
 from maskplan.pipeline.models.state_dict import METADATA_KEY, read_metadata
 
@@ -65,7 +65,7 @@ def write_masks(
     return _written(made, masks)
 
 
-def leave_out(masks: MaskSet, names: Collection[str], reason: str, out: Path) -> MaskSet:
+def exclude_layers(masks: MaskSet, names: Collection[str], reason: str, out: Path) -> MaskSet:
     """Write a mask file without some of another's masks; their layers are listed as dense, with the reason.
 
     Raises:
@@ -206,7 +206,7 @@ def require_fit(masks: Masks, layers: Sequence[Layer], pattern: Pattern, layout:
             wrong.append(f"{name}: shape {mask.shape} where the weight has {layer.shape}")
         elif reason is not None:
             wrong.append(f"{name}: the layer cannot be {pattern} ({reason})")
-        elif count := violations(mask, pattern, layout):
+        elif count := count_violations(mask, pattern, layout):
             wrong.append(f"{name}: {count} groups keep more than {pattern.n} of {pattern.m}")
     if wrong:
         raise InputError(

@@ -38,7 +38,7 @@ def parse_pattern(text: str) -> Pattern:
     return Pattern(int(n), int(m))
 
 
-def patterns(pattern: Pattern) -> npt.NDArray[np.bool_]:
+def pattern_table(pattern: Pattern) -> npt.NDArray[np.bool_]:
     """All masks of one group with exactly N kept, shape (M choose N, M), in lexicographic order of kept positions."""
     kept = list(itertools.combinations(range(pattern.m), pattern.n))
     table = np.zeros((len(kept), pattern.m), dtype=np.bool_)
@@ -81,6 +81,6 @@ def ungroup(grouped: npt.NDArray[Scalar], shape: tuple[int, ...], layout: str = 
     return np.ascontiguousarray(grouped.reshape(shape[0], -1)[:, :length]).reshape(shape)
 
 
-def violations(mask: npt.NDArray[np.bool_], pattern: Pattern, layout: str = CHANNEL) -> int:
+def count_violations(mask: npt.NDArray[np.bool_], pattern: Pattern, layout: str = CHANNEL) -> int:
     """How many groups of a mask keep more than N."""
     return int(np.count_nonzero(group(mask, pattern.m, layout, pad=layout == FLAT).sum(axis=-1) > pattern.n))

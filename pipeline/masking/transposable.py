@@ -28,8 +28,8 @@ import numpy.typing as npt
 
 from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.core.errors import HostError, InputError, listed
-from maskplan.pipeline.masking.magnitude import largest
-from maskplan.pipeline.masking.patterns import violations
+from maskplan.pipeline.masking.magnitude import keep_largest
+from maskplan.pipeline.masking.patterns import count_violations
 
 EXACT, ENTROPIC, APPROXIMATE = "exact", "entropic", "approximate"
 METHODS = (EXACT, ENTROPIC, APPROXIMATE)
@@ -93,7 +93,7 @@ def transposable_masks(
 
 def transposed_violations(mask: npt.NDArray[np.bool_], pattern: Pattern) -> tuple[int, int]:
     """How many groups of a mask keep more than N along C, and how many along K."""
-    return violations(mask, pattern), violations(np.swapaxes(mask, 0, 1), pattern)
+    return count_violations(mask, pattern), count_violations(np.swapaxes(mask, 0, 1), pattern)
 
 
 def lighter_half(tiles: npt.NDArray[Any], pattern: Pattern) -> npt.NDArray[np.bool_]:
@@ -111,7 +111,7 @@ def lighter_half(tiles: npt.NDArray[Any], pattern: Pattern) -> npt.NDArray[np.bo
     Returns:
         Kept, shaped like `tiles`; ties keep the lower index, as in magnitude masks.
     """
-    return largest(tiles, 1, pattern) & largest(tiles, 2, pattern)
+    return keep_largest(tiles, 1, pattern) & keep_largest(tiles, 2, pattern)
 
 
 def _solver(pattern: Pattern, method: str) -> TileSolver:
@@ -125,12 +125,12 @@ def _solver(pattern: Pattern, method: str) -> TileSolver:
 
             return entropic_tiles
         if pattern.m <= _LARGEST_TABLE:
-            from maskplan.pipeline.masking.transposable_table import best_of_table
+            from maskplan.pipeline.masking.transposable_table import solve_by_table
 
-            return best_of_table
-        from maskplan.pipeline.masking.transposable_flow import flow_tiles
+            return solve_by_table
+        from maskplan.pipeline.masking.transposable_flow import solve_by_flow
 
-        return flow_tiles
+        return solve_by_flow
     except ModuleNotFoundError as error:
         raise HostError(
             f"numba is not installed, and {method} transposable masks need it",

@@ -19,7 +19,7 @@ from maskplan.pipeline.masking.compiled import compiled
 _NONE = -1
 
 
-def flow_tiles(tiles: npt.NDArray[np.float64], pattern: Pattern) -> npt.NDArray[np.bool_]:
+def solve_by_flow(tiles: npt.NDArray[np.float64], pattern: Pattern) -> npt.NDArray[np.bool_]:
     """The mask of each tile that keeps most, of all that keep N in every row and column.
 
     Args:

@@ -10,13 +10,13 @@ import numpy.typing as npt
 
 from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.masking.compiled import compiled
-from maskplan.pipeline.masking.patterns import patterns
+from maskplan.pipeline.masking.patterns import pattern_table
 
 # Tiles a block: the scores of a block's rows lie in the second cache, and inner loops run over tiles.
 _BLOCK = 256
 
 
-def best_of_table(tiles: npt.NDArray[np.float64], pattern: Pattern) -> npt.NDArray[np.bool_]:
+def solve_by_table(tiles: npt.NDArray[np.float64], pattern: Pattern) -> npt.NDArray[np.bool_]:
     """The mask of each tile that keeps most, of all that keep N in every row and column.
 
     Args:
@@ -26,7 +26,7 @@ def best_of_table(tiles: npt.NDArray[np.float64], pattern: Pattern) -> npt.NDArr
     Returns:
         Kept, shaped like `tiles`; of equals the one whose rows come first in the order of `patterns`.
     """
-    rows = patterns(pattern)
+    rows = pattern_table(pattern)
     kept = np.empty(tiles.shape, np.bool_)
     _choose(tiles, rows, choices(pattern), kept)
     return kept
@@ -35,7 +35,7 @@ def best_of_table(tiles: npt.NDArray[np.float64], pattern: Pattern) -> npt.NDArr
 @cache
 def choices(pattern: Pattern) -> npt.NDArray[np.int64]:
     """All masks of a tile with exactly N in every row and column, (P, M): for each row its index into `patterns`."""
-    rows = patterns(pattern)
+    rows = pattern_table(pattern)
     chosen = [
         at
         for at in itertools.product(range(len(rows)), repeat=pattern.m)

@@ -20,7 +20,7 @@ from maskplan.pipeline.core.choices import CHANNEL
 from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.core.validation import at_least
 from maskplan.pipeline.data.dataset import Dataset, Split, batches
-from maskplan.pipeline.masking.layerwise import layerwise_mask, output_error, unfolded
+from maskplan.pipeline.masking.layerwise import layerwise_mask, output_error, unfold_weight
 from maskplan.pipeline.masking.magnitude import kept_magnitude
 from maskplan.pipeline.masking.patterns import parse_pattern
 from maskplan.pipeline.masking.policy import LayerPolicy, select_layers
@@ -186,7 +186,7 @@ def convert(
 
 def _mean_error(difference: npt.NDArray[np.floating], moment: SecondMoments) -> npt.NDArray[np.float32]:
     """What the new weights leave out of each output on average."""
-    lost: npt.NDArray[np.float32] = (unfolded(difference) @ moment.mean).astype(np.float32)
+    lost: npt.NDArray[np.float32] = (unfold_weight(difference) @ moment.mean).astype(np.float32)
     return lost
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from maskplan.pipeline.masking.layerwise import folded, unfolded
+from maskplan.pipeline.masking.layerwise import fold_weight, unfold_weight
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ def fit_under_mask(
     Args:
         weight: (K, C, R, S) or (K, C), the weights whose outputs are to be met.
         mask: Shaped like it; rows may keep different numbers.
-        moment: (D, D) in the order of `unfolded`.
+        moment: (D, D) in the order of `unfold_weight`.
         damping: How far new weights are held to the old; it makes a solution unique where inputs are not independent.
 
     Returns:
@@ -38,8 +38,8 @@ def fit_under_mask(
     """
     import torch
 
-    rows = torch.from_numpy(unfolded(weight)).double()
-    kept = torch.from_numpy(unfolded(mask))
+    rows = torch.from_numpy(unfold_weight(weight)).double()
+    kept = torch.from_numpy(unfold_weight(mask))
     products = torch.from_numpy(np.ascontiguousarray(moment)).double()
     hold = damping * float(products.diagonal().mean())
     if hold > 0:
@@ -57,7 +57,7 @@ def fit_under_mask(
             at, some = alike[first : first + step], columns[first : first + step]
             fitted = _solved(products[some.unsqueeze(2), some.unsqueeze(1)], targets[at].gather(1, some))
             found[at] = found[at].scatter(1, some, fitted)
-    solved: npt.NDArray[np.float32] = folded(found.float().numpy(), weight.shape)
+    solved: npt.NDArray[np.float32] = fold_weight(found.float().numpy(), weight.shape)
     return np.where(mask, solved, np.float32(0))
 
 

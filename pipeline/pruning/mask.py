@@ -26,7 +26,7 @@ from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.core.validation import at_least
 from maskplan.pipeline.data.dataset import Dataset
-from maskplan.pipeline.learning.options import LearnFiles, LearnOptions
+from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions
 from maskplan.pipeline.masking.layerwise import layerwise_mask
 from maskplan.pipeline.masking.magnitude import magnitude_mask
 from maskplan.pipeline.masking.maskset import load_masks, read_masks, require_fit, write_masks
@@ -105,7 +105,7 @@ def method_for(asked: str, has_images: bool) -> str:
     return asked if asked != AUTO else LEARNED if has_images else MAGNITUDE
 
 
-def looks_at_images(options: MaskOptions, method: str) -> bool:
+def needs_images(options: MaskOptions, method: str) -> bool:
     """Whether choosing masks so takes images; `method` is not `auto`."""
     return method in (LEARNED, LAYERWISE, DANHOFER2024) or options.keep_dense_budget > 0
 
@@ -119,7 +119,7 @@ def choose_masks(
     image_sets: tuple[ImageSet, ...] = (),
     only: Collection[str] | None = None,
     init: Path | None = None,
-    files: LearnFiles | None = None,
+    files: LearnerFiles | None = None,
     device: str = "auto",
 ) -> MaskSet:
     """Choose a mask for every layer that the policy selects; the module's weights stay as they are.
@@ -155,9 +155,9 @@ def choose_masks(
     dense = selection.dense
     if options.keep_dense_budget > 0:
         assert data is not None  # required above
-        from maskplan.pipeline.learning.sensitivity import costliest
+        from maskplan.pipeline.learning.sensitivity import costliest_layers
 
-        left = costliest(
+        left = costliest_layers(
             module, masks, chosen, provenance.preprocessing, data, options.keep_dense_budget, options.learn
         )
         dense += tuple(DenseLayer(x.name, x.shape, x.macs, TOO_COSTLY) for x in chosen if x.name in left)
@@ -198,7 +198,7 @@ def choose_masks(
         method=method,
         weights_sha256=tensors_sha256(state),
         learning=learning,
-        image_sets=image_sets if looks_at_images(options, method) else (),
+        image_sets=image_sets if needs_images(options, method) else (),
         permutation=provenance.permutation,
     )
     if files is not None and files.state is not None:
@@ -210,7 +210,7 @@ def _require_images(method: str, options: MaskOptions, data: Dataset | None) -> 
     """Raise unless what the method needs is there."""
     if options.layout != CHANNEL and method in (LEARNED, LAYERWISE, TRANSPOSABLE):
         raise InputError(f"{method} masks are chosen along C only", found=f"layout {options.layout}")
-    if data is not None or not looks_at_images(options, method):
+    if data is not None or not needs_images(options, method):
         return
     fix = "give --data DIR with train/ and val/"
     if method not in (LEARNED, LAYERWISE):
@@ -289,7 +289,7 @@ def _start(path: Path, layers: Sequence[Layer], pattern: Pattern) -> dict[str, n
     return masks
 
 
-def given_masks(module: nn.Module, provenance: Provenance, path: Path, *, deployable: bool = True) -> MaskSet:
+def masks_from_file(module: nn.Module, provenance: Provenance, path: Path, *, deployable: bool = True) -> MaskSet:
     """Take the masks of a file, held against the model.
 
     Raises:

@@ -104,7 +104,7 @@ def second_moments(
     if len(images) == 0:
         raise InputError("no images to average over", where=train.role, fix="give --data DIR with train/ and val/")
     module.eval()
-    followed = before_norm(module, preprocessing)
+    followed = layers_before_norm(module, preprocessing)
     by_name = _modules(module)
     for part in _parts(layers):
         gathered = [_Gathering(layer, by_name[layer.name], len(images), options) for layer in part]
@@ -126,7 +126,7 @@ def second_moments(
             yield done.layer, done.finished(before_norm=done.layer.name in followed)
 
 
-def before_norm(module: nn.Module, preprocessing: Preprocessing) -> frozenset[str]:
+def layers_before_norm(module: nn.Module, preprocessing: Preprocessing) -> frozenset[str]:
     """Weights of the layers whose very output a BatchNorm module with running statistics takes, in a forward pass.
 
     A BatchNorm behind an addition, a concatenation or an activation does not count, nor one that is called as a function.

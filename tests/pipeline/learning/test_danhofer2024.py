@@ -20,14 +20,14 @@ from maskplan.pipeline.learning.danhofer2024 import (
     DanhoferNet,
     DanhoferOptions,
     FlatGates,
-    hits_of,
+    correct_predictions,
     learn_danhofer,
     unfolded,
 )
 from maskplan.pipeline.learning.options import LearnOptions
 from maskplan.pipeline.masking.maskset import load_masks
 from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
-from maskplan.pipeline.pruning.mask import MaskOptions, choose_masks, given_masks
+from maskplan.pipeline.pruning.mask import MaskOptions, choose_masks, masks_from_file
 
 TWO_FOUR = Pattern(2, 4)
 
@@ -135,7 +135,7 @@ def test_learning_changes_gates_and_statistics_but_no_weight() -> None:
         assert not torch.allclose(first, other)
         assert torch.equal(net(x, None), net(x, None))
     val = load_digits().val
-    assert len(hits_of(net, val, PREPROCESSING, sampled=True)) == len(val)
+    assert len(correct_predictions(net, val, PREPROCESSING, sampled=True)) == len(val)
 
 
 def test_its_masks_go_to_a_file_that_says_what_it_is(tmp_path: Path) -> None:
@@ -153,10 +153,10 @@ def test_its_masks_go_to_a_file_that_says_what_it_is(tmp_path: Path) -> None:
     assert set(masks) == convolutions
     expected = learn_danhofer(module, PREPROCESSING, load_digits(), DanhoferOptions(1, 256, seed=3), TWO_FOUR).masks()
     assert all(np.array_equal(masks[name], expected[name]) for name in masks)
-    again = given_masks(module, provenance, tmp_path / "m.safetensors", deployable=False)
+    again = masks_from_file(module, provenance, tmp_path / "m.safetensors", deployable=False)
     assert again.layout == "flat"
     with pytest.raises(InputError, match="cannot be deployed"):
-        given_masks(module, provenance, tmp_path / "m.safetensors")
+        masks_from_file(module, provenance, tmp_path / "m.safetensors")
 
 
 @pytest.mark.parametrize("given", [["--masks", "danhofer2024"], ["--recipe", "r.toml"]])

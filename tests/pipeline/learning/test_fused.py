@@ -11,7 +11,7 @@ from scipy import stats
 
 from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.learning.fused import differentiate, draw, gumbel_noise
-from maskplan.pipeline.masking.patterns import patterns
+from maskplan.pipeline.masking.patterns import pattern_table
 
 # Shapes that end within a block, at its edge, or are larger than one filter's worth of it.
 SHAPES = [(1, 1, 1), (3, 2, 9), (33, 2, 1), (64, 16, 1), (1024, 1, 1), (5, 3, 49), (2, 1, 2000), (70, 16, 9)]
@@ -28,7 +28,7 @@ def threads() -> Iterator[None]:
 def made(shape: tuple[int, int, int], n: int, m: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits, weight and table."""
     k, groups, taps = shape
-    table = torch.from_numpy(patterns(Pattern(n, m)))
+    table = torch.from_numpy(pattern_table(Pattern(n, m)))
     generator = torch.Generator().manual_seed(k)
     logits = torch.randn(len(table), k, groups, taps, generator=generator)
     return logits, torch.randn(k, groups * m, taps, generator=generator), table

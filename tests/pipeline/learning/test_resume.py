@@ -26,7 +26,7 @@ from maskplan.pipeline.learning.masked_net import Masks
 from maskplan.pipeline.learning.options import LearnOptions
 from maskplan.pipeline.learning.schedule import training_batches
 from maskplan.pipeline.learning.state import load_state
-from maskplan.pipeline.learning.trainer import LearnFiles, learn_masks
+from maskplan.pipeline.learning.trainer import LearnerFiles, learn_masks
 from maskplan.pipeline.masking.magnitude import magnitude_mask
 from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
 
@@ -47,7 +47,7 @@ def start(net: nn.Module) -> Masks:
 
 def learn(net: nn.Module, start: Masks, state: Path | None = None, **options: object) -> Masks:
     chosen = dataclasses.replace(QUICK, **options)  # type: ignore[arg-type]
-    files = LearnFiles(state, log=state.parent if state else None)
+    files = LearnerFiles(state, log=state.parent if state else None)
     return learn_masks(net, start, TWO_FOUR, PREPROCESSING, load_digits(), chosen, files=files, device="cpu")[0]
 
 
@@ -207,7 +207,7 @@ from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.data.digits import PREPROCESSING, load_digits
 from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
 from maskplan.pipeline.learning.options import LearnOptions
-from maskplan.pipeline.learning.trainer import LearnFiles, learn_masks
+from maskplan.pipeline.learning.trainer import LearnerFiles, learn_masks
 from maskplan.pipeline.masking.magnitude import magnitude_mask
 
 torch.set_num_threads(1)
@@ -217,7 +217,7 @@ start = {n: magnitude_mask(net.state_dict()[n].numpy(), Pattern(2, 4)) for n in 
 options = LearnOptions(epochs=2, batch=128, seed=4)
 out = Path(sys.argv[1])
 masks, took = learn_masks(net, start, Pattern(2, 4), PREPROCESSING, load_digits(), options,
-                          files=LearnFiles(out / "state.safetensors"), device="cpu")
+                          files=LearnerFiles(out / "state.safetensors"), device="cpu")
 rank = os.environ["RANK"]
 np.savez(out / f"{rank}.npz", **masks)
 (out / f"{rank}.txt").write_text(f"{took.steps} {took.select_divergence_start} {took.select_divergence_end}")

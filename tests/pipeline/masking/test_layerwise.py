@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.core.errors import InputError
-from maskplan.pipeline.masking.layerwise import folded, layerwise_mask, output_error, unfolded
+from maskplan.pipeline.masking.layerwise import fold_weight, layerwise_mask, output_error, unfold_weight
 from maskplan.pipeline.masking.layerwise_descent import descend
 from maskplan.pipeline.masking.magnitude import magnitude_mask
-from maskplan.pipeline.masking.patterns import patterns, violations
+from maskplan.pipeline.masking.patterns import count_violations, pattern_table
 
 TWO_FOUR = Pattern(2, 4)
 Floats = npt.NDArray[Any]
@@ -35,7 +35,7 @@ def moment_of(found: Floats) -> Floats:
 
 def least(row: Floats, moment: Floats, pattern: Pattern) -> float:
     """The least error of one row over all masks."""
-    table = patterns(pattern)
+    table = pattern_table(pattern)
     choices = itertools.product(range(len(table)), repeat=len(row) // pattern.m)
     masks = table[np.array(list(choices))].reshape(-1, len(row))
     dropped = np.where(masks, 0, row)
@@ -92,7 +92,7 @@ def test_no_row_is_worse_than_at_its_start_whatever_that_is(seed: int, pattern: 
 def test_the_error_falls_with_every_further_start() -> None:
     """What the search itself says of its error is true, and more restarts never raise it."""
     rng = np.random.default_rng(2)
-    rows, table = rng.normal(size=(5, 48)), patterns(TWO_FOUR)
+    rows, table = rng.normal(size=(5, 48)), pattern_table(TWO_FOUR)
     moment = moment_of(inputs(rng, 48))
     starts = rng.integers(0, 6, (1, 5, 12))
     dropped = np.nonzero(~table)[1].reshape(6, 2)
@@ -118,14 +118,14 @@ def test_the_moments_columns_are_taps_of_channels() -> None:
     mask = layerwise_mask(weight, moment_of(columns.reshape(-1, 48)), TWO_FOUR)
     assert not mask[:, silent].any()
     assert mask[:, [0, 3, 5, 6]].all()
-    assert violations(mask, TWO_FOUR) == 0
+    assert count_violations(mask, TWO_FOUR) == 0
 
 
 def test_unfolding_is_undone() -> None:
     weight = np.arange(2 * 4 * 3 * 2).reshape(2, 4, 3, 2)
-    rows = unfolded(weight)
+    rows = unfold_weight(weight)
     assert rows[1, (2 * 2 + 1) * 4 + 3] == weight[1, 3, 2, 1]
-    assert np.array_equal(folded(rows, weight.shape), weight)
+    assert np.array_equal(fold_weight(rows, weight.shape), weight)
 
 
 def test_zeros_that_are_there_are_dropped_before_anything_that_counts() -> None:

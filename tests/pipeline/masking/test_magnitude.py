@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.core.choices import CHANNEL, FLAT
-from maskplan.pipeline.masking.magnitude import kept_magnitude, largest, magnitude_mask
+from maskplan.pipeline.masking.magnitude import keep_largest, kept_magnitude, magnitude_mask
 from maskplan.pipeline.masking.patterns import group
 
 PATTERNS = [(1, 2), (1, 4), (2, 4), (3, 4), (4, 4), (2, 6), (4, 8)]
@@ -117,7 +117,7 @@ def test_channels_that_do_not_divide_are_an_error() -> None:
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_largest_works_along_any_axis(axis: int) -> None:
     scores = np.random.default_rng(axis).permutation(8 * 12 * 4).reshape(8, 12, 4)
-    kept = largest(scores, axis, Pattern(1, 4))
+    kept = keep_largest(scores, axis, Pattern(1, 4))
     moved, moved_kept = np.moveaxis(scores, axis, -1), np.moveaxis(kept, axis, -1)
     for index in np.ndindex(*moved.shape[:-1]):
         for start in range(0, moved.shape[-1], 4):

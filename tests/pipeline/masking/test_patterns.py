@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.core.choices import CHANNEL, FLAT
 from maskplan.pipeline.core.errors import InputError
-from maskplan.pipeline.masking.patterns import group, parse_pattern, patterns, ungroup, violations
+from maskplan.pipeline.masking.patterns import count_violations, group, parse_pattern, pattern_table, ungroup
 
 KERNELS = [(), (1, 1), (3, 3), (1, 3), (2,), (2, 1, 3)]
 
@@ -44,13 +44,13 @@ def test_what_is_not_n_of_m_is_refused_and_quoted(text: str) -> None:
 def test_the_table_holds_every_choice_of_n_in_lexicographic_order(n: int, m: int) -> None:
     """Kept positions in lexicographic order are bit strings in falling order."""
     expected = sorted((bits for bits in itertools.product((0, 1), repeat=m) if sum(bits) == n), reverse=True)
-    table = patterns(Pattern(n, m))
+    table = pattern_table(Pattern(n, m))
     assert table.dtype == np.bool_
     assert [tuple(row) for row in table.astype(int).tolist()] == expected
 
 
 def test_the_first_pattern_of_2_4_keeps_the_first_two() -> None:
-    assert patterns(Pattern(2, 4))[0].tolist() == [True, True, False, False]
+    assert pattern_table(Pattern(2, 4))[0].tolist() == [True, True, False, False]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -151,11 +151,11 @@ def test_violations_are_counted_as_a_loop_counts_them(seed: int, n: int, layout:
             filter_ = mask[k].ravel()
             runs = [filter_[i : i + 4] for i in range(0, filter_.size, 4)]
         expected += sum(int(run.sum()) > n for run in runs)
-    assert violations(mask, Pattern(n, 4), layout) == expected
+    assert count_violations(mask, Pattern(n, 4), layout) == expected
 
 
 def test_a_group_with_fewer_than_n_is_no_violation() -> None:
     mask = np.zeros((1, 8, 1, 1), np.bool_)
-    assert violations(mask, Pattern(2, 4)) == 0
+    assert count_violations(mask, Pattern(2, 4)) == 0
     mask[0, :3] = True
-    assert violations(mask, Pattern(2, 4)) == 1
+    assert count_violations(mask, Pattern(2, 4)) == 1

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.masking.transposable_entropic import entropic_tiles
-from maskplan.pipeline.masking.transposable_flow import flow_tiles
+from maskplan.pipeline.masking.transposable_flow import solve_by_flow
 
 PATTERNS = [(1, 1), (1, 2), (2, 4), (3, 4), (4, 4), (1, 8), (3, 8), (4, 8), (7, 8), (8, 8), (2, 6), (8, 16)]
 KINDS = ("normal", "uniform", "heavy", "ties", "zeros_and_ones", "columns", "outliers")
@@ -62,7 +62,7 @@ def test_rows_and_columns_keep_n_and_no_exchange_gains(seed: int, kind: str, pat
 def test_on_average_one_percent_is_lost_at_most(kind: str, n: int, m: int, count: int) -> None:
     tiles = tiles_of(kind, np.random.default_rng(0), count, m)
     kept = (tiles * entropic_tiles(tiles, Pattern(n, m))).sum(axis=(1, 2))
-    best = (tiles * flow_tiles(tiles, Pattern(n, m))).sum(axis=(1, 2))
+    best = (tiles * solve_by_flow(tiles, Pattern(n, m))).sum(axis=(1, 2))
     assert (kept <= best * (1 + 1e-12)).all()
     lost = 1 - kept.sum() / best.sum()
     assert lost < 0.01

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
 from maskplan.pipeline.core.artifacts import Pattern
-from maskplan.pipeline.masking.transposable_flow import flow_tiles
-from maskplan.pipeline.masking.transposable_table import best_of_table, choices
+from maskplan.pipeline.masking.transposable_flow import solve_by_flow
+from maskplan.pipeline.masking.transposable_table import choices, solve_by_table
 
 LARGE = [(2, 5), (4, 5), (3, 6), (1, 8), (2, 8), (4, 8), (7, 8), (8, 8), (8, 16), (3, 12)]
 
@@ -42,7 +42,7 @@ def sums(m: int) -> npt.NDArray[np.float64]:
 def kept_by(tiles: npt.NDArray[np.floating], n: int) -> npt.NDArray[np.floating]:
     """What the flow's masks keep; they keep N in every row and column."""
     tiles = tiles.astype(np.float64)
-    kept = flow_tiles(tiles, Pattern(n, tiles.shape[1]))
+    kept = solve_by_flow(tiles, Pattern(n, tiles.shape[1]))
     assert kept.shape == tiles.shape
     assert (kept.sum(axis=1) == n).all()
     assert (kept.sum(axis=2) == n).all()
@@ -107,7 +107,7 @@ def test_flow_and_table_keep_the_most_of_all_masks(seed: int, pattern: tuple[int
     tiles = whole_numbers(np.random.default_rng(seed), 5, m, 4).astype(np.float64)
     expected = (tiles[:, None] * all_masks(n, m)).sum(axis=(2, 3)).max(axis=1)
     assert np.array_equal(kept_by(tiles, n), expected)
-    chosen = best_of_table(tiles, Pattern(n, m))
+    chosen = solve_by_table(tiles, Pattern(n, m))
     assert np.array_equal((tiles * chosen).sum(axis=(1, 2)), expected)
 
 
@@ -124,7 +124,7 @@ def test_the_table_holds_every_mask_of_a_tile_once(n: int, m: int, count: int) -
 
 
 def test_the_first_of_equal_masks_is_the_tables_choice() -> None:
-    kept = best_of_table(np.ones((300, 4, 4)), Pattern(2, 4))
+    kept = solve_by_table(np.ones((300, 4, 4)), Pattern(2, 4))
     assert (kept == kept[0]).all()
     assert kept[0].astype(int).tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
 

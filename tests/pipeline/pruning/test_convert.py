@@ -21,7 +21,7 @@ from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.data.dataset import Dataset, batches
 from maskplan.pipeline.data.digits import load_digits
 from maskplan.pipeline.masking.layerwise import output_error
-from maskplan.pipeline.masking.patterns import violations
+from maskplan.pipeline.masking.patterns import count_violations
 from maskplan.pipeline.masking.policy import select_layers
 from maskplan.pipeline.models.batchnorm import RecalibrateOptions
 from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint, read_checkpoint
@@ -69,7 +69,7 @@ def test_without_update_what_is_not_dropped_stays_to_the_bit(
     assert len(names) == 8
     for layer in report.layers:
         old, new = own[layer.name].numpy(), state[layer.name].numpy()
-        assert violations(new != 0, TWO_FOUR) == 0
+        assert count_violations(new != 0, TWO_FOUR) == 0
         assert np.array_equal(new[new != 0], old[new != 0])
         assert layer.zeros == pytest.approx(50, abs=0.5)
         assert layer.dropped == pytest.approx(100 * ((old != 0) & (new == 0)).sum() / (old != 0).sum())
@@ -89,7 +89,7 @@ def test_the_update_gives_outputs_back(source: tuple[nn.Module, Provenance], dat
     # On images that nothing was fitted to.
     for layer, found in second_moments(module, layers, provenance.preprocessing, data.select, MomentOptions()):
         old, new = module.state_dict()[layer.name].numpy(), state[layer.name].numpy()
-        assert violations(new != 0, TWO_FOUR) == 0
+        assert count_violations(new != 0, TWO_FOUR) == 0
         fitted = output_error(old - new, found.effective).sum()
         pruned = output_error(np.where(new != 0, 0, old), found.effective).sum()
         assert fitted < pruned, layer.name

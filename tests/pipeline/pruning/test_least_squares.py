@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from maskplan.pipeline.core.artifacts import Pattern
-from maskplan.pipeline.masking.layerwise import folded, output_error, unfolded
+from maskplan.pipeline.masking.layerwise import fold_weight, output_error, unfold_weight
 from maskplan.pipeline.masking.magnitude import magnitude_mask
 from maskplan.pipeline.pruning import least_squares
 from maskplan.pipeline.pruning.least_squares import fit_under_mask
@@ -20,8 +20,8 @@ MASK = magnitude_mask(WEIGHT, Pattern(2, 4))
 
 
 def test_the_fit_is_that_of_least_squares_over_what_is_kept() -> None:
-    found = unfolded(fit_under_mask(WEIGHT, MASK, MOMENT, damping=0))
-    rows, kept = unfolded(WEIGHT), unfolded(MASK)
+    found = unfold_weight(fit_under_mask(WEIGHT, MASK, MOMENT, damping=0))
+    rows, kept = unfold_weight(WEIGHT), unfold_weight(MASK)
     for row, mask, fitted in zip(rows, kept, found, strict=True):
         expected = np.linalg.lstsq(INPUTS[:, mask], INPUTS @ row, rcond=None)[0]
         assert fitted[mask] == pytest.approx(expected, rel=1e-3, abs=1e-3)
@@ -32,8 +32,8 @@ def test_the_fit_is_that_of_least_squares_over_what_is_kept() -> None:
 def test_damping_holds_weights_to_the_old_ones() -> None:
     """The damped fit is the plain one with sqrt(damping * h) more equations a weight."""
     hold = 0.3 * float(np.diagonal(MOMENT).mean())
-    found = unfolded(fit_under_mask(WEIGHT, MASK, MOMENT, damping=0.3))
-    for row, mask, fitted in zip(unfolded(WEIGHT), unfolded(MASK), found, strict=True):
+    found = unfold_weight(fit_under_mask(WEIGHT, MASK, MOMENT, damping=0.3))
+    for row, mask, fitted in zip(unfold_weight(WEIGHT), unfold_weight(MASK), found, strict=True):
         more = np.sqrt(200 * hold) * np.eye(int(mask.sum()))
         left = np.vstack([INPUTS[:, mask], more])
         right = np.concatenate([INPUTS @ row, more @ row[mask]])
@@ -64,9 +64,9 @@ def test_rows_may_keep_different_numbers_and_be_solved_a_few_at_a_time(monkeypat
 def test_inputs_that_say_nothing_leave_their_weights_alone() -> None:
     silent = MOMENT.copy()
     silent[:, :4] = silent[:4] = 0
-    found = unfolded(fit_under_mask(WEIGHT, MASK, silent))
-    kept = unfolded(MASK)[:, :4]
-    assert found[:, :4][kept] == pytest.approx(unfolded(WEIGHT)[:, :4][kept], rel=1e-5)
-    undamped = unfolded(fit_under_mask(WEIGHT, MASK, silent, damping=0))
+    found = unfold_weight(fit_under_mask(WEIGHT, MASK, silent))
+    kept = unfold_weight(MASK)[:, :4]
+    assert found[:, :4][kept] == pytest.approx(unfold_weight(WEIGHT)[:, :4][kept], rel=1e-5)
+    undamped = unfold_weight(fit_under_mask(WEIGHT, MASK, silent, damping=0))
     assert np.isfinite(undamped).all()
-    assert np.array_equal(folded(undamped, SHAPE) != 0, (folded(undamped, SHAPE) != 0) & MASK)
+    assert np.array_equal(fold_weight(undamped, SHAPE) != 0, (fold_weight(undamped, SHAPE) != 0) & MASK)

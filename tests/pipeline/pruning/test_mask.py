@@ -22,7 +22,7 @@ from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.core.choices import AUTO, LAYERWISE, LEARNED, MAGNITUDE, TRANSPOSABLE
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.data.digits import load_digits
-from maskplan.pipeline.learning.options import LearnFiles, LearnOptions
+from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions
 from maskplan.pipeline.masking.layerwise import output_error
 from maskplan.pipeline.masking.magnitude import magnitude_mask
 from maskplan.pipeline.masking.transposable import transposed_violations
@@ -125,7 +125,7 @@ def test_masks_to_start_from_must_fit(net: tuple[nn.Module, Any], tmp_path: Path
 
 
 def test_the_learners_checkpoint_goes_when_the_masks_are_there(net: tuple[nn.Module, Any], tmp_path: Path) -> None:
-    files = LearnFiles(tmp_path / "state", log=tmp_path / "log")
+    files = LearnerFiles(tmp_path / "state", log=tmp_path / "log")
     choose_masks(*net, MaskOptions(method=LEARNED, learn=QUICK), tmp_path / "m.safetensors", load_digits(), files=files)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "m.safetensors"]
     assert (tmp_path / "log" / "learning.csv").is_file()
@@ -177,7 +177,7 @@ def test_learned_masks_may_start_from_layerwise_ones(
     learn = dataclasses.replace(QUICK, lr=1e-12, noise_start=0.0, init_margin=1000.0)
     options = MaskOptions(method=LEARNED, init_method=LAYERWISE, images=200, learn=learn)
     out = tmp_path / "m.safetensors"
-    choose_masks(*net, options, out, load_digits(), files=LearnFiles(log=tmp_path / "log"))
+    choose_masks(*net, options, out, load_digits(), files=LearnerFiles(log=tmp_path / "log"))
     found = safetensors.numpy.load_file(out)
     assert found.keys() == layerwise.keys()
     assert all(np.array_equal(found[name], layerwise[name]) for name in layerwise)

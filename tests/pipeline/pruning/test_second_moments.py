@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from maskplan.pipeline.core.artifacts import Preprocessing
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.data.dataset import Split, batches
-from maskplan.pipeline.masking.layerwise import output_error, unfolded
+from maskplan.pipeline.masking.layerwise import output_error, unfold_weight
 from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.pruning import second_moments as module_under_test
-from maskplan.pipeline.pruning.second_moments import MomentOptions, SecondMoments, before_norm, second_moments
+from maskplan.pipeline.pruning.second_moments import MomentOptions, SecondMoments, layers_before_norm, second_moments
 
 HOW = Preprocessing(3, 12, 10, 0, "bilinear", (0.5,) * 3, (0.25,) * 3)
 ALL = MomentOptions(images=9, batch=4, positions=1000)
@@ -108,7 +108,7 @@ def test_moments_tell_what_an_error_of_the_weights_does_to_outputs(padding: str)
     assert output_error(difference.numpy(), found.about_mean) == pytest.approx(
         changed.var(1, correction=0).numpy(), rel=1e-3
     )
-    assert unfolded(difference.numpy()) @ found.mean == pytest.approx(changed.mean(1).numpy(), abs=1e-3)
+    assert unfold_weight(difference.numpy()) @ found.mean == pytest.approx(changed.mean(1).numpy(), abs=1e-3)
 
 
 def test_linear_layers_have_moments_too() -> None:
@@ -142,7 +142,7 @@ def test_a_norm_counts_only_where_it_takes_the_layers_very_output() -> None:
             x = self.bn2(x + self.added(x))
             return self.head(self.loose(self.last(x)).mean((2, 3)))
 
-    assert before_norm(Branches(), HOW) == {"first.weight"}
+    assert layers_before_norm(Branches(), HOW) == {"first.weight"}
 
 
 def test_the_module_is_as_it_was() -> None:

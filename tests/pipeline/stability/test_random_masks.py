@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskplan.pipeline.core.artifacts import Pattern
-from maskplan.pipeline.masking.patterns import patterns
+from maskplan.pipeline.masking.patterns import pattern_table
 from maskplan.pipeline.stability.random_masks import (
     inclusion,
     norm_deviation,
@@ -22,7 +22,7 @@ from maskplan.pipeline.stability.random_masks import (
 )
 
 Floats = npt.NDArray[np.float64]
-TWO_FOUR = patterns(Pattern(2, 4))
+TWO_FOUR = pattern_table(Pattern(2, 4))
 PATTERNS = [Pattern(2, 4), Pattern(1, 2), Pattern(1, 4), Pattern(3, 4)]
 
 
@@ -45,7 +45,7 @@ def every_mask(probabilities: Floats, table: npt.NDArray[np.bool_]) -> list[tupl
 @given(st.sampled_from(PATTERNS), st.integers(1, 3), st.integers(0, 2**32))
 @settings(max_examples=60, deadline=None)
 def test_mean_and_variance_are_those_over_all_masks(pattern: Pattern, groups: int, seed: int) -> None:
-    random, table = np.random.default_rng(seed), patterns(pattern)
+    random, table = np.random.default_rng(seed), pattern_table(pattern)
     terms, probabilities = random.standard_normal((groups, pattern.m)), chances(random, groups, len(table))
     masks = every_mask(probabilities, table)
     outputs = np.array([(mask * terms).sum() for _, mask in masks])
@@ -71,7 +71,7 @@ def test_a_uniform_choice_halves_the_output_and_has_a_third_of_the_spread_as_var
 def test_outputs_pass_their_limit_as_seldom_as_promised(
     pattern: Pattern, groups: int, confidence: float, seed: int
 ) -> None:
-    random, table = np.random.default_rng(seed), patterns(pattern)
+    random, table = np.random.default_rng(seed), pattern_table(pattern)
     terms, probabilities = random.standard_normal((groups, pattern.m)), chances(random, groups, len(table))
     mean, _ = output_moments(terms, probabilities, table)
     limit = float(output_limit(terms, table, confidence))
@@ -83,7 +83,7 @@ def test_outputs_pass_their_limit_as_seldom_as_promised(
 
 def test_the_limit_of_one_group_is_hoeffdings_of_its_range() -> None:
     # Two patterns of 1:2 with outputs 3 and -1: a range of 4.
-    limit = output_limit(np.array([[3.0, -1.0]]), patterns(Pattern(1, 2)), 0.9)
+    limit = output_limit(np.array([[3.0, -1.0]]), pattern_table(Pattern(1, 2)), 0.9)
     assert 2 * np.exp(-2 * limit**2 / 4**2) == pytest.approx(0.1)
     assert output_limit(np.ones((3, 5, 4)), TWO_FOUR).tolist() == [0, 0, 0]
 
@@ -91,7 +91,7 @@ def test_the_limit_of_one_group_is_hoeffdings_of_its_range() -> None:
 @given(st.sampled_from(PATTERNS), st.integers(1, 2), st.integers(0, 2**32))
 @settings(max_examples=30, deadline=None)
 def test_bernsteins_quantities_are_those_over_all_masks(pattern: Pattern, rows: int, seed: int) -> None:
-    random, table = np.random.default_rng(seed), patterns(pattern)
+    random, table = np.random.default_rng(seed), pattern_table(pattern)
     groups = 2 if rows == 1 else 1
     weight = random.standard_normal((rows, groups, pattern.m))
     probabilities = chances(random, rows, groups, len(table))
@@ -140,7 +140,7 @@ def test_the_norm_of_a_matrix_under_random_masks_stays_below_its_limits() -> Non
 @given(st.sampled_from([*PATTERNS, Pattern(4, 8)]), st.integers(0, 2**32))
 @settings(max_examples=80, deadline=None)
 def test_soft_masks_are_no_farther_from_the_likeliest_pattern_than_the_limit(pattern: Pattern, seed: int) -> None:
-    random, table = np.random.default_rng(seed), patterns(pattern)
+    random, table = np.random.default_rng(seed), pattern_table(pattern)
     soft, weight = chances(random, 3, 5, len(table)), random.standard_normal((3, 5, pattern.m))
     gaps = inclusion(soft, table) - table[soft.argmax(axis=-1)]
     assert (np.abs(gaps).sum(axis=-1) <= soft_gap_limit(soft, table) + 1e-12).all()

@@ -27,7 +27,7 @@ from maskplan.pipeline.cli.app import main
 from maskplan.pipeline.core.artifacts import DenseLayer, EngineFile, LayerSparsity, MaskedLayer, MaskSet, Pattern
 from maskplan.pipeline.core.choices import FAIL, PASS
 from maskplan.pipeline.core.reports import ConformanceReport, PassFigures, PassTiming, WeightVerdict
-from maskplan.pipeline.masking.maskset import leave_out
+from maskplan.pipeline.masking.maskset import exclude_layers
 from maskplan.pipeline.stages.refine import FIRST, REFINED, better, layers_to_restore, why_skip
 
 # --- which masks to take back
@@ -116,7 +116,7 @@ def test_a_second_pass_is_skipped_where_it_would_be_for_nothing(states: str, why
 
 
 def test_a_mask_file_without_some_masks_has_the_others_as_they_were(tmp_path: Path, masks_on_disk: MaskSet) -> None:
-    left = leave_out(masks_on_disk, {"a"}, "because", tmp_path / "fewer.safetensors")
+    left = exclude_layers(masks_on_disk, {"a"}, "because", tmp_path / "fewer.safetensors")
 
     before, after = load_file(masks_on_disk.path), load_file(left.path)
     assert set(after) == {"b"}
@@ -124,7 +124,7 @@ def test_a_mask_file_without_some_masks_has_the_others_as_they_were(tmp_path: Pa
     assert left.masked == masks_on_disk.masked[1:]
     assert left.dense == (DenseLayer("a", (8, 8, 1, 1), 64, "because"),)
     assert (left.method, left.pattern, left.weights_sha256) == ("magnitude", Pattern(2, 4), "d" * 64)
-    again = leave_out(masks_on_disk, {"a"}, "because", tmp_path / "again.safetensors")
+    again = exclude_layers(masks_on_disk, {"a"}, "because", tmp_path / "again.safetensors")
     assert again.sha256 == left.sha256 != masks_on_disk.sha256
 
 

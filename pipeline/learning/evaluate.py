@@ -22,7 +22,7 @@ from maskplan.pipeline.models.batchnorm import RecalibrateOptions, update_statis
 
 
 @dataclass(frozen=True)
-class Judgment:
+class MaskScore:
     """Masks on the `select` part: divergence from the dense network, and top-1 in percent."""
 
     divergence: float
@@ -32,7 +32,7 @@ class Judgment:
         return f"divergence {self.divergence:.4f}, top-1 {self.top1:.2f}%"
 
 
-def distillation(student: torch.Tensor, teacher: torch.Tensor, distill_temperature: float) -> torch.Tensor:
+def distillation_loss(student: torch.Tensor, teacher: torch.Tensor, distill_temperature: float) -> torch.Tensor:
     """KL divergence from the dense network's softened probabilities, mean over the images (Hinton et al. 2015)."""
     log_p, log_q = (
         F.log_softmax(student / distill_temperature, dim=1),
@@ -41,7 +41,7 @@ def distillation(student: torch.Tensor, teacher: torch.Tensor, distill_temperatu
     return distill_temperature**2 * F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
 
 
-class Judge:
+class MaskEvaluator:
     """Judges masks in a copy of the dense network whose statistics are recalibrated, as the final network's will be.
 
     Divergence chooses, for it tells masks apart where a small `select` part gives all of them the same top-1.
@@ -60,8 +60,8 @@ class Judge:
         self._recalibrate = RecalibrateOptions(seed=options.seed, augment=options.judge_augment)
         self._teacher: list[torch.Tensor] = []
 
-    def __call__(self, masks: Masks) -> Judgment:
-        """Judge masks by weight name.
+    def __call__(self, masks: Masks) -> MaskScore:
+        """MaskEvaluator masks by weight name.
 
         Raises:
             InputError: The outputs are not numbers.
@@ -80,16 +80,16 @@ class Judge:
                 if first:
                     self._teacher.append(self._dense(images))
                 logits = candidate(images)
-                divergence += float(distillation(logits, self._teacher[i], self._softness)) * len(x)
+                divergence += float(distillation_loss(logits, self._teacher[i], self._softness)) * len(x)
                 right += int((logits.argmax(dim=1).cpu().numpy() == labels).sum())
         if not math.isfinite(divergence):
             fix = "check the weights and the images' normalization"
             raise InputError("the loss is not a number", where="the select part", fix=fix)
         count = len(self._data.select)
-        return Judgment(divergence / count, 100 * right / count)
+        return MaskScore(divergence / count, 100 * right / count)
 
 
-def share_moved(old: Masks, new: Masks, m: int, layout: str = CHANNEL) -> float:
+def fraction_changed(old: Masks, new: Masks, m: int, layout: str = CHANNEL) -> float:
     """Share of groups of `m` whose choice differs, 0 to 1."""
     moved = total = 0
     for name, mask in new.items():
