@@ -1,4 +1,4 @@
-"""The time stage: engines in turn, so that a host that slows down slows them all."""
+"""The time stage: latency of two or three engines, measured in interleaved runs."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def time_engines(
         sparse: Pruned weights, with the sparse flag where there is one.
         pruned: Pruned weights without it, or None.
         options: Batch sizes and repeats.
-        note: What the figures can and cannot show.
+        note: What the measurement can and cannot show; copied into the report.
         same_file: `pruned` is `sparse` loaded a second time, so that their difference is noise.
-        device: What ran it; this host's CPU by default.
-        clock: Seconds; injectable, so that tests need not sleep.
+        device: Name of the device; by default this host's CPU.
+        clock: Returns seconds; tests inject their own.
     """
     engines = {"dense": dense, "sparse": sparse} | ({"pruned": pruned} if pruned is not None else {})
     timed = [
@@ -50,12 +50,12 @@ def time_engines(
         for batch in track(options.batches, "time", len(options.batches))
         if all(e.fixed_batch in (None, batch) for e in engines.values())
     ]
-    allowed = cpus_allowed()
-    return TimingReport(device or cpu_name(), len(allowed), note, tuple(timed), in_ranges(allowed))
+    allowed = allowed_cpus()
+    return TimingReport(device or cpu_name(), len(allowed), note, tuple(timed), format_cpu_ranges(allowed))
 
 
 def cpu_name() -> str:
-    """The CPU's model, as the kernel tells it."""
+    """Model name of the CPU, as reported by the kernel."""
     listing = Path("/proc/cpuinfo")
     if listing.is_file():
         for line in listing.read_text().splitlines():
@@ -64,15 +64,15 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def cpus_allowed() -> list[int]:
-    """Numbers of the CPUs that the process may use, ascending; all of them where the system does not tell."""
+def allowed_cpus() -> list[int]:
+    """Sorted CPU numbers in the affinity mask of the process; all CPUs where the system has no such mask."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
-def in_ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers as `taskset` writes them: `0-3,8`."""
+def format_cpu_ranges(numbers: Sequence[int]) -> str:
+    """Format sorted CPU numbers as `taskset` does: `0-3,8`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -107,19 +107,19 @@ def _time_batch(
 
 
 def latency(runs: Runs, batch: int, polygraphy_host_ms: float) -> Latency:
-    """Percentiles of repeated runs of one engine."""
+    """Summarize repeated runs of one engine."""
     ms = 1000 * np.asarray(runs.host_s)
     p50, p90, p99 = (float(p) for p in np.percentile(ms, (50, 90, 99)))
     gpu_ms = copies_ms = None
-    if runs.spent:
-        gpu_ms = float(np.median([s.gpu_ms for s in runs.spent]))
-        copies_ms = float(np.median([s.copy_in_ms + s.copy_out_ms for s in runs.spent]))
+    if runs.device_timings:
+        gpu_ms = float(np.median([t.gpu_ms for t in runs.device_timings]))
+        copies_ms = float(np.median([t.copy_in_ms + t.copy_out_ms for t in runs.device_timings]))
     images_per_s = 1000 * batch / max(p50, 1e-9)
     return Latency(p50, p90, p99, images_per_s, gpu_ms, copies_ms, float(ms.mean()), polygraphy_host_ms)
 
 
 def ratio_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
-    """Bootstrap interval (95%) of the ratio of medians; the repeats are paired, as they ran in turn."""
+    """95% bootstrap interval of the ratio of medians; repeats are paired because the runs are interleaved."""
     pairs = np.stack([np.asarray(first), np.asarray(second)])
     drawn = np.random.default_rng(_SEED).integers(0, pairs.shape[1], (_RESAMPLES, pairs.shape[1]))
     medians = np.median(pairs[:, drawn], axis=-1)
@@ -128,7 +128,7 @@ def ratio_interval(first: Sequence[float], second: Sequence[float]) -> tuple[flo
 
 
 def _polygraphy_ms(engine: Classifier, images: npt.NDArray[np.float32]) -> float:
-    """Polygraphy's own figure: host wall clock around its runner's inference, mean."""
+    """Mean latency as Polygraphy measures it: host wall clock around its runner's inference."""
     quiet_polygraphy()
     runner = polygraphy_runner(engine, engine.name)
     with runner:

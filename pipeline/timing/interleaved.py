@@ -1,10 +1,11 @@
-"""Runs of several engines in turn, so that a host that slows down slows them all."""
+"""Interleaved runs of several engines, so that a slowdown of the host affects all of them alike."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,11 @@ from maskplan.pipeline.core.errors import InputError, listed
 from maskplan.pipeline.core.reports import GpuClocks
 from maskplan.pipeline.core.validation import at_least
 
-GPU, HOST = "gpu", "host"
+TimeSource = Literal["gpu", "host"]
+"""Which clock measured a run: GPU events, or the wall clock of the host."""
+
+GPU: Final = "gpu"
+HOST: Final = "host"
 _SEED = 1
 
 Clock = Callable[[], float]
@@ -23,21 +28,23 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class TimeOptions:
-    """How long, and at which batch sizes.
+    """Batch sizes and repeats of a measurement.
 
     Attributes:
         batches: Batch sizes.
-        warm_up: Runs of each engine before the clock counts.
-        seconds: Aim for this long a batch size, all engines together.
-        least: Repeats at least.
-        most: Repeats at most.
+        warm_up: Untimed runs of each engine.
+        seconds: Target duration per batch size, all engines together.
+        min_repeats: Minimum number of timed runs of each engine.
+        max_repeats: Maximum number of timed runs of each engine.
     """
+
+    RENAMED_FIELDS: ClassVar[Mapping[str, str]] = {"least": "min_repeats", "most": "max_repeats"}
 
     batches: tuple[int, ...] = (1, 8)
     warm_up: int = 2
     seconds: float = 5.0
-    least: int = 5
-    most: int = 2000
+    min_repeats: int = 5
+    max_repeats: int = 2000
 
     def __post_init__(self) -> None:
         if not self.batches:
@@ -45,8 +52,8 @@ class TimeOptions:
         for batch in self.batches:
             at_least(1, batches=batch)
         at_least(0, warm_up=self.warm_up, seconds=self.seconds)
-        at_least(1, least=self.least)
-        at_least(self.least, most=self.most)
+        at_least(1, min_repeats=self.min_repeats)
+        at_least(self.min_repeats, max_repeats=self.max_repeats)
 
 
 @dataclass(frozen=True)
@@ -54,22 +61,22 @@ class Runs:
     """Repeated runs of one engine.
 
     Attributes:
-        host_s: Wall clock of each, in seconds.
-        spent: The engine's own account of each; empty where it keeps none.
+        host_s: Wall-clock time of each, in seconds.
+        device_timings: Times that the engine itself measured; empty if it measures none.
     """
 
     host_s: tuple[float, ...]
-    spent: tuple[CallTiming, ...]
+    device_timings: tuple[CallTiming, ...]
 
 
 @dataclass(frozen=True)
 class Interleaved:
-    """What `run_interleaved` measured.
+    """The result of `run_interleaved`.
 
     Attributes:
-        images: What the engines ran on.
-        runs: By engine, in the order given.
-        clocks: The GPU's meanwhile; None without one.
+        images: Input of every run.
+        runs: Per engine, in the order given.
+        clocks: GPU clocks during the runs; None without a GPU.
     """
 
     images: npt.NDArray[np.float32]
@@ -77,34 +84,34 @@ class Interleaved:
     clocks: GpuClocks | None
 
     @property
-    def by(self) -> str:
-        """The clock that tells these engines apart: the GPU's where every one has it, else the host's."""
-        return GPU if all(r.spent for r in self.runs) else HOST
+    def by(self) -> TimeSource:
+        """The clock for comparing the engines: the GPU's if every engine has GPU times, else the host's."""
+        return GPU if all(r.device_timings for r in self.runs) else HOST
 
     def seconds(self, number: int) -> tuple[float, ...]:
-        """Of an engine's runs, by that clock."""
+        """Durations of one engine's runs by that clock."""
         runs = self.runs[number]
-        return tuple(s.gpu_ms / 1000 for s in runs.spent) if self.by == GPU else runs.host_s
+        return tuple(t.gpu_ms / 1000 for t in runs.device_timings) if self.by == GPU else runs.host_s
 
 
 def run_interleaved(engines: Sequence[Classifier], batch: int, options: TimeOptions, clock: Clock) -> Interleaved:
-    """Run engines on one batch of noise, one after the other, over and over; each has warmed up before.
+    """Warm up all engines, then run them round-robin on one batch of noise.
 
     Args:
-        engines: Of one input shape.
-        batch: Images a run.
-        options: Warm-up, and for how long.
-        clock: Seconds.
+        engines: Engines of one input shape.
+        batch: Images per run.
+        options: Warm-up and repeats.
+        clock: Returns seconds.
 
     Raises:
-        InputError: An engine does not take the batch in one call.
+        InputError: An engine cannot run the batch in one call.
     """
-    unfit = [f"{e.name} takes {e.batch_for(1)} to {e.largest_batch}" for e in engines if not _takes(e, batch)]
-    if unfit:
+    rejecting = [f"{e.name} accepts {e.batch_for(1)} to {e.largest_batch}" for e in engines if not _accepts(e, batch)]
+    if rejecting:
         raise InputError(
-            f"engines do not take batches of {batch}",
-            found=listed(unfit),
-            fix="build with a --profile that holds it, or time other batches",
+            f"engines do not accept batches of {batch}",
+            found=listed(rejecting),
+            fix="build with a --profile that includes it, or time other batch sizes",
         )
     rest = (d or 1 for d in engines[0].input.shape[1:])
     images = np.random.default_rng(_SEED).standard_normal((batch, *rest), dtype=np.float32)
@@ -114,22 +121,24 @@ def run_interleaved(engines: Sequence[Classifier], batch: int, options: TimeOpti
             started = clock()
             engine.logits(images)
             slowest = max(slowest, clock() - started)
-    repeats = int(np.clip(options.seconds / max(slowest * len(engines), 1e-9), options.least, options.most))
+    repeats = int(
+        np.clip(options.seconds / max(slowest * len(engines), 1e-9), options.min_repeats, options.max_repeats)
+    )
     host_s: list[list[float]] = [[] for _ in engines]
-    spent: list[list[CallTiming]] = [[] for _ in engines]
+    device_timings: list[list[CallTiming]] = [[] for _ in engines]
     on_gpu = any(engine.spent is not None for engine in engines)
     with watch_clocks() if on_gpu else contextlib.nullcontext(ClockWatch()) as watch:
         for i in range(repeats):
-            # Rotating the order keeps one engine from always running after the same other.
+            # Rotating the order prevents an engine from always running after the same other one.
             for number in np.roll(np.arange(len(engines)), -i).tolist():
                 started = clock()
                 engines[number].logits(images)
                 host_s[number].append(clock() - started)
-                if (told := engines[number].spent) is not None:
-                    spent[number].append(told)
-    runs = tuple(Runs(tuple(h), tuple(s)) for h, s in zip(host_s, spent, strict=True))
+                if (timing := engines[number].spent) is not None:
+                    device_timings[number].append(timing)
+    runs = tuple(Runs(tuple(h), tuple(d)) for h, d in zip(host_s, device_timings, strict=True))
     return Interleaved(images, runs, watch.clocks)
 
 
-def _takes(engine: Classifier, batch: int) -> bool:
+def _accepts(engine: Classifier, batch: int) -> bool:
     return batch <= engine.largest_batch and engine.batch_for(batch) == batch

@@ -1,7 +1,7 @@
-"""Is sparse faster? Dense, pruned with the sparse flag off and on, each built several times and timed in turn.
+"""Is sparse faster? Dense weights, and pruned weights with the sparse flag off and on, each built several times.
 
-Only the last two differ by the kernels alone; and builds of one graph differ among themselves, for the builder's own
-measurements are noisy. A gain counts when it is larger than that.
+The two pruned kinds differ only in their kernels. Builds of one graph differ from each other as well, because the builder
+selects kernels by noisy measurements. A gain counts only if it exceeds the largest difference between builds of one kind.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from maskplan.pipeline.core.errors import InputError, host_error, listed
 from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.core.reports import GpuClocks
 from maskplan.pipeline.core.validation import at_least
-from maskplan.pipeline.timing.interleaved import Clock, TimeOptions, run_interleaved
+from maskplan.pipeline.timing.interleaved import Clock, TimeOptions, TimeSource, run_interleaved
 
 DENSE, PRUNED, SPARSE = "dense", "pruned", "sparse"
 KINDS = (DENSE, PRUNED, SPARSE)
-LEAST_BUILDS = 3
+MIN_BUILDS = 3
 
 _NAME = re.compile(rf"({'|'.join(KINDS)})\.\d+({'|'.join(map(re.escape, SUFFIX.values()))})")
 _BUILDING = ".building"
@@ -40,23 +40,23 @@ _OF_A_GRAPH = ("ONNX file", "precision")
 
 @dataclass(frozen=True)
 class ThreeWayBatch:
-    """One batch size.
+    """Result for one batch size.
 
     Attributes:
-        batch: Images a call.
+        batch: Images per call.
         repeats: Runs of each engine.
-        by: Whose time it is: `gpu` where every engine tells it, else `host`.
-        p50_ms: Medians by kind, one for each build.
-        gain: How much longer pruned takes with the flag off than on: the ratio of the builds' medians, less one.
-        spread: The largest such figure between two builds of one kind.
-        is_faster: The gain exceeds the spread, and there are sparse kernels that it can come from.
-        clocks: The GPU's, while these engines ran; None without one.
-        note: Why no gain can come from sparse kernels here; empty where it can.
+        by: Clock of the times: `gpu` if every engine has GPU times, else `host`.
+        p50_ms: Median latency by kind, one value per build.
+        gain: Ratio of the builds' median latencies, flag off over flag on, minus one.
+        spread: The largest such ratio between two builds of one kind, minus one.
+        is_faster: The gain exceeds the spread, and the backend has sparse kernels.
+        clocks: GPU clocks during the runs; None without a GPU.
+        note: Why sparse kernels cannot be the cause of a gain; empty if they can.
     """
 
     batch: int
     repeats: int
-    by: str
+    by: TimeSource
     p50_ms: Mapping[str, tuple[float, ...]]
     gain: float
     spread: float
@@ -67,7 +67,7 @@ class ThreeWayBatch:
 
 @dataclass(frozen=True)
 class OneBuild:
-    """What one of the engines is built from; `name` is that of its file without the suffix."""
+    """What one engine is built from; `name` is its file name without the suffix."""
 
     kind: str
     name: str
@@ -76,18 +76,18 @@ class OneBuild:
 
 
 def planned_builds(
-    dense: OnnxModel, pruned: OnnxModel, options: TrtOptions, builds: int = LEAST_BUILDS
+    dense: OnnxModel, pruned: OnnxModel, options: TrtOptions, builds: int = MIN_BUILDS
 ) -> tuple[OneBuild, ...]:
-    """All builds, the kinds in turn.
+    """All builds, alternating between the kinds.
 
-    The timing cache is left out: builds that share it would agree by copying each other.
+    Builds must not share a timing cache: it would make them select the same kernels.
 
     Raises:
-        InputError: A timing cache is asked for, or fewer than three builds.
+        InputError: A timing cache is given, or fewer than `MIN_BUILDS` builds.
     """
-    at_least(LEAST_BUILDS, builds=builds)
+    at_least(MIN_BUILDS, builds=builds)
     if options.timing_cache is not None:
-        raise InputError("builds that share a timing cache show no spread", fix="leave --timing-cache out")
+        raise InputError("builds that share a timing cache show no spread", fix="omit --timing-cache")
     sources = {DENSE: (dense, False), PRUNED: (pruned, False), SPARSE: (pruned, True)}
     return tuple(
         OneBuild(kind, f"{kind}.{number}", *source) for number in range(builds) for kind, source in sources.items()
@@ -95,33 +95,33 @@ def planned_builds(
 
 
 def build_three_way(
-    dense: OnnxModel, pruned: OnnxModel, options: BuildOptions, folder: Path, builds: int = LEAST_BUILDS
+    dense: OnnxModel, pruned: OnnxModel, options: BuildOptions, folder: Path, builds: int = MIN_BUILDS
 ) -> dict[str, tuple[EngineFile, ...]]:
-    """Build all three kinds, in turn, into a folder: `dense.0.plan` and so on, with sidecars.
+    """Build all three kinds, alternating, into a folder: `dense.0.plan` and so on, with sidecars.
 
-    Engines of these names that lie there already go when the last new one is built, so that old and new never mix.
+    Existing engines with these names are removed once the last new one is built, so that old and new engines never mix.
 
     Raises:
-        InputError: As of the backend, or of `planned_builds`.
-        HostError: As of the backend, or the folder cannot be written.
+        InputError: Raised by the backend or by `planned_builds`.
+        HostError: Raised by the backend, or the folder cannot be written.
     """
     building, suffix = folder / _BUILDING, SUFFIX[options.backend]
-    made: dict[str, list[EngineFile]] = {kind: [] for kind in KINDS}
+    engines: dict[str, list[EngineFile]] = {kind: [] for kind in KINDS}
     planned = planned_builds(dense, pruned, options.trt, builds)
     shutil.rmtree(building, ignore_errors=True)
     try:
         for one in planned:
             out = building / f"{one.name}{suffix}"
             engine = build_engine(one.model, replace(options, sparse_weights=one.sparse_weights), out)
-            made[one.kind].append(replace(engine, path=folder / out.name))
+            engines[one.kind].append(replace(engine, path=folder / out.name))
         _replace_engines(folder, building)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return {kind: tuple(engines) for kind, engines in made.items()}
+    return {kind: tuple(builds) for kind, builds in engines.items()}
 
 
 def _replace_engines(folder: Path, building: Path) -> None:
-    """First remove, then move: whenever this is cut short, engines are missing, and none is of another build."""
+    """Remove the old engines, then move the new ones: an interruption leaves engines missing, never a mixture."""
     try:
         for path in _engines_in(folder):
             path.unlink()
@@ -138,34 +138,34 @@ def _engines_in(folder: Path) -> list[Path]:
 
 
 def read_three_way(folder: Path) -> dict[str, tuple[EngineFile, ...]]:
-    """The engines that `build_three_way` left in a folder, or others of these names that can be held against each other.
+    """Read the engines of a folder that `build_three_way` wrote, or of any folder with the same file names.
 
     Raises:
-        InputError: Some are missing, are not what their sidecars describe, or differ in more than they should.
+        InputError: Engines are missing, do not match their sidecars, or are not comparable.
     """
-    found = {kind: [p for p in _engines_in(folder) if p.name.startswith(f"{kind}.")] for kind in KINDS}
-    few = [f"{kind}: {len(paths)}" for kind, paths in found.items() if len(paths) < LEAST_BUILDS]
-    if few:
+    paths = {kind: [p for p in _engines_in(folder) if p.name.startswith(f"{kind}.")] for kind in KINDS}
+    missing = [f"{kind}: {len(builds)}" for kind, builds in paths.items() if len(builds) < MIN_BUILDS]
+    if missing:
         raise InputError(
-            f"each kind of engine is needed {LEAST_BUILDS} times", where=folder, found=listed(few), fix=_BUILD_AGAIN
+            f"{MIN_BUILDS} engines of each kind are required", where=folder, found=listed(missing), fix=_BUILD_AGAIN
         )
-    engines = {kind: tuple(read_engine(path) for path in paths) for kind, paths in found.items()}
+    engines = {kind: tuple(map(read_engine, builds)) for kind, builds in paths.items()}
     _require_comparable(engines, folder)
     return engines
 
 
 def _require_comparable(engines: Mapping[str, Sequence[EngineFile]], folder: Path) -> None:
-    """All have one runtime, device and profiles; dense ones have one graph, the others another, and the flag as due."""
-    told = {e.path: _told(e) for builds in engines.values() for e in builds}
-    problems: dict[Path, list[str]] = {path: [] for path in told}
+    """Require one runtime, device and profile list; one graph for dense and one for pruned; the right sparse flags."""
+    traits = {e.path: _traits(e) for builds in engines.values() for e in builds}
+    problems: dict[Path, list[str]] = {path: [] for path in traits}
     groups = {KINDS: ("runtime", "device", "profiles"), (DENSE,): _OF_A_GRAPH, (PRUNED, SPARSE): _OF_A_GRAPH}
     for kinds, fields in groups.items():
         paths = [e.path for kind in kinds for e in engines[kind]]
         for field in fields:
-            ((usual, _),) = Counter(told[path][field] for path in paths).most_common(1)
+            ((usual, _),) = Counter(traits[path][field] for path in paths).most_common(1)
             for path in paths:
-                if told[path][field] != usual:
-                    problems[path].append(f"{field} {told[path][field]}, of others {usual}")
+                if traits[path][field] != usual:
+                    problems[path].append(f"{field} {traits[path][field]}, others {usual}")
     for kind, builds in engines.items():
         for e in builds:
             if e.sparse_weights != (kind == SPARSE and e.backend == TENSORRT):
@@ -173,14 +173,14 @@ def _require_comparable(engines: Mapping[str, Sequence[EngineFile]], folder: Pat
     wrong = [f"{path.name}: {'; '.join(texts)}" for path, texts in problems.items() if texts]
     if wrong:
         raise InputError(
-            "the engines are not builds that can be compared",
+            "the engines are not comparable builds",
             where=folder,
             found="\n         ".join(wrong),
             fix=_BUILD_AGAIN,
         )
 
 
-def _told(engine: EngineFile) -> dict[str, str]:
+def _traits(engine: EngineFile) -> dict[str, str]:
     return {
         "runtime": f"{engine.backend} {engine.runtime_version}",
         "device": f"{engine.device} (compute capability {engine.compute_capability})",
@@ -196,13 +196,13 @@ def time_three_way(
     clock: Clock = time.perf_counter,
     note: str = "",
 ) -> tuple[ThreeWayBatch, ...]:
-    """Time all builds of all kinds in turn.
+    """Time all builds of all kinds, interleaved.
 
     Args:
         engines: Builds by kind, loaded.
         options: Batch sizes and repeats.
-        clock: Seconds.
-        note: Why no gain can come from sparse kernels here; goes into the result.
+        clock: Returns seconds.
+        note: Why sparse kernels cannot be the cause of a gain; copied into the result.
     """
     batches = track(options.batches, "time", len(options.batches))
     return tuple(_time_batch(engines, batch, options, clock, note) for batch in batches)

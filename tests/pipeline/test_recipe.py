@@ -88,8 +88,8 @@ OTHERS: dict[str, dict[str, tuple[str, Any]]] = {
         "batches": ("[2, 4, 16]", (2, 4, 16)),
         "warm_up": ("0", 0),
         "seconds": ("0.5", 0.5),
-        "least": ("6", 6),
-        "most": ("600", 600),
+        "min_repeats": ("6", 6),
+        "max_repeats": ("600", 600),
     },
 }
 
@@ -159,15 +159,25 @@ def test_one_option_changes_nothing_else(table: str, name: str, tmp_path: Path) 
     assert recipe == dataclasses.replace(Recipe(), **changed)
 
 
-@pytest.mark.parametrize("text", ["least = 3000\nmost = 5000", "most = 5000\nleast = 3000", "least = 1\nmost = 2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "min_repeats = 3000\nmax_repeats = 5000",
+        "max_repeats = 5000\nmin_repeats = 3000",
+        "min_repeats = 1\nmax_repeats = 2",
+    ],
+)
 def test_options_that_bound_each_other_are_judged_together(text: str, tmp_path: Path) -> None:
     recipe = read(tmp_path, f"[time]\n{text}\n")
     wanted = dict(line.split(" = ") for line in text.splitlines())
-    assert (recipe.time.least, recipe.time.most) == (int(wanted["least"]), int(wanted["most"]))
+    assert (recipe.time.min_repeats, recipe.time.max_repeats) == (
+        int(wanted["min_repeats"]),
+        int(wanted["max_repeats"]),
+    )
 
 
 def test_options_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
-    assert "most is 20" in str(refused(tmp_path, "[time]\nleast = 30\nmost = 20\n"))
+    assert "max_repeats is 20" in str(refused(tmp_path, "[time]\nmin_repeats = 30\nmax_repeats = 20\n"))
 
 
 def test_the_seed_is_for_every_stage_that_the_recipe_gives_none(tmp_path: Path) -> None:

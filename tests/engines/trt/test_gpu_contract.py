@@ -107,7 +107,7 @@ def test_engines_are_timed_by_the_gpu(source: Path) -> None:
         Classifier(open_engine(record), "a", PROFILES) as dense,
         Classifier(open_engine(record), "b", PROFILES) as sparse,
     ):
-        report = time_engines(dense, sparse, None, TimeOptions((1, 8), warm_up=2, seconds=0, least=5))
+        report = time_engines(dense, sparse, None, TimeOptions((1, 8), warm_up=2, seconds=0, min_repeats=5))
     assert [(b.batch, b.by) for b in report.batches] == [(1, GPU), (8, GPU)]
     for timed in report.batches:
         for latency in (timed.dense, timed.sparse):

@@ -1,4 +1,4 @@
-"""Timing of engines whose every run takes a known time: they push the injected clock forward themselves."""
+"""Timing of engines with known latencies, which advance the injected clock themselves."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from maskplan.engines.base import Arrays, Classifier
 from maskplan.pipeline.core.artifacts import TensorSpec
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.reports import TimingReport
-from maskplan.pipeline.timing.compare_latency import cpu_name, in_ranges, latency, ratio_interval, time_engines
+from maskplan.pipeline.timing.compare_latency import cpu_name, format_cpu_ranges, latency, ratio_interval, time_engines
 from maskplan.pipeline.timing.interleaved import Runs, TimeOptions
 
-# After the timed runs, Polygraphy's runner runs each engine this often for a figure of its own.
+# After the timed runs, Polygraphy's runner runs each engine this often.
 BY_POLYGRAPHY = 3
 
 
 @dataclass
 class Bench:
-    """A clock, and who ran when on what."""
+    """A clock and a log of all runs."""
 
     now: float = 0.0
     runs: list[tuple[str, npt.NDArray[Any]]] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Bench:
 
 
 class Timed:
-    """An engine that takes the next of `seconds` for each run; the last one lasts for ever."""
+    """An engine whose runs take the given `seconds`, one after the other."""
 
     spent = None
 
@@ -86,7 +86,7 @@ def timed(
     return time_engines(dense, sparse, pruned, TimeOptions(**options), same_file=same_file, clock=bench.clock)
 
 
-def test_figures_are_those_of_the_clock() -> None:
+def test_latencies_are_measured_by_the_clock() -> None:
     bench = Bench()
     engines = engine(bench, "dense", 4), engine(bench, "sparse", 2), engine(bench, "pruned", 2.5)
     report = timed(bench, *engines, batches=(8,), seconds=1.2)
@@ -99,21 +99,21 @@ def test_figures_are_those_of_the_clock() -> None:
         assert found.images_per_s == pytest.approx(8 / (ms / 1000))
         assert found.gpu_ms is None
         assert 0 < found.polygraphy_host_ms < math.inf
-    # Above one: dense over sparse, and not the other way round.
+    # Above one: dense over sparse.
     assert batch.speedup == pytest.approx(2)
     assert batch.ratio_ci95 == pytest.approx((2, 2))
-    # Three engines of at most 4 ms: twelve a round.
+    # Three engines of at most 4 ms: 12 ms per round.
     assert batch.repeats == pytest.approx(1200 / 12, abs=1)
 
 
-def test_the_noise_is_what_two_loads_of_one_file_differ_by() -> None:
+def test_the_build_spread_is_the_difference_between_two_loads_of_one_file() -> None:
     for same_file, spread in ((True, 0.25), (False, None)):
         bench = Bench()
         engines = engine(bench, "dense", 4), engine(bench, "sparse", 2), engine(bench, "pruned", 2.5)
         (batch,) = timed(bench, *engines, same_file=same_file, batches=(1,), seconds=0.1).batches
         assert batch.build_spread == (spread if spread is None else pytest.approx(spread))
     bench = Bench()
-    # Faster or slower, noise is noise.
+    # The sign does not matter.
     engines = engine(bench, "dense", 4), engine(bench, "sparse", 2), engine(bench, "pruned", 1.5)
     assert timed(bench, *engines, same_file=True, batches=(1,), seconds=0.1).batches[0].build_spread == pytest.approx(
         0.25
@@ -125,12 +125,12 @@ def test_the_noise_is_what_two_loads_of_one_file_differ_by() -> None:
     [
         ({"seconds": 1.0}, 50),
         ({"seconds": 0.0}, 5),
-        ({"seconds": 0.2, "least": 30}, 30),
-        ({"seconds": 1000.0, "most": 70}, 70),
-        ({"seconds": 1000.0, "least": 70, "most": 70}, 70),
+        ({"seconds": 0.2, "min_repeats": 30}, 30),
+        ({"seconds": 1000.0, "max_repeats": 70}, 70),
+        ({"seconds": 1000.0, "min_repeats": 70, "max_repeats": 70}, 70),
     ],
 )
-def test_repeats_fill_the_time_within_their_bounds(options: dict[str, Any], repeats: int) -> None:
+def test_repeats_fill_the_time_within_their_limits(options: dict[str, Any], repeats: int) -> None:
     bench = Bench()
     report = timed(bench, engine(bench, "dense", 10), engine(bench, "sparse", 1), batches=(1,), **options)
     assert report.batches[0].repeats == pytest.approx(repeats, abs=1 if options == {"seconds": 1.0} else 0)
@@ -139,23 +139,23 @@ def test_repeats_fill_the_time_within_their_bounds(options: dict[str, Any], repe
     assert timed_runs.count("dense") == timed_runs.count("sparse") == report.batches[0].repeats
 
 
-def test_runs_that_warm_up_do_not_count() -> None:
+def test_warm_up_runs_do_not_count() -> None:
     bench = Bench()
     cold = [900.0, 500.0, 300.0]
     engines = engine(bench, "dense", [*cold, 4]), engine(bench, "sparse", [*cold, 2])
-    (batch,) = timed(bench, *engines, batches=(1,), warm_up=3, least=20, seconds=0.0).batches
+    (batch,) = timed(bench, *engines, batches=(1,), warm_up=3, min_repeats=20, seconds=0.0).batches
     assert (batch.dense.p99_ms, batch.sparse.p99_ms) == pytest.approx((4, 2))
     assert (batch.dense.host_ms, batch.sparse.host_ms) == pytest.approx((4, 2))
     again = Bench()
     engines = engine(again, "dense", [*cold, 4]), engine(again, "sparse", [*cold, 2])
-    (batch,) = timed(again, *engines, batches=(1,), warm_up=1, least=20, seconds=0.0).batches
+    (batch,) = timed(again, *engines, batches=(1,), warm_up=1, min_repeats=20, seconds=0.0).batches
     assert batch.dense.p99_ms > 100
 
 
-def test_engines_run_in_turn_and_each_comes_first_equally_often() -> None:
+def test_runs_are_interleaved_and_each_engine_comes_first_equally_often() -> None:
     bench = Bench()
     names = ("dense", "sparse", "pruned")
-    timed(bench, *(engine(bench, name, 1) for name in names), batches=(1,), warm_up=1, least=30, seconds=0.0)
+    timed(bench, *(engine(bench, name, 1) for name in names), batches=(1,), warm_up=1, min_repeats=30, seconds=0.0)
     order = bench.order[3 : -3 * BY_POLYGRAPHY]
     rounds = [order[i : i + 3] for i in range(0, len(order), 3)]
     assert len(rounds) == 30
@@ -168,15 +168,15 @@ def test_a_host_that_slows_down_does_not_change_the_ratio() -> None:
     bench = Bench()
     slowing = [1 + 0.05 * i for i in range(200)]
     engines = engine(bench, "dense", [3 * s for s in slowing]), engine(bench, "sparse", [2 * s for s in slowing])
-    (batch,) = timed(bench, *engines, batches=(1,), least=100, most=100, seconds=0.0).batches
+    (batch,) = timed(bench, *engines, batches=(1,), min_repeats=100, max_repeats=100, seconds=0.0).batches
     assert batch.speedup == pytest.approx(1.5)
     assert batch.ratio_ci95 == pytest.approx((1.5, 1.5))
 
 
-def test_all_engines_see_the_same_images_of_the_size_asked_for() -> None:
+def test_all_engines_receive_the_same_images_of_the_requested_batch_size() -> None:
     bench = Bench()
     engines = engine(bench, "dense", 1), engine(bench, "sparse", 1, dtype="float16"), engine(bench, "pruned", 1)
-    report = timed(bench, *engines, batches=(1, 6), least=3, seconds=0.0)
+    report = timed(bench, *engines, batches=(1, 6), min_repeats=3, seconds=0.0)
     assert [b.batch for b in report.batches] == [1, 6]
     seen = {batch: [(n, x) for n, x in bench.runs if len(x) == batch] for batch in (1, 6)}
     assert sum(map(len, seen.values())) == len(bench.runs)
@@ -189,16 +189,16 @@ def test_all_engines_see_the_same_images_of_the_size_asked_for() -> None:
             np.testing.assert_array_equal(images, first.astype(images.dtype))
 
 
-def test_batches_that_an_engine_cannot_take_are_left_out() -> None:
+def test_batches_that_an_engine_does_not_accept_are_omitted() -> None:
     bench = Bench()
     engines = engine(bench, "dense", 1), engine(bench, "sparse", 1, batch=4)
-    report = timed(bench, *engines, batches=(1, 4, 8), least=3, seconds=0.0)
+    report = timed(bench, *engines, batches=(1, 4, 8), min_repeats=3, seconds=0.0)
     assert [b.batch for b in report.batches] == [4]
     engines = engine(bench, "dense", 1, batch=2), engine(bench, "sparse", 1, batch=4)
-    assert timed(bench, *engines, batches=(1, 2, 4), least=3, seconds=0.0).batches == ()
+    assert timed(bench, *engines, batches=(1, 2, 4), min_repeats=3, seconds=0.0).batches == ()
 
 
-def test_the_report_says_what_ran_it_and_what_it_cannot_show() -> None:
+def test_the_report_names_the_device_and_carries_the_note() -> None:
     bench = Bench()
     engines = engine(bench, "dense", 1), engine(bench, "sparse", 1)
     options = TimeOptions(batches=(1,), seconds=0.0)
@@ -210,18 +210,20 @@ def test_the_report_says_what_ran_it_and_what_it_cannot_show() -> None:
     assert (there.device, there.note) == ("an accelerator", "")
 
 
-def test_cpus_are_told_as_taskset_writes_them() -> None:
-    assert in_ranges([]) == ""
-    assert in_ranges([3]) == "3"
-    assert in_ranges([0, 1, 2, 3, 8, 10, 11]) == "0-3,8,10-11"
+def test_cpu_numbers_are_formatted_as_by_taskset() -> None:
+    assert format_cpu_ranges([]) == ""
+    assert format_cpu_ranges([3]) == "3"
+    assert format_cpu_ranges([0, 1, 2, 3, 8, 10, 11]) == "0-3,8,10-11"
 
 
-def test_the_report_says_which_cpus_the_process_may_use() -> None:
-    """A process that is bound to one CPU, as `taskset` binds it."""
+def test_allowed_cpus_follow_the_affinity_of_the_process() -> None:
     one = min(os.sched_getaffinity(0))
-    code = f"import os; os.sched_setaffinity(0, [{one}]); from maskplan.pipeline.timing.compare_latency import *; print(in_ranges(cpus_allowed()))"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert told.stdout.split() == [str(one)]
+    code = (
+        f"import os; os.sched_setaffinity(0, [{one}]); from maskplan.pipeline.timing.compare_latency import *;"
+        " print(format_cpu_ranges(allowed_cpus()))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == [str(one)]
 
 
 SECONDS = st.lists(st.floats(1e-6, 10), min_size=2, max_size=40)
@@ -239,7 +241,7 @@ def test_percentiles_are_those_of_the_standard_library(seconds: list[float], bat
     assert found.polygraphy_host_ms == 7.5
 
 
-def test_the_interval_is_the_bootstraps() -> None:
+def test_the_interval_agrees_with_scipys_bootstrap() -> None:
     generator = np.random.default_rng(3)
     common = generator.lognormal(0, 0.3, 400)
     first, second = common * generator.lognormal(0.4, 0.05, 400), common * generator.lognormal(0, 0.05, 400)
@@ -251,15 +253,15 @@ def test_the_interval_is_the_bootstraps() -> None:
     other = bootstrap((first, second), ratio, paired=True, method="percentile", n_resamples=4000, rng=5)
     assert (low, high) == pytest.approx(tuple(other.confidence_interval), rel=0.01)
     assert low < np.median(first) / np.median(second) < high
-    apart = bootstrap((first, second), ratio, paired=False, method="percentile", n_resamples=500, rng=5)
-    unpaired = apart.confidence_interval
-    # Only an interval that keeps the pairs together is this narrow.
+    independent = bootstrap((first, second), ratio, paired=False, method="percentile", n_resamples=500, rng=5)
+    unpaired = independent.confidence_interval
+    # Only a paired interval is this narrow.
     assert high - low < 0.7 * (unpaired.high - unpaired.low)
 
 
 @settings(deadline=None, max_examples=30)
 @given(SECONDS, st.floats(0.1, 10))
-def test_pairs_of_one_ratio_leave_no_doubt(seconds: list[float], factor: float) -> None:
+def test_pairs_with_one_ratio_give_an_interval_of_one_point(seconds: list[float], factor: float) -> None:
     assert ratio_interval([factor * s for s in seconds], seconds) == pytest.approx((factor, factor))
 
 
@@ -273,8 +275,8 @@ def test_pairs_of_one_ratio_leave_no_doubt(seconds: list[float], factor: float) 
         ({"seconds": -0.1}, "seconds"),
         ({"seconds": math.nan}, "seconds"),
         ({"seconds": math.inf}, "seconds"),
-        ({"least": 0}, "least"),
-        ({"least": 10, "most": 9}, "most"),
+        ({"min_repeats": 0}, "min_repeats"),
+        ({"min_repeats": 10, "max_repeats": 9}, "max_repeats"),
     ],
 )
 def test_options_out_of_range_are_refused_by_name(options: dict[str, Any], names: str) -> None:
@@ -282,7 +284,7 @@ def test_options_out_of_range_are_refused_by_name(options: dict[str, Any], names
         TimeOptions(**options)
 
 
-def test_the_command_times_both_engines_and_reports_it(
+def test_the_command_times_both_engines_and_writes_the_report(
     cli: Callable[..., Any], finished_digits: Path, tmp_path: Path
 ) -> None:
     report = tmp_path / "time.json"
@@ -297,6 +299,6 @@ def test_the_command_times_both_engines_and_reports_it(
         assert batch["ratio_ci95"][0] <= batch["ratio_ci95"][1]
         assert batch["build_spread"] is not None
         assert line.startswith(f"batch {batch['batch']}: dense {batch['dense']['p50_ms']:.3g} ms")
-    # A CPU cannot show a gain by zeros, and the report may not suggest one.
+    # ONNX Runtime on a CPU cannot show a gain, and the report must say so.
     assert "no sparse kernels" in values["note"]
     assert values["note"] in ran.out

@@ -1,4 +1,4 @@
-"""Which clock tells engines apart: the GPU's where every engine has it, else the host's."""
+"""Which clock compares engines: the GPU's if every engine has GPU times, else the host's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Clock:
 
 
 class OnGpu:
-    """An engine that waits a second of the host's for `gpu_ms` of the GPU's; None has no clock of its own."""
+    """An engine whose call takes one second on the host and `gpu_ms` on the GPU; None means no GPU times."""
 
     inputs = (TensorSpec("x", "float32", (None, 3, 4, 4)),)
     outputs = (TensorSpec("y", "float32", (None, 5)),)
@@ -44,7 +44,7 @@ class OnGpu:
     def close(self) -> None: ...
 
 
-ONCE = TimeOptions((2,), seconds=0.0, least=6)
+ONCE = TimeOptions((2,), seconds=0.0, min_repeats=6)
 
 
 @pytest.fixture(autouse=True)
@@ -56,18 +56,18 @@ def classifiers(clock: Clock, *gpu_ms: float | None, profiles: tuple[Profile, ..
     return [Classifier(OnGpu(clock, ms), str(ms), profiles) for ms in gpu_ms]
 
 
-def test_the_speedup_is_of_gpu_times_where_every_engine_tells_them() -> None:
+def test_the_speedup_uses_gpu_times_if_every_engine_has_them() -> None:
     clock = Clock()
     dense, sparse, pruned = classifiers(clock, 6.0, 4.0, 5.0)
     (found,) = time_engines(dense, sparse, pruned, ONCE, same_file=True, clock=clock).batches
     assert (found.by, found.speedup, found.ratio_ci95) == (GPU, 1.5, (1.5, 1.5))
     assert found.build_spread == pytest.approx(0.25)
-    # What a caller waits for stays the host's.
+    # Latencies stay those of the host.
     assert (found.sparse.p50_ms, found.sparse.host_ms) == (1000.0, 1000.0)
     assert (found.sparse.gpu_ms, found.sparse.copies_ms) == (4.0, 0.75)
 
 
-def test_one_engine_without_a_gpu_clock_puts_all_on_the_hosts() -> None:
+def test_one_engine_without_gpu_times_makes_all_use_the_host_clock() -> None:
     clock = Clock()
     dense, sparse = classifiers(clock, 6.0, None)
     (found,) = time_engines(dense, sparse, None, ONCE, clock=clock).batches
@@ -75,21 +75,21 @@ def test_one_engine_without_a_gpu_clock_puts_all_on_the_hosts() -> None:
     assert (found.dense.gpu_ms, found.sparse.gpu_ms, found.sparse.copies_ms) == (6.0, None, None)
 
 
-def test_a_batch_in_several_calls_is_the_sum_of_them() -> None:
+def test_the_times_of_a_split_batch_are_added() -> None:
     (engine,) = classifiers(Clock(), 3.0, profiles=(Profile(1, 1, 2),))
     engine.logits(np.zeros((5, 3, 4, 4), np.float32))
     assert engine.spent == CallTiming(9.0, 0.75, 1.5, 3000.0)
 
 
 @pytest.mark.parametrize(("profile", "batch"), [(Profile(1, 1, 1), 2), (Profile(4, 8, 8), 2)])
-def test_a_batch_that_is_no_single_call_is_not_timed(profile: Profile, batch: int) -> None:
+def test_a_batch_that_needs_several_calls_is_not_timed(profile: Profile, batch: int) -> None:
     engines = classifiers(Clock(), 3.0, 4.0, profiles=(profile,))
-    with pytest.raises(InputError, match=f"do not take batches of {batch}") as caught:
+    with pytest.raises(InputError, match=f"do not accept batches of {batch}") as caught:
         run_interleaved(engines, batch, ONCE, Clock())
-    assert f"3.0 takes {profile.min} to {profile.max}; 4.0 takes" in str(caught.value).replace(", 4.0", "; 4.0")
+    assert f"3.0 accepts {profile.min} to {profile.max}; 4.0 accepts" in str(caught.value).replace(", 4.0", "; 4.0")
 
 
-def test_three_ways_are_told_apart_by_the_gpu() -> None:
+def test_three_way_uses_gpu_times() -> None:
     clock = Clock()
     kinds = {"dense": (6.0, 6.0, 6.0), "pruned": (6.0, 6.0, 6.0), "sparse": (4.0, 4.0, 4.0)}
     (found,) = time_three_way({k: classifiers(clock, *ms) for k, ms in kinds.items()}, ONCE, clock)

@@ -1,4 +1,4 @@
-"""Three kinds of engine, several builds of each: what is built, and when a gain counts."""
+"""Three kinds of engine with several builds each: what is built, and when a gain counts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def net(path: Path, *, dense: bool) -> Path:
 
 
 class Clock:
-    """Seconds, which pass only while an engine runs."""
+    """Seconds that pass only while an engine runs."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -55,7 +55,7 @@ class Clock:
 
 
 class Slow:
-    """An engine that takes as long as told, in turn."""
+    """An engine whose runs take the given durations, one after the other."""
 
     inputs = (TensorSpec("x", "float32", (None, 3, 8, 8)),)
     outputs = (TensorSpec("y", "float32", (None, 5)),)
@@ -73,13 +73,13 @@ class Slow:
 
 
 def timed(builds: dict[str, list[float]], note: str = "") -> tuple[ThreeWayBatch, list[str]]:
-    """The verdict on engines that take so many seconds, and the order they ran in."""
+    """The verdict on engines with these latencies in seconds, and the order of their runs."""
     clock, log = Clock(), list[str]()
     engines = {
         kind: [Classifier(Slow(clock, itertools.repeat(s), log, f"{kind}{i}"), kind) for i, s in enumerate(seconds)]
         for kind, seconds in builds.items()
     }
-    (found,) = time_three_way(engines, TimeOptions((2,), seconds=0.0, least=6), clock, note)
+    (found,) = time_three_way(engines, TimeOptions((2,), seconds=0.0, min_repeats=6), clock, note)
     return found, log
 
 
@@ -92,7 +92,7 @@ def timed(builds: dict[str, list[float]], note: str = "") -> tuple[ThreeWayBatch
         ([1.00, 1.00, 1.00], [1.20, 1.20, 1.20], 1 / 1.2 - 1, 0.0, False),
     ],
 )
-def test_a_gain_counts_when_it_exceeds_what_builds_of_one_graph_differ_by(
+def test_a_gain_counts_when_it_exceeds_the_difference_between_builds_of_one_graph(
     pruned: list[float], sparse: list[float], gain: float, spread: float, is_faster: bool
 ) -> None:
     found, _ = timed({"dense": [1.3] * 3, "pruned": pruned, "sparse": sparse})
@@ -102,15 +102,14 @@ def test_a_gain_counts_when_it_exceeds_what_builds_of_one_graph_differ_by(
     assert found.p50_ms["pruned"] == pytest.approx([1000 * s for s in pruned])
 
 
-def test_where_no_kernels_are_sparse_nothing_is_faster_for_them() -> None:
-    """Whatever the noise says."""
+def test_a_backend_without_sparse_kernels_is_never_faster_because_of_them() -> None:
     builds = {"dense": [1.3] * 3, "pruned": [1.1] * 3, "sparse": [1.0] * 3}
     assert timed(builds)[0].is_faster
     found, _ = timed(builds, "no sparse kernels")
     assert (found.is_faster, found.note) == (False, "no sparse kernels")
 
 
-def test_engines_run_in_turn_and_none_always_after_the_same_other() -> None:
+def test_runs_are_interleaved_in_rotating_order() -> None:
     _, log = timed({"dense": [1.0] * 3, "pruned": [1.0] * 3, "sparse": [1.0] * 3})
     rounds = [log[i : i + 9] for i in range(18, len(log), 9)]
     assert len(rounds) == 6
@@ -127,8 +126,7 @@ def test_three_builds_of_each_kind_are_written_and_read_back(tmp_path: Path) -> 
     assert digests["pruned"] == digests["sparse"] != digests["dense"]
 
 
-def test_a_folder_has_the_engines_of_the_last_build_alone(tmp_path: Path) -> None:
-    """Of more builds than now, of another runtime and of another model; other files stay."""
+def test_a_rebuild_removes_all_old_engines_and_no_other_files(tmp_path: Path) -> None:
     out, model = tmp_path / "out", describe_onnx(net(tmp_path / "d.onnx", dense=True))
     build_three_way(model, model, BuildOptions("onnxruntime"), out, builds=4)
     plan(out / "dense.0.plan")
@@ -144,7 +142,7 @@ def test_a_folder_has_the_engines_of_the_last_build_alone(tmp_path: Path) -> Non
     assert {e.onnx_sha256 for e in made["pruned"]} == {pruned.sha256}
 
 
-def test_a_build_that_fails_leaves_the_old_engines(tmp_path: Path) -> None:
+def test_a_failed_build_keeps_the_old_engines(tmp_path: Path) -> None:
     out, model = tmp_path / "out", describe_onnx(net(tmp_path / "d.onnx", dense=True))
     made = build_three_way(model, model, BuildOptions("onnxruntime"), out)
     before = contents(out)
@@ -155,22 +153,41 @@ def test_a_build_that_fails_leaves_the_old_engines(tmp_path: Path) -> None:
     assert read_three_way(out) == made
 
 
+# Builds by copying: the test is about how files are replaced.
+COPYING_BUILDER = """
+from maskplan.engines.build import BuildOptions
+from maskplan.engines.sidecar import read_engine, sidecar_path
+from maskplan.exporters.metadata import describe_onnx
+from maskplan.pipeline.timing import three_way
+
+
+def copy_engine(model, options, out):
+    out.parent.mkdir(parents=True, exist_ok=True)
+    source = Path({new_engines!r}) / out.name
+    shutil.copy(sidecar_path(source), sidecar_path(out))
+    shutil.copy(source, out)
+    return read_engine(out)
+
+
+three_way.build_engine = copy_engine
+"""
+
+
 def test_a_rebuild_killed_at_any_moment_leaves_no_mixture(tmp_path: Path) -> None:
     old, new = (net(tmp_path / f"{name}.onnx", dense=dense) for name, dense in (("old", True), ("new", False)))
-    base = tmp_path / "base"
-    build_three_way(describe_onnx(old), describe_onnx(old), BuildOptions("onnxruntime"), base)
+    base, new_engines = tmp_path / "base", tmp_path / "new engines"
+    for model, folder in ((old, base), (new, new_engines)):
+        build_three_way(describe_onnx(model), describe_onnx(model), BuildOptions("onnxruntime"), folder)
     copies = killed(
         base,
         tmp_path / "copies",
-        "from engines.build import BuildOptions\n"
-        "from exporters.metadata import describe_onnx\n"
-        "from maskplan.pipeline.timing.three_way import build_three_way",
-        f"build_three_way(*[describe_onnx(Path({str(new)!r}))] * 2, BuildOptions('onnxruntime'), models)",
+        COPYING_BUILDER.format(new_engines=str(new_engines)),
+        f"three_way.build_three_way(*[describe_onnx(Path({str(new)!r}))] * 2, BuildOptions('onnxruntime'), models)",
     )
     states = []
     for folder in copies:
         if len(list(folder.glob("*.onnx"))) < 9:
-            with pytest.raises(InputError, match="needed 3 times"):
+            with pytest.raises(InputError, match="3 engines of each kind are required"):
                 read_three_way(folder)
             states.append("missing")
         else:
@@ -183,7 +200,7 @@ def test_a_rebuild_killed_at_any_moment_leaves_no_mixture(tmp_path: Path) -> Non
 
 
 def comparable(folder: Path, **changed: dict[str, Any]) -> Path:
-    """What timing reads of nine plans; some changed, by name."""
+    """Nine plans with sidecars; `changed` overrides sidecar fields by name."""
     graphs = {"dense": "d" * 64, "pruned": "p" * 64, "sparse": "p" * 64}
     for kind, digest in graphs.items():
         for number in range(3):
@@ -192,7 +209,7 @@ def comparable(folder: Path, **changed: dict[str, Any]) -> Path:
     return folder
 
 
-def test_nine_plans_of_one_host_can_be_compared(tmp_path: Path) -> None:
+def test_nine_plans_of_one_host_are_comparable(tmp_path: Path) -> None:
     found = read_three_way(comparable(tmp_path / "plans"))
     assert {kind: [e.path.name for e in builds] for kind, builds in found.items()} == {
         kind: [f"{kind}.{number}.plan" for number in range(3)] for kind in KINDS
@@ -200,42 +217,42 @@ def test_nine_plans_of_one_host_can_be_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "says"),
+    ("changed", "message"),
     [
-        ({"onnx_sha256": "e" * 64}, "ONNX file sha256 eeeeeeeeeeee, of others sha256 "),
-        ({"precision": "fp32"}, "precision fp32, of others fp16"),
-        ({"runtime_version": "10.4.0"}, "runtime tensorrt 10.4.0, of others tensorrt 10.3.0"),
-        ({"device": "Another"}, r"device Another \(compute capability 9.0\), of others GPU"),
-        ({"compute_capability": "8.0"}, r"device GPU \(compute capability 8.0\), of others GPU"),
-        ({"profiles": (Profile(1, 8, 8), Profile(1, 1, 1))}, "profiles 1:8:8, 1:1:1, of others 1:8:16"),
+        ({"onnx_sha256": "e" * 64}, "ONNX file sha256 eeeeeeeeeeee, others sha256 "),
+        ({"precision": "fp32"}, "precision fp32, others fp16"),
+        ({"runtime_version": "10.4.0"}, "runtime tensorrt 10.4.0, others tensorrt 10.3.0"),
+        ({"device": "Another"}, r"device Another \(compute capability 9.0\), others GPU"),
+        ({"compute_capability": "8.0"}, r"device GPU \(compute capability 8.0\), others GPU"),
+        ({"profiles": (Profile(1, 8, 8), Profile(1, 1, 1))}, "profiles 1:8:8, 1:1:1, others 1:8:16"),
     ],
 )
-def test_every_engine_that_is_not_of_the_same_kind_is_named(changed: dict[str, Any], says: str, tmp_path: Path) -> None:
+def test_every_incomparable_engine_is_named(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
     odd = ("dense_0", "pruned_2", "sparse_1")
     folder = comparable(tmp_path / "plans", **dict.fromkeys(odd, changed))
-    with pytest.raises(InputError, match="not builds that can be compared") as refused:
+    with pytest.raises(InputError, match="not comparable builds") as refused:
         read_three_way(folder)
     found = [line for line in str(refused.value).splitlines() if ".plan: " in line]
     assert len(found) == len(odd)
     for name, line in zip(odd, found, strict=True):
-        assert re.search(rf"{name.replace('_', '.')}\.plan: {says}", line)
+        assert re.search(rf"{name.replace('_', '.')}\.plan: {message}", line)
 
 
 @pytest.mark.parametrize(("name", "flag"), [("dense_1", "on"), ("pruned_1", "on"), ("sparse_1", "off")])
-def test_a_sparse_flag_that_is_not_as_the_name_says_is_refused(name: str, flag: str, tmp_path: Path) -> None:
+def test_a_sparse_flag_that_contradicts_the_file_name_is_refused(name: str, flag: str, tmp_path: Path) -> None:
     folder = comparable(tmp_path / "plans", **{name: {"sparse_weights": flag == "on"}})
     with pytest.raises(InputError, match=rf"{name.replace('_', '.')}\.plan: sparse flag {flag}\n") as refused:
         read_three_way(folder)
     assert str(refused.value).count(".plan: ") == 1
 
 
-def test_pruned_and_sparse_must_be_of_one_file(tmp_path: Path) -> None:
+def test_pruned_and_sparse_must_share_one_onnx_file(tmp_path: Path) -> None:
     other = {f"sparse_{number}": {"onnx_sha256": "e" * 64} for number in range(3)}
-    with pytest.raises(InputError, match=r"sparse\.2\.plan: ONNX file sha256 eeeeeeeeeeee, of others sha256 pppp"):
+    with pytest.raises(InputError, match=r"sparse\.2\.plan: ONNX file sha256 eeeeeeeeeeee, others sha256 pppp"):
         read_three_way(comparable(tmp_path / "plans", **other))
 
 
-def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_build_and_time_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dense, pruned = net(tmp_path / "d.onnx", dense=True), net(tmp_path / "p.onnx", dense=False)
     out, report = tmp_path / "out", tmp_path / "report.json"
     assert main(["build", str(pruned), "--three-way", str(dense), "-o", str(out), "--backend", "onnxruntime"]) == 0
@@ -243,21 +260,21 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["time", "--three-way", str(out), "--batch", "1,2", "--seconds", "0.1", "--report", str(report)]) == 0
     text = capsys.readouterr().out
     assert text.count("builds differ by") == 2
-    # The same file twice, on a backend that has none.
+    # ONNX Runtime has no sparse kernels.
     assert text.endswith(f"{NO_SPARSE_KERNELS}\n")
     assert "sparse kernels +" not in text
     assert "sparse kernels -" not in text
     assert "gain:" not in text
-    told = json.loads(report.read_text())
-    assert [b["batch"] for b in told] == [1, 2]
-    assert [(b["is_faster"], b["note"]) for b in told] == [(False, NO_SPARSE_KERNELS)] * 2
+    batches = json.loads(report.read_text())
+    assert [b["batch"] for b in batches] == [1, 2]
+    assert [(b["is_faster"], b["note"]) for b in batches] == [(False, NO_SPARSE_KERNELS)] * 2
     (out / "sparse.1.onnx").unlink()
     assert main(["time", "--three-way", str(out)]) == 3
     assert "sparse: 2" in capsys.readouterr().err
     assert main(["time"]) == 3
 
 
-def test_with_tensorrt_the_gain_of_sparse_kernels_is_told(
+def test_with_tensorrt_the_gain_of_sparse_kernels_is_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_tensorrt.install("10.3.0", fake_cuda.install(monkeypatch), monkeypatch)
@@ -270,7 +287,7 @@ def test_with_tensorrt_the_gain_of_sparse_kernels_is_told(
     assert NO_SPARSE_KERNELS not in text
 
 
-def test_too_few_builds_and_shared_measurements_are_refused(tmp_path: Path) -> None:
+def test_too_few_builds_and_a_shared_timing_cache_are_refused(tmp_path: Path) -> None:
     model = describe_onnx(net(tmp_path / "d.onnx", dense=True))
     with pytest.raises(InputError, match="builds"):
         build_three_way(model, model, BuildOptions("onnxruntime"), tmp_path, builds=2)
