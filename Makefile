@@ -1,9 +1,9 @@
-# The same verbs as the command line; each sets up .venv first where needed. `make` alone prints this help.
+# The same verbs as the command line; each sets up .venv first if needed. `make` alone prints the help.
 MODEL ?= digits_resnet
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 BIN := .venv/bin
 REPOSITORY ?= models
-# As the command names it: timm/x in timm_x, nets/mine.py:build in mine_build.
+# The folder name that the command chooses: timm/x in timm_x, nets/mine.py:build in mine_build.
 NAME = $(if $(findstring .py:,$(MODEL)),$(notdir $(subst .py:,_,$(MODEL))),$(subst /,_,$(MODEL)))
 DIR = $(or $(OUT),build/$(NAME))
 ENGINE = $(or $(wildcard $(DIR)/engine.plan),$(DIR)/engine.onnx)
@@ -24,7 +24,7 @@ setup: .venv/.ready ## Install maskplan with its learn and dev extras into .venv
 	@ln -sfn $(foreach folder,pipeline exporters calibration engines,$(CURDIR)/$(folder)) .venv/typing/maskplan/
 	@touch $@
 
-# TensorRT's Python bindings without its libraries: what the tests' stand-in is held against. Tests skip where they are not.
+# TensorRT's Python bindings without its libraries: the tests compare the stand-in with them. Without them these tests skip.
 TENSORRT_BINDINGS := cu12-10.3.0 cu12-10.13.3.9 cu12-10.16.1.11 cu13-11.4.0.106
 
 .venv/.bindings: .venv/.ready
@@ -33,7 +33,7 @@ TENSORRT_BINDINGS := cu12-10.3.0 cu12-10.13.3.9 cu12-10.16.1.11 cu13-11.4.0.106
 	    tensorrt-$${each%%-*}-bindings==$${each#*-} || exit 0; \
 	done; touch $@
 
-# Triton's own messages; they ask for another protobuf than ONNX's, so they lie apart.
+# Triton's message definitions; they need another protobuf than ONNX, hence a folder of their own.
 .venv/.triton: .venv/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target .venv/triton \
 	  'tritonclient[grpc,http]==2.73.0' && touch $@ || true
@@ -43,25 +43,30 @@ engine: .venv/.ready ## Checkpoint to engine: MODEL= WEIGHTS= DATA= MASKS= PERMU
 	  $(if $(MASKS),--masks $(MASKS)) $(if $(PERMUTE),--permute) $(if $(PRECISION),--precision $(PRECISION)) \
 	  $(if $(BACKEND),--backend $(BACKEND)) $(if $(OUT),--out $(OUT))
 
-parity: .venv/.ready ## Compare the engines of MODEL= once more, over DATA=, by ARGS="--confident ..."; fails when accuracy is not kept
+parity: .venv/.ready ## Compare the engines of MODEL= again, with DATA= and ARGS="--use-ci ..."; fails when accuracy is lost
 	$(BIN)/maskplan compare $(DENSE_ENGINE) $(ENGINE) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 deploy: .venv/.ready ## Add the engine of MODEL= to the Triton model repository REPOSITORY=
 	$(BIN)/maskplan deploy $(ENGINE) --repository $(REPOSITORY)
 
-test: .venv/.bindings .venv/.triton ## The tests, but for the slow ones
-	TRITONCLIENT=$$(test -e .venv/.triton && echo $(CURDIR)/.venv/triton) OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m 'not slow'
+# One OpenMP thread a process: more only spin on models this small. Two processes: tests that build engines need 2 GB each.
+PYTEST = TRITONCLIENT=$$(test -e .venv/.triton && echo $(CURDIR)/.venv/triton) OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive \
+  $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test: .venv/.bindings .venv/.triton ## The tests except the slow ones
+	$(PYTEST) -m 'not slow'
 
 test-all: .venv/.bindings .venv/.triton ## All tests
-	TRITONCLIENT=$$(test -e .venv/.triton && echo $(CURDIR)/.venv/triton) OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: .venv/.ready ## Style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: .venv/.ready ## The benchmarks that need no data of yours; they write JSON beside their scripts
-	for name in line conformance mask_step mask_search transposable permute_networks norms gate; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+BENCHMARKS := line conformance mask_step mask_search transposable permute_networks norms gate
+bench: .venv/.ready ## The benchmarks that need no data from you; they write JSON next to their scripts
+	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/performance/$$name.py || exit 1; done
 
-clean: ## Remove what the line wrote
+clean: ## Remove what `make engine` wrote
 	rm -rf build

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+from small_line import MODEL, Line, read_json, stages_of
 
 from maskplan.pipeline.cli.app import main
 from maskplan.pipeline.models.state_dict import read_weights
 from maskplan.pipeline.permutation.record import read_permutation
-from tests.support.small_line import MODEL, Line, read_json, stages_of
 
 
 @pytest.fixture(scope="module")
