@@ -9,15 +9,12 @@ from pathlib import Path
 from maskplan.engines.build import choose_backend
 from maskplan.pipeline.core.artifacts import Checkpoint, Deployment, EngineFile, MaskSet, OnnxModel
 from maskplan.pipeline.core.choices import (
-    AUTO,
     CHANNEL,
     DANHOFER2024,
     FAIL,
     FP16,
     FP32,
     INT8,
-    LAYERWISE,
-    LEARNED,
     TENSORRT,
     Backend,
     FloatPrecision,
@@ -26,11 +23,11 @@ from maskplan.pipeline.core.choices import (
 )
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.reports import ConformanceReport, PassFigures, Refinement, TimingReport
-from maskplan.pipeline.data.dataset import Dataset, open_folder
-from maskplan.pipeline.data.digits import load_digits
+from maskplan.pipeline.data.dataset import Dataset
+from maskplan.pipeline.data.source import find_dataset
 from maskplan.pipeline.models.checkpoint import ModelOptions
-from maskplan.pipeline.models.registry import BUNDLED, folder_name
-from maskplan.pipeline.pruning.mask import DEPLOYABLE, method_for
+from maskplan.pipeline.models.registry import folder_name
+from maskplan.pipeline.pruning.method import method_or_file, resolve_method
 from maskplan.pipeline.recipe import Recipe
 from maskplan.pipeline.report.record import ReportFiles, RunReport
 from maskplan.pipeline.stages import engines, model, onnx_files, report
@@ -131,7 +128,7 @@ def run(options: LineOptions) -> LineResult:
         if target.precision == INT8 and data is None:
             raise InputError("INT8 needs images to calibrate on", fix="give --data DIR with train/ and val/")
         images = model.identify_images(job, data, checkpoint) if data is not None else None
-        method = _method(options.masks, options.recipe.mask.method, data)
+        method = _method(options, data)
 
         # The dense model first: a model that cannot be exported fails before masks are learned for it.
         dense = onnx_files.export(job, checkpoint, "dense")
@@ -269,25 +266,16 @@ def _require_deployable_masks(options: LineOptions) -> None:
 
 def _data(options: LineOptions, dense: Checkpoint) -> Dataset | None:
     provenance = dense.provenance
-    if options.data is not None:
-        return open_folder(options.data, provenance.labels, provenance.classes, options.model.seed)
-    if options.model.model == BUNDLED and provenance.classes == 10:
-        return load_digits()
-    return None
+    return find_dataset(
+        options.data,
+        model=options.model.model,
+        labels=provenance.labels,
+        outputs=provenance.classes,
+        seed=options.model.seed,
+    )
 
 
-def _method(requested: str | None, by_recipe: str, data: Dataset | None) -> MaskMethod | Path:
+def _method(options: LineOptions, data: Dataset | None) -> MaskMethod | Path:
     """A mask method, or a mask file."""
-    if requested is not None and requested not in (AUTO, *DEPLOYABLE):
-        path = Path(requested)
-        if not path.suffix and not path.exists():
-            fix = f"choose one of {', '.join((AUTO, *DEPLOYABLE))}, or give a mask file"
-            raise InputError(f"unknown mask method {requested!r}", fix=fix)
-        return path
-    chosen = requested or by_recipe
-    if chosen in (LEARNED, LAYERWISE) and data is None:
-        fix = "give --data DIR with train/ and val/, or choose --masks magnitude"
-        raise InputError(f"{chosen} masks need images", fix=fix)
-    if chosen == AUTO and data is None:
-        log.warning("no images: magnitude masks; give --data DIR for learned ones")
-    return method_for(chosen, data is not None)
+    masks = options.recipe.mask.method if options.masks is None else method_or_file(options.masks)
+    return masks if isinstance(masks, Path) else resolve_method(masks, has_images=data is not None)

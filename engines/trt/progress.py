@@ -17,9 +17,9 @@ def progress_monitor(trt: Any) -> Iterator[Any]:
     Raises:
         KeyboardInterrupt: A signal came within. It is not raised inside TensorRT's callbacks, which cannot let it through.
     """
-    with bar("build") as drawn, INTERRUPTS.held():
+    with bar("build") as drawn, INTERRUPTS.deferred():
         yield _monitor_class(trt)(drawn)
-    INTERRUPTS.heed()
+    INTERRUPTS.raise_pending()
 
 
 def _monitor_class(trt: Any) -> Any:
@@ -36,7 +36,7 @@ def _monitor_class(trt: Any) -> Any:
         def step_complete(self, phase_name: str, step: int) -> bool:
             if phase_name == self._outermost:
                 self._bar(step + 1, None)
-            return INTERRUPTS.came is None
+            return INTERRUPTS.pending is None
 
         def phase_finish(self, phase_name: str) -> None:
             pass

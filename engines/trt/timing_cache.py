@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from maskplan.pipeline.core.errors import HostError
+from maskplan.pipeline.core.file_lock import acquire_lock
 from maskplan.pipeline.core.files import write_atomically
 
 log = logging.getLogger(__name__)
-
-_PAUSE_S = 0.1
 
 
 def load_timing_cache(config: Any, path: Path, wait_s: float) -> None:
@@ -54,20 +51,13 @@ def save_timing_cache(config: Any, path: Path, wait_s: float) -> None:
 @contextmanager
 def _locked(path: Path, wait_s: float) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".lock")
-    deadline = time.monotonic() + wait_s
-    with beside.open("a") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() >= deadline:
-                    raise HostError(
-                        "the timing cache is busy",
-                        where=path,
-                        found=f"another process has held it for {wait_s:g} s",
-                        fix="wait for that build, or give another --timing-cache",
-                    ) from error
-                time.sleep(_PAUSE_S)
+    busy = HostError(
+        "the timing cache is busy",
+        where=path,
+        found=f"another process has held it for {wait_s:g} s",
+        fix="wait for that build, or give another --timing-cache",
+    )
+    # A separate file: the cache itself is replaced by each write, and a lock stays with the old file.
+    with path.with_name(path.name + ".lock").open("a") as lock:
+        acquire_lock(lock, lambda: busy, wait_s=wait_s)
         yield

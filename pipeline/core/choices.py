@@ -1,4 +1,4 @@
-"""Every closed set of choices as a type, so that mypy finds a branch that forgets one."""
+"""Every closed set of choices as a type, so that mypy finds a branch that misses one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Final, Literal
 
 FloatPrecision = Literal["fp32", "fp16"]
 Precision = Literal["fp32", "fp16", "int8"]
-"""Precision of a model; an INT8 model runs what is not quantized in one of the other two."""
+"""Precision of a model; layers of an INT8 model that are not quantized run in one of the other two."""
 
 FP32: Final = "fp32"
 FP16: Final = "fp16"
@@ -32,7 +32,7 @@ DENSE_BY_CHOICE: Final = "dense_by_choice"
 INELIGIBLE: Final = "ineligible"
 
 LayerState = Literal["sparse", "dense", "unknown"]
-"""What is known of how an engine runs a layer."""
+"""How an engine runs a layer, as far as the runtime shows it."""
 
 SPARSE: Final = "sparse"
 DENSE: Final = "dense"

@@ -1,15 +1,16 @@
-"""What goes wrong through no fault of ours, told in one message."""
+"""Errors that the user can fix: one message with what failed, where, what was found, and what to do."""
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Sequence
 
+OUT_OPTION = "--out or -o"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class PipelineError(Exception):
-    """The user's to fix: bad input or environment. Ends a command with exit code 3 and no traceback.
+    """Bad input or environment, for the user to fix. Ends a command with exit code 3 and no traceback.
 
     Attributes:
         what: What failed, in one sentence.
@@ -35,8 +36,14 @@ class HostError(PipelineError):
     """This machine lacks something: a runtime, a permission, disk space, the folder's lock."""
 
 
-def host_error(error: OSError, *, where: object) -> HostError:
-    """Turn an `OSError` met while writing into a message that says what to do."""
+def host_error(error: OSError, *, where: object, option: str = OUT_OPTION) -> HostError:
+    """Turn an `OSError` raised while writing into a message that says what to do.
+
+    Args:
+        error: What the operating system reported.
+        where: The file or folder.
+        option: The command-line option that names it.
+    """
     found = error.strerror or str(error)
     if error.errno in _FULL:
         return HostError(
@@ -46,19 +53,19 @@ def host_error(error: OSError, *, where: object) -> HostError:
             fix="free some space and run the same command again; finished stages are kept",
         )
     return HostError(
-        "cannot write", where=where, found=found, fix="choose a folder that you may write to with --out or -o"
+        "cannot write", where=where, found=found, fix=f"choose a folder that you may write to with {option}"
     )
 
 
-def listed(items: Iterable[object], most: int = 5) -> str:
-    """The first few items, and how many more there are."""
+def listed(items: Iterable[object], max_items: int = 5) -> str:
+    """The first few items, separated by commas, and how many more there are."""
     texts = [str(item) for item in items]
-    shown = ", ".join(texts[:most])
-    return shown if len(texts) <= most else f"{shown} and {len(texts) - most} more"
+    shown = ", ".join(texts[:max_items])
+    return shown if len(texts) <= max_items else f"{shown} and {len(texts) - max_items} more"
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str | None:
-    """The likeliest intended word, as a phrase, or None."""
+    """A question that names the most similar known words; None if there are none."""
     import difflib
 
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)

@@ -1,4 +1,4 @@
-"""Files that appear at their final name only when whole, and their digests."""
+"""Files that appear under their final name only when complete, and their digests."""
 
 from __future__ import annotations
 
@@ -9,19 +9,24 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from maskplan.pipeline.core.errors import InputError, host_error
+from maskplan.pipeline.core.errors import OUT_OPTION, InputError, host_error
 
 TEMPORARY_SUFFIX = ".maskplan-tmp"
 
 
-def write_atomically(path: Path, data: bytes) -> str:
-    """Write `data` to `path` through a temporary file, fsync and `os.replace`.
+def write_atomically(path: Path, data: bytes, *, option: str = OUT_OPTION) -> str:
+    """Write `data` to `path` through a temporary file, fsync and `os.replace`; missing folders are created.
+
+    Args:
+        path: The final name.
+        data: The whole content.
+        option: The command-line option that names the file, for the error message.
 
     Returns:
         The sha256 digest of `data`, hexadecimal.
 
     Raises:
-        HostError: The folder cannot be written or the disk is full; `path` is as it was before.
+        HostError: The folder cannot be written or the disk is full; `path` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
@@ -33,16 +38,20 @@ def write_atomically(path: Path, data: bytes) -> str:
         temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise host_error(error, where=path) from error
+        raise host_error(error, where=path, option=option) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     return hashlib.sha256(data).hexdigest()
 
 
-def write_json(path: Path, value: object) -> str:
-    """Write `value` as indented JSON, atomically; NaN and infinity are refused, as JSON has neither."""
-    return write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+def write_json(path: Path, value: object, *, option: str = OUT_OPTION) -> str:
+    """Write `value` as indented JSON, as `write_atomically` does.
+
+    Raises:
+        ValueError: A number is NaN or infinite, which JSON cannot hold.
+    """
+    return write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode(), option=option)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -52,7 +61,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Digest of a file's bytes, hexadecimal.
+    """The sha256 digest of a file's bytes, hexadecimal.
 
     Raises:
         InputError: The file is missing or cannot be read.
@@ -73,7 +82,7 @@ def read_bytes(path: Path) -> bytes:
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turn the `OSError` of a file that cannot be read into an `InputError`."""
+    """Turn an `OSError` raised while reading `path` into an `InputError`."""
     try:
         yield
     except FileNotFoundError as error:

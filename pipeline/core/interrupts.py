@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: they end a command, also where a library swallowed the exception that they raise."""
+"""Ctrl-C and SIGTERM end a command, even where a library swallows the exception that they raise."""
 
 from __future__ import annotations
 
@@ -11,44 +11,44 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
-    """Which signal came, if one did."""
+    """The signal handler of this process; `pending` is the last signal's number, or None."""
 
     def __init__(self) -> None:
-        self.came: int | None = None
-        self._held = False
+        self.pending: int | None = None
+        self._deferred = False
 
     def __call__(self, number: int, frame: object) -> None:
-        again, self.came = self.came is not None, number
-        if again or not self._held:
+        repeated, self.pending = self.pending is not None, number
+        if repeated or not self._deferred:
             raise KeyboardInterrupt
 
-    def heed(self) -> None:
-        """Raise if a signal came that nobody heard.
+    def raise_pending(self) -> None:
+        """Raise if a signal has arrived, which a library may have swallowed.
 
         Raises:
-            KeyboardInterrupt: One came.
+            KeyboardInterrupt: A signal has arrived.
         """
-        if self.came is not None:
+        if self.pending is not None:
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Only note a first signal within, so that a step can be finished and saved; a second one is not waited for."""
-        self._held = True
+    def deferred(self) -> Iterator[None]:
+        """Only record a first signal inside the block, so that a step can finish and be saved; a second one raises."""
+        self._deferred = True
         try:
             yield
         finally:
-            self._held = False
+            self._deferred = False
 
 
 INTERRUPTS = Interrupts()
-"""Those of this process; signals have no other scope."""
+"""The one of this process; signal handlers have no narrower scope."""
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[None]:
-    """Handle the signals within, in the main thread; elsewhere Python lets nobody."""
-    INTERRUPTS.came = None
+def handle_signals() -> Iterator[None]:
+    """Handle SIGINT and SIGTERM inside the block; does nothing outside the main thread, where Python sets no handlers."""
+    INTERRUPTS.pending = None
     if threading.current_thread() is not threading.main_thread():
         yield
         return

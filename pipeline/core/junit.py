@@ -1,4 +1,4 @@
-"""Verdicts as JUnit XML, which CI systems show case by case."""
+"""Verdicts as JUnit XML, which CI systems display as test cases."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from maskplan.pipeline.core.reports import Check, ConformanceReport, OutputClose
 
 
 def conformance_junit(report: ConformanceReport, model: str) -> bytes:
-    """A test case for each weight, violations as failures, what is not demanded as skipped; and one for the whole file."""
+    """A test case for the whole file and one for each weight; violations fail, weights that need not conform are skipped."""
     failed = sum(w.verdict == VIOLATING for w in report.weights)
     skipped = sum(w.verdict in (DENSE_BY_CHOICE, INELIGIBLE) for w in report.weights)
     suite = ElementTree.Element(
@@ -38,24 +38,24 @@ def conformance_junit(report: ConformanceReport, model: str) -> bytes:
 def parity_junit(report: ParityReport, model: str) -> bytes:
     """A test case for the outputs and one for each threshold.
 
-    A threshold that could not be judged is skipped, or an error where that leaves the gate without a verdict.
+    A threshold that could not be evaluated is skipped, or an error if the gate has no verdict without it.
     """
     suite = ElementTree.Element("testsuite", name=f"parity of {model}")
     outputs = ElementTree.SubElement(suite, "testcase", classname=model, name="outputs")
-    # The one failure that is no threshold's.
+    # Failed without a failed threshold: outputs that are not finite, for example.
     if report.verdict not in (PASS, NOT_APPLICABLE) and not any(c.passed is False for c in report.checks):
         ElementTree.SubElement(outputs, "failure", message=report.reason or "")
-    told = ElementTree.SubElement(outputs, "system-out")
-    told.text = "\n".join((*(_told(o) for o in report.outputs), *report.notes))
+    text = ElementTree.SubElement(outputs, "system-out")
+    text.text = "\n".join((*(_format_closeness(o) for o in report.outputs), *report.notes))
     for check in report.checks:
-        _threshold(suite, check, model, report)
+        _add_threshold(suite, check, model, report)
     for kind, tag in (("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
         suite.set(kind, str(len(suite.findall(f"testcase/{tag}"))))
     suite.set("tests", str(len(suite)))
     return _xml(suite)
 
 
-def _threshold(suite: ElementTree.Element, check: Check, model: str, report: ParityReport) -> None:
+def _add_threshold(suite: ElementTree.Element, check: Check, model: str, report: ParityReport) -> None:
     case = ElementTree.SubElement(suite, "testcase", classname=model, name=f"{check.name} {check.limit:g}")
     if report.verdict == NOT_APPLICABLE:
         ElementTree.SubElement(case, "error", message=report.reason or "")
@@ -67,7 +67,7 @@ def _threshold(suite: ElementTree.Element, check: Check, model: str, report: Par
         ElementTree.SubElement(case, "system-out").text = check.message
 
 
-def _told(output: OutputCloseness) -> str:
+def _format_closeness(output: OutputCloseness) -> str:
     numbers = {k: v for k, v in dataclasses.asdict(output).items() if isinstance(v, float)}
     return f"{output.name}: " + ", ".join(f"{name} {value:.6g}" for name, value in numbers.items())
 

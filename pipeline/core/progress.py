@@ -1,4 +1,4 @@
-"""Progress bars with time left, on a terminal only; everywhere else, silence."""
+"""Progress bars with the remaining time, on a terminal only."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ T = TypeVar("T")
 
 
 def is_main_process() -> bool:
-    """Whether this process tells people what it does: of those that torchrun started, the first."""
+    """Whether this process prints: of the processes that torchrun started, only the first does."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @cache
 def stderr_console() -> Console:
-    """The one console on stderr: lines printed through it stay clear of a bar that is being drawn."""
+    """The shared console on stderr: lines printed through it do not overlap with a progress bar."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 def track(items: Iterable[T], what: str | Callable[[], str], total: int, done: int = 0) -> Iterator[T]:
-    """Yield from `items`, drawing a bar on stderr while a person is looking and `-q` was not given.
+    """Yield from `items` and draw a bar on stderr if it is a terminal and `-q` was not given.
 
     Args:
-        items: What is worked on.
-        what: The bar's text; a function is asked anew for every item.
-        total: How many there are, those included that were done before.
-        done: How many of them were done before.
+        items: The work.
+        what: The bar's text; a function is called again for every item.
+        total: Number of items, including `done`.
+        done: Number of items finished earlier.
     """
     if not _is_drawn():
         yield from items
@@ -51,14 +51,14 @@ def track(items: Iterable[T], what: str | Callable[[], str], total: int, done: i
 
 
 class Bar(Protocol):
-    """Draws how many steps are done, of how many where that is known anew."""
+    """Draws how many steps are done, and of how many if that is known."""
 
     def __call__(self, done: int, total: int | None, /) -> None: ...
 
 
 @contextmanager
 def bar(what: str) -> Iterator[Bar]:
-    """A bar for work that reports its own steps, drawn where `track` would draw."""
+    """A bar for work that reports its own steps; drawn under the same conditions as in `track`."""
     if not _is_drawn():
         yield lambda done, total: None
         return

@@ -94,7 +94,7 @@ def _decode(kind: Any, value: Any, root: Path | None, at: str) -> Any:
 
 
 def with_new_names(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a record's values with renamed fields under their new names; a value under the new name wins."""
+    """A copy of a record's values with renamed fields under their new names; a value under the new name takes precedence."""
     renamed: Mapping[str, str] = getattr(kind, "RENAMED_FIELDS", {})
     old = {renamed[name]: value for name, value in values.items() if name in renamed}
     return {**old, **{name: value for name, value in values.items() if name not in renamed}}

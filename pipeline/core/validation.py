@@ -1,4 +1,4 @@
-"""Ranges of numeric options, checked where a record of options is made."""
+"""Ranges of numeric options, checked when a record of options is created."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from maskplan.pipeline.core.errors import InputError
 
 
 def at_least(low: float, **values: float | None) -> None:
-    """Raise unless every value is a finite number of at least `low`; None stands for an option that is off.
+    """Raise unless every value is a finite number of at least `low`; None means that an option is off.
 
     Raises:
         InputError: Otherwise.

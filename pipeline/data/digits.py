@@ -13,6 +13,9 @@ from maskplan.pipeline.core.artifacts import Preprocessing
 from maskplan.pipeline.core.errors import HostError
 from maskplan.pipeline.data.dataset import Dataset, split_arrays
 
+BUNDLED_MODEL = "digits_resnet"
+"""The model that comes with maskplan, trained on these images."""
+
 PREPROCESSING = Preprocessing(1, 8, 8, 0, "bilinear", (0.3053,), (0.3765,))
 CLASSES = tuple(str(digit) for digit in range(10))
 VAL_SHARE, SPLIT_SEED = 0.2, 0

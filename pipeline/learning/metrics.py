@@ -55,7 +55,7 @@ class MetricsLog:
             is_new = not path.exists()
             self._file = path.open("a", newline="", encoding="utf-8")
         except OSError as error:
-            raise host_error(error, where=folder) from error
+            raise host_error(error, where=folder, option="--log-dir") from error
         self._csv = csv.DictWriter(self._file, [f.name for f in fields(Row)])
         if is_new:
             self._csv.writeheader()
@@ -76,7 +76,7 @@ class MetricsLog:
             self._csv.writerow({k: "" if v is None else v for k, v in values.items()})
             self._file.flush()
         except OSError as error:
-            raise host_error(error, where=self._file.name) from error
+            raise host_error(error, where=self._file.name, option="--log-dir") from error
         if self._board is not None:
             for name, value in values.items():
                 if name != "step" and value is not None:

@@ -88,7 +88,7 @@ def learn_masks(
     files = files or LearnerFiles()
     masks = {name: np.asarray(mask) for name, mask in start.items()}
     before = tensors_sha256(module.state_dict())
-    with process(device) as here, INTERRUPTS.held():
+    with process(device) as here, INTERRUPTS.deferred():
         learner = Learner(module, masks, pattern, preprocessing, data, options, here, files, given=given)
         progress = learner.run(state_key(options, before, masks, images))
     if tensors_sha256(module.state_dict()) != before:
@@ -173,7 +173,7 @@ class Learner:
                     self.row = self._row(progress, fraction, found)
                     if metrics is not None:
                         metrics.write(self.row)
-                asked = self.here.any(INTERRUPTS.came is not None)
+                asked = self.here.any(INTERRUPTS.pending is not None)
                 if asked or ends or (self.options.save_every and progress.steps % self.options.save_every == 0):
                     self._save(key, progress)
                 if asked:

@@ -13,8 +13,9 @@ from maskplan.pipeline.core.errors import HostError, InputError
 from maskplan.pipeline.core.files import sha256_of, write_atomically
 from maskplan.pipeline.core.serialization import decode, encode
 from maskplan.pipeline.core.validation import at_least
+from maskplan.pipeline.data.digits import BUNDLED_MODEL
 from maskplan.pipeline.models.layers import trace_layers
-from maskplan.pipeline.models.registry import BUNDLED, BUNDLED_WEIGHTS, Architecture, build_model
+from maskplan.pipeline.models.registry import BUNDLED_WEIGHTS, Architecture, build_model
 from maskplan.pipeline.models.state_dict import fit_weights, read_metadata, read_weights, serialize, tensors_sha256
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def weights_file(options: ModelOptions) -> Path | None:
     """The file that holds the weights asked for, if they are in one and not a library's to fetch."""
     if options.weights not in ("auto", "pretrained", "random"):
         return Path(options.weights)
-    if options.model == BUNDLED and options.classes is None and options.weights != "random":
+    if options.model == BUNDLED_MODEL and options.classes is None and options.weights != "random":
         return BUNDLED_WEIGHTS
     return None
 

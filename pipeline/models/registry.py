@@ -21,6 +21,8 @@ from maskplan.pipeline.core.artifacts import Preprocessing
 from maskplan.pipeline.core.errors import HostError, InputError, did_you_mean, listed
 from maskplan.pipeline.core.files import sha256_of
 from maskplan.pipeline.core.serialization import decode, encode
+from maskplan.pipeline.data.digits import BUNDLED_MODEL, CLASSES
+from maskplan.pipeline.data.digits import PREPROCESSING as DIGITS_PREPROCESSING
 from maskplan.pipeline.data.preprocessing import IMAGENET, INTERPOLATIONS, from_transforms
 
 if TYPE_CHECKING:
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BUNDLED = "digits_resnet"
 # Written by benchmarks/accuracy/train_digits_resnet.py.
 BUNDLED_WEIGHTS = Path(__file__).with_name("digits_resnet.safetensors")
 
@@ -83,7 +84,7 @@ def build_model(spec: str, *, seed: int, classes: int | None = None, pretrained:
         ) from error
     torch.manual_seed(seed)
     file, factory = _split_file(spec)
-    if spec == BUNDLED:
+    if spec == BUNDLED_MODEL:
         architecture = _bundled(classes, pretrained)
     elif file is not None:
         if pretrained:
@@ -109,17 +110,16 @@ def _split_file(spec: str) -> tuple[Path | None, str]:
 
 
 def _bundled(classes: int | None, pretrained: bool) -> Architecture:
-    from maskplan.pipeline.data.digits import CLASSES, PREPROCESSING
     from maskplan.pipeline.models.digits_resnet import DigitsResNet
 
     if pretrained:
         raise HostError(
-            f"{BUNDLED} has bundled weights for {len(CLASSES)} classes only",
+            f"{BUNDLED_MODEL} has bundled weights for {len(CLASSES)} classes only",
             found=f"--classes {classes}",
             fix="give --weights FILE or random",
         )
     labels = CLASSES if classes in (None, len(CLASSES)) else ()
-    return Architecture("", DigitsResNet(classes or len(CLASSES)), PREPROCESSING, labels)
+    return Architecture("", DigitsResNet(classes or len(CLASSES)), DIGITS_PREPROCESSING, labels)
 
 
 def _torchvision(name: str, classes: int | None, pretrained: bool) -> Architecture:
@@ -127,7 +127,7 @@ def _torchvision(name: str, classes: int | None, pretrained: bool) -> Architectu
 
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
-        hint = did_you_mean(name, [*names, BUNDLED])
+        hint = did_you_mean(name, [*names, BUNDLED_MODEL])
         raise InputError(
             f"unknown model {name!r}",
             found=f"it is none of torchvision's {len(names)} classification models",

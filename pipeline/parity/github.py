@@ -55,7 +55,7 @@ def append_summary(text: str) -> None:
         with Path(name).open("a", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        raise host_error(error, where=name) from error
+        raise host_error(error, where=name, option="GITHUB_STEP_SUMMARY") from error
 
 
 def _command(kind: str, title: str, text: str) -> str:

@@ -64,7 +64,7 @@ def save_answers(path: Path, asked: Question, said: Answers) -> None:
         {name: np.ascontiguousarray(value) for name, value in tensors.items()},
         {METADATA_KEY: json.dumps(header, sort_keys=True)},
     )
-    write_atomically(path, data)
+    write_atomically(path, data, option="--save-dense")
 
 
 def load_answers(path: Path, asked: Question) -> Answers:

@@ -129,7 +129,7 @@ class Workspace:
             work: Writes the files and returns the record.
             intact: Called with a known record whose files are unchanged; False runs the stage again.
         """
-        INTERRUPTS.heed()
+        INTERRUPTS.raise_pending()
         name = self._prefix + name
         key = _key(name, inputs)
         log.debug("%s: key %s", name, key[:12])

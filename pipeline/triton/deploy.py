@@ -15,7 +15,15 @@ from maskplan.pipeline.core.files import read_bytes, write_atomically
 from maskplan.pipeline.core.validation import at_least
 from maskplan.pipeline.triton.config import Serving, config_text, model_files, platform_of
 from maskplan.pipeline.triton.golden import Golden, golden_files
-from maskplan.pipeline.triton.repository import PREVIOUS, add_version, locked, model_folder, next_version, versions_in
+from maskplan.pipeline.triton.repository import (
+    PREVIOUS,
+    REPOSITORY_OPTION,
+    add_version,
+    locked,
+    model_folder,
+    next_version,
+    versions_in,
+)
 from maskplan.pipeline.triton.served_config import CONFIG, parse_config, read_config
 
 _LABELS = "labels.txt"
@@ -86,9 +94,9 @@ def _deploy(engines: Sequence[EngineFile], options: DeployOptions, golden: Golde
     add_version(folder, version, copies, beside)
     written = [*(folder / str(version) / name for name in model_files(engines)), config]
     if labels:
-        write_atomically(folder / labels[0], labels[1])
+        write_atomically(folder / labels[0], labels[1], option=REPOSITORY_OPTION)
         written.append(folder / labels[0])
-    write_atomically(config, text.encode())
+    write_atomically(config, text.encode(), option=REPOSITORY_OPTION)
     return Deployment(folder, version, platform_of(engines[0]), tuple(written))
 
 

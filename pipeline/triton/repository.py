@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import shutil
@@ -12,11 +11,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from maskplan.pipeline.core.errors import HostError, InputError, host_error
+from maskplan.pipeline.core.file_lock import acquire_lock
 from maskplan.pipeline.core.files import TEMPORARY_SUFFIX, read_bytes, write_atomically
 
 # Kept in a version's folder for a rollback: the config that was served before the version.
 PREVIOUS = "previous-config.pbtxt"
 _ROLLED_BACK = "rolled-back"
+REPOSITORY_OPTION = "--repository"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -65,14 +66,14 @@ def add_version(folder: Path, version: int, copies: Mapping[str, Path], contents
     try:
         staged.mkdir()
         for name, source in copies.items():
-            write_atomically(staged / name, read_bytes(source))
+            write_atomically(staged / name, read_bytes(source), option=REPOSITORY_OPTION)
         for name, data in contents.items():
-            write_atomically(staged / name, data)
+            write_atomically(staged / name, data, option=REPOSITORY_OPTION)
         staged.rename(folder / str(version))
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise _busy(folder, f"version {version} came from elsewhere meanwhile") from error
-        raise host_error(error, where=folder) from error
+        raise host_error(error, where=folder, option=REPOSITORY_OPTION) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
@@ -86,7 +87,7 @@ def set_aside(folder: Path, version: int) -> Path:
     try:
         (folder / str(version)).rename(hidden)
     except OSError as error:
-        raise host_error(error, where=folder / str(version)) from error
+        raise host_error(error, where=folder / str(version), option=REPOSITORY_OPTION) from error
     return hidden
 
 
@@ -109,7 +110,7 @@ def locked(folder: Path) -> Iterator[None]:
             for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         except OSError as error:
-            raise host_error(error, where=folder) from error
+            raise host_error(error, where=folder, option=REPOSITORY_OPTION) from error
         yield
     finally:
         for path in made:
@@ -120,12 +121,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _lock(handle: int, folder: Path) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise _busy(folder, "its folder is locked") from error
-    except OSError:
-        pass  # Some network file systems have no locks; two that take one version are found out by its name.
+    # Some network file systems have no locks; there, two deployments that choose one version are detected by its folder.
+    with contextlib.suppress(OSError):
+        acquire_lock(handle, lambda: _busy(folder, "its folder is locked"))
 
 
 def _busy(folder: Path, found: str) -> HostError:

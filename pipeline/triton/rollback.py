@@ -7,7 +7,14 @@ from pathlib import Path
 from maskplan.pipeline.core.artifacts import Deployment
 from maskplan.pipeline.core.errors import InputError, listed
 from maskplan.pipeline.core.files import read_bytes, write_atomically
-from maskplan.pipeline.triton.repository import PREVIOUS, locked, model_folder, set_aside, versions_in
+from maskplan.pipeline.triton.repository import (
+    PREVIOUS,
+    REPOSITORY_OPTION,
+    locked,
+    model_folder,
+    set_aside,
+    versions_in,
+)
 from maskplan.pipeline.triton.served_config import CONFIG, ServedConfig, read_config
 
 
@@ -33,7 +40,7 @@ def rollback(repository: Path, name: str) -> Deployment:
         previous = folder / str(undone) / PREVIOUS
         restored = read_config(previous)
         served = _served(folder, restored, undone)
-        write_atomically(config, read_bytes(previous))
+        write_atomically(config, read_bytes(previous), option=REPOSITORY_OPTION)
         set_aside(folder, undone)
     files = (folder / str(served), config, *(folder / labels for labels in restored.labels))
     return Deployment(folder, served, restored.platform, files)

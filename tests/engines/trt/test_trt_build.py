@@ -33,7 +33,7 @@ from maskplan.exporters.metadata import describe_onnx
 from maskplan.pipeline.cli.app import main
 from maskplan.pipeline.core.artifacts import EngineFile, Profile
 from maskplan.pipeline.core.errors import HostError, InputError, PipelineError
-from maskplan.pipeline.core.interrupts import INTERRUPTS, listening
+from maskplan.pipeline.core.interrupts import INTERRUPTS, handle_signals
 
 PROFILES = (Profile(1, 1, 1), Profile(1, 8, 16))
 
@@ -386,10 +386,10 @@ def test_a_gpu_that_makes_no_cache_builds_without(
 def test_ctrl_c_ends_a_build_between_two_steps_and_leaves_nothing(
     trt: Control, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(INTERRUPTS, "came", None)
+    monkeypatch.setattr(INTERRUPTS, "pending", None)
     before = left(source.parent)
     trt.during_build = lambda: os.kill(os.getpid(), signal.SIGINT)
-    with listening(), pytest.raises(KeyboardInterrupt):
+    with handle_signals(), pytest.raises(KeyboardInterrupt):
         build(source)
     assert left(source.parent) == before
     assert trt.builds == 0

@@ -8,39 +8,39 @@ import threading
 
 import pytest
 
-from maskplan.pipeline.core.interrupts import INTERRUPTS, listening
+from maskplan.pipeline.core.interrupts import INTERRUPTS, handle_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_raises_and_is_remembered(number: int) -> None:
-    with listening():
+    with handle_signals():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
-        assert INTERRUPTS.came == number
+        assert INTERRUPTS.pending == number
         with pytest.raises(KeyboardInterrupt):
-            INTERRUPTS.heed()
+            INTERRUPTS.raise_pending()
 
 
 def test_nothing_is_heeded_where_nothing_came() -> None:
-    with listening():
-        INTERRUPTS.heed()
-    assert INTERRUPTS.came is None
+    with handle_signals():
+        INTERRUPTS.raise_pending()
+    assert INTERRUPTS.pending is None
 
 
 def test_a_held_signal_waits_and_a_second_does_not() -> None:
-    with listening():
-        with INTERRUPTS.held():
+    with handle_signals():
+        with INTERRUPTS.deferred():
             os.kill(os.getpid(), signal.SIGTERM)
-            assert INTERRUPTS.came == signal.SIGTERM
+            assert INTERRUPTS.pending == signal.SIGTERM
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
-            INTERRUPTS.heed()
+            INTERRUPTS.raise_pending()
 
 
 def test_handlers_are_put_back() -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with listening():
+    with handle_signals():
         assert signal.getsignal(signal.SIGINT) is INTERRUPTS
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
@@ -50,7 +50,7 @@ def test_another_thread_listens_to_nothing_and_does_not_fail() -> None:
 
     def work() -> None:
         try:
-            with listening():
+            with handle_signals():
                 pass
         except ValueError as error:
             errors.append(error)

@@ -18,7 +18,7 @@ from torch import nn
 
 from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.core.errors import HostError, InputError
-from maskplan.pipeline.core.interrupts import INTERRUPTS, listening
+from maskplan.pipeline.core.interrupts import INTERRUPTS, handle_signals
 from maskplan.pipeline.data.dataset import Dataset
 from maskplan.pipeline.data.digits import PREPROCESSING, load_digits
 from maskplan.pipeline.learning import trainer
@@ -114,17 +114,17 @@ def test_a_signal_ends_the_step_and_saves_it(
 ) -> None:
     """Without a checkpoint every so many steps, what is there is what the signal had saved."""
     state = tmp_path / "learning.safetensors"
-    with monkeypatch.context() as patch, listening():
+    with monkeypatch.context() as patch, handle_signals():
         # The batch after the signal is still taken.
         broken_after(6, patch, lambda: os.kill(os.getpid(), number))
         with pytest.raises(KeyboardInterrupt):
             learn(net, start, state, save_every=0)
-        assert INTERRUPTS.came == number
+        assert INTERRUPTS.pending == number
     key = trainer.state_key(QUICK, trainer.tensors_sha256(net.state_dict()), start, ())
     stored = load_state(state, key)
     assert stored is not None
     assert stored.progress.steps == 7
-    with listening():
+    with handle_signals():
         assert same(learn(net, start, state, save_every=0), whole)
 
 
