@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import onnx
 from onnx import TensorProto, helper
+
+from maskplan.exporters.subgraphs import subgraphs, walk_nodes
 
 STANDARD = ("", "ai.onnx")
 """The domain of ONNX's own operators."""
@@ -74,20 +75,6 @@ def node_names(graph: onnx.GraphProto) -> list[str]:
     return [n.name if n.name and count[n.name] == 1 else (n.output[0] if n.output else n.op_type) for n in graph.node]
 
 
-def with_subgraphs(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """Nodes, each followed by those of its subgraphs."""
-    for node in nodes:
-        yield node
-        for graph in subgraphs(node):
-            yield from with_subgraphs(graph.node)
-
-
-def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    """The graphs that a node (If, Loop, ...) holds."""
-    for attribute in node.attribute:
-        yield from (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs)
-
-
 def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
     """A node's attributes by name."""
     return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
@@ -98,5 +85,5 @@ def _captured(node: onnx.NodeProto) -> set[str]:
     captured: set[str] = set()
     for graph in subgraphs(node):
         captured.update(value.name for value in graph.output)
-        captured.update(name for inner in with_subgraphs(graph.node) for name in inner.input)
+        captured.update(name for inner in walk_nodes(graph.node) for name in inner.input)
     return captured

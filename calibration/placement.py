@@ -24,15 +24,16 @@ from dataclasses import dataclass
 import onnx
 from onnx import TensorProto
 
-from maskplan.calibration.graph import STANDARD, Graph, attributes_of, with_subgraphs
+from maskplan.calibration.graph import STANDARD, Graph, attributes_of
+from maskplan.exporters.subgraphs import model_nodes
 from maskplan.exporters.tensors import dtype_name
+from maskplan.exporters.weight_ops import QUANTIZABLE_OPS, WEIGHT_OPS
 from maskplan.pipeline.core.errors import InputError, listed
 
 OLDEST_OPSET = 13
 """The first opset whose DequantizeLinear has a scale for each channel."""
 
-_LAYERS = ("Conv", "Gemm", "MatMul")
-_QUANTISED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"}
+_QUANTIZED_OPS = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"}
 _ADDITIONS = {"Add", "Sum"}
 _ACTIVATIONS = {
     "Relu",
@@ -142,9 +143,8 @@ def require_float_graph(model: onnx.ModelProto) -> None:
     """
     found = [
         f"{node.op_type} {node.name or node.output[0]}"
-        for nodes in (model.graph.node, *(f.node for f in model.functions))
-        for node in with_subgraphs(nodes)
-        if node.op_type in _QUANTISED or node.op_type.startswith("QLinear")
+        for node in model_nodes(model)
+        if node.op_type in _QUANTIZED_OPS or node.op_type.startswith("QLinear")
     ]
     if found:
         raise InputError(
@@ -172,22 +172,21 @@ def _layers(graph: Graph) -> Iterator[_Layer]:
     """Every Conv, Gemm and MatMul; those of two activations are left out."""
     axes: dict[str, int] = {}
     for n, node in enumerate(graph.nodes):
-        if node.op_type not in _LAYERS or node.domain not in STANDARD:
+        if node.op_type not in QUANTIZABLE_OPS or node.domain not in STANDARD:
             continue
-        data, weight = node.input[0], node.input[1]
+        op, (data, weight) = WEIGHT_OPS[node.op_type], node.input[:2]
         tensor = graph.constants.get(weight)
-        if tensor is None and node.op_type != "Conv":
+        if tensor is None and not op.is_convolution:
             continue
-        axis, reason = 0, None
-        if node.op_type != "Conv":
-            axis = 0 if attributes_of(node).get("transB") else 1
+        # Of products only a second operand of two axes is quantized, so a negative axis counts from two.
+        axis, reason = op.operands[0].axes(attributes_of(node))[1] % 2, None
         if tensor is None:
             reason = "its weight is not constant"
         elif data in graph.constants:
             reason = "its input is constant"
         elif tensor.data_type != TensorProto.FLOAT:
             reason = f"its weight is {dtype_name(tensor.data_type)}, not float32"
-        elif node.op_type != "Conv" and len(tensor.dims) != 2:
+        elif not op.is_convolution and len(tensor.dims) != 2:
             reason = f"its weight has {len(tensor.dims)} dimensions"
         elif weight in graph.seen_outside:
             reason = "its weight is also read elsewhere"
@@ -228,7 +227,7 @@ def _fused_additions(graph: Graph, chosen: Mapping[int, _Layer]) -> dict[int, in
     depth: dict[str, int] = {}
     fused = {}
     for n, node in enumerate(graph.nodes):
-        deepest = max((depth.get(name, 0) for name in node.input), default=0) + (node.op_type in _LAYERS)
+        deepest = max((depth.get(name, 0) for name in node.input), default=0) + (node.op_type in QUANTIZABLE_OPS)
         depth.update((name, deepest) for name in node.output)
         if node.op_type not in _ADDITIONS or len(set(node.input)) != 2 or len(node.input) != 2:
             continue

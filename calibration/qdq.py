@@ -9,9 +9,10 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from maskplan.calibration.graph import node_names, subgraphs
+from maskplan.calibration.graph import node_names
 from maskplan.calibration.placement import Placement, require_float_graph
 from maskplan.calibration.scales import quantize_weight, scale_of
+from maskplan.exporters.subgraphs import subgraphs
 from maskplan.exporters.tensors import TensorError, read_values
 from maskplan.pipeline.core.errors import InputError, listed
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from maskplan.engines.kernel_names import kernel_state
+from maskplan.exporters.weight_ops import LIKELY_SPEEDUP_CHANNELS
 from maskplan.pipeline.core.artifacts import LayerSparsity
 from maskplan.pipeline.core.choices import DENSE, SPARSE, UNKNOWN
 from maskplan.pipeline.core.errors import InputError
@@ -39,7 +40,6 @@ LOW_OPTIMIZATION = "optimization_level_below_3"
 FLOAT_OUTPUT = "quantized_input_float_output"
 FEW_CHANNELS = "likely_few_channels"
 
-_WIN_CHANNELS = 256
 _FULL_SEARCH = 3
 
 # Layer types whose weights a sparse kernel may multiply; `correlation`, `gemm` and `fusion` are Myelin's.
@@ -185,7 +185,7 @@ def with_reasons(
         if layer.reason == FLOAT_OUTPUT:
             return FLOAT_OUTPUT
         channels = [count for count in (layer.c, layer.k) if count is not None]
-        return FEW_CHANNELS if channels and min(channels) < _WIN_CHANNELS else None
+        return FEW_CHANNELS if channels and min(channels) < LIKELY_SPEEDUP_CHANNELS else None
 
     return tuple(replace(layer, reason=reason(layer)) for layer in layers)
 

@@ -15,6 +15,7 @@ from maskplan.exporters.counting import GroupCounts, count_groups
 from maskplan.exporters.lazy_load import load_mapped
 from maskplan.exporters.metadata import read_provenance
 from maskplan.exporters.tensors import Array, StoredValues, TensorError, dtype_name, is_numeric, read_values
+from maskplan.exporters.weight_ops import LIKELY_SPEEDUP_CHANNELS
 from maskplan.exporters.weights import WeightUse, weight_uses
 from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.core.choices import CONFORMING, DENSE_BY_CHOICE, FAIL, INELIGIBLE, PASS, VIOLATING
@@ -22,8 +23,6 @@ from maskplan.pipeline.core.errors import InputError, PipelineError, listed
 from maskplan.pipeline.core.reports import ConformanceReport, Violation, WeightVerdict
 from maskplan.pipeline.masking.eligibility import DTYPE
 from maskplan.pipeline.masking.patterns import parse_pattern
-
-_WIN_CHANNELS = 256
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,7 @@ def _judge(
         violating_groups=counts.violating,
         negative_zeros=counts.negative_zeros,
         first_violation=first,
-        likely_speedup=eligible and min(shape[-2:] if use.op == "MatMul" else shape[:2]) >= _WIN_CHANNELS,
+        likely_speedup=eligible and min(shape[-2:] if use.op == "MatMul" else shape[:2]) >= LIKELY_SPEEDUP_CHANNELS,
         hint=hint,
     )
 

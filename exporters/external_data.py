@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
-from onnx import NodeProto, TensorProto
+from onnx import TensorProto
 
+from maskplan.exporters.subgraphs import model_nodes, subgraphs
 from maskplan.exporters.tensors import TensorError, external_path
 from maskplan.pipeline.core.errors import InputError
 
@@ -17,21 +18,14 @@ _LARGEST_BYTES = 2**31 - 1
 
 def stored_tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
     """Every tensor of a model: initializers and attributes, in subgraphs and functions too."""
-
-    def of_nodes(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
-        for node in nodes:
-            for attribute in node.attribute:
-                if attribute.HasField("t"):
-                    yield attribute.t
-                yield from attribute.tensors
-                for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                    yield from graph.initializer
-                    yield from of_nodes(graph.node)
-
     yield from model.graph.initializer
-    yield from of_nodes(model.graph.node)
-    for function in model.functions:
-        yield from of_nodes(function.node)
+    for node in model_nodes(model):
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+        for graph in subgraphs(node):
+            yield from graph.initializer
 
 
 def external_tensors(model: onnx.ModelProto) -> list[TensorProto]:

@@ -8,6 +8,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from maskplan.exporters.half_range import NEVER_LARGER
+from maskplan.exporters.subgraphs import subgraphs
 from maskplan.pipeline.core.errors import InputError, listed
 
 # They read no activation in floating point: a second one in FP32 costs nothing and spares a cast.
@@ -162,19 +163,17 @@ def _read_by(graph: onnx.GraphProto, inside: list[bool]) -> tuple[set[str], set[
 def reads(node: onnx.NodeProto) -> Iterator[str]:
     """What a node reads, its loops and branches included."""
     yield from (name for name in node.input if name)
-    for attribute in node.attribute:
-        for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-            for inner_node in inner.node:
-                yield from reads(inner_node)
+    for inner in subgraphs(node):
+        for inner_node in inner.node:
+            yield from reads(inner_node)
 
 
 def rename_reads(node: onnx.NodeProto, renamed: dict[str, str]) -> None:
     """Let a node read other values, in place, in its loops and branches too."""
     node.input[:] = [renamed.get(name, name) for name in node.input]
-    for attribute in node.attribute:
-        for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-            for inner_node in inner.node:
-                rename_reads(inner_node, renamed)
+    for inner in subgraphs(node):
+        for inner_node in inner.node:
+            rename_reads(inner_node, renamed)
 
 
 def _replace(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:

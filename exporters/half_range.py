@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import TensorProto, numpy_helper
+
+from maskplan.exporters.subgraphs import walk_graphs, walk_nodes
 
 LARGEST = float(np.finfo(np.float16).max)
 SMALLEST_NORMAL = float(np.finfo(np.float16).smallest_normal)
@@ -75,13 +77,13 @@ def unfit_scales(graph: onnx.GraphProto) -> dict[str, tuple[str, ...]]:
     most 65504. Constant scales of FP32 are looked at; those inside a branch or loop keep the whole of it in FP32.
     """
     constants: dict[str, onnx.TensorProto] = {}
-    for inner in graphs_of(graph):
+    for inner in walk_graphs(graph):
         constants |= {tensor.name: tensor for tensor in inner.initializer}
         for node in (node for node in inner.node if node.op_type == "Constant"):
             constants |= {name: value.t for name in node.output for value in node.attribute if value.name == "value"}
     unfit: dict[str, tuple[str, ...]] = {}
     for outer in graph.node:
-        for node in (outer, *(n for inner in _graphs_within(outer) for n in inner.node)):
+        for node in walk_nodes([outer]):
             scale = constants.get(node.input[1]) if is_qdq(node) else None
             if scale is None or scale.data_type != TensorProto.FLOAT:
                 continue
@@ -100,19 +102,6 @@ def unfit_scales(graph: onnx.GraphProto) -> dict[str, tuple[str, ...]]:
 def is_qdq(node: onnx.NodeProto) -> bool:
     """Whether this is ONNX's own QuantizeLinear or DequantizeLinear."""
     return node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.domain in ("", "ai.onnx")
-
-
-def graphs_of(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """The graph and all graphs within its nodes."""
-    yield graph
-    for node in graph.node:
-        yield from _graphs_within(node)
-
-
-def _graphs_within(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    for attribute in node.attribute:
-        for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-            yield from graphs_of(inner)
 
 
 def _reach(node: onnx.NodeProto, scales: npt.NDArray[np.float32], constants: Mapping[str, onnx.TensorProto]) -> float:

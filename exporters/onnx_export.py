@@ -21,6 +21,8 @@ from onnx import numpy_helper
 from maskplan.exporters.half_range import MARGIN, beyond_half
 from maskplan.exporters.metadata import describe_onnx, write_provenance
 from maskplan.exporters.precision import to_fp16
+from maskplan.exporters.subgraphs import subgraphs
+from maskplan.exporters.weight_ops import WEIGHT_OPS
 from maskplan.pipeline import __version__
 from maskplan.pipeline.core.artifacts import OnnxModel, Preprocessing, Provenance
 from maskplan.pipeline.core.errors import InputError, listed
@@ -37,7 +39,6 @@ log = logging.getLogger(__name__)
 OPSET = 20
 INPUT, OUTPUT = "input", "logits"
 PRECISIONS = ("fp32", "fp16")
-_WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
 
 @dataclass(frozen=True)
@@ -154,9 +155,8 @@ def _strip_nodes(nodes: Sequence[onnx.NodeProto]) -> None:
     for node in nodes:
         del node.metadata_props[:]
         node.doc_string = ""
-        for attribute in node.attribute:
-            for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                _strip_graph(graph)
+        for graph in subgraphs(node):
+            _strip_graph(graph)
 
 
 def _rename(model: onnx.ModelProto, module: nn.Module, preprocessing: Preprocessing) -> None:
@@ -181,7 +181,7 @@ def _rename(model: onnx.ModelProto, module: nn.Module, preprocessing: Preprocess
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     users: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
     for node in model.graph.node:
-        if node.op_type in _WEIGHTED:
+        if node.op_type in WEIGHT_OPS:
             for i, name in enumerate(node.input[:2]):
                 if name in stored and len(stored[name].dims) > 1:
                     users.setdefault(name, []).append((node, i))
@@ -195,7 +195,7 @@ def _rename(model: onnx.ModelProto, module: nn.Module, preprocessing: Preprocess
     count: Counter[str] = Counter()
     for node in model.graph.node:
         weight_name = next((name for name in node.input[:2] if name in twins), None)
-        if node.op_type in _WEIGHTED and weight_name is not None:
+        if node.op_type in WEIGHT_OPS and weight_name is not None:
             path = weight_name.removesuffix(".weight")
             count[path] += 1
             node.name = path if count[path] == 1 else f"{path}_{count[path]}"

@@ -11,7 +11,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from maskplan.exporters.fp32_islands import reads, rename_reads, to_fp32_islands
-from maskplan.exporters.half_range import LARGEST, graphs_of, is_qdq, unfit_scales
+from maskplan.exporters.half_range import LARGEST, is_qdq, unfit_scales
+from maskplan.exporters.subgraphs import subgraphs, walk_graphs
 from maskplan.pipeline.core.errors import InputError, listed
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def to_fp16(model: onnx.ModelProto, keep_fp32: Collection[str] = ()) -> onnx.Mod
 def _kept_in_fp32(graph: onnx.GraphProto) -> set[str]:
     """What must stay FP32 by the operators' definition, and all that it is computed from."""
     keep: set[str] = set()
-    for inner in graphs_of(graph):
+    for inner in walk_graphs(graph):
         makers = {name: node for node in inner.node for name in node.output}
         waiting = [
             node.input[i]
@@ -96,7 +97,7 @@ def _kept_in_fp32(graph: onnx.GraphProto) -> set[str]:
 
 def _separate_fp32_constants(graph: onnx.GraphProto) -> None:
     """Give operators that need an FP32 constant a copy of their own where others use it too."""
-    for inner in graphs_of(graph):
+    for inner in walk_graphs(graph):
         constants = {tensor.name: tensor for tensor in inner.initializer}
         uses = Counter(name for node in inner.node for name in node.input)
         for node in inner.node:
@@ -128,16 +129,15 @@ def _graphs(graph: onnx.GraphProto, keep: set[str]) -> Iterator[onnx.GraphProto]
     yield graph
     for node in graph.node:
         if not keep.intersection(node.output):
-            for attribute in node.attribute:
-                for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                    yield from _graphs(inner, keep)
+            for inner in subgraphs(node):
+                yield from _graphs(inner, keep)
 
 
 def _require_fp16_forms(model: onnx.ModelProto) -> None:
     made_of_floats = {t.name for t in model.graph.initializer if t.data_type == TensorProto.FLOAT}
     offenders = [
         f"{node.name} ({node.op_type})"
-        for graph in graphs_of(model.graph)
+        for graph in walk_graphs(model.graph)
         for node in graph.node
         if node.op_type in _FP32_ONLY and made_of_floats & set(node.input)
     ]
@@ -147,7 +147,7 @@ def _require_fp16_forms(model: onnx.ModelProto) -> None:
 
 def _require_fp16_scales(model: onnx.ModelProto) -> None:
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
-    if opset < _QDQ_OPSET and any(is_qdq(node) for graph in graphs_of(model.graph) for node in graph.node):
+    if opset < _QDQ_OPSET and any(is_qdq(node) for graph in walk_graphs(model.graph) for node in graph.node):
         raise InputError(
             "the opset has no Q/DQ with FP16 scales",
             where=model.graph.name,

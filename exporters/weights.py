@@ -10,11 +10,11 @@ from typing import Any
 import onnx
 from onnx import helper
 
+from maskplan.exporters.subgraphs import subgraphs
 from maskplan.exporters.tensors import TensorError, read_values
+from maskplan.exporters.weight_ops import WEIGHT_OPS
 from maskplan.pipeline.masking.eligibility import NOT_CONSTANT, ineligible_reason
 
-_CONVS = {"Conv", "ConvTranspose"}
-_OPS = {*_CONVS, "Gemm", "MatMul"}
 _DEQUANTIZE = {"DequantizeLinear", "TRT_FP8DequantizeLinear", "TRT_INT4DequantizeLinear"}
 _QUANTIZE = {"QuantizeLinear", "TRT_FP8QuantizeLinear"}
 _SAME_SHAPE = {"Identity", "Cast", *_DEQUANTIZE, *_QUANTIZE}
@@ -112,13 +112,12 @@ def _walk(
     scope: _Scope, nodes: Sequence[onnx.NodeProto], functions: _Functions, m: int, depth: int
 ) -> Iterator[WeightUse]:
     for node in nodes:
-        if node.op_type in _OPS and node.domain in ("", "ai.onnx"):
+        if node.op_type in WEIGHT_OPS and node.domain in ("", "ai.onnx"):
             yield from _uses_of(node, scope, m)
         if depth >= _DEEPEST:
             continue
-        for attribute in node.attribute:
-            for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                yield from _walk(_Scope.of(graph, scope), graph.node, functions, m, depth + 1)
+        for graph in subgraphs(node):
+            yield from _walk(_Scope.of(graph, scope), graph.node, functions, m, depth + 1)
         function = functions.get((node.domain, node.op_type))
         if function is not None:
             yield from _walk(_inside(function, node, scope), function.node, functions, m, depth + 1)
@@ -137,33 +136,30 @@ def _inside(function: onnx.FunctionProto, call: onnx.NodeProto, caller: _Scope) 
 
 def _uses_of(node: onnx.NodeProto, scope: _Scope, m: int) -> Iterator[WeightUse]:
     attributes = _attributes(node, scope)
-    groups = int(attributes.get("group", 1)) if node.op_type in _CONVS else 1
+    op = WEIGHT_OPS[node.op_type]
+    groups = int(attributes.get("group", 1)) if op.is_convolution else 1
     name = node.name or (node.output[0] if node.output else node.op_type)
-    if node.op_type in _CONVS:
-        operands = [(1, 1)]
-    elif node.op_type == "Gemm":
-        operands = [(1, 1 if attributes.get("transB") else 0), (0, 0 if attributes.get("transA") else 1)]
-    else:
-        operands = [(1, -2), (0, -1)]
-    unmasked = None
-    for operand, axis in operands:
-        if operand >= len(node.input):
+    unbaked = None
+    for operand in op.operands:
+        if operand.index >= len(node.input):
             continue
-        found = _trace(node.input[operand], axis, scope)
-        if found is None:
-            unmasked = unmasked or _masked_in_graph(node.input[operand], scope)
+        operand_name = node.input[operand.index]
+        traced = _trace(operand_name, operand.axes(attributes)[0], scope)
+        if traced is None:
+            unbaked = unbaked or _masked_in_graph(operand_name, scope)
             continue
-        stored, tensor, stored_axis, zero_point = found
+        stored, tensor, stored_axis, zero_point = traced
         if len(tensor.dims) < 2:
             continue
         reason = ineligible_reason(node.op_type, tensor.dims[stored_axis], groups, m)
         yield WeightUse(stored, name, node.op_type, tensor, stored_axis, groups, zero_point, reason)
         return
-    if unmasked is not None:
-        yield WeightUse(unmasked, name, node.op_type, None, 0, groups, None, NOT_CONSTANT, UNBAKED)
-    elif node.op_type in _CONVS:
-        asked = node.input[1] if len(node.input) > 1 else ""
-        yield WeightUse(asked, name, node.op_type, None, 0, groups, None, NOT_CONSTANT)
+    if unbaked is not None:
+        yield WeightUse(unbaked, name, node.op_type, None, 0, groups, None, NOT_CONSTANT, UNBAKED)
+    elif op.is_convolution:
+        # A product of two activations has no weight; a convolution always has one, computed or missing.
+        weight_name = node.input[1] if len(node.input) > 1 else ""
+        yield WeightUse(weight_name, name, node.op_type, None, 0, groups, None, NOT_CONSTANT)
 
 
 _Traced = tuple[str, onnx.TensorProto, int, ZeroPoint | None]

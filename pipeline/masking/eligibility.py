@@ -1,6 +1,8 @@
-"""Which weights can run 2:4: the one rule that learner, search and check share."""
+"""Which weights can run 2:4: the single rule that the learner, the permutation search and the check use."""
 
 from __future__ import annotations
+
+from maskplan.exporters.weight_ops import SPARSE_OPS
 
 GROUPED, CHANNELS, NOT_CONSTANT, UNSUPPORTED, DTYPE = (
     "grouped",
@@ -10,19 +12,17 @@ GROUPED, CHANNELS, NOT_CONSTANT, UNSUPPORTED, DTYPE = (
     "dtype",
 )
 
-_OPS = ("Conv", "Gemm", "MatMul")
-
 
 def ineligible_reason(op: str, channels: int, groups: int, m: int = 4) -> str | None:
-    """Why a weight can never be N:M for TensorRT, or None if it can.
+    """Reason why TensorRT can never run a weight as N:M, or None if it can.
 
     Args:
         op: `Conv`, `ConvTranspose`, `Gemm` or `MatMul`; others are unsupported.
         channels: Length of the reduction axis: C of a convolution, the inner dimension of a product.
         groups: Of the convolution; 1 otherwise.
-        m: Group length. The reason's name speaks of 4 for any M, as the report's schema does.
+        m: Group length. The reason is named `channels_not_multiple_of_4` for any M, as in the report's schema.
     """
-    if op not in _OPS:
+    if op not in SPARSE_OPS:
         return UNSUPPORTED
     if groups != 1:
         return GROUPED

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import onnx
 
-from maskplan.calibration.graph import Graph, subgraphs
+from maskplan.calibration.graph import Graph
+from maskplan.exporters.subgraphs import subgraphs
 from maskplan.exporters.weights import weight_uses
 from maskplan.pipeline.core.artifacts import TensorSpec
 
