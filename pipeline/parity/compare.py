@@ -14,7 +14,7 @@ from maskplan.pipeline.core.artifacts import Preprocessing, Provenance
 from maskplan.pipeline.core.choices import NOT_APPLICABLE
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.reports import Fidelity, MethodRow, ParityReport
-from maskplan.pipeline.core.statistics import PairedCounts, drop_interval, mcnemar_p
+from maskplan.pipeline.core.statistics import PairedCounts, clopper_pearson, drop_interval, mcnemar_p
 from maskplan.pipeline.data.dataset import Split
 from maskplan.pipeline.parity.answers import UNLABELLED, Answers, ask, fixed_images, logits_of
 from maskplan.pipeline.parity.class_order import class_names, looks_reordered, require_one_order
@@ -22,7 +22,6 @@ from maskplan.pipeline.parity.closeness import closeness
 from maskplan.pipeline.parity.options import CompareOptions
 from maskplan.pipeline.parity.tally import Tally, tally
 from maskplan.pipeline.parity.verdict import judge
-from maskplan.pipeline.stability.flip_rate import clopper_pearson
 
 _LOG = logging.getLogger(__name__)
 _DENSE = "dense"

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from maskplan.pipeline.core.artifacts import Provenance
 from maskplan.pipeline.core.choices import FAIL, NOT_APPLICABLE, PASS
 from maskplan.pipeline.core.reports import Check, ParityReport
-from maskplan.pipeline.core.statistics import best_drop_limit, fewest
-from maskplan.pipeline.stability.flip_rate import clopper_pearson
+from maskplan.pipeline.core.statistics import best_drop_limit, clopper_pearson, min_images
 
 if TYPE_CHECKING:
     from maskplan.pipeline.parity.options import CompareOptions
@@ -157,7 +156,7 @@ def _undecided(check: Check, images: int, suffices: Callable[[int], bool], story
     """A failed check, told as what it is where even equal models would fail it: too few images."""
     if suffices(images):
         return check
-    needed = fewest(suffices)
+    needed = min_images(suffices)
     how_many = "no number of images can show less" if needed is None else f"it takes {needed:,}"
     return replace(check, message=f"too few images to tell: {story}; {how_many}", images_needed=needed)
 

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import gammaln
-from scipy.stats import binomtest
+from scipy.stats import beta, binomtest
 
-from maskplan.pipeline.core.statistics import PairedCounts, best_drop_limit, drop_interval, fewest, mcnemar_p, wilson
-from maskplan.pipeline.stability.flip_rate import clopper_pearson
+from maskplan.pipeline.core.statistics import (
+    PairedCounts,
+    best_drop_limit,
+    clopper_pearson,
+    clopper_pearson_upper,
+    drop_interval,
+    mcnemar_p,
+    min_images,
+    wilson,
+)
 
 counts = st.builds(PairedCounts, *[st.integers(0, 60)] * 4).filter(lambda c: c.images > 0)
 
@@ -141,6 +150,43 @@ def test_simulated_coverage_of_the_drop_and_of_the_flip_rate(rates: tuple[float,
     assert np.mean([high < flips for _, high in exact]) <= 0.035
 
 
+@given(trials=st.integers(1, 60_000), confidence=st.sampled_from([0.5, 0.9, 0.95, 0.99, 0.999999]), data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_clopper_pearson_matches_scipy(trials: int, confidence: float, data: st.DataObject) -> None:
+    successes = data.draw(st.one_of(st.integers(0, trials), st.integers(0, min(trials, 20))))
+    expected = binomtest(successes, trials).proportion_ci(confidence, method="exact")
+    assert clopper_pearson(successes, trials, confidence) == pytest.approx((expected.low, expected.high), abs=1e-10)
+    upper = 1.0 if successes == trials else float(beta.ppf(confidence, successes + 1, trials - successes))
+    assert clopper_pearson_upper(successes, trials, confidence) == pytest.approx(upper, abs=1e-10)
+
+
+@pytest.mark.parametrize("trials", [2, 8, 1000, 60_000])
+def test_clopper_pearson_of_none_one_and_all_matches_the_closed_forms(trials: int) -> None:
+    lowest = -math.expm1(math.log1p(-0.025) / trials)
+    highest = -math.expm1(math.log(0.025) / trials)
+    assert clopper_pearson(0, trials) == pytest.approx((0, highest), rel=1e-9)
+    assert clopper_pearson(trials, trials) == pytest.approx((1 - highest, 1), rel=1e-9)
+    low, high = clopper_pearson(1, trials)
+    assert low == pytest.approx(lowest, rel=1e-8)
+    # P(at most one success) in closed form.
+    assert (1 - high) ** trials + trials * high * (1 - high) ** (trials - 1) == pytest.approx(0.025, rel=1e-8)
+    assert clopper_pearson(trials - 1, trials) == pytest.approx((1 - high, 1 - low), abs=1e-12)
+
+
+def test_a_published_clopper_pearson_interval_is_reproduced() -> None:
+    # 4 of 20 at 95%, as tabled by Clopper and Pearson's method in many texts.
+    assert clopper_pearson(4, 20) == pytest.approx((0.0573, 0.4366), abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "confidence"), [(-1, 5, 0.9), (6, 5, 0.9), (0, 0, 0.9), (1, 5, 1.0), (1, 5, 0.0)]
+)
+def test_an_impossible_proportion_is_refused(successes: int, trials: int, confidence: float) -> None:
+    for interval in (clopper_pearson, clopper_pearson_upper):
+        with pytest.raises(ValueError, match="no proportion"):
+            interval(successes, trials, confidence)
+
+
 @given(st.integers(0, 400), st.integers(0, 400))
 @settings(max_examples=100, deadline=None)
 def test_mcnemars_test_is_the_exact_test_of_a_fair_coin(lost: int, gained: int) -> None:
@@ -167,10 +213,10 @@ def test_the_fewest_images_are_found(threshold: int) -> None:
         asked.append(n)
         return n >= threshold
 
-    assert fewest(suffices) == threshold
+    assert min_images(suffices) == threshold
     assert len(asked) < 60
 
 
 def test_what_never_suffices_has_no_number() -> None:
-    assert fewest(lambda n: False) is None
-    assert fewest(lambda n: n >= 5000, most=1000) is None
+    assert min_images(lambda n: False) is None
+    assert min_images(lambda n: n >= 5000, max_images=1000) is None
