@@ -10,49 +10,75 @@ from collections.abc import Sequence
 import typer
 
 from maskplan.pipeline.cli import (
+    bake,
+    build,
     calibrate,
-    checkpoints,
+    check,
     compare,
     convert,
+    deploy,
     engine,
-    engines,
-    gates,
+    export,
+    inspect_engine,
+    mask,
     permute,
     probe,
+    prune,
     stability,
+    time_engines,
 )
+from maskplan.pipeline.cli.exit_codes import BAD_INPUT, GATE_FAILED, PASSED, SIGNALED, GateError
+from maskplan.pipeline.cli.help_pages import GroupWithExamples
 from maskplan.pipeline.cli.renamed_flags import with_new_flags
 from maskplan.pipeline.core.errors import PipelineError
-from maskplan.pipeline.core.interrupts import INTERRUPTS, listening
+from maskplan.pipeline.core.interrupts import INTERRUPTS, handle_signals
 from maskplan.pipeline.core.progress import is_main_process, stderr_console
 
-PASSED, GATE_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 3, 130
-_SIGNALLED = 128
+_SUMMARY = """Turn a CNN checkpoint into a checked 2:4-sparse engine.
 
-_SUMMARY = """Take a CNN checkpoint to a 2:4-sparse engine that can be trusted.
-
-`maskplan engine MODEL` runs the whole line; every stage is also a command that works alone on files of other tools.
+`maskplan engine MODEL` runs the whole pipeline. Every stage is also a command that works on files of other tools.
 """
-_EXAMPLES = """Examples:\n
-  maskplan engine digits_resnet\n
-  maskplan engine resnet50 --weights w.pth --data imagenet\n
-  maskplan check model.onnx --report check.json
+_EXAMPLES = """
+maskplan engine digits_resnet
+maskplan engine resnet50 --weights w.pth --data imagenet
+maskplan check model.onnx --report check.json
 """
+# The exit code of click for Ctrl-C.
+_INTERRUPTED = 130
 
 app = typer.Typer(
     name="maskplan",
+    cls=GroupWithExamples,
     help=_SUMMARY,
     epilog=_EXAMPLES,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (engine, checkpoints, permute, convert, gates, compare, calibrate, engines, stability, probe):
+# In the order of the help page.
+for module in (
+    engine,
+    mask,
+    bake,
+    export,
+    permute,
+    convert,
+    check,
+    prune,
+    compare,
+    calibrate,
+    build,
+    time_engines,
+    inspect_engine,
+    deploy,
+    stability,
+    probe,
+):
     module.register(app)
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         from maskplan.pipeline import __version__
 
         print(f"maskplan {__version__}")
@@ -61,24 +87,23 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def common(
-    verbose: bool = typer.Option(False, "--verbose", "-v", help="Say more on stderr."),
-    quiet: bool = typer.Option(False, "--quiet", "-q", help="Only warnings and errors on stderr."),
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Print more details on stderr."),
+    quiet: bool = typer.Option(False, "--quiet", "-q", help="Print only warnings and errors on stderr."),
     version: bool = typer.Option(
-        False, "--version", help="Print the version and end.", is_eager=True, callback=_print_version
+        False, "--version", help="Print the version and exit.", is_eager=True, callback=_print_version
     ),
 ) -> None:
     """Options of every command."""
     level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
     if not is_main_process():
         level = logging.ERROR
-    handler = _Narration()
     logger = logging.getLogger("maskplan")
-    logger.handlers[:] = [handler]
+    logger.handlers[:] = [_StderrHandler()]
     logger.setLevel(level)
     logger.propagate = False
 
 
-class _Narration(logging.Handler):
+class _StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         stderr_console().print(f"{prefix}{record.getMessage()}")
@@ -87,26 +112,29 @@ class _Narration(logging.Handler):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
+    Args:
+        argv: Arguments; those of the process by default.
+
     Returns:
-        The exit code. An error of ours (a bug) keeps its traceback.
+        The exit code. An exception that is a bug of maskplan is not caught.
     """
     try:
-        with listening():
-            typed, notes = with_new_flags(sys.argv[1:] if argv is None else argv)
+        with handle_signals():
+            arguments, notes = with_new_flags(sys.argv[1:] if argv is None else argv)
             for note in notes:
                 print(f"note: {note}", file=sys.stderr)
-            # Commands find in `obj` what was typed, for the record.
-            app(args=typed, prog_name="maskplan", obj=tuple(typed))
+            # `obj` passes the command line on to the report.
+            app(args=arguments, prog_name="maskplan", obj=tuple(arguments))
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    except gates.GateError as error:
+    except GateError as error:
         print(f"failed: {error}", file=sys.stderr)
         return GATE_FAILED
-    except SystemExit as end:  # how typer ends, also after a command that went well
+    except SystemExit as end:  # typer always raises it, also after success
         code = end.code if isinstance(end.code, int) else PASSED if end.code is None else GATE_FAILED
-        if code == INTERRUPTED:
-            print("interrupted; finished stages are kept, and the same command goes on from there", file=sys.stderr)
-            return _SIGNALLED + (INTERRUPTS.came or signal.SIGINT)
+        if code == _INTERRUPTED:
+            print("interrupted; finished stages are kept: run the same command again to continue", file=sys.stderr)
+            return SIGNALED + (INTERRUPTS.pending or signal.SIGINT)
         return code
     return PASSED

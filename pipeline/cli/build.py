@@ -1,27 +1,36 @@
-"""`build`: an ONNX file to an engine, three kinds of them, trtexec's command lines for it, or a plan that trtexec built."""
+"""`maskplan build`: an ONNX file to an engine, to three kinds of engines, to trtexec's commands, or with trtexec's plan."""
 
 from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
+from maskplan.pipeline.cli import options
+from maskplan.pipeline.cli.help_pages import add_command
+from maskplan.pipeline.cli.options import choice, override
+from maskplan.pipeline.core.choices import TENSORRT, Backend
+
 if TYPE_CHECKING:
+    from maskplan.engines.build import BuildOptions
     from maskplan.engines.trt.calibrator import ImplicitInt8
     from maskplan.engines.trt.options import TrtOptions
-    from maskplan.pipeline.core.artifacts import OnnxModel, Profile
+    from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel, Profile
 
 log = logging.getLogger(__name__)
 
+Int8Mode = Literal["explicit", "implicit"]
+EXPLICIT: Final = "explicit"
+IMPLICIT: Final = "implicit"
+
 _TRT = "TensorRT"
-EXPLICIT, IMPLICIT = "explicit", "implicit"
-_OF_IMPORT = ("--layer-info", "--trt-version", "--compute-capability")
+_IMPORT_OPTIONS = ("--layer-info", "--trt-version", "--compute-capability")
 # Options by their fields in TrtOptions.
-_OPTIONS = {
+_TRT_FIELDS = {
     "--tf32": "tf32",
     "--optimization-level": "optimization_level",
     "--workspace-mib": "workspace_bytes",
@@ -32,90 +41,115 @@ _OPTIONS = {
     "--strip-plan": "strip_plan",
 }
 
+_EXAMPLES = """
+maskplan build sparse.fp16.onnx --backend tensorrt --profile 1:8:32 -o engine.plan
+maskplan build sparse.onnx --three-way dense.onnx -o three_way
+maskplan build sparse.fp16.onnx --print-trtexec 10
+maskplan build sparse.fp16.onnx --import engine.plan --layer-info layers.json --trt-version 10.13.3.9 --profile 1:8:32
+"""
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    app.command(
-        epilog="Example:\n\n  maskplan build sparse.fp16.onnx --backend tensorrt --profile 1:8:32 -o engine.plan"
-    )(build)
+    add_command(app, build, _EXAMPLES, _defaults)
+
+
+def _defaults() -> dict[str, object]:
+    from maskplan.engines.trt.options import TrtOptions
+
+    return vars(TrtOptions())
 
 
 def build(
-    model: Annotated[Path, typer.Argument(help="An ONNX file of any tool.", show_default=False)],
-    backend: Annotated[str, typer.Option(help="auto, tensorrt or onnxruntime.")] = "auto",
+    model: options.OnnxFile,
+    backend: options.BackendOption = "auto",
     profile: Annotated[
-        list[str] | None, typer.Option(help="Batch sizes MIN:OPT:MAX; repeatable, but not with --import.")
+        list[str] | None, typer.Option(help="Batch sizes MIN:OPT:MAX. Repeatable, but not with --import.")
     ] = None,
     sparse: Annotated[bool, typer.Option(help="Allow sparse kernels.")] = True,
     out: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The engine; MODEL.engine.plan or .onnx by default.")
+        Path | None, typer.Option("--output", "-o", help="The engine; by default MODEL.engine.plan or .onnx.")
     ] = None,
-    tf32: Annotated[bool, typer.Option(help="Let FP32 layers round to TF32.", rich_help_panel=_TRT)] = False,
+    tf32: Annotated[bool | None, typer.Option(help="Let FP32 layers round to TF32.", rich_help_panel=_TRT)] = None,
     optimization_level: Annotated[
-        int, typer.Option(min=0, max=5, help="Below 3 sparse kernels may be left out.", rich_help_panel=_TRT)
-    ] = 3,
+        int | None,
+        typer.Option(min=0, max=5, help="Below 3 the builder may skip sparse kernels.", rich_help_panel=_TRT),
+    ] = None,
     workspace_mib: Annotated[
-        int | None, typer.Option(min=1, help="Scratch memory of a kernel at most.", rich_help_panel=_TRT)
+        int | None, typer.Option(min=1, help="Largest workspace of a kernel, in MiB.", rich_help_panel=_TRT)
     ] = None,
     timing_cache: Annotated[
-        Path | None, typer.Option(help="File of measurements, kept between builds and shared.", rich_help_panel=_TRT)
+        Path | None, typer.Option(help="Timing cache, shared by all builds that name it.", rich_help_panel=_TRT)
     ] = None,
     version_compatible: Annotated[
-        bool, typer.Option(help="Load in later TensorRT versions too.", rich_help_panel=_TRT)
-    ] = False,
+        bool | None, typer.Option(help="The plan also loads in later TensorRT versions.", rich_help_panel=_TRT)
+    ] = None,
     hardware_compatible: Annotated[
-        bool, typer.Option(help="Run on Ampere and newer, not only this GPU.", rich_help_panel=_TRT)
-    ] = False,
-    refittable: Annotated[bool, typer.Option(help="Weights can be changed later.", rich_help_panel=_TRT)] = False,
-    strip_plan: Annotated[bool, typer.Option(help="A plan without weights.", rich_help_panel=_TRT)] = False,
+        bool | None,
+        typer.Option(help="The plan runs on Ampere and newer GPUs, not only this one.", rich_help_panel=_TRT),
+    ] = None,
+    refittable: Annotated[
+        bool | None, typer.Option(help="The plan's weights can be changed later.", rich_help_panel=_TRT)
+    ] = None,
+    strip_plan: Annotated[bool | None, typer.Option(help="Write a plan without weights.", rich_help_panel=_TRT)] = None,
     int8_mode: Annotated[
-        str,
-        typer.Option(
-            metavar="explicit|implicit",
-            help="explicit: by the Q/DQ of the graph; implicit: an FP32 graph, calibrated by TensorRT 10 itself.",
+        Int8Mode,
+        choice(
+            Int8Mode,
+            "--int8-mode",
+            help="explicit: by the Q/DQ nodes of the graph; implicit: an FP32 graph, calibrated by TensorRT 10 itself.",
             rich_help_panel=_TRT,
         ),
     ] = EXPLICIT,
     data: Annotated[
-        Path | None, typer.Option(help="With --int8-mode implicit: images in train/.", rich_help_panel=_TRT)
+        Path | None,
+        typer.Option(help="With --int8-mode implicit: data folder with images in train/.", rich_help_panel=_TRT),
     ] = None,
     calibration_cache: Annotated[
         Path | None,
         typer.Option(
-            help="With --int8-mode implicit: TensorRT's text cache, taken if there, else written.", rich_help_panel=_TRT
+            help="With --int8-mode implicit: calibration cache of TensorRT, read if it exists, otherwise written.",
+            rich_help_panel=_TRT,
         ),
     ] = None,
     print_trtexec: Annotated[
         int | None,
-        typer.Option(metavar="10|11", help="Print trtexec's command lines and build nothing.", rich_help_panel=_TRT),
+        typer.Option(
+            metavar="10|11",
+            help="Print the trtexec commands for this major version of TensorRT and build nothing.",
+            rich_help_panel=_TRT,
+        ),
     ] = None,
     three_way: Annotated[
         Path | None,
         typer.Option(
             metavar="DENSE.onnx",
-            help="Build DENSE.onnx and MODEL with the sparse flag off and on, three times each, into the folder -o.",
+            help="Build DENSE.onnx, and MODEL with the sparse flag off and on, three times each, into the folder -o.",
         ),
     ] = None,
     import_: Annotated[
-        Path | None, typer.Option("--import", help="Take a plan that trtexec built.", rich_help_panel=_TRT)
+        Path | None, typer.Option("--import", help="Import a plan that trtexec built.", rich_help_panel=_TRT)
     ] = None,
     layer_info: Annotated[
-        Path | None, typer.Option(help="With --import: what --exportLayerInfo wrote.", rich_help_panel=_TRT)
+        Path | None,
+        typer.Option(help="With --import: the file that trtexec --exportLayerInfo wrote.", rich_help_panel=_TRT),
     ] = None,
     trt_version: Annotated[
-        str | None, typer.Option(help="With --import: TensorRT's version, as in 10.13.3.9.", rich_help_panel=_TRT)
+        str | None,
+        typer.Option(help="With --import: version of TensorRT, such as 10.13.3.9.", rich_help_panel=_TRT),
     ] = None,
     compute_capability: Annotated[
-        str | None, typer.Option(help="With --import: of the GPU, as in 9.0.", rich_help_panel=_TRT)
+        str | None,
+        typer.Option(help="With --import: compute capability of the GPU, such as 9.0.", rich_help_panel=_TRT),
     ] = None,
 ) -> None:
-    """Compile an ONNX file to an engine with a sidecar that describes it."""
-    from maskplan.engines.build import SUFFIX, BuildOptions, build_engine, choose_backend
+    """Compile an ONNX file to an engine, with a sidecar file that describes it."""
+    from maskplan.engines.build import BuildOptions, build_engine, choose_backend
     from maskplan.engines.trt.options import TrtOptions
     from maskplan.exporters.metadata import describe_onnx
-    from maskplan.pipeline.core.choices import TENSORRT
 
-    trt = TrtOptions(
+    trt = override(
+        TrtOptions(),
         tf32=tf32,
         optimization_level=optimization_level,
         workspace_bytes=workspace_mib * 2**20 if workspace_mib else None,
@@ -125,51 +159,83 @@ def build(
         refittable=refittable,
         strip_plan=strip_plan,
     )
-    implicit_only = {"--data": data, "--calibration-cache": calibration_cache}
-    _require_int8_mode(int8_mode, [name for name, value in implicit_only.items() if value is not None])
-    told = {"--layer-info": layer_info, "--trt-version": trt_version, "--compute-capability": compute_capability}
+    _require_implicit(int8_mode, {"--data": data, "--calibration-cache": calibration_cache})
+    import_values = dict(zip(_IMPORT_OPTIONS, (layer_info, trt_version, compute_capability), strict=True))
     tasks = {"--print-trtexec": print_trtexec, "--import": import_, "--three-way": three_way}
-    _require_one_task({name: value for name, value in (tasks | told).items() if value is not None})
-    chosen, why = choose_backend(backend)
+    _require_one_task([name for name, value in (tasks | import_values).items() if value is not None])
+    chosen, reason = choose_backend(backend)
     needs_tensorrt = [name for name in ("--print-trtexec", "--import") if tasks[name] is not None]
     if chosen != TENSORRT and not (needs_tensorrt and chosen != backend):
         mode = ["--int8-mode implicit"] if int8_mode == IMPLICIT else []
-        _settle_ignored([*needs_tensorrt, *mode, *_changed(trt)], chosen, asked=chosen == backend)
-    described = describe_onnx(model)
-    profiles = _profiles(profile, described)
+        _refuse_or_warn([*needs_tensorrt, *mode, *_changed(trt)], chosen, was_requested=chosen == backend)
+    onnx_model = describe_onnx(model)
+    build_options = BuildOptions(chosen, _profiles(profile, onnx_model), sparse, trt)
     if print_trtexec is not None:
-        dense = None if three_way is None else describe_onnx(three_way)
-        out = out or model.with_name(f"{model.stem}.{'engine.plan' if dense is None else 'three_way'}")
-        print("\n".join(_trtexec_lines(described, dense, profiles, sparse, trt, out, print_trtexec)))
-        return
-    if three_way is not None:
-        from maskplan.pipeline.timing.three_way import build_three_way
-
-        folder = out or model.with_name(f"{model.stem}.three_way")
-        made = build_three_way(describe_onnx(three_way), described, BuildOptions(chosen, profiles, trt=trt), folder)
-        print(
-            f"{folder}: {sum(map(len, made.values()))} engines on {chosen} ({why}); maskplan time --three-way {folder}"
-        )
-        return
-    if import_ is not None:
-        known = profile is not None or described.inputs[0].shape[0] is not None
-        info, version = _require_told(layer_info, trt_version, known)
-        from maskplan.engines.sidecar import write_sidecar
-        from maskplan.engines.trt.import_plan import import_plan
-
-        plan = out or model.with_name(f"{model.stem}.engine{SUFFIX[TENSORRT]}")
-        engine = import_plan(described, import_, info, profiles, sparse, trt, version, compute_capability, plan)
-        write_sidecar(engine)
-        why = "imported"
+        _print_trtexec(onnx_model, three_way, build_options, out, print_trtexec)
+    elif three_way is not None:
+        _build_three_way(onnx_model, three_way, build_options, reason, out)
+    elif import_ is not None:
+        has_profile = profile is not None or onnx_model.inputs[0].shape[0] is not None
+        info, version = _require_import_values(layer_info, trt_version, has_profile)
+        _import_plan(onnx_model, import_, info, build_options, version, compute_capability, out)
     else:
-        path = out or model.with_name(f"{model.stem}.engine{SUFFIX[chosen]}")
-        implicit = None if int8_mode == EXPLICIT else _implicit(described, data, calibration_cache)
-        engine = build_engine(described, BuildOptions(chosen, profiles, sparse, trt, implicit), path)
+        implicit = None if int8_mode == EXPLICIT else _implicit(onnx_model, data, calibration_cache)
+        engine = build_engine(onnx_model, override(build_options, implicit=implicit), _engine_path(model, out, chosen))
+        _show(engine, reason)
+
+
+def _engine_path(model: Path, out: Path | None, backend: Backend) -> Path:
+    from maskplan.engines.build import SUFFIX
+
+    return out or model.with_name(f"{model.stem}.engine{SUFFIX[backend]}")
+
+
+def _show(engine: EngineFile, reason: str) -> None:
     print(
-        f"{engine.path}: {engine.precision} on {engine.backend} {engine.runtime_version} ({why}), {engine.bytes:,} bytes"
+        f"{engine.path}: {engine.precision} on {engine.backend} {engine.runtime_version} ({reason}),"
+        f" {engine.bytes:,} bytes"
     )
     for note in engine.notes:
         print(f"note: {note}")
+
+
+def _build_three_way(
+    onnx_model: OnnxModel, dense: Path, build_options: BuildOptions, reason: str, out: Path | None
+) -> None:
+    from maskplan.exporters.metadata import describe_onnx
+    from maskplan.pipeline.timing.three_way import build_three_way
+
+    folder = out or onnx_model.path.with_name(f"{onnx_model.path.stem}.three_way")
+    engines = build_three_way(describe_onnx(dense), onnx_model, build_options, folder)
+    count = sum(map(len, engines.values()))
+    print(f"{folder}: {count} engines on {build_options.backend} ({reason}); maskplan time --three-way {folder}")
+
+
+def _import_plan(
+    onnx_model: OnnxModel,
+    plan: Path,
+    layer_info: Path,
+    build_options: BuildOptions,
+    trt_version: str,
+    compute_capability: str | None,
+    out: Path | None,
+) -> None:
+    from maskplan.engines.sidecar import write_sidecar
+    from maskplan.engines.trt.import_plan import import_plan
+
+    engine = import_plan(
+        onnx_model,
+        plan,
+        layer_info,
+        build_options.profiles,
+        build_options.sparse_weights,
+        build_options.trt,
+        trt_version,
+        compute_capability,
+        _engine_path(onnx_model.path, out, TENSORRT),
+    )
+    write_sidecar(engine)
+    _show(engine, "imported")
 
 
 def _profiles(given: list[str] | None, onnx_model: OnnxModel) -> tuple[Profile, ...]:
@@ -180,31 +246,31 @@ def _profiles(given: list[str] | None, onnx_model: OnnxModel) -> tuple[Profile, 
     return profiles_for(onnx_model, tuple(p.opt for p in DEFAULT_PROFILES))
 
 
-def _require_one_task(given: Mapping[str, object]) -> None:
-    """Options that only work together, or not at all: nothing that was given may be left out silently."""
+def _require_one_task(given: Collection[str]) -> None:
+    """Raise on options that only work together, or not at all: no option is ignored without a message."""
     from maskplan.pipeline.core.errors import InputError
 
-    alone = [name for name in _OF_IMPORT if name in given and "--import" not in given]
+    alone = [name for name in _IMPORT_OPTIONS if name in given and "--import" not in given]
     if alone:
         raise InputError(f"{', '.join(alone)} without --import", fix="name the plan that trtexec built with --import")
     others = [name for name in ("--print-trtexec", "--three-way") if name in given and "--import" in given]
     if others:
-        raise InputError(f"--import with {', '.join(others)}", fix="give one of them")
+        raise InputError(f"--import with {', '.join(others)}", fix="give only one of them")
 
 
-def _require_int8_mode(mode: str, given: list[str]) -> None:
+def _require_implicit(mode: Int8Mode, values: dict[str, Path | None]) -> None:
+    """Raise if options of the implicit mode are given in the explicit one."""
     from maskplan.pipeline.core.errors import InputError
 
-    if mode not in (EXPLICIT, IMPLICIT):
-        raise InputError(f"unknown --int8-mode {mode!r}", fix=f"choose {EXPLICIT} or {IMPLICIT}")
+    given = [name for name, value in values.items() if value is not None]
     if mode == EXPLICIT and given:
         raise InputError(
-            f"{', '.join(given)} without --int8-mode {IMPLICIT}", fix="maskplan calibrate makes Q/DQ graphs"
+            f"{', '.join(given)} without --int8-mode {IMPLICIT}", fix="use maskplan calibrate to make a graph with Q/DQ"
         )
 
 
 def _implicit(model: OnnxModel, data: Path | None, cache: Path | None) -> ImplicitInt8:
-    """What TensorRT calibrates on: the images that `maskplan calibrate` would take, or a cache alone."""
+    """What TensorRT calibrates on: the images that `maskplan calibrate` would use, or a cache alone."""
     from maskplan.calibration.batches import calibration_batches, choose_images
     from maskplan.calibration.calibrate import CalibrateOptions
     from maskplan.engines.trt.calibrator import ImplicitInt8
@@ -212,7 +278,7 @@ def _implicit(model: OnnxModel, data: Path | None, cache: Path | None) -> Implic
     from maskplan.pipeline.core.errors import InputError
 
     if model.precision != "fp32":
-        fix = "give the FP32 graph; one with Q/DQ, or in FP16, is built as it is"
+        fix = "give the FP32 graph; a graph in FP16 or with Q/DQ is built without --int8-mode implicit"
         raise InputError("the implicit INT8 mode takes FP32 graphs", where=model.path, found=model.precision, fix=fix)
     defaults = CalibrateOptions()
     if cache is not None and cache.is_file():
@@ -224,62 +290,67 @@ def _implicit(model: OnnxModel, data: Path | None, cache: Path | None) -> Implic
     )
 
 
-def _settle_ignored(names: list[str], backend: str, *, asked: bool) -> None:
-    """Refuse options that the backend asked for does not have; of one that was chosen, say that they do nothing."""
+def _refuse_or_warn(names: list[str], backend: Backend, *, was_requested: bool) -> None:
+    """Handle TensorRT's options on another backend: an error if the user chose the backend, else a warning."""
     from maskplan.pipeline.core.errors import InputError
 
-    if names and asked:
+    if names and was_requested:
         raise InputError(
-            f"{', '.join(names)}: of TensorRT only", found=f"--backend {backend}", fix="leave out one or the other"
+            f"{', '.join(names)}: only for TensorRT", found=f"--backend {backend}", fix="remove one or the other"
         )
     if names:
-        log.warning("%s: of TensorRT only, without effect on %s", ", ".join(names), backend)
+        log.warning("%s: only for TensorRT, ignored on %s", ", ".join(names), backend)
 
 
-def _changed(given: TrtOptions) -> list[str]:
+def _changed(trt: TrtOptions) -> list[str]:
     """Names of the options that are not at their defaults."""
-    from maskplan.engines.trt.options import TrtOptions
-
-    default = TrtOptions()
-    return [option for option, field in _OPTIONS.items() if getattr(given, field) != getattr(default, field)]
+    default = type(trt)()
+    return [option for option, field in _TRT_FIELDS.items() if getattr(trt, field) != getattr(default, field)]
 
 
-def _require_told(layer_info: Path | None, version: str | None, is_profile_known: bool) -> tuple[Path, str]:
+def _require_import_values(layer_info: Path | None, version: str | None, has_profile: bool) -> tuple[Path, str]:
+    """What `--import` cannot read from the plan; raise with everything that is missing."""
     from maskplan.pipeline.core.errors import InputError
 
-    if layer_info is not None and version is not None and is_profile_known:
+    if layer_info is not None and version is not None and has_profile:
         return layer_info, version
-    told = {"--layer-info": layer_info, "--trt-version": version, "--profile": is_profile_known or None}
+    values = {"--layer-info": layer_info, "--trt-version": version, "--profile": has_profile or None}
     raise InputError(
-        "--import needs to know what it takes in",
-        found=f"no {', '.join(name for name, value in told.items() if value is None)}",
-        fix="give --layer-info (of trtexec --exportLayerInfo), --trt-version and the --profile of the build",
+        "--import needs more information about the plan",
+        found=f"no {', '.join(name for name, value in values.items() if value is None)}",
+        fix="give --layer-info (from trtexec --exportLayerInfo), --trt-version and the --profile of the build",
     )
 
 
+def _print_trtexec(
+    onnx_model: OnnxModel, three_way: Path | None, build_options: BuildOptions, out: Path | None, major: int
+) -> None:
+    """Print the commands for one engine; with a dense model for the nine engines of `time --three-way`."""
+    from maskplan.exporters.metadata import describe_onnx
+
+    dense = None if three_way is None else describe_onnx(three_way)
+    out = out or onnx_model.path.with_name(f"{onnx_model.path.stem}.{'engine.plan' if dense is None else 'three_way'}")
+    print("\n".join(_trtexec_lines(onnx_model, dense, build_options, out, major)))
+
+
 def _trtexec_lines(
-    model: OnnxModel,
-    dense: OnnxModel | None,
-    profiles: tuple[Profile, ...],
-    sparse: bool,
-    options: TrtOptions,
-    out: Path,
-    major: int,
+    onnx_model: OnnxModel, dense: OnnxModel | None, build_options: BuildOptions, out: Path, major: int
 ) -> list[str]:
-    """Lines for one engine; with a dense model for the nine that `time --three-way` takes, in a folder for each profile."""
+    """Command lines; with a dense model a folder for each profile."""
     from maskplan.engines.trt.trtexec import MAJORS, label_of, trtexec_lines
     from maskplan.pipeline.core.errors import InputError
     from maskplan.pipeline.timing.three_way import planned_builds
 
+    profiles, trt = build_options.profiles, build_options.trt
     if major not in MAJORS:
         raise InputError(f"--print-trtexec {major}", fix="give 10 or 11")
     if dense is None:
-        return trtexec_lines(model, profiles, sparse, options, out, major)
+        return trtexec_lines(onnx_model, profiles, build_options.sparse_weights, trt, out, major)
     lines = []
     for profile in profiles:
         folder = out if len(profiles) == 1 else out / label_of(profile, profiles)
         lines.append(shlex.join(["mkdir", "-p", str(folder)]))
-        for one in planned_builds(dense, model, options):
-            plan = folder / f"{one.name}.plan"
-            lines += trtexec_lines(one.model, (profile,), one.sparse_weights, options, plan, major)
+        for planned in planned_builds(dense, onnx_model, trt):
+            plan = folder / f"{planned.name}.plan"
+            lines += trtexec_lines(planned.model, (profile,), planned.sparse_weights, trt, plan, major)
     return list(dict.fromkeys(lines))

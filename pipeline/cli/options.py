@@ -1,27 +1,114 @@
-"""Options that several commands share."""
+"""Options that several commands share, and the way from command-line values to options records.
+
+An option whose default is in an options record is None where it is not given: the record, or the recipe, decides.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
 import typer
+
+from maskplan.pipeline.core.choices import Backend, MaskMethod
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    Record = TypeVar("Record", bound=DataclassInstance)
+
+BackendChoice = Literal["auto", Backend]
+MethodChoice = Literal["auto", MaskMethod]
+
+
+def choice(choices: Any, name: str, *, help: str, **settings: Any) -> Any:
+    """A `typer.Option` whose values are those of a Literal type.
+
+    An unknown value is bad input (exit code 3) in every command, as it is in a recipe.
+
+    Args:
+        choices: The Literal type.
+        name: What the value is called in the message: "unknown NAME 'value'".
+        help: Text of the help page.
+        settings: Passed on to `typer.Option`.
+    """
+    values: tuple[str, ...] = get_args(choices)
+
+    def parse(text: str) -> str:
+        if text not in values:
+            from maskplan.pipeline.core.errors import InputError
+
+            raise InputError(f"unknown {name} {text!r}", fix=f"choose one of {', '.join(values)}")
+        return text
+
+    return typer.Option(parser=parse, help=help, **{"metavar": "|".join(values), **settings})
+
+
+def override(record: Record, **given: object) -> Record:
+    """The record with the values given on the command line in place of its own; None keeps the record's."""
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(record, **changes)
+
+
+def patterns(given: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Values of a repeatable option as a record holds them; None if the option was not given."""
+    return tuple(given) if given else None
+
+
+def parse_batch_sizes(text: str | None) -> tuple[int, ...] | None:
+    """`"1,8,32"` to `(1, 8, 32)`; None stays None.
+
+    Raises:
+        InputError: Not a list of positive integers.
+    """
+    if text is None:
+        return None
+    from maskplan.pipeline.core.errors import InputError
+
+    sizes = [part.strip() for part in text.split(",")]
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise InputError("not a list of batch sizes", found=repr(text), fix="write for example --batch 1,8,32")
+    return tuple(map(int, sizes))
+
+
+def write_report(path: Path | None, values: object) -> None:
+    """Write the JSON values of `--report FILE`, if it was given."""
+    from maskplan.pipeline.core.files import write_json
+
+    if path is not None:
+        write_json(path, values, option="--report")
+
 
 Model = Annotated[
     str,
     typer.Argument(
-        help="A torchvision name (resnet50), timm/NAME, path/to/file.py:factory, or digits_resnet.",
+        help="A torchvision model (resnet50), timm/NAME, path/to/file.py:factory, or digits_resnet.",
         show_default=False,
     ),
 ]
+OnnxFile = Annotated[Path, typer.Argument(help="An ONNX file, written by any tool.", show_default=False)]
 Weights = Annotated[str, typer.Option(help="auto, pretrained, random, or a .safetensors or .pth file.")]
-Classes = Annotated[int | None, typer.Option(help="Number of classes, where it is not the model's own.")]
+Classes = Annotated[int | None, typer.Option(help="Number of classes, if not the model's own.")]
 Data = Annotated[
     Path | None,
-    typer.Option(help="Folder with train/CLASS/* and val/CLASS/*; digits_resnet has its own images."),
+    typer.Option(help="Folder with train/CLASS/* and val/CLASS/*. digits_resnet has its own images."),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of random weights, of learning, and of the select part.")]
-Device = Annotated[str, typer.Option(help="Where masks are learned: auto, cpu or cuda.")]
+Pattern = Annotated[str | None, typer.Option(help="N:M: at most N non-zeros in each group of M.")]
+IncludeLinear = Annotated[bool | None, typer.Option(help="Include linear layers.")]
+Layers = Annotated[
+    list[str] | None,
+    typer.Option(help="Only weights whose name matches this pattern, such as 'layer3.*'. Repeatable."),
+]
+MinChannels = Annotated[int | None, typer.Option(help="Skip convolutions with fewer input channels.")]
+BackendOption = Annotated[BackendChoice, choice(BackendChoice, "backend", help="Runtime of the engine.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random: weights, learning, the choice of images.")]
+Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Device that PyTorch computes on.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="TOML file with options of the stages.")]
-Report = Annotated[Path | None, typer.Option(help="Write the verdict as JSON.")]
+Report = Annotated[Path | None, typer.Option(help="Write the result as JSON to this file.")]
 Out = Annotated[Path, typer.Option("--output", "-o", help="File to write.")]
+Mean = Annotated[
+    str | None, typer.Option(help="For an ONNX file of another tool: mean of each channel, such as 0.5,0.5,0.5.")
+]
+Std = Annotated[str | None, typer.Option(help="For an ONNX file of another tool: standard deviation of each channel.")]

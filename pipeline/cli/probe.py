@@ -1,4 +1,4 @@
-"""`probe`: the masks on this GPU's sparse tensor cores."""
+"""`maskplan probe`: test masks on this GPU's sparse tensor cores."""
 
 from __future__ import annotations
 
@@ -8,80 +8,83 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from maskplan.pipeline.cli import options
-from maskplan.pipeline.cli.gates import GateError
+from maskplan.pipeline.cli.exit_codes import GateError
+from maskplan.pipeline.cli.help_pages import add_command
+from maskplan.pipeline.cli.options import override, parse_batch_sizes, write_report
 
 if TYPE_CHECKING:
     import onnx
 
     from maskplan.engines.probe import ProbeReport
 
-_EXAMPLES = """Examples:\n
-  maskplan probe build/r50/sparse.safetensors --report probe.json\n
-  maskplan probe sparse.onnx --dtype int8 --batch 1,32
+_EXAMPLES = """
+maskplan probe build/r50/sparse.safetensors --report probe.json
+maskplan probe sparse.onnx --dtype int8 --batch 1,32
 """
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    app.command(epilog=_EXAMPLES)(probe)
+    add_command(app, probe, _EXAMPLES, _defaults)
+
+
+def _defaults() -> dict[str, object]:
+    from maskplan.engines.probe import ProbeOptions
+
+    return {"batch": ProbeOptions().batches, "dtype": ProbeOptions().dtype}
 
 
 def probe(
     source: Annotated[
         Path,
         typer.Argument(
-            help="An ONNX file of any tool, or a checkpoint of maskplan whose model is no file of your own.",
+            help="An ONNX file of any tool, or a checkpoint that maskplan wrote (not of a model from a .py file).",
             show_default=False,
         ),
     ],
-    batch: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,32",
-    dtype: Annotated[str, typer.Option(help="fp16, bf16 or int8.")] = "fp16",
+    batch: Annotated[str | None, typer.Option(help="Batch sizes, separated by commas.")] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="fp16|bf16|int8", help="Type of weights and inputs.")] = None,
     report: options.Report = None,
 ) -> None:
-    """Ask this GPU, by PyTorch's cuSPARSELt, whether it takes the 2:4 weights, computes the same, and is faster.
+    """Test with PyTorch's cuSPARSELt whether this GPU accepts the 2:4 weights, computes the same, and is faster.
 
-    Exit code 1 if a weight is refused, comes back changed, or computes something else. Speed is told, not judged.
+    Exit code 1 if a weight is rejected, comes back changed, or gives wrong outputs. Speed is shown, not judged.
     """
     from maskplan.engines.cusparselt import cusparselt_host
     from maskplan.engines.probe import ProbeOptions
     from maskplan.engines.probe import probe as probe_weights
     from maskplan.exporters.conformance import CheckOptions, check_2to4
     from maskplan.exporters.layer_shapes import shaped_weights
-    from maskplan.exporters.lazy_load import load_mapped
+    from maskplan.exporters.lazy_load import load_lazily
     from maskplan.pipeline.core.choices import CONFORMING, FAIL, VIOLATING
     from maskplan.pipeline.core.errors import InputError, listed
-    from maskplan.pipeline.core.files import write_json
     from maskplan.pipeline.core.serialization import encode
 
-    sizes = [part.strip() for part in batch.split(",")]
-    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise InputError("not a list of batch sizes", found=repr(batch), fix="write for example --batch 1,8,32")
-    how = ProbeOptions(tuple(map(int, sizes)), dtype)
+    probe_options = override(ProbeOptions(), batches=parse_batch_sizes(batch), dtype=dtype)
     host = cusparselt_host()
-    model = _traced(source) if source.suffix == ".safetensors" else load_mapped(source)
-    folder = source.parent
-    checked = check_2to4(model if source.suffix == ".safetensors" else source, CheckOptions(pattern="2:4"))
-    names = {w.name for w in checked.weights if w.verdict in (CONFORMING, VIOLATING)}
-    found = shaped_weights(model, names, folder)
-    if not found.shapes:
+    is_checkpoint = source.suffix == ".safetensors"
+    model = _trace_checkpoint(source) if is_checkpoint else load_lazily(source)
+    conformance = check_2to4(model if is_checkpoint else source, CheckOptions())
+    names = {w.name for w in conformance.weights if w.verdict in (CONFORMING, VIOLATING)}
+    shaped = shaped_weights(model, names, source.parent)
+    if not shaped.shapes:
         raise InputError(
             "no weight to probe",
             where=source,
-            found=listed(f"{name}: {why}" for name, why in found.left_out.items()) or checked.reason,
-            fix="give a model with 2:4 weights: see maskplan check",
+            found=listed(f"{name}: {reason}" for name, reason in shaped.left_out.items()) or conformance.reason,
+            fix="give a model with 2:4 weights; see maskplan check",
         )
-    told = probe_weights(found.weights, found.shapes, how, host)
-    if report is not None:
-        write_json(report, encode(told))
-    _show(told)
-    for name, why in found.left_out.items():
-        print(f"left out: {name}: {why}")
-    if told.verdict == FAIL:
-        raise GateError(f"{source}: {told.reason}")
+    result = probe_weights(shaped.weights, shaped.shapes, probe_options, host)
+    write_report(report, encode(result))
+    _show(result)
+    for name, reason in shaped.left_out.items():
+        print(f"left out: {name}: {reason}")
+    if result.verdict == FAIL:
+        raise GateError(f"{source}: {result.reason}")
 
 
-def _traced(path: Path) -> onnx.ModelProto:
-    """The graph of a checkpoint, which tells the sizes that its weights work on."""
+def _trace_checkpoint(path: Path) -> onnx.ModelProto:
+    """The ONNX graph of a checkpoint; it gives the sizes of the layers' inputs."""
     from maskplan.exporters.onnx_export import trace
     from maskplan.pipeline.models.checkpoint import read_checkpoint, rebuilt
 
@@ -103,11 +106,11 @@ def _show(report: ProbeReport) -> None:
     for layer in report.layers:
         shape = layer.shape
         size = f"{shape.k} x {shape.c} x {shape.r} x {shape.s}"
-        gains = [
+        speedups = [
             "-" if b.dense_gemm_ms is None or not b.sparse_gemm_ms else f"{b.dense_gemm_ms / b.sparse_gemm_ms:.2f}"
             for b in layer.batches
         ]
-        table.add_row(layer.name, size, f"{shape.height} x {shape.width}", layer.verdict.replace("_", " "), *gains)
+        table.add_row(layer.name, size, f"{shape.height} x {shape.width}", layer.verdict.replace("_", " "), *speedups)
     console = Console(highlight=False, markup=False)
     console.print(table)
     for layer in report.layers:
@@ -115,5 +118,5 @@ def _show(report: ProbeReport) -> None:
             console.print(f"{layer.name}: {layer.reason}", soft_wrap=True)
     versions = f"torch {report.torch_version}, CUDA {report.cuda_version}, cuSPARSELt {report.cusparselt_version}"
     console.print(f"{report.device} ({report.compute_capability}), {report.dtype}, {versions}", soft_wrap=True)
-    console.print(f"numbers: the dense product's time over the sparse one's; {report.note}", soft_wrap=True)
+    console.print(f"numbers: time of the dense product over time of the sparse one; {report.note}", soft_wrap=True)
     console.print(f"{report.verdict}{': ' + report.reason if report.reason else ''}", soft_wrap=True)

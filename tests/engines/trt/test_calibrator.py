@@ -134,7 +134,7 @@ def test_the_command_feeds_the_images_that_calibrate_would_take(
     [
         (["--int8-mode", "banana"], "unknown --int8-mode"),
         (["--calibration-cache", "c"], "without --int8-mode implicit"),
-        (["--int8-mode", "implicit", "--backend", "onnxruntime"], "of TensorRT only"),
+        (["--int8-mode", "implicit", "--backend", "onnxruntime"], "only for TensorRT"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(

@@ -350,13 +350,13 @@ def test_options_of_tensorrt_are_refused_where_another_backend_was_asked_for(
     command = ["build", str(source), "--backend", "onnxruntime", "-o", str(source.with_name("e.onnx"))]
     for name, value in TENSORRT_ONLY.items():
         assert main([*command, name, *value]) == 3
-        assert capsys.readouterr().err.startswith(f"error: {name}: of TensorRT only")
+        assert capsys.readouterr().err.startswith(f"error: {name}: only for TensorRT")
     every = [word for name, value in TENSORRT_ONLY.items() for word in (name, *value)]
     assert main([*command, *every]) == 3
-    assert capsys.readouterr().err.startswith(f"error: {', '.join(TENSORRT_ONLY)}: of TensorRT only")
+    assert capsys.readouterr().err.startswith(f"error: {', '.join(TENSORRT_ONLY)}: only for TensorRT")
     for task in (["--print-trtexec", "10"], ["--import", "x.plan"]):
         assert main([*command, *task]) == 3
-        assert capsys.readouterr().err.startswith(f"error: {task[0]}: of TensorRT only")
+        assert capsys.readouterr().err.startswith(f"error: {task[0]}: only for TensorRT")
     assert not source.with_name("e.onnx").exists()
     assert main([*command, "--optimization-level", "3"]) == 0
 
@@ -368,7 +368,7 @@ def test_where_the_backend_was_chosen_for_them_they_are_told_to_do_nothing(
     every = [word for name, value in TENSORRT_ONLY.items() for word in (name, *value)]
     assert main(["build", str(source), *every, "-o", str(source.with_name("e.onnx"))]) == 0
     (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert warning == f"warning: {', '.join(TENSORRT_ONLY)}: of TensorRT only, without effect on onnxruntime"
+    assert warning == f"warning: {', '.join(TENSORRT_ONLY)}: only for TensorRT, ignored on onnxruntime"
     assert main(["build", str(source), *every, "--print-trtexec", "10"]) == 0
     assert "warning" not in capsys.readouterr().err
 

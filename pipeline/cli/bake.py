@@ -1,0 +1,58 @@
+"""`maskplan bake`: masks times weights, written as a pruned checkpoint."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from maskplan.pipeline.cli import options
+from maskplan.pipeline.cli.help_pages import add_command
+
+_EXAMPLES = """
+maskplan bake resnet50 --masks masks.safetensors --weights new.pth -o sparse.safetensors
+maskplan bake resnet50 --masks masks.safetensors --weights w.pth --recalibrate imagenet -o sparse.safetensors
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    add_command(app, bake, _EXAMPLES)
+
+
+def bake(
+    model: options.Model,
+    masks: Annotated[Path, typer.Option(help="Mask file.")],
+    out: options.Out = Path("sparse.safetensors"),
+    weights: options.Weights = "auto",
+    recalibrate: Annotated[
+        Path | None, typer.Option(help="Data folder; its train/ images recalibrate the BatchNorm statistics.")
+    ] = None,
+    classes: options.Classes = None,
+    seed: options.Seed = 0,
+    recipe: options.RecipeFile = None,
+) -> None:
+    """Set masked weights to zero and write the pruned checkpoint; the weights may be newer than the masks."""
+    from maskplan.pipeline.data.dataset import identify, open_folder
+    from maskplan.pipeline.models.batchnorm import recalibrate as recalibrate_batchnorm
+    from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
+    from maskplan.pipeline.models.state_dict import fit_weights, read_weights
+    from maskplan.pipeline.pruning.bake import bake as bake_masks
+    from maskplan.pipeline.pruning.mask import masks_from_file
+    from maskplan.pipeline.recipe import read_recipe
+
+    settings = read_recipe(recipe, seed)
+    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed))
+    dataset = open_folder(recalibrate, provenance.labels, provenance.classes, seed) if recalibrate else None
+    mask_set = masks_from_file(module, provenance, masks)
+    if dataset is None:
+        pruned = bake_masks(module, provenance, mask_set, out)
+    else:
+        with tempfile.TemporaryDirectory(prefix="maskplan-") as folder:
+            pruned = bake_masks(module, provenance, mask_set, Path(folder) / out.name)
+            fit_weights(module, read_weights(pruned.path), where=pruned.path)
+        image_sets = (identify(dataset.train),)
+        pruned = recalibrate_batchnorm(module, pruned.provenance, dataset.train, settings.recalibrate, out, image_sets)
+    print(f"{pruned.path}: {mask_set.pattern} on {len(mask_set.masked)} layers, {pruned.bytes:,} bytes")

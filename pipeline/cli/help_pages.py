@@ -1,0 +1,67 @@
+"""Help pages: examples as a user would type them, and defaults read from the options records.
+
+Records are imported only when a help page is printed, so that `maskplan --help` stays fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+Defaults = Callable[[], Mapping[str, object]]
+
+
+class GroupWithExamples(TyperGroup):
+    """The first help page."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the page; the epilog is printed as it is, because typer would wrap commands like prose."""
+        examples, self.epilog = self.epilog, None
+        super().format_help(ctx, formatter)
+        _print_examples(examples)
+
+
+class CommandWithExamples(TyperCommand):
+    """The help page of a command."""
+
+    defaults: ClassVar[tuple[Defaults, ...]] = ()
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the page with the defaults that apply to options left out."""
+        values = {name: value for defaults in self.defaults for name, value in defaults().items()}
+        for parameter in self.params:
+            if parameter.default is None and values.get(parameter.name or "") not in (None, ()):
+                # The command ends after its help page, so the value is never used as an argument.
+                parameter.default = _shown(values[parameter.name or ""])
+        examples, self.epilog = self.epilog, None
+        super().format_help(ctx, formatter)
+        _print_examples(examples)
+
+
+def add_command(
+    app: typer.Typer, function: Callable[..., None], examples: str, defaults: Defaults | None = None, name: str = ""
+) -> None:
+    """Add a command to the app.
+
+    Args:
+        app: The app.
+        function: The command.
+        examples: Command lines for the help page, one a line.
+        defaults: Gives default values of options by parameter name; called when the help page is printed.
+        name: Of the command; the function's by default.
+    """
+    page = type("CommandPage", (CommandWithExamples,), {"defaults": () if defaults is None else (defaults,)})
+    app.command(name or function.__name__, cls=page, epilog=examples)(function)
+
+
+def _shown(value: object) -> object:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+def _print_examples(examples: str | None) -> None:
+    lines = (examples or "").strip().splitlines()
+    if lines:
+        print("\n".join(["Examples:", *(f"  {line.strip()}" for line in lines), ""]))

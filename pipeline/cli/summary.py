@@ -1,0 +1,113 @@
+"""The summary that `maskplan engine` prints at its end: a table, verdicts, files, and the next command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from maskplan.pipeline.core.choices import FAIL
+
+if TYPE_CHECKING:
+    from maskplan.pipeline.core.reports import MethodRow
+    from maskplan.pipeline.report.record import RunReport
+    from maskplan.pipeline.run import LineResult
+
+_MIN_WIDTH = 120
+"""Columns where stdout is not a terminal: names are not cut."""
+
+
+def show_summary(result: LineResult) -> None:
+    """Print the table, what was written, and the next command."""
+    # Paths may contain what rich would take for markup.
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = max(console.width, _MIN_WIDTH)
+    console.print(_table(result.report))
+    for label, text in (*_verdicts(result.report), *_files(result)):
+        console.print(f"{label:<12} {text}", soft_wrap=True)
+
+
+def _table(report: RunReport) -> Table:
+    table = Table(
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+        title_style="bold",
+        title=f"{report.model.model}, {report.precision} on {report.engine.backend}",
+        title_justify="left",
+    )
+    table.add_column("weights", no_wrap=True)
+    for title in ("top-1 %", "top-5 %", "drop", "MB", *(f"ms at {b.batch}" for b in report.timing.batches)):
+        table.add_column(title, justify="right")
+    for row in _rows(report):
+        table.add_row(*row)
+    return table
+
+
+def _rows(report: RunReport) -> Iterator[tuple[str, ...]]:
+    """Cells of each row: name, accuracies, size, and times where the row is one of the two timed engines."""
+    methods: dict[str, MethodRow | None] = {row.name: row for row in report.parity.methods}
+    methods = methods or {"dense": None, report.masks.method: None}
+    # With INT8 the first row is the float model that the gate compares with; the timed dense engine is INT8.
+    timed_dense = "dense" if report.calibration is None or len(methods) == 2 else "dense, INT8"
+    engines = {timed_dense: ("dense", report.dense_engine), list(methods)[-1]: ("sparse", report.engine)}
+    for name, row in methods.items():
+        accuracy = ("", "", "") if row is None else (f"{row.top1:.2f}", f"{row.top5:.2f}", f"{row.drop:+.2f}")
+        if name not in engines:
+            yield name, *accuracy, ""
+            continue
+        kind, engine = engines[name]
+        times = (f"{getattr(b, kind).p50_ms:.3g}" for b in report.timing.batches)
+        yield name, *accuracy, f"{engine.bytes / 1e6:.2f}", *times
+
+
+def _verdicts(report: RunReport) -> Iterator[tuple[str, str]]:
+    """Label and text of each line about the run."""
+    conformance, parity = report.conformance, report.parity
+    conforming = f"{conformance.conforming} of {conformance.eligible} eligible weights are {conformance.pattern}"
+    yield "conformance", f"{conformance.verdict}: {conforming}"
+    details = parity.reason or f"{parity.images} images, {parity.agreement:.2f}% agreement"
+    yield "parity", f"{parity.verdict.replace('_', ' ')}: {details}"
+    if report.calibration is not None:
+        calibration = report.calibration
+        floats = f", {len(calibration.in_float)} in floating point" if calibration.in_float else ""
+        yield (
+            "calibration",
+            f"{calibration.method} on {calibration.images} images: {calibration.quantized_layers} layers in INT8{floats}",
+        )
+    if report.permutation is not None:
+        gain = 100 * (report.permutation.kept_after / report.permutation.kept_before - 1)
+        yield "permutation", f"kept magnitude {gain:+.2f}%, efficacy {report.permutation.efficacy:.1f}"
+    elif report.permutation_reason is not None:
+        yield "permutation", f"none: {report.permutation_reason}"
+    if report.timing.note:
+        yield "timing", report.timing.note
+    if report.refine is not None:
+        outcome = f"{report.refine.kept} engine kept" if report.refine.refined else "skipped"
+        yield "refine", f"{outcome}: {report.refine.reason}"
+    if not report.model.trained:
+        yield "UNTRAINED", "the weights are random: good for timing, not for use"
+
+
+def _files(result: LineResult) -> Iterator[tuple[str, str]]:
+    """Label and text of each line about what was written, and of the next command."""
+    report, engine = result.report, shorten(result.report.engine.path)
+    yield "engine", str(engine)
+    yield "report", str(shorten(result.files.html.path))
+    if result.deployment is not None:
+        yield "deployed", f"{result.deployment.folder}, version {result.deployment.version}"
+    elif report.model.trained and report.parity.verdict != FAIL:
+        yield "next", f"maskplan deploy {engine} --repository models"
+    else:
+        yield "next", f"maskplan inspect {engine}"
+
+
+def shorten(path: Path) -> Path:
+    """The path relative to the current folder, if it is below it."""
+    current = Path.cwd()
+    return path.relative_to(current) if path.is_relative_to(current) else path
