@@ -1,4 +1,4 @@
-"""A TOML recipe to one options record a stage; every problem in it is reported at once."""
+"""Read a TOML recipe into one options record for each stage; every problem is reported at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from maskplan.calibration.calibrate import CalibrateOptions
 from maskplan.engines.trt.options import TrtOptions
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Recipe:
-    """The options of every stage; a recipe's tables bear these names, with `[learn]` beside `[mask]`."""
+    """The options of every stage; the fields are the tables of a recipe file."""
 
     permute: PermuteOptions = field(default_factory=PermuteOptions)
     mask: MaskOptions = field(default_factory=MaskOptions)
@@ -40,71 +40,23 @@ class Recipe:
     time: TimeOptions = field(default_factory=TimeOptions)
 
 
-_TABLES: dict[str, type] = {
-    "permute": PermuteOptions,
-    "mask": MaskOptions,
-    "learn": LearnOptions,
-    "recalibrate": RecalibrateOptions,
-    "export": ExportOptions,
-    "calibrate": CalibrateOptions,
-    "tensorrt": TrtOptions,
-    "compare": CompareOptions,
-    "time": TimeOptions,
-}
+# Each table's record: the types of `Recipe`'s fields.
+_TABLES: dict[str, type] = get_type_hints(Recipe)
 
 
 def read_recipe(path: Path | None, seed: int) -> Recipe:
-    """Read a recipe; without one, the defaults. `seed` is for every stage that the recipe gives none.
+    """Read a recipe; without one, return the defaults. Every stage that the recipe gives no seed uses `seed`.
 
     Raises:
         InputError: Not TOML, unknown tables or keys, or values of the wrong type; all are named.
     """
-    tables: dict[str, Any] = {}
-    if path is not None:
-        try:
-            tables = tomllib.loads(read_bytes(path).decode())
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InputError("the recipe is not TOML", where=path, found=error) from error
-    problems: list[str] = []
+    tables = _parse(path) if path is not None else {}
+    problems = [problem for name, value in tables.items() if (problem := _table_problem(name, value)) is not None]
     records: dict[str, Any] = {}
-    for name, value in tables.items():
-        if name not in _TABLES:
-            problems.append(
-                f"[{name}] is no table of a recipe; {did_you_mean(name, list(_TABLES)) or 'they are ' + ', '.join(_TABLES)}"
-            )
-        elif not isinstance(value, dict):
-            problems.append(f"{name} is not a table")
     for name, kind in _TABLES.items():
-        given = tables.get(name, {})
-        fields = {f.name for f in dataclasses.fields(kind)} - {"learn", "judge_augment"}
-        if not isinstance(given, dict):
-            continue
-        for old, new in getattr(kind, "RENAMED_FIELDS", {}).items():
-            if old in given:
-                log.warning("[%s] %s is now called %s", name, old, new)
-        given = with_new_names(kind, given)
-        good = {"seed": seed} if "seed" in fields else {}
-        out_of_range = []
-        for key, value in given.items():
-            if key not in fields:
-                problems.append(
-                    f"[{name}] has no {key!r}; {did_you_mean(key, sorted(fields)) or 'it has ' + ', '.join(sorted(fields))}"
-                )
-                continue
-            try:
-                # Every option has a default, so a table with one key is whole.
-                decode(kind, {key: value})
-            except InputError as error:
-                # Perhaps only beside the default of another option.
-                out_of_range.append(f"[{name}] {_told(error)}")
-            except ValueError as error:
-                problems.append(f"[{name}] {error}")
-                continue
-            good[key] = value
-        try:
-            records[name] = decode(kind, good)
-        except InputError as error:
-            problems += out_of_range or [f"[{name}] {_told(error)}"]
+        values = tables.get(name, {})
+        if isinstance(values, dict):
+            records[name] = _read_table(name, kind, values, seed, problems)
     if problems:
         raise InputError(
             f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the recipe",
@@ -112,11 +64,57 @@ def read_recipe(path: Path | None, seed: int) -> Recipe:
             found="; ".join(problems),
             fix="correct them all",
         )
-    # Masks are judged with the statistics that the network will have.
+    # Masks are judged with the BatchNorm statistics that the deployed network will have.
     records["learn"] = dataclasses.replace(records["learn"], judge_augment=records["recalibrate"].augment)
     records["mask"] = dataclasses.replace(records["mask"], learn=records["learn"])
     return Recipe(**records)
 
 
-def _told(error: InputError) -> str:
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(read_bytes(path).decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError("the recipe is not TOML", where=path, found=error) from error
+
+
+def _table_problem(name: str, value: object) -> str | None:
+    if name not in _TABLES:
+        return (
+            f"[{name}] is not a table of a recipe; {did_you_mean(name, list(_TABLES)) or 'use ' + ', '.join(_TABLES)}"
+        )
+    return None if isinstance(value, dict) else f"{name} is not a table"
+
+
+def _read_table(name: str, kind: type, given: dict[str, Any], seed: int, problems: list[str]) -> Any:
+    """Decode one table; problems are appended, and the result is then None or incomplete."""
+    # Not set by a recipe: they follow from other tables.
+    fields = {f.name for f in dataclasses.fields(kind)} - {"learn", "judge_augment"}
+    for old, new in getattr(kind, "RENAMED_FIELDS", {}).items():
+        if old in given:
+            log.warning("[%s] %s is now called %s", name, old, new)
+    accepted: dict[str, Any] = {"seed": seed} if "seed" in fields else {}
+    out_of_range: list[str] = []
+    for key, value in with_new_names(kind, given).items():
+        if key not in fields:
+            hint = did_you_mean(key, sorted(fields)) or "its keys are " + ", ".join(sorted(fields))
+            problems.append(f"[{name}] has no {key!r}; {hint}")
+            continue
+        try:
+            # Every option has a default, so a table with one key is complete.
+            decode(kind, {key: value})
+        except InputError as error:
+            # Out of range with the default of another option; it may fit with the value that the recipe gives.
+            out_of_range.append(f"[{name}] {_one_line(error)}")
+        except ValueError as error:
+            problems.append(f"[{name}] {error}")
+            continue
+        accepted[key] = value
+    try:
+        return decode(kind, accepted)
+    except InputError as error:
+        problems += out_of_range or [f"[{name}] {_one_line(error)}"]
+        return None
+
+
+def _one_line(error: InputError) -> str:
     return ", ".join(str(part) for part in (error.what, error.found, error.fix) if part is not None)

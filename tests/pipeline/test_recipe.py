@@ -189,13 +189,13 @@ def test_the_seed_is_for_every_stage_that_the_recipe_gives_none(tmp_path: Path) 
     assert (zero.learn.seed, zero.recalibrate.seed) == (9, 0)
 
 
-def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
+def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     problems = {
         "[lern]\nepochs = 3": ["[lern]", "did you mean 'learn'"],
         "[quantization]": ["[quantization]", "mask, learn, recalibrate, export, calibrate, tensorrt, compare, time"],
-        "[learn]\nepoch = 2\nrate = 'fast'": ["[learn]", "'epoch'", "did you mean 'epochs'", "'fast'", "float"],
+        "[learn]\nepoch = 2\nlr = 'fast'": ["[learn]", "'epoch'", "did you mean 'epochs'", "'fast'", "float"],
         "[time]\nbatches = 8\nseconds = -1": ["[time]", "batches", "seconds is -1"],
-        "[export]\nquux = 18": ["[export]", "'quux'", "it has tolerance_fp16, tolerance_fp32"],
+        "[export]\nquux = 18": ["[export]", "'quux'", "its keys are tolerance_fp16, tolerance_fp32"],
         "[mask]\npattern = '5:4'\nlayout = 'x'": ["[mask]", "N:M pattern", "'x'"],
     }
     message = str(refused(tmp_path, "\n".join(problems)))
@@ -278,3 +278,24 @@ def test_ranges_are_those_of_arithmetic(
         check(low, **values)
     assert caught.value.what == f"{bad[0]} is {values[bad[0]]}"
     assert f" {low}" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize(
+    ("text", "table", "field", "value"),
+    [
+        ("[learn]\nrate = 0.25", "learn", "lr", 0.25),
+        ("[learn]\nprior = 1.5", "learn", "init_std", 1.5),
+        ("[learn]\nlead = 2.5", "learn", "init_margin", 2.5),
+        ("[learn]\nsoftness = 4.0", "learn", "distill_temperature", 4.0),
+        ("[mask]\nprior = 'layerwise'", "mask", "init_method", "layerwise"),
+        ("[compare]\nconfident = true", "compare", "use_ci", True),
+        ("[tensorrt]\nstripped = true", "tensorrt", "strip_plan", True),
+    ],
+)
+def test_keys_under_their_old_names_are_read_with_a_note(
+    text: str, table: str, field: str, value: object, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING", logger="maskplan.pipeline.recipe"):
+        recipe = read(tmp_path, text)
+    assert getattr(getattr(recipe, table), field) == value
+    assert f"is now called {field}" in caplog.text
