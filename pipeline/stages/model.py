@@ -14,7 +14,7 @@ from maskplan.pipeline.learning.options import LearnerFiles
 from maskplan.pipeline.masking.maskset import exclude_layers
 from maskplan.pipeline.masking.patterns import parse_pattern
 from maskplan.pipeline.models.batchnorm import recalibrate
-from maskplan.pipeline.models.checkpoint import load_checkpoint, module_of, weights_file
+from maskplan.pipeline.models.checkpoint import load_checkpoint, load_module, weights_file
 from maskplan.pipeline.models.registry import model_identity
 from maskplan.pipeline.pruning.bake import bake
 from maskplan.pipeline.pruning.mask import choose_masks, masks_from_file, needs_images, policy_of
@@ -75,7 +75,7 @@ def permute(job: Job, dense: Checkpoint, method: MaskMethod) -> PermuteResult:
         from maskplan.pipeline.permutation.groups import UnexportableError
         from maskplan.pipeline.permutation.permute import permute as permute_stage
 
-        module, provenance = module_of(job.model, dense), dense.provenance
+        module, provenance = load_module(job.model, dense), dense.provenance
         files = job.ws.path("permuted.safetensors"), job.ws.path("permutation.safetensors")
         try:
             done = permute_stage(module, provenance, parse_pattern(options.pattern), policy, job.recipe.permute, *files)
@@ -101,18 +101,18 @@ def mask(job: Job, dense: Checkpoint, method: MaskMethod | Path, images: Images 
             "mask",
             MaskSet,
             {"checkpoint": dense.sha256, "file": sha256_of(method)},
-            lambda: _copy_masks(masks_from_file(module_of(job.model, dense), dense.provenance, method), out),
+            lambda: _copy_masks(masks_from_file(load_module(job.model, dense), dense.provenance, method), out),
         )
     options = replace(job.recipe.mask, method=method)
     uses_images = needs_images(options, method)
     data, sets = (images.data, images.sets.shaping) if images and uses_images else (None, ())
-    files = LearnerFiles(job.ws.hidden(_STATE), log=job.ws.hidden(_LOG))
+    files = LearnerFiles(job.ws.hidden(_STATE), log_dir=job.ws.hidden(_LOG))
     return job.ws.stage(
         "mask",
         MaskSet,
         {"checkpoint": dense.sha256, "options": options, "images": [s.sha256 for s in sets]},
         lambda: choose_masks(
-            module_of(job.model, dense),
+            load_module(job.model, dense),
             dense.provenance,
             options,
             out,
@@ -146,7 +146,7 @@ def bake_and_recalibrate(
         Checkpoint,
         {"checkpoint": dense.sha256, "masks": masks.sha256},
         lambda: bake(
-            module_of(job.model, dense),
+            load_module(job.model, dense),
             dense.provenance,
             masks,
             job.ws.hidden(f"{name}-baked.safetensors") if recalibrating else out,
@@ -159,5 +159,5 @@ def bake_and_recalibrate(
         f"recalibrate-{name}",
         Checkpoint,
         {"checkpoint": baked.sha256, "images": images.sets.train.sha256, "options": recipe},
-        lambda: recalibrate(module_of(job.model, baked), baked.provenance, train, recipe, out, shaped),
+        lambda: recalibrate(load_module(job.model, baked), baked.provenance, train, recipe, out, shaped),
     )

@@ -6,20 +6,16 @@ from dataclasses import replace
 
 from maskplan.calibration.calibrate import CalibrationImages
 from maskplan.calibration.calibrate import calibrate as calibrate_onnx
-from maskplan.exporters.conformance import CheckOptions, check_2to4
+from maskplan.exporters.conformance import CheckOptions, require_2to4
 from maskplan.exporters.onnx_export import export_onnx
 from maskplan.pipeline.core.artifacts import Checkpoint, MaskSet, OnnxModel, Provenance
 from maskplan.pipeline.core.choices import FP16, FP32, INT8, MAGNITUDE, Precision
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.reports import ConformanceReport
-from maskplan.pipeline.models.checkpoint import module_of
+from maskplan.pipeline.models.checkpoint import load_module
 from maskplan.pipeline.pruning.mask import choose_masks
 from maskplan.pipeline.stages.job import ConformancePair, Images, Job, Network, OnnxPair, Quantized
 from maskplan.pipeline.stages.model import bake_and_recalibrate
-
-
-class ConformanceError(Exception):
-    """The line made a file that does not conform: a gate that failed, not bad input."""
 
 
 def export(job: Job, checkpoint: Checkpoint, name: str) -> Network:
@@ -30,7 +26,7 @@ def export(job: Job, checkpoint: Checkpoint, name: str) -> Network:
         OnnxPair,
         {"checkpoint": checkpoint.sha256, "options": job.recipe.export},
         lambda: OnnxPair(
-            *export_onnx(module_of(job.model, checkpoint), checkpoint.provenance, job.recipe.export, paths)
+            *export_onnx(load_module(job.model, checkpoint), checkpoint.provenance, job.recipe.export, paths)
         ),
     )
     return Network(checkpoint, pair)
@@ -43,7 +39,7 @@ def export_fp32(job: Job, checkpoint: Checkpoint, name: str) -> OnnxModel:
         f"export-{name}",
         OnnxModel,
         {"checkpoint": checkpoint.sha256, "options": job.recipe.export},
-        lambda: export_onnx(module_of(job.model, checkpoint), checkpoint.provenance, job.recipe.export, paths)[0],
+        lambda: export_onnx(load_module(job.model, checkpoint), checkpoint.provenance, job.recipe.export, paths)[0],
     )
 
 
@@ -55,10 +51,7 @@ def check(job: Job, network: Network, pattern: str) -> ConformancePair:
     """
 
     def check_one(model: OnnxModel) -> ConformanceReport:
-        report = check_2to4(model.path, CheckOptions(pattern=pattern))
-        if not report.passed:
-            raise ConformanceError(f"{model.path.name} is not {pattern}: {report.reason}")
-        return report
+        return require_2to4(model.path, CheckOptions(pattern=pattern))
 
     pair = network.deployed
     name = "check" if network.int8 is None else "check-int8"
@@ -110,7 +103,7 @@ def magnitude_rows(job: Job, dense: Checkpoint, masks: MaskSet, images: Images |
         "baseline-mask",
         MaskSet,
         {"checkpoint": dense.sha256, "options": options, "layers": names},
-        lambda: choose_masks(module_of(job.model, dense), dense.provenance, options, out, only=names),
+        lambda: choose_masks(load_module(job.model, dense), dense.provenance, options, out, only=names),
     )
     rows: dict[str, OnnxModel] = {}
     for name, used in (("magnitude", None), ("magnitude-recalibrated", images)):

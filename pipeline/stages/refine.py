@@ -1,8 +1,9 @@
-"""Sparse where it pays: a mask costs accuracy, and where the engine runs the layer dense anyway it buys no time."""
+"""Refine: a mask costs accuracy and gains no time if the engine runs the layer dense, so such layers get their weights back."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final, Literal
 
 from maskplan.pipeline.core.artifacts import EngineFile, MaskSet
 from maskplan.pipeline.core.choices import DENSE, FAIL, SPARSE, UNKNOWN
@@ -16,7 +17,10 @@ from maskplan.pipeline.core.reports import (
 )
 from maskplan.pipeline.timing.interleaved import HOST
 
-FIRST, REFINED = "first", "refined"
+Pass = Literal["first", "refined"]
+
+FIRST: Final = "first"
+REFINED: Final = "refined"
 
 # Why a layer has no mask, in the refined mask set.
 RAN_DENSE = "ran_dense"
@@ -26,22 +30,21 @@ RAN_DENSE = "ran_dense"
 class Choice:
     """Which engine to keep, `first` or `refined`, and why."""
 
-    kept: str
+    kept: Pass
     reason: str
 
 
 def layers_to_restore(engine: EngineFile, conformance: ConformanceReport, masks: MaskSet) -> tuple[str, ...]:
-    """Names of the masked weights that the engine surely multiplies dense, in the order of the masks.
+    """Names of the masked weights that the engine certainly runs dense, in the order of the masks.
 
-    A weight is one of them when each ONNX node that uses it lies in engine layers, and all of these run dense, in every
-    profile. A single sparse layer is a reason to keep the mask; a single unknown one, or a node that no layer names, is no
-    evidence, and without evidence nothing is changed.
+    A weight is restored if every ONNX node that uses it belongs to engine layers that all run dense, in every profile. One
+    sparse layer is a reason to keep the mask. One unknown layer, or a node that no layer names, is no evidence, and without
+    evidence nothing changes.
 
     Args:
-        engine: Built from the checked file, with the sparse flag.
-        conformance: Of that file. It ties nodes to weights; masked weights have their names of the checkpoint there, or
-            the check fails.
-        masks: Baked into that file.
+        engine: Built from the checked file with the sparse flag.
+        conformance: Of that file; it maps nodes to the weights' names in the checkpoint.
+        masks: The masks baked into that file.
     """
     states = _states_by_weight(engine, conformance)
     return tuple(m.name for m in masks.masked if states.get(m.name) == {DENSE})
@@ -50,7 +53,7 @@ def layers_to_restore(engine: EngineFile, conformance: ConformanceReport, masks:
 def why_skip(
     engine: EngineFile, conformance: ConformanceReport, masks: MaskSet, restored: tuple[str, ...]
 ) -> str | None:
-    """Why a second pass would be for nothing; None where it is worth its while."""
+    """The reason why a second pass would be useless; None if it is useful."""
     if not engine.layers:
         return f"{engine.backend} gives no evidence of which layers run sparse"
     if len(restored) == len(masks.masked):
@@ -61,11 +64,11 @@ def why_skip(
     sparse = sum(SPARSE in states.get(m.name, {UNKNOWN}) for m in masks.masked)
     if sparse == len(masks.masked):
         return f"all {sparse} masked layers run sparse"
-    return f"no masked layer is known to run dense: {sparse} run sparse, of {len(masks.masked) - sparse} it is unknown"
+    return f"no masked layer is known to run dense: {sparse} run sparse, {len(masks.masked) - sparse} are unknown"
 
 
 def figures(engine: EngineFile, masks: MaskSet, parity: ParityReport, timing: TimingReport) -> PassFigures:
-    """What one pass came to, as far as `better` looks at it."""
+    """The figures of one pass that `better` compares."""
     return PassFigures(
         engine_sha256=engine.sha256,
         masked_layers=len(masks.masked),
@@ -76,21 +79,22 @@ def figures(engine: EngineFile, masks: MaskSet, parity: ParityReport, timing: Ti
 
 
 def _timed(found: BatchTiming) -> PassTiming:
-    """The medians are of the clock that the speedup is of."""
+    """Medians by the clock that the speedup uses."""
     sparse_ms, dense_ms = (e.p50_ms if found.by == HOST else e.gpu_ms or e.p50_ms for e in (found.sparse, found.dense))
     return PassTiming(found.batch, sparse_ms, dense_ms, found.speedup, found.ratio_ci95, found.build_spread)
 
 
 def better(first: PassFigures, refined: PassFigures, restored: tuple[str, ...]) -> Choice:
-    """Which of two engines to keep.
+    """Choose which of two engines to keep.
 
-    The refined one, when it is not slower beyond the noise at any batch size, and its top-1 drop is not larger. So it wins
-    ties, for it is closer to the dense model, if it has anything back at all. What was not measured does not count; an
-    engine that fails the gate never replaces one that does not, and yields to it.
+    The refined engine is kept if it is not slower beyond the noise at any batch size and its top-1 drop is not larger. It
+    wins ties because it is closer to the dense model, provided that something was restored. Figures that were not measured do
+    not count. An engine that fails the gate never replaces one that passes.
 
-    The engines ran in turn with the dense one, not with each other: they are compared by their speedups over that one file.
-    A difference is noise unless the speedups' intervals are apart, and it exceeds what one file differs by from load to
-    load: the larger of the build spreads, where known, and the drift of the dense engine between the two timings.
+    Each engine was interleaved with the dense engine, not with the other one, so they are compared by their speedups over the
+    same dense file. A difference is noise unless the intervals of the speedups are disjoint and it exceeds what one file
+    varies by from load to load: the larger of the build spreads, where known, and the drift of the dense engine between the
+    two timings.
     """
     if not restored:
         return Choice(FIRST, "no layer got its weights back")
@@ -98,10 +102,10 @@ def better(first: PassFigures, refined: PassFigures, restored: tuple[str, ...]) 
         kept, failed = (REFINED, FIRST) if first.verdict == FAIL else (FIRST, REFINED)
         return Choice(kept, f"the {failed} engine fails the parity gate")
     losses: list[str] = []
-    told: list[str] = []
+    reasons: list[str] = []
     if first.top1_drop is not None and refined.top1_drop is not None:
         drops = f"top-1 drop {refined.top1_drop:.2f} points, {first.top1_drop:.2f} before"
-        (losses if refined.top1_drop > first.top1_drop else told).append(drops)
+        (losses if refined.top1_drop > first.top1_drop else reasons).append(drops)
     timed = {b.batch: b for b in first.batches}
     pairs = [(timed[b.batch], b) for b in refined.batches if b.batch in timed]
     slower = [pair for pair in pairs if _is_slower(*pair)]
@@ -111,14 +115,16 @@ def better(first: PassFigures, refined: PassFigures, restored: tuple[str, ...]) 
     if slower:
         losses.append(f"slower beyond the noise: {times}")
     elif pairs:
-        told.append(f"not slower beyond the noise: {times}")
+        reasons.append(f"not slower beyond the noise: {times}")
     if losses:
         return Choice(FIRST, f"the refined engine is worse: {'; '.join(losses)}")
-    return Choice(REFINED, "; ".join(told) or "neither time nor accuracy was measured; it is closer to the dense model")
+    return Choice(
+        REFINED, "; ".join(reasons) or "neither time nor accuracy was measured; it is closer to the dense model"
+    )
 
 
 def _states_by_weight(engine: EngineFile, conformance: ConformanceReport) -> dict[str, set[str]]:
-    """The states of all layers that hold a weight's nodes; unknown for a node that no layer names."""
+    """The states of all layers with a node that uses the weight; unknown for a node that no layer names."""
     by_node: dict[str, set[str]] = {}
     for layer in engine.layers:
         for node in layer.nodes:
@@ -132,5 +138,5 @@ def _states_by_weight(engine: EngineFile, conformance: ConformanceReport) -> dic
 def _is_slower(first: PassTiming, refined: PassTiming) -> bool:
     spreads = [s for s in (first.build_spread, refined.build_spread) if s is not None]
     drift = abs(refined.dense_p50_ms / first.dense_p50_ms - 1)
-    apart = refined.ratio_ci95[1] < first.ratio_ci95[0]
-    return apart and first.speedup / refined.speedup - 1 > max([drift, *spreads])
+    disjoint = refined.ratio_ci95[1] < first.ratio_ci95[0]
+    return disjoint and first.speedup / refined.speedup - 1 > max([drift, *spreads])

@@ -10,8 +10,8 @@ from maskplan.pipeline.core.serialization import encode
 from maskplan.pipeline.masking.maskset import load_masks
 from maskplan.pipeline.masking.statistics import MaskStatistics, mask_statistics
 from maskplan.pipeline.models.state_dict import read_weights
-from maskplan.pipeline.parity.answers import fixed_images
 from maskplan.pipeline.parity.bisect import BisectOptions, bisect
+from maskplan.pipeline.parity.model_outputs import load_fixed_images
 from maskplan.pipeline.report.record import ReportFiles, RunReport
 from maskplan.pipeline.report.write import write_report
 from maskplan.pipeline.stages.job import Images, Job
@@ -27,7 +27,7 @@ def measure_depth(job: Job, dense: OnnxModel, sparse: OnnxModel, images: Images 
     count = min(job.recipe.compare.fixed_images, _DEPTH_IMAGES)
 
     def work() -> DepthReport:
-        return bisect(dense.path, sparse.path, fixed_images(provenance.preprocessing, val, count), BisectOptions())
+        return bisect(dense.path, sparse.path, load_fixed_images(provenance.preprocessing, val, count), BisectOptions())
 
     inputs = {
         "onnx": [dense.sha256, sparse.sha256],

@@ -88,8 +88,8 @@ def test_a_layer_of_the_same_name_that_names_no_nodes_is_no_evidence() -> None:
     [
         ("", "tensorrt gives no evidence of which layers run sparse"),
         ("sparse sparse", "all 2 masked layers run sparse"),
-        ("sparse unknown", "no masked layer is known to run dense: 1 run sparse, of 1 it is unknown"),
-        ("unknown unknown", "no masked layer is known to run dense: 0 run sparse, of 2 it is unknown"),
+        ("sparse unknown", "no masked layer is known to run dense: 1 run sparse, 1 are unknown"),
+        ("unknown unknown", "no masked layer is known to run dense: 0 run sparse, 2 are unknown"),
         ("dense dense", "all 2 masked layers run dense: without their masks this would be the dense engine"),
         ("dense sparse", None),
         ("dense unknown", None),
