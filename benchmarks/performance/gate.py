@@ -33,8 +33,8 @@ from maskplan.pipeline.core.artifacts import Pattern, Preprocessing
 from maskplan.pipeline.core.files import write_json
 from maskplan.pipeline.data.dataset import Split, batches, identify
 from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
-from maskplan.pipeline.parity.answers import answers_of, fixed_positions
-from maskplan.pipeline.parity.compare import compare, parity
+from maskplan.pipeline.parity.compare import compare, parity_report
+from maskplan.pipeline.parity.model_outputs import fixed_image_positions, run_on_batches
 from maskplan.pipeline.parity.options import CompareOptions
 from maskplan.pipeline.report.write import versions
 from maskplan.pipeline.timing.compare_latency import cpu_name
@@ -96,7 +96,7 @@ def cost(model: str, count: int, repeats: int) -> dict[str, Any]:
         loaded = list(batches(val, how, BATCH))
         engines = [OrtEngine(path) for path in (dense, sparse)]
         first, second = (Classifier(engine, path.name) for engine, path in zip(engines, (dense, sparse), strict=True))
-        fixed = fixed_positions(val, OPTIONS.fixed_images)
+        fixed = fixed_image_positions(val, OPTIONS.fixed_images)
 
         def bare() -> None:
             for x, _ in loaded:
@@ -104,8 +104,8 @@ def cost(model: str, count: int, repeats: int) -> dict[str, Any]:
                     engine.infer({"input": x})
 
         def from_arrays() -> None:
-            said = answers_of({"dense": first, "sparse": second}, iter(loaded), count, fixed)
-            parity(said, "sparse", [None, None], val, OPTIONS)
+            said = run_on_batches({"dense": first, "sparse": second}, iter(loaded), count, fixed)
+            parity_report(said, "sparse", [None, None], val, OPTIONS)
 
         def from_files() -> None:
             compare(first, second, how, [None, None], val, OPTIONS)

@@ -158,9 +158,9 @@ def calibration_images(
     from maskplan.calibration.calibrate import CalibrationImages
     from maskplan.pipeline.core.errors import InputError
     from maskplan.pipeline.data.source import find_dataset
-    from maskplan.pipeline.parity.sides import open_side, shared_preprocessing
+    from maskplan.pipeline.parity.model_files import open_model, shared_preprocessing
 
-    with open_side(model) as side:
+    with open_model(model) as side:
         preprocessing = shared_preprocessing([side], mean, std)
         provenance, outputs = side.provenance, side.classes
     dataset = find_dataset(

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from maskplan.pipeline.core.artifacts import ImageSet, Preprocessing
     from maskplan.pipeline.core.reports import DepthReport, ParityReport
     from maskplan.pipeline.data.dataset import Split
+    from maskplan.pipeline.parity.model_files import OpenedModel
     from maskplan.pipeline.parity.options import CompareOptions
-    from maskplan.pipeline.parity.sides import Side
 
 _THRESHOLDS, _FOREIGN, _RESULTS, _WHERE = "Thresholds", "ONNX files of other tools", "Results", "Where they differ"
 _BISECT_IMAGES = 32
@@ -157,9 +157,9 @@ def compare(
     On images without labels only the thresholds that need no labels are checked; give at least one of them.
     """
     from maskplan.pipeline.data.dataset import identify, require_disjoint
-    from maskplan.pipeline.parity.answers import fixed_images as images_of
-    from maskplan.pipeline.parity.drift import read_baseline, with_drift
-    from maskplan.pipeline.parity.sides import open_side, shared_preprocessing
+    from maskplan.pipeline.parity.baseline import read_baseline, with_drift
+    from maskplan.pipeline.parity.model_files import open_model, shared_preprocessing
+    from maskplan.pipeline.parity.model_outputs import load_fixed_images
 
     if (bisect_tolerance is not None or plot is not None) and not bisect:
         raise typer.BadParameter("only with --bisect", param_hint="--bisect-tolerance or --plot")
@@ -176,7 +176,7 @@ def compare(
     )
     earlier = read_baseline(baseline) if baseline is not None else None
     with contextlib.ExitStack() as stack:
-        sides = [stack.enter_context(open_side(path)) for path in (dense, sparse)]
+        sides = [stack.enter_context(open_model(path)) for path in (dense, sparse)]
         preprocessing = shared_preprocessing(sides, mean, std)
         if print_polygraphy:
             from maskplan.pipeline.parity.print_polygraphy import polygraphy_command
@@ -192,7 +192,7 @@ def compare(
     if earlier is not None:
         parity = with_drift(parity, earlier)
     if bisect:
-        images = images_of(preprocessing, val, min(_BISECT_IMAGES, thresholds.fixed_images))
+        images = load_fixed_images(preprocessing, val, min(_BISECT_IMAGES, thresholds.fixed_images))
         parity = _with_depth(parity, _bisect(dense, sparse, images, bisect_tolerance), plot)
     _publish(parity, sparse, report, junit, github)
     if not parity.passed:
@@ -210,10 +210,10 @@ def _recipe_options(recipe: Path | None) -> CompareOptions:
     return read_recipe(recipe, 0).compare
 
 
-def _val_images(data: Path | None, sides: list[Side]) -> Split | None:
+def _val_images(data: Path | None, sides: list[OpenedModel]) -> Split | None:
     """The folder's images, labeled or not; else the digits for the bundled model; else None."""
     from maskplan.pipeline.data.source import find_val
-    from maskplan.pipeline.parity.unlabeled import open_unlabeled
+    from maskplan.pipeline.parity.unlabeled_images import open_unlabeled
 
     provenance = next((s.provenance for s in reversed(sides) if s.provenance), None)
     unlabeled = open_unlabeled(data) if data is not None else None
@@ -227,7 +227,7 @@ def _val_images(data: Path | None, sides: list[Side]) -> Split | None:
 
 def _compare(
     dense: Path,
-    sides: list[Side],
+    sides: list[OpenedModel],
     preprocessing: Preprocessing,
     val: Split | None,
     image_set: ImageSet | None,
@@ -239,24 +239,24 @@ def _compare(
     from dataclasses import replace
 
     from maskplan.pipeline.core.files import sha256_of
-    from maskplan.pipeline.parity.answers import ask
     from maskplan.pipeline.parity.compare import compare as compare_models
     from maskplan.pipeline.parity.compare import require_comparable
-    from maskplan.pipeline.parity.saved_answers import load_answers, question, save_answers
+    from maskplan.pipeline.parity.model_outputs import run_models
+    from maskplan.pipeline.parity.saved_outputs import load_outputs, outputs_key, save_outputs
 
     reference, other = (side.classifier for side in sides)
     require_comparable(reference, other)
     outputs = None
     if dense_results is not None or save_dense is not None:
-        key = question(sha256_of(dense), preprocessing, val, image_set, thresholds.fixed_images)
+        key = outputs_key(sha256_of(dense), preprocessing, val, image_set, thresholds.fixed_images)
         if dense_results is not None:
-            outputs = load_answers(dense_results, key)
+            outputs = load_outputs(dense_results, key)
         else:
-            (outputs,) = ask({"dense": reference}, preprocessing, val, thresholds.fixed_images).values()
+            (outputs,) = run_models({"dense": reference}, preprocessing, val, thresholds.fixed_images).values()
         if save_dense is not None:
-            save_answers(save_dense, key, outputs)
+            save_outputs(save_dense, key, outputs)
     provenances = [s.provenance for s in sides]
-    parity = compare_models(reference, other, preprocessing, provenances, val, thresholds, dense_answers=outputs)
+    parity = compare_models(reference, other, preprocessing, provenances, val, thresholds, dense_outputs=outputs)
     return replace(parity, images_sha256=image_set.sha256 if image_set is not None else None)
 
 
@@ -289,7 +289,7 @@ def _publish(parity: ParityReport, sparse: Path, report: Path | None, junit: Pat
         write_atomically(junit, parity_junit(parity, str(sparse)), option="--junit")
     show_parity(parity)
     if github if github is not None else os.environ.get("GITHUB_ACTIONS") == "true":
-        from maskplan.pipeline.parity.github import append_summary, summary, workflow_commands
+        from maskplan.pipeline.parity.github_annotations import append_summary, summary, workflow_commands
 
         title = f"parity of {sparse.name}"
         print("\n".join(workflow_commands(parity, title)))

@@ -18,8 +18,8 @@ from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.core.reports import DepthReport, LayerDifference
 from maskplan.pipeline.core.validation import at_least
 from maskplan.pipeline.parity.intermediates import Intermediates
-from maskplan.pipeline.parity.onnx_side import onnx_of
-from maskplan.pipeline.parity.same_layers import GraphLayer, computed_tensors, layers_of, same_layers
+from maskplan.pipeline.parity.layer_matching import GraphLayer, computed_tensors, graph_layers, match_layers
+from maskplan.pipeline.parity.resolve_onnx import resolve_onnx
 
 _Array = npt.NDArray[Any]
 _Pair = tuple[GraphLayer, TensorSpec, TensorSpec]
@@ -70,12 +70,13 @@ def bisect(dense: Path, sparse: Path, images: npt.NDArray[np.float32], options: 
     _, channels, height, width = images.shape
     with contextlib.ExitStack() as stack:
         first, second = (
-            Intermediates(stack.enter_context(onnx_of(path)), (channels, height, width)) for path in (dense, sparse)
+            Intermediates(stack.enter_context(resolve_onnx(path)), (channels, height, width))
+            for path in (dense, sparse)
         )
         layers = [
-            layers_of(side.model, side.float_outputs(computed_tensors(side.model.graph))) for side in (first, second)
+            graph_layers(side.model, side.float_outputs(computed_tensors(side.model.graph))) for side in (first, second)
         ]
-        found = same_layers(*layers)
+        found = match_layers(*layers)
         if not found.pairs:
             raise InputError(
                 "the models have no layer in common",
@@ -128,7 +129,7 @@ def _compare(
     dense: Intermediates, sparse: Intermediates, pairs: Sequence[_Pair], images: npt.NDArray[np.float32]
 ) -> list[LayerDifference]:
     run_dense, run_sparse = dense.open([a.name for _, a, _ in pairs]), sparse.open([b.name for _, _, b in pairs])
-    tallies = [_Tally() for _ in pairs]
+    tallies = [_LayerSums() for _ in pairs]
     step = max(dense.batch, sparse.batch)
     for start in range(0, len(images), step):
         part = images[start : start + step]
@@ -150,7 +151,7 @@ def _compare(
 
 
 @dataclass
-class _Tally:
+class _LayerSums:
     """Sums over the images of one tensor: squares of the difference and of the dense values, and the smallest cosine.
 
     `channels` are the difference's squares for each place of an image's first axis.

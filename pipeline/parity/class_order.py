@@ -56,7 +56,7 @@ def looks_reordered(first: npt.NDArray[np.int32], labels: npt.NDArray[np.int64])
 
     Args:
         first: First choices, (N,).
-        labels: (N,), none of them `UNLABELLED`.
+        labels: (N,), none of them `UNLABELED`.
 
     Returns:
         Percent right as it is and with the names changed, where that doubles it beyond doubt; else None.

@@ -16,12 +16,18 @@ from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.reports import Fidelity, MethodRow, ParityReport
 from maskplan.pipeline.core.statistics import PairedCounts, clopper_pearson, drop_interval, mcnemar_p
 from maskplan.pipeline.data.dataset import Split
-from maskplan.pipeline.parity.answers import UNLABELLED, Answers, ask, fixed_images, logits_of
 from maskplan.pipeline.parity.class_order import class_names, looks_reordered, require_one_order
-from maskplan.pipeline.parity.closeness import closeness
+from maskplan.pipeline.parity.counts import OutcomeCounts, count_outcomes
+from maskplan.pipeline.parity.model_outputs import (
+    UNLABELED,
+    ModelOutputs,
+    compute_logits,
+    load_fixed_images,
+    run_models,
+)
 from maskplan.pipeline.parity.options import CompareOptions
-from maskplan.pipeline.parity.tally import Tally, tally
-from maskplan.pipeline.parity.verdict import judge
+from maskplan.pipeline.parity.output_metrics import output_metrics
+from maskplan.pipeline.parity.verdict import apply_thresholds
 
 _LOG = logging.getLogger(__name__)
 _DENSE = "dense"
@@ -37,7 +43,7 @@ def compare(
     others: Mapping[str, Classifier] | None = None,
     sparse_name: str = "sparse",
     *,
-    dense_answers: Answers | None = None,
+    dense_outputs: ModelOutputs | None = None,
 ) -> ParityReport:
     """Compare two classifiers, and others beside them; each runs once on every image.
 
@@ -46,11 +52,11 @@ def compare(
         sparse: What shall replace it.
         preprocessing: Preprocessing of both.
         provenances: Of both, where known; untrained weights make parity not applicable.
-        val: Labeled images; without them the task's metrics are off. Images may be `UNLABELLED`, which leaves agreement.
+        val: Labeled images; without them the task's metrics are off. Images may be `UNLABELED`, which leaves agreement.
         options: Thresholds.
         others: Baselines by name, for the table of methods.
         sparse_name: What that table calls `sparse`.
-        dense_answers: What the reference said before; it is not run then.
+        dense_outputs: What the reference said before; it is not run then.
 
     Raises:
         InputError: The models' inputs or outputs differ in shape, or the classes are not in one order.
@@ -58,12 +64,12 @@ def compare(
     require_comparable(dense, sparse)
     require_one_order(val, provenances)
     models = {_DENSE: dense, **(others or {}), sparse_name: sparse}
-    if dense_answers is not None:
+    if dense_outputs is not None:
         del models[_DENSE]
-    said = ask(models, preprocessing, val, options.fixed_images)
-    if dense_answers is not None:
-        said = {_DENSE: dense_answers, **said}
-    return parity(said, sparse_name, provenances, val, options, *_names(dense, sparse))
+    said = run_models(models, preprocessing, val, options.fixed_images)
+    if dense_outputs is not None:
+        said = {_DENSE: dense_outputs, **said}
+    return parity_report(said, sparse_name, provenances, val, options, *_names(dense, sparse))
 
 
 def require_comparable(dense: Classifier, sparse: Classifier) -> None:
@@ -79,8 +85,8 @@ def require_comparable(dense: Classifier, sparse: Classifier) -> None:
             raise _differ(part, dense.name, mine, sparse.name, theirs)
 
 
-def parity(
-    said: Mapping[str, Answers],
+def parity_report(
+    said: Mapping[str, ModelOutputs],
     sparse_name: str,
     provenances: Sequence[Provenance | None],
     val: Split | None,
@@ -109,12 +115,14 @@ def parity(
     labels = val.labels if val is not None else np.empty(0, np.int64)
     trained = all(p is None or p.trained for p in provenances)
     tallies = (
-        {n: tally(dense, a, labels, class_names(val, provenances)) for n, a in said.items()} if len(labels) else {}
+        {n: count_outcomes(dense, a, labels, class_names(val, provenances)) for n, a in said.items()}
+        if len(labels)
+        else {}
     )
     notes = _same_classes(said, sparse_name, labels) if trained else ()
     if output != sparse_output:
         notes = (*notes, f"the outputs are called {output!r} and {sparse_output!r}: matched by their order")
-    near = closeness(dense.fixed, own.fixed, output)
+    near = output_metrics(dense.fixed, own.fixed, output)
     measured = ParityReport(
         verdict=NOT_APPLICABLE,
         reason=None,
@@ -134,7 +142,7 @@ def parity(
     )
     if tallies:
         measured = _counted(measured, tallies, sparse_name)
-    judged = judge(measured, options, finite=dense.finite and own.finite, provenances=provenances)
+    judged = apply_thresholds(measured, options, finite=dense.finite and own.finite, provenances=provenances)
     for note in judged.notes:
         _LOG.warning(note)
     return judged
@@ -144,14 +152,14 @@ def fidelity(
     engine: Classifier, reference: Classifier, preprocessing: Preprocessing, val: Split | None, count: int
 ) -> Fidelity:
     """How close an engine is to its own ONNX file on the fixed images."""
-    images = fixed_images(preprocessing, val, count)
-    mine, own_onnx = (logits_of(model, images) for model in (engine, reference))
-    near = closeness(own_onnx, mine)
+    images = load_fixed_images(preprocessing, val, count)
+    mine, own_onnx = (compute_logits(model, images) for model in (engine, reference))
+    near = output_metrics(own_onnx, mine)
     agreement = 100 * float((mine.argmax(axis=1) == own_onnx.argmax(axis=1)).mean())
     return Fidelity(len(images), near.max_abs, near.cosine_min, agreement)
 
 
-def _counted(measured: ParityReport, tallies: Mapping[str, Tally], sparse_name: str) -> ParityReport:
+def _counted(measured: ParityReport, tallies: Mapping[str, OutcomeCounts], sparse_name: str) -> ParityReport:
     """The report with what was counted over the images."""
     own = tallies[sparse_name]
     changed = own.flips.changed
@@ -194,9 +202,9 @@ def _second(counts: PairedCounts) -> float:
     return 100 * (counts.both + counts.only_second) / counts.images
 
 
-def _same_classes(said: Mapping[str, Answers], sparse_name: str, labels: npt.NDArray[np.int64]) -> tuple[str, ...]:
+def _same_classes(said: Mapping[str, ModelOutputs], sparse_name: str, labels: npt.NDArray[np.int64]) -> tuple[str, ...]:
     """Refuse a dense model that knows the classes in another order; say so of a sparse one, which fails by itself."""
-    known = labels != UNLABELLED
+    known = labels != UNLABELED
     notes = []
     for name in (_DENSE, sparse_name):
         found = looks_reordered(said[name].first[known], labels[known]) if known.any() else None

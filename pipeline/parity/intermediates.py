@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from maskplan.exporters.external_data import external_tensors, place_of
+from maskplan.exporters.external_data import external_tensors, locate_external
 from maskplan.exporters.metadata import load_onnx
 from maskplan.pipeline.core.artifacts import TensorSpec
 from maskplan.pipeline.core.errors import InputError
@@ -43,7 +43,7 @@ class Intermediates:
         self.model = load_onnx(path)
         self._external = False
         for tensor in external_tensors(self.model):
-            place_of(tensor, path.parent)
+            locate_external(tensor, path.parent)
             self._external = True
         constants = {tensor.name for tensor in self.model.graph.initializer}
         sources = [value for value in self.model.graph.input if value.name not in constants]

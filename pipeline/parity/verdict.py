@@ -19,7 +19,7 @@ _CONFIDENCE = 0.95
 Interval = tuple[float, float]
 
 
-def judge(
+def apply_thresholds(
     measured: ParityReport, options: CompareOptions, *, finite: bool, provenances: Sequence[Provenance | None]
 ) -> ParityReport:
     """The report with its checks, notes and verdict.

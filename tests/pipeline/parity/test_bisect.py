@@ -26,7 +26,7 @@ from maskplan.pipeline.core.artifacts import EngineFile
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.files import sha256_of
 from maskplan.pipeline.core.reports import DepthReport, LayerDifference
-from maskplan.pipeline.models.checkpoint import ModelOptions, load_checkpoint, module_of
+from maskplan.pipeline.models.checkpoint import ModelOptions, load_checkpoint, load_module
 from maskplan.pipeline.parity.bisect import BisectOptions, bisect
 from maskplan.pipeline.parity.intermediates import Intermediates
 
@@ -551,7 +551,7 @@ def test_a_checkpoint_stands_for_its_export(tmp_path: Path) -> None:
     options = ModelOptions("digits_resnet")
     checkpoint = load_checkpoint(options, tmp_path / "w.safetensors")
     exported = tmp_path / "net.onnx"
-    export_onnx(module_of(options, checkpoint), checkpoint.provenance, ExportOptions(), {"fp32": exported})
+    export_onnx(load_module(options, checkpoint), checkpoint.provenance, ExportOptions(), {"fp32": exported})
     report = run(checkpoint.path, exported, IMAGES[:, :1])
     assert (report.first, report.unmatched) == (None, ())
     assert len(report.layers) == len(onnx.load(exported).graph.node)

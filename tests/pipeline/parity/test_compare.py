@@ -32,8 +32,8 @@ from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.reports import Flips, ParityReport
 from maskplan.pipeline.core.statistics import PairedCounts, drop_interval
 from maskplan.pipeline.data.dataset import Split, identify, open_folder, open_val
-from maskplan.pipeline.parity.answers import ask, fixed_images
 from maskplan.pipeline.parity.compare import compare, fidelity
+from maskplan.pipeline.parity.model_outputs import load_fixed_images, run_models
 from maskplan.pipeline.parity.options import CompareOptions
 
 Array = npt.NDArray[Any]
@@ -232,7 +232,7 @@ def test_one_bad_picture_among_many_fails_though_it_is_not_among_the_fixed_ones(
     colors = np.full((200, 3), 50)
     colors[:, 1] = 100
     val = split_of(colors, np.ones(200))
-    drawn = {int(i) for i in val.first(32, 20240229).indices}
+    drawn = {int(i) for i in val.sample(32, 20240229).indices}
     (hot, *_) = sorted(set(range(200)) - drawn)
     colors[hot, 0] = 250
     val = split_of(colors, np.ones(200))
@@ -340,12 +340,12 @@ def test_no_call_takes_more_pictures_than_the_profiles_allow() -> None:
 
 
 def test_the_fixed_pictures_are_the_same_every_time() -> None:
-    first, again = (fixed_images(HOW, pictures(), 10) for _ in range(2))
+    first, again = (load_fixed_images(HOW, pictures(), 10) for _ in range(2))
     assert first.shape == (10, 3, 4, 4)
     assert np.array_equal(first, again)
-    assert np.array_equal(fixed_images(HOW, None, 6), fixed_images(HOW, None, 6))
-    assert np.unique(fixed_images(HOW, None, 6)).size > 200
-    assert len(fixed_images(HOW, pictures(), 1000)) == 46
+    assert np.array_equal(load_fixed_images(HOW, None, 6), load_fixed_images(HOW, None, 6))
+    assert np.unique(load_fixed_images(HOW, None, 6)).size > 200
+    assert len(load_fixed_images(HOW, pictures(), 1000)) == 46
 
 
 def test_an_engine_is_faithful_to_itself_and_not_to_another(tmp_path: Path) -> None:
@@ -430,9 +430,9 @@ def test_each_model_runs_once_on_each_image_and_the_dense_one_not_at_all_where_i
     models = Classifier(dense, "dense"), Classifier(sparse, "sparse")
     report = compare(*models, HOW, [None, None], pictures(), CompareOptions(max_top1_drop=3))
     assert (sum(dense.batches), sum(sparse.batches)) == (46, 46)
-    said = ask({"dense": models[0]}, HOW, pictures(), 256)["dense"]
+    said = run_models({"dense": models[0]}, HOW, pictures(), 256)["dense"]
     dense.batches.clear()
-    again = compare(*models, HOW, [None, None], pictures(), CompareOptions(max_top1_drop=3), dense_answers=said)
+    again = compare(*models, HOW, [None, None], pictures(), CompareOptions(max_top1_drop=3), dense_outputs=said)
     assert again == report
     assert dense.batches == []
 

@@ -15,7 +15,7 @@ from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.reports import Check, ClassDrop, Flips, ParityReport
 from maskplan.pipeline.core.statistics import PairedCounts, drop_interval
 from maskplan.pipeline.parity.options import CompareOptions
-from maskplan.pipeline.parity.verdict import judge
+from maskplan.pipeline.parity.verdict import apply_thresholds
 
 HOW = Preprocessing(3, 4, 4, 0, "nearest", (0.0,) * 3, (1.0,) * 3)
 MADE = Provenance("net", True, "test", "0" * 64, 4, (), HOW)
@@ -48,7 +48,7 @@ def measured(both: int, lost: int, gained: int, neither: int, **changes: Any) ->
 
 
 def judged(found: ParityReport, *, finite: bool = True, made: Any = (None, None), **options: Any) -> ParityReport:
-    return judge(found, CompareOptions(**options), finite=finite, provenances=made)
+    return apply_thresholds(found, CompareOptions(**options), finite=finite, provenances=made)
 
 
 def check_of(report: ParityReport, name: str) -> Check:
@@ -128,14 +128,14 @@ def test_a_cosine_that_is_not_a_number_fails_its_threshold() -> None:
     assert judged(replace(THOUSAND, cosine_min=None), min_cosine=-1).verdict == FAIL
 
 
-UNLABELLED = replace(
+UNLABELED = replace(
     EMPTY, unlabeled_images=1000, agreement=99.0, flip_rate=1.0, flip_rate_ci95=(0.4, 1.8), flips=Flips(10, 0, 0, 0)
 )
 
 
 def test_without_labels_the_other_thresholds_decide_and_it_is_said() -> None:
-    assert (judged(UNLABELLED).verdict, judged(EMPTY).verdict) == (NOT_APPLICABLE, NOT_APPLICABLE)
-    assert "no labeled images" in str(judged(UNLABELLED).reason)
+    assert (judged(UNLABELED).verdict, judged(EMPTY).verdict) == (NOT_APPLICABLE, NOT_APPLICABLE)
+    assert "no labeled images" in str(judged(UNLABELED).reason)
     for options, verdict in (
         ({"min_agreement": 99}, PASS),
         ({"min_agreement": 99.5}, FAIL),
@@ -144,7 +144,7 @@ def test_without_labels_the_other_thresholds_decide_and_it_is_said() -> None:
         ({"min_cosine": 0.995}, FAIL),
         ({"max_class_drop": 99}, NOT_APPLICABLE),
     ):
-        report = judged(UNLABELLED, **options)
+        report = judged(UNLABELED, **options)
         assert report.verdict == verdict
         assert check_of(report, "max_top1_drop").passed is None
         assert any("no labels" in note for note in report.notes)

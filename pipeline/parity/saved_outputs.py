@@ -15,14 +15,14 @@ from maskplan.pipeline.core.files import readable, write_atomically
 from maskplan.pipeline.core.serialization import decode, encode
 from maskplan.pipeline.data.dataset import Split
 from maskplan.pipeline.models.state_dict import METADATA_KEY
-from maskplan.pipeline.parity.answers import Answers
+from maskplan.pipeline.parity.model_outputs import ModelOutputs
 
 _FIXED, _FIRST, _TOP5 = "fixed", "first", "in_top5"
 _TYPES = {_FIXED: np.float32, _FIRST: np.int32, _TOP5: np.bool_}
 
 
 @dataclass(frozen=True)
-class Question:
+class OutputsKey:
     """What answers belong to: none of it may differ where they are used again.
 
     Attributes:
@@ -38,19 +38,19 @@ class Question:
     fixed_images: int
 
 
-def question(
+def outputs_key(
     model_sha256: str, preprocessing: Preprocessing, images: Split | None, image_set: ImageSet | None, fixed_images: int
-) -> Question:
+) -> OutputsKey:
     """The key of a model's answers to these images; `image_set` is their digest."""
     if images is None or image_set is None:
-        return Question(model_sha256, preprocessing, "noise", fixed_images)
+        return OutputsKey(model_sha256, preprocessing, "noise", fixed_images)
     digest = hashlib.sha256(image_set.sha256.encode())
     for index, label in zip(images.indices.tolist(), images.labels.tolist(), strict=True):
         digest.update(f"\n{images.images.name(index)}\t{label}".encode())
-    return Question(model_sha256, preprocessing, digest.hexdigest(), fixed_images)
+    return OutputsKey(model_sha256, preprocessing, digest.hexdigest(), fixed_images)
 
 
-def save_answers(path: Path, asked: Question, said: Answers) -> None:
+def save_outputs(path: Path, asked: OutputsKey, said: ModelOutputs) -> None:
     """Write answers with what they belong to, as safetensors.
 
     Raises:
@@ -67,7 +67,7 @@ def save_answers(path: Path, asked: Question, said: Answers) -> None:
     write_atomically(path, data, option="--save-dense")
 
 
-def load_answers(path: Path, asked: Question) -> Answers:
+def load_outputs(path: Path, asked: OutputsKey) -> ModelOutputs:
     """Read answers that belong to this model, these images and this preprocessing.
 
     Raises:
@@ -81,7 +81,7 @@ def load_answers(path: Path, asked: Question) -> Answers:
     try:
         with safe_open(path, "np") as file:
             header = json.loads((file.metadata() or {})[METADATA_KEY])
-        saved, finite = decode(Question, header["answers"]), header["finite"]
+        saved, finite = decode(OutputsKey, header["answers"]), header["finite"]
         tensors = safetensors.numpy.load_file(path)
         fixed, first, in_top5 = (tensors[name] for name in (_FIXED, _FIRST, _TOP5))
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
@@ -103,7 +103,7 @@ def load_answers(path: Path, asked: Question) -> Answers:
             found="; ".join(differences),
             fix="run once more with --save-dense, without --dense-results",
         )
-    return Answers(fixed, first, in_top5, finite)
+    return ModelOutputs(fixed, first, in_top5, finite)
 
 
 def _no_answers(path: Path, found: object) -> InputError:

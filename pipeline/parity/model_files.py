@@ -20,11 +20,11 @@ from maskplan.exporters.onnx_export import ExportOptions, export_onnx
 from maskplan.pipeline.core.artifacts import Preprocessing, Provenance
 from maskplan.pipeline.core.choices import TENSORRT
 from maskplan.pipeline.core.errors import InputError
-from maskplan.pipeline.models.checkpoint import read_checkpoint, rebuilt
+from maskplan.pipeline.models.checkpoint import read_checkpoint, rebuild_module
 
 
 @dataclass(frozen=True)
-class Side:
+class OpenedModel:
     """An opened model; `provenance` is None for a foreign file."""
 
     classifier: Classifier
@@ -42,7 +42,7 @@ class Side:
 
 
 @contextlib.contextmanager
-def open_side(path: Path) -> Iterator[Side]:
+def open_model(path: Path) -> Iterator[OpenedModel]:
     """Open a file by what it is; a checkpoint is exported to a temporary ONNX file, which needs PyTorch.
 
     Raises:
@@ -52,16 +52,18 @@ def open_side(path: Path) -> Iterator[Side]:
         if path.suffix == ".plan" or (path.suffix == ".onnx" and sidecar_path(path).is_file()):
             record = read_engine(path)
             profiles = record.profiles if record.backend == TENSORRT else ()
-            yield Side(stack.enter_context(Classifier(open_engine(record), path.name, profiles)), record.provenance)
+            yield OpenedModel(
+                stack.enter_context(Classifier(open_engine(record), path.name, profiles)), record.provenance
+            )
         elif path.suffix == ".onnx":
             provenance = read_provenance(load_onnx(path), path)
-            yield Side(stack.enter_context(Classifier(OrtEngine(path), path.name)), provenance)
+            yield OpenedModel(stack.enter_context(Classifier(OrtEngine(path), path.name)), provenance)
         elif path.suffix == ".safetensors":
             checkpoint = read_checkpoint(path)
             made = checkpoint.provenance
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="maskplan-")))
-            (exported,) = export_onnx(rebuilt(checkpoint), made, ExportOptions(), {"fp32": folder / "side.onnx"})
-            yield Side(stack.enter_context(Classifier(OrtEngine(exported.path), path.name)), made)
+            (exported,) = export_onnx(rebuild_module(checkpoint), made, ExportOptions(), {"fp32": folder / "side.onnx"})
+            yield OpenedModel(stack.enter_context(Classifier(OrtEngine(exported.path), path.name)), made)
         else:
             raise InputError(
                 "not something to compare",
@@ -70,7 +72,7 @@ def open_side(path: Path) -> Iterator[Side]:
             )
 
 
-def shared_preprocessing(sides: Sequence[Side], mean: str | None, std: str | None) -> Preprocessing:
+def shared_preprocessing(sides: Sequence[OpenedModel], mean: str | None, std: str | None) -> Preprocessing:
     """The preprocessing of both: from the record of either, or for foreign files from the input's shape and the options.
 
     Raises:

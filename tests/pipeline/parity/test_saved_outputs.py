@@ -1,4 +1,4 @@
-"""Answers that are read again are the same, and belong to the same model, images and preprocessing."""
+"""ModelOutputs that are read again are the same, and belong to the same model, images and preprocessing."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import safetensors.numpy
 from maskplan.pipeline.core.artifacts import ImageSet, Preprocessing
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.data.dataset import Split
-from maskplan.pipeline.parity.answers import Answers
-from maskplan.pipeline.parity.saved_answers import Question, load_answers, question, save_answers
+from maskplan.pipeline.parity.model_outputs import ModelOutputs
+from maskplan.pipeline.parity.saved_outputs import OutputsKey, load_outputs, outputs_key, save_outputs
 
 HOW = Preprocessing(3, 4, 4, 0, "nearest", (0.25,) * 3, (0.5,) * 3)
 SET = ImageSet("val", 4, "7" * 64, ())
 RNG = np.random.default_rng(0)
-SAID = Answers(
+SAID = ModelOutputs(
     RNG.normal(size=(3, 5)).astype(np.float32),
     RNG.integers(0, 5, 4).astype(np.int32),
     np.array([1, 0, 1, 1], bool),
@@ -42,9 +42,9 @@ class Named:
 
 def asked(
     names: str = "abcd", labels: tuple[int, ...] = (0, 1, 2, 3), order: tuple[int, ...] = (0, 1, 2, 3)
-) -> Question:
+) -> OutputsKey:
     split = Split("val", Named(tuple(names), np.array(labels)), np.array(order))
-    return question("1" * 64, HOW, split, SET, 3)
+    return outputs_key("1" * 64, HOW, split, SET, 3)
 
 
 @pytest.mark.parametrize("finite", [True, False])
@@ -52,8 +52,8 @@ def test_what_is_read_is_what_was_written(finite: bool, tmp_path: Path) -> None:
     said = replace(SAID, finite=finite)
     if not finite:
         said.fixed[0, 0] = np.nan
-    save_answers(tmp_path / "d", asked(), said)
-    found = load_answers(tmp_path / "d", asked())
+    save_outputs(tmp_path / "d", asked(), said)
+    found = load_outputs(tmp_path / "d", asked())
     for name in ("fixed", "first", "in_top5"):
         mine, theirs = getattr(found, name), getattr(said, name)
         assert mine.dtype == theirs.dtype
@@ -63,7 +63,7 @@ def test_what_is_read_is_what_was_written(finite: bool, tmp_path: Path) -> None:
 
 def test_the_same_answers_are_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        save_answers(tmp_path / name, asked(), SAID)
+        save_outputs(tmp_path / name, asked(), SAID)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -75,20 +75,20 @@ def test_the_same_answers_are_the_same_bytes(tmp_path: Path) -> None:
         (asked(names="abce"), "the images or their labels are others"),
         (asked(labels=(0, 1, 3, 2)), "the images or their labels are others"),
         (asked(order=(1, 0, 2, 3)), "the images or their labels are others"),
-        (question("1" * 64, HOW, None, None, 3), "the images or their labels are others"),
+        (outputs_key("1" * 64, HOW, None, None, 3), "the images or their labels are others"),
         (replace(asked(), fixed_images=4), "4 fixed images are asked for, 3 were"),
     ],
 )
-def test_answers_to_another_question_are_refused(other: Question, told: str, tmp_path: Path) -> None:
-    save_answers(tmp_path / "d", asked(), SAID)
+def test_answers_to_another_question_are_refused(other: OutputsKey, told: str, tmp_path: Path) -> None:
+    save_outputs(tmp_path / "d", asked(), SAID)
     with pytest.raises(InputError, match=told):
-        load_answers(tmp_path / "d", other)
+        load_outputs(tmp_path / "d", other)
 
 
 def test_every_difference_is_told_at_once(tmp_path: Path) -> None:
-    save_answers(tmp_path / "d", asked(), SAID)
+    save_outputs(tmp_path / "d", asked(), SAID)
     with pytest.raises(InputError) as caught:
-        load_answers(tmp_path / "d", replace(asked(), model_sha256="2" * 64, fixed_images=9))
+        load_outputs(tmp_path / "d", replace(asked(), model_sha256="2" * 64, fixed_images=9))
     assert "another file; 9 fixed images" in str(caught.value)
 
 
@@ -105,7 +105,7 @@ def test_what_is_no_such_file_is_one_error(content: bytes | None, tmp_path: Path
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(InputError) as caught:
-        load_answers(path, asked())
+        load_outputs(path, asked())
     assert "d.safetensors" in str(caught.value)
 
 
@@ -120,10 +120,10 @@ def test_what_is_no_such_file_is_one_error(content: bytes | None, tmp_path: Path
 )
 def test_tensors_of_another_shape_or_type_are_refused(changes: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "d"
-    save_answers(path, asked(), SAID)
+    save_outputs(path, asked(), SAID)
     with safetensors.safe_open(path, "np") as file:
         header = file.metadata()
     tensors = {"fixed": SAID.fixed, "first": SAID.first, "in_top5": SAID.in_top5} | changes
     path.write_bytes(safetensors.numpy.save(tensors, header))
     with pytest.raises(InputError, match="not a file of saved results"):
-        load_answers(path, asked())
+        load_outputs(path, asked())

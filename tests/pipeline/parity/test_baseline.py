@@ -12,7 +12,7 @@ from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.files import write_json
 from maskplan.pipeline.core.reports import DriftRow, ParityReport
 from maskplan.pipeline.core.serialization import decode, encode
-from maskplan.pipeline.parity.drift import read_baseline, with_drift
+from maskplan.pipeline.parity.baseline import read_baseline, with_drift
 
 NOW = ParityReport("pass", None, 400, 91.0, 99.0, 90.25, 98.5, 0.75, (0.2, 1.3), 97.75, 0.5, 0.99, 1.0, flip_rate=2.25)
 THEN = replace(NOW, top1_sparse=90.75, top1_drop=0.25, agreement=99.0, flip_rate=1.0, max_abs_diff=None)

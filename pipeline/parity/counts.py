@@ -10,11 +10,11 @@ import numpy.typing as npt
 
 from maskplan.pipeline.core.reports import ClassDrop, Flips
 from maskplan.pipeline.core.statistics import PairedCounts
-from maskplan.pipeline.parity.answers import UNLABELLED, Answers
+from maskplan.pipeline.parity.model_outputs import UNLABELED, ModelOutputs
 
 
 @dataclass(frozen=True)
-class Tally:
+class OutcomeCounts:
     """What two models' answers to the same images come to.
 
     Attributes:
@@ -34,20 +34,22 @@ class Tally:
     classes: tuple[ClassDrop, ...]
 
 
-def tally(dense: Answers, own: Answers, labels: npt.NDArray[np.int64], names: Sequence[str] = ()) -> Tally:
+def count_outcomes(
+    dense: ModelOutputs, own: ModelOutputs, labels: npt.NDArray[np.int64], names: Sequence[str] = ()
+) -> OutcomeCounts:
     """Count two models' answers.
 
     Args:
         dense: Of the reference.
         own: Of the model beside it.
-        labels: (N,), `UNLABELLED` where there is none.
+        labels: (N,), `UNLABELED` where there is none.
         names: Of the classes, in the order of the outputs; their numbers where there are no more.
     """
-    known = labels != UNLABELLED
+    known = labels != UNLABELED
     hits, dense_hits = (a.first == labels for a in (own, dense))
     changed = own.first != dense.first
     lost, gained = dense_hits & ~hits & known, hits & ~dense_hits & known
-    return Tally(
+    return OutcomeCounts(
         images=len(labels),
         labeled=int(known.sum()),
         top1=_paired(dense_hits[known], hits[known]),

@@ -14,7 +14,7 @@ from maskplan.pipeline.core.reports import OutputCloseness
 _QUANTILE = 0.99
 
 
-def closeness(
+def output_metrics(
     reference: npt.NDArray[np.float32], other: npt.NDArray[np.float32], name: str = "logits"
 ) -> OutputCloseness:
     """Compare outputs that were computed before; no model runs.

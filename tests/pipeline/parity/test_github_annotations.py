@@ -10,7 +10,7 @@ import pytest
 from maskplan.pipeline.core.choices import FAIL, NOT_APPLICABLE, PASS
 from maskplan.pipeline.core.errors import HostError
 from maskplan.pipeline.core.reports import Check, DriftRow, ParityReport
-from maskplan.pipeline.parity.github import append_summary, summary, workflow_commands
+from maskplan.pipeline.parity.github_annotations import append_summary, summary, workflow_commands
 
 GOOD = Check("max_top1_drop", 1.0, 0.25, 0.25, True, "top-1 drops by 0.25 points; 1 are allowed")
 BAD = Check("min_agreement", 99.0, 98.0, 98.0, False, "the models agree on 98.00% of images; 99% are asked for")

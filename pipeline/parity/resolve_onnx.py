@@ -13,13 +13,13 @@ from maskplan.exporters.onnx_export import ExportOptions, export_onnx
 from maskplan.pipeline.core.choices import TENSORRT
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.files import sha256_of
-from maskplan.pipeline.models.checkpoint import read_checkpoint, rebuilt
+from maskplan.pipeline.models.checkpoint import read_checkpoint, rebuild_module
 
 log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def onnx_of(path: Path) -> Iterator[Path]:
+def resolve_onnx(path: Path) -> Iterator[Path]:
     """The ONNX file behind an engine, an ONNX file or a checkpoint.
 
     A TensorRT plan stands for the file that it was built from, which is looked for beside it by its digest; a checkpoint is
@@ -40,7 +40,7 @@ def onnx_of(path: Path) -> Iterator[Path]:
         checkpoint = read_checkpoint(path)
         with tempfile.TemporaryDirectory(prefix="maskplan-") as folder:
             (exported,) = export_onnx(
-                rebuilt(checkpoint), checkpoint.provenance, ExportOptions(), {"fp32": Path(folder) / "side.onnx"}
+                rebuild_module(checkpoint), checkpoint.provenance, ExportOptions(), {"fp32": Path(folder) / "side.onnx"}
             )
             yield exported.path
     else:

@@ -48,7 +48,7 @@ class GraphLayer:
 
 
 @dataclass(frozen=True)
-class SameLayers:
+class LayerMatches:
     """Pairs of the same tensor in both graphs, with the layer of the first that makes it, in the order of the first graph.
 
     `unmatched` names the layers that only one of them has.
@@ -63,7 +63,7 @@ def computed_tensors(graph: onnx.GraphProto) -> list[str]:
     return [name for node in _computing(graph) if not _converts(node) for name in node.output if name]
 
 
-def layers_of(model: onnx.ModelProto, floats: Mapping[str, TensorSpec]) -> list[GraphLayer]:
+def graph_layers(model: onnx.ModelProto, floats: Mapping[str, TensorSpec]) -> list[GraphLayer]:
     """The layers of a graph in its order.
 
     Args:
@@ -98,7 +98,7 @@ def layers_of(model: onnx.ModelProto, floats: Mapping[str, TensorSpec]) -> list[
     return layers
 
 
-def same_layers(dense: Sequence[GraphLayer], sparse: Sequence[GraphLayer]) -> SameLayers:
+def match_layers(dense: Sequence[GraphLayer], sparse: Sequence[GraphLayer]) -> LayerMatches:
     """Find the same layers in two graphs.
 
     Layers with weights are told by the weight's name, or else by their own. Others of one op are the same if they read the
@@ -201,12 +201,12 @@ class _Matching:
         first, second = self.dense[self.dense_end.get(i, i)], self.sparse[self.sparse_end.get(j, j)]
         return list(zip(first.tensors, second.tensors, strict=True))
 
-    def result(self) -> SameLayers:
+    def result(self) -> LayerMatches:
         pairs = [
             (self.dense[i], a, b) for j, i in sorted(self.of.items(), key=lambda p: p[1]) for a, b in self.tensors(j)
         ]
         lonely = [self.dense[i].name for i in self.free_dense()] + [self.sparse[j].name for j in self.free_sparse()]
-        return SameLayers(tuple(pairs), tuple(lonely))
+        return LayerMatches(tuple(pairs), tuple(lonely))
 
 
 def _unique(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from maskplan.pipeline.data.dataset import ImageFiles, Split
-from maskplan.pipeline.parity.answers import UNLABELLED
+from maskplan.pipeline.parity.model_outputs import UNLABELED
 
 
 def open_unlabeled(folder: Path) -> Split | None:
@@ -24,5 +24,5 @@ def open_unlabeled(folder: Path) -> Split | None:
     names = tuple(sorted(p.name for p in root.iterdir() if p.suffix.lower() in opened and p.is_file()))
     if not names:
         return None
-    files = ImageFiles(root, names, np.full(len(names), UNLABELLED, np.int64))
+    files = ImageFiles(root, names, np.full(len(names), UNLABELED, np.int64))
     return Split("val", files, np.arange(len(names)))

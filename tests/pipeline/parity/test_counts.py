@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from maskplan.pipeline.core.reports import ClassDrop, Flips
 from maskplan.pipeline.core.statistics import PairedCounts
-from maskplan.pipeline.parity.answers import UNLABELLED, Answers
-from maskplan.pipeline.parity.tally import tally
+from maskplan.pipeline.parity.counts import count_outcomes
+from maskplan.pipeline.parity.model_outputs import UNLABELED, ModelOutputs
 
 Array = npt.NDArray[Any]
 
 
-def answers(first: list[int], in_top5: list[bool]) -> Answers:
-    return Answers(np.zeros((1, 4), np.float32), np.array(first, np.int32), np.array(in_top5, bool), True)
+def answers(first: list[int], in_top5: list[bool]) -> ModelOutputs:
+    return ModelOutputs(np.zeros((1, 4), np.float32), np.array(first, np.int32), np.array(in_top5, bool), True)
 
 
 rows = st.lists(
@@ -32,8 +32,8 @@ rows = st.lists(
 @given(rows)
 def test_every_count_is_the_count_by_hand(table: list[tuple[int, int, bool, bool, int]]) -> None:
     mine, theirs, mine5, theirs5, labels = map(list, zip(*table, strict=True))
-    found = tally(answers(theirs, theirs5), answers(mine, mine5), np.array(labels))
-    labeled = [row for row in table if row[4] != UNLABELLED]
+    found = count_outcomes(answers(theirs, theirs5), answers(mine, mine5), np.array(labels))
+    labeled = [row for row in table if row[4] != UNLABELED]
     assert (found.images, found.labeled) == (len(table), len(labeled))
     hits = Counter((b == label, a == label) for a, b, _, _, label in labeled)
     assert found.top1 == PairedCounts(hits[True, True], hits[True, False], hits[False, True], hits[False, False])
@@ -59,7 +59,7 @@ def test_directions_are_told_apart() -> None:
     labels = np.array([0, 1, 2, 3, 0, -1, -1])
     dense = answers([0, 1, 0, 1, 0, 2, 2], [True] * 7)
     sparse = answers([1, 2, 2, 2, 0, 2, 3], [True] * 7)
-    found = tally(dense, sparse, labels, ["a", "b", "c"])
+    found = count_outcomes(dense, sparse, labels, ["a", "b", "c"])
     assert found.flips == Flips(5, 2, 1, 1)
     assert (found.top1.drop, found.labeled) == (20, 5)
     assert [c.name for c in found.classes] == ["a", "b", "c", "3"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from maskplan.pipeline.parity.unlabeled import open_unlabeled
+from maskplan.pipeline.parity.unlabeled_images import open_unlabeled
 
 
 def pictures(folder: Path, *names: str) -> None:

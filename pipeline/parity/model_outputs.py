@@ -13,7 +13,7 @@ from maskplan.pipeline.core.artifacts import Preprocessing
 from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.data.dataset import Split, batches
 
-UNLABELLED = -1
+UNLABELED = -1
 """The label of an image that has none."""
 
 _SEED = 20240229
@@ -23,7 +23,7 @@ Batches = Iterable[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]]
 
 
 @dataclass(frozen=True)
-class Answers:
+class ModelOutputs:
     """What one model says. Logits are kept for the fixed images only, so that any number of images fits into memory.
 
     Attributes:
@@ -39,29 +39,29 @@ class Answers:
     finite: bool
 
 
-def ask(
+def run_models(
     models: Mapping[str, Classifier], preprocessing: Preprocessing, images: Split | None, fixed_count: int
-) -> dict[str, Answers]:
+) -> dict[str, ModelOutputs]:
     """Run every model once on every image; without images, on noise.
 
     Args:
         models: By name.
         preprocessing: Preprocessing of all of them.
-        images: All to be answered; those with the label `UNLABELLED` have no top-5.
+        images: All to be answered; those with the label `UNLABELED` have no top-5.
         fixed_count: How many of them are fixed images.
     """
     if images is None or not len(images):
         noise = _noise(preprocessing, fixed_count)
-        return answers_of(models, _cut(noise, np.full(len(noise), UNLABELLED)), 0, np.arange(len(noise)))
+        return run_on_batches(models, _cut(noise, np.full(len(noise), UNLABELED)), 0, np.arange(len(noise)))
     total = -(-len(images) // _BATCH)
     stream = track(batches(images, preprocessing, _BATCH), "compare", total)
-    return answers_of(models, stream, len(images), fixed_positions(images, fixed_count))
+    return run_on_batches(models, stream, len(images), fixed_image_positions(images, fixed_count))
 
 
-def answers_of(
+def run_on_batches(
     models: Mapping[str, Classifier], stream: Batches, count: int, fixed: npt.NDArray[np.int64]
-) -> dict[str, Answers]:
-    """As `ask`, from batches of images (N, channels, H, W) and labels (N,).
+) -> dict[str, ModelOutputs]:
+    """As `run_models`, from batches of images (N, channels, H, W) and labels (N,).
 
     Args:
         models: By name.
@@ -84,33 +84,33 @@ def answers_of(
             kept[name].append(logits[rows])
             if size > 0:
                 first[name][here] = logits[:size].argmax(axis=1)
-                in_top5[name][here] = in_top(logits[:size], labels[:size], 5)
+                in_top5[name][here] = in_top_k(logits[:size], labels[:size], 5)
         start += len(x)
-    return {name: Answers(np.concatenate(kept[name]), first[name], in_top5[name], finite[name]) for name in models}
+    return {name: ModelOutputs(np.concatenate(kept[name]), first[name], in_top5[name], finite[name]) for name in models}
 
 
-def in_top(logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.bool_]:
+def in_top_k(logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.bool_]:
     """Whether fewer than `k` classes score above the label; NaN scores count as above, and no label is in no top."""
     own = np.take_along_axis(logits, np.maximum(labels, 0)[:, None], axis=1)
-    return np.asarray(((~(logits <= own)).sum(axis=1) < k) & (labels != UNLABELLED))
+    return np.asarray(((~(logits <= own)).sum(axis=1) < k) & (labels != UNLABELED))
 
 
-def fixed_positions(images: Split, count: int) -> npt.NDArray[np.int64]:
+def fixed_image_positions(images: Split, count: int) -> npt.NDArray[np.int64]:
     """Where the fixed images lie in a split, ascending: drawn with a fixed seed, all where there are no more."""
-    return np.flatnonzero(np.isin(images.indices, images.first(count, _SEED).indices))
+    return np.flatnonzero(np.isin(images.indices, images.sample(count, _SEED).indices))
 
 
-def fixed_images(preprocessing: Preprocessing, images: Split | None, count: int) -> npt.NDArray[np.float32]:
-    """The same images every time, in the order in which `ask` meets them; without any, normal noise."""
+def load_fixed_images(preprocessing: Preprocessing, images: Split | None, count: int) -> npt.NDArray[np.float32]:
+    """The same images every time, in the order in which `run_models` meets them; without any, normal noise."""
     if images is None or not len(images):
         return _noise(preprocessing, count)
-    positions = fixed_positions(images, count)
+    positions = fixed_image_positions(images, count)
     return np.concatenate([x for x, _ in batches(images, preprocessing, _BATCH, positions)])
 
 
-def logits_of(model: Classifier, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def compute_logits(model: Classifier, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Images (N, channels, H, W) to logits (N, classes), a batch at a time."""
-    return np.concatenate([model.logits(x) for x, _ in _cut(images, np.full(len(images), UNLABELLED))])
+    return np.concatenate([model.logits(x) for x, _ in _cut(images, np.full(len(images), UNLABELED))])
 
 
 def _noise(preprocessing: Preprocessing, count: int) -> npt.NDArray[np.float32]:

@@ -16,15 +16,15 @@ from hypothesis.extra import numpy as hnp
 from maskplan.engines.base import Arrays, Classifier
 from maskplan.pipeline.core.artifacts import Preprocessing, TensorSpec
 from maskplan.pipeline.data.dataset import Split
-from maskplan.pipeline.parity.answers import (
-    UNLABELLED,
+from maskplan.pipeline.parity.model_outputs import (
+    UNLABELED,
     Batches,
-    answers_of,
-    ask,
-    fixed_images,
-    fixed_positions,
-    in_top,
-    logits_of,
+    compute_logits,
+    fixed_image_positions,
+    in_top_k,
+    load_fixed_images,
+    run_models,
+    run_on_batches,
 )
 
 Array = npt.NDArray[Any]
@@ -80,14 +80,14 @@ def pixels(images: Split) -> Array:
 def test_every_image_is_shown_once_and_answered_in_its_place(count: int, fixed: int) -> None:
     images = pictures(count)
     engines = {"dense": Weighing(7, 1), "sparse": Weighing(7, 2)}
-    said = ask({n: Classifier(e, n) for n, e in engines.items()}, HOW, images, fixed)
+    said = run_models({n: Classifier(e, n) for n, e in engines.items()}, HOW, images, fixed)
     for name, engine in engines.items():
         logits = pixels(images).mean((2, 3)) @ engine.weights
         assert engine.shown == count
         assert np.array_equal(said[name].first, logits.argmax(1))
         ranks = (logits > logits[np.arange(count), images.labels][:, None]).sum(1)
         assert np.array_equal(said[name].in_top5, ranks < 5)
-        positions = fixed_positions(images, fixed)
+        positions = fixed_image_positions(images, fixed)
         assert len(positions) == min(fixed, count)
         assert np.allclose(said[name].fixed, logits[positions], atol=1e-5)
         assert said[name].finite
@@ -96,23 +96,23 @@ def test_every_image_is_shown_once_and_answered_in_its_place(count: int, fixed: 
 def test_fixed_images_are_those_whose_logits_were_kept() -> None:
     images = pictures(90)
     model = Classifier(Weighing(5, 3), "net")
-    kept = ask({"net": model}, HOW, images, 40)["net"].fixed
-    assert np.allclose(logits_of(model, fixed_images(HOW, images, 40)), kept, atol=1e-6)
+    kept = run_models({"net": model}, HOW, images, 40)["net"].fixed
+    assert np.allclose(compute_logits(model, load_fixed_images(HOW, images, 40)), kept, atol=1e-6)
 
 
 def test_the_draw_of_fixed_images_follows_the_images_and_not_their_place() -> None:
     """A split that holds the odd images only, the last one first."""
     images = pictures(90)
     odd = Split("val", images.images, np.arange(1, 90, 2)[::-1])
-    drawn = odd.first(10, 20240229).indices
-    assert sorted(odd.indices[fixed_positions(odd, 10)]) == sorted(drawn)
+    drawn = odd.sample(10, 20240229).indices
+    assert sorted(odd.indices[fixed_image_positions(odd, 10)]) == sorted(drawn)
 
 
 def test_without_images_noise_is_answered_and_nothing_is_counted() -> None:
     engine = Weighing(4, 1)
-    said = ask({"net": Classifier(engine, "net")}, HOW, None, 70)["net"]
+    said = run_models({"net": Classifier(engine, "net")}, HOW, None, 70)["net"]
     assert (said.fixed.shape, said.first.shape, said.in_top5.shape, engine.shown) == ((70, 4), (0,), (0,), 70)
-    assert np.allclose(said.fixed, fixed_images(HOW, None, 70).mean((2, 3)) @ engine.weights, atol=1e-5)
+    assert np.allclose(said.fixed, load_fixed_images(HOW, None, 70).mean((2, 3)) @ engine.weights, atol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -128,18 +128,18 @@ def test_one_number_that_is_not_finite_is_seen_wherever_it_is(bad: float, after:
             return found
 
     models = {"good": Classifier(Weighing(4, 1), "good"), "bad": Classifier(Spoiling(4, 1), "bad")}
-    said = ask(models, HOW, pictures(70), 1)
+    said = run_models(models, HOW, pictures(70), 1)
     assert (said["good"].finite, said["bad"].finite) == (True, False)
 
 
 def stream(count: int, size: int) -> Batches:
-    labels = np.full(count, UNLABELLED)
+    labels = np.full(count, UNLABELED)
     for start in range(0, count, size):
         yield np.ones((min(size, count - start), 3, 4, 4), np.float32), labels[start : start + size]
 
 
 def test_images_without_a_label_are_in_no_top_five() -> None:
-    said = answers_of({"net": Classifier(Weighing(3, 1), "net")}, stream(10, 4), 10, np.arange(2))["net"]
+    said = run_on_batches({"net": Classifier(Weighing(3, 1), "net")}, stream(10, 4), 10, np.arange(2))["net"]
     assert not said.in_top5.any()
     assert len(set(said.first.tolist())) == 1
 
@@ -168,4 +168,4 @@ logit_tables = st.tuples(st.integers(1, 6), st.integers(1, 8)).flatmap(
 def test_in_top_is_what_ranks_say(logits: Array, k: int, data: st.DataObject) -> None:
     labels = data.draw(hnp.arrays(np.int64, len(logits), elements=st.integers(0, logits.shape[1] - 1)))
     expected = [brute_in_top(row, int(label), k) for row, label in zip(logits, labels, strict=True)]
-    assert in_top(logits, labels, k).tolist() == expected
+    assert in_top_k(logits, labels, k).tolist() == expected

@@ -22,7 +22,7 @@ from maskplan.exporters.metadata import describe_onnx, write_provenance
 from maskplan.pipeline.core.artifacts import Preprocessing, Provenance, TensorSpec
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.models.checkpoint import ModelOptions, load_checkpoint, open_checkpoint
-from maskplan.pipeline.parity.sides import Side, open_side, shared_preprocessing
+from maskplan.pipeline.parity.model_files import OpenedModel, open_model, shared_preprocessing
 
 Array = npt.NDArray[Any]
 
@@ -55,13 +55,13 @@ def engine_of(onnx_file: Path) -> Path:
 def test_onnx_files_and_engines_give_the_same_logits(tmp_path: Path) -> None:
     plain = written(tmp_path / "net.onnx", MADE)
     for path in (plain, engine_of(plain)):
-        with open_side(path) as side:
+        with open_model(path) as side:
             assert (side.provenance, side.classes, side.classifier.name) == (MADE, 5, path.name)
             assert np.allclose(side.classifier.logits(IMAGES), IMAGES.reshape(3, -1) @ WEIGHT, atol=1e-4)
 
 
 def test_a_foreign_file_has_no_provenance(tmp_path: Path) -> None:
-    with open_side(written(tmp_path / "net.onnx")) as side:
+    with open_model(written(tmp_path / "net.onnx")) as side:
         assert side.provenance is None
 
 
@@ -74,7 +74,7 @@ def test_classes_that_the_graph_does_not_tell_are_found_by_a_run(tmp_path: Path)
     keep = np.array([True, False, True, True, False])
     model.graph.initializer.append(numpy_helper.from_array(keep, "keep"))
     path.write_bytes(model.SerializeToString())
-    with open_side(path) as side:
+    with open_model(path) as side:
         assert side.classifier.output.shape == (None, None)
         assert side.classes == 3
 
@@ -95,7 +95,7 @@ def test_classes_are_found_where_not_even_the_rank_is_told(tmp_path: Path) -> No
     )
     model.graph.output[0].type.tensor_type.ClearField("shape")
     path.write_bytes(model.SerializeToString())
-    with open_side(path) as side:
+    with open_model(path) as side:
         assert side.classes == 5
         assert np.allclose(side.classifier.logits(IMAGES), IMAGES.reshape(3, -1) @ WEIGHT, atol=1e-4)
 
@@ -107,7 +107,7 @@ def test_a_checkpoint_is_exported_and_nothing_stays(tmp_path: Path, monkeypatch:
     made = load_checkpoint(options, tmp_path / "dense.safetensors")
     module, _ = open_checkpoint(options)
     x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    with open_side(made.path) as side:
+    with open_model(made.path) as side:
         assert (side.provenance, side.classes) == (made.provenance, 10)
         assert [p for p in (tmp_path / "temporary").iterdir() if p.name.startswith("maskplan-")]
         with torch.no_grad():
@@ -119,14 +119,14 @@ def test_a_checkpoint_of_another_number_of_classes_opens_with_them(tmp_path: Pat
     """The record says how many classes the weights are for; the model's own number is no longer right."""
     options = ModelOptions("digits_resnet", "random", classes=3)
     made = load_checkpoint(options, tmp_path / "three.safetensors")
-    with open_side(made.path) as side:
+    with open_model(made.path) as side:
         assert side.classes == 3
 
 
 def test_a_checkpoint_whose_model_is_a_file_elsewhere_says_what_to_do(tiny_spec: str, tmp_path: Path) -> None:
     """The record holds no folder, so the model's code cannot be found: export it, and compare that."""
     made = load_checkpoint(ModelOptions(tiny_spec, "random"), tmp_path / "tiny.safetensors")
-    with pytest.raises(InputError, match="export") as caught, open_side(made.path):
+    with pytest.raises(InputError, match="export") as caught, open_model(made.path):
         pass
     assert "tiny" in str(caught.value)
 
@@ -136,17 +136,17 @@ def test_an_engines_own_digest_is_held_against_it(tmp_path: Path) -> None:
     model = onnx.load(engine)
     model.graph.initializer[0].CopyFrom(numpy_helper.from_array(WEIGHT * 2, "w"))
     engine.write_bytes(model.SerializeToString())
-    with pytest.raises(InputError, match="not the one that its sidecar describes"), open_side(engine):
+    with pytest.raises(InputError, match="not the one that its sidecar describes"), open_model(engine):
         pass
     # Without the sidecar it is an ONNX file like any other.
     sidecar_path(engine).unlink()
-    with open_side(engine) as side:
+    with open_model(engine) as side:
         assert np.allclose(side.classifier.logits(IMAGES), 2 * IMAGES.reshape(3, -1) @ WEIGHT, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["none.onnx", "none.plan", "none.safetensors", "none.pth", "none"])
 def test_what_is_missing_or_of_no_known_kind_is_one_error(name: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError) as caught, open_side(tmp_path / name):
+    with pytest.raises(InputError) as caught, open_model(tmp_path / name):
         pass
     assert name in str(caught.value)
 
@@ -155,7 +155,7 @@ def test_what_is_missing_or_of_no_known_kind_is_one_error(name: str, tmp_path: P
 def test_rubbish_is_one_error_whatever_its_name(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(b"\x93NUMPY rubbish")
-    with pytest.raises(InputError) as caught, open_side(path):
+    with pytest.raises(InputError) as caught, open_model(path):
         pass
     assert name in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 4
@@ -165,7 +165,7 @@ def test_a_safetensors_file_of_another_tool_is_no_checkpoint_of_ours(tmp_path: P
     import safetensors.numpy
 
     safetensors.numpy.save_file({"w": WEIGHT}, tmp_path / "w.safetensors")
-    with pytest.raises(InputError, match="not a checkpoint of maskplan"), open_side(tmp_path / "w.safetensors"):
+    with pytest.raises(InputError, match="not a checkpoint of maskplan"), open_model(tmp_path / "w.safetensors"):
         pass
 
 
@@ -185,8 +185,8 @@ class Sized:
         pass
 
 
-def side(made: Provenance | None = None, shape: tuple[int | None, ...] = (None, 3, 8, 8)) -> Side:
-    return Side(Classifier(Sized(shape), "some net"), made)
+def side(made: Provenance | None = None, shape: tuple[int | None, ...] = (None, 3, 8, 8)) -> OpenedModel:
+    return OpenedModel(Classifier(Sized(shape), "some net"), made)
 
 
 def test_preprocessing_is_that_of_either_record() -> None:
