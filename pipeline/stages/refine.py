@@ -1,4 +1,4 @@
-"""Refine: a mask costs accuracy and gains no time if the engine runs the layer dense, so such layers get their weights back."""
+"""Refine: a mask on a layer that the engine runs dense costs accuracy and gains no time, so the layer gets its weights back."""
 
 from __future__ import annotations
 
@@ -88,11 +88,11 @@ def better(first: PassFigures, refined: PassFigures, restored: tuple[str, ...]) 
     """Choose which of two engines to keep.
 
     The refined engine is kept if it is not slower beyond the noise at any batch size and its top-1 drop is not larger. It
-    wins ties because it is closer to the dense model, provided that something was restored. Figures that were not measured do
-    not count. An engine that fails the gate never replaces one that passes.
+    wins ties because it is closer to the dense model, provided that something was restored. Figures that were not measured
+    do not count. An engine that fails the gate never replaces one that passes.
 
-    Each engine was interleaved with the dense engine, not with the other one, so they are compared by their speedups over the
-    same dense file. A difference is noise unless the intervals of the speedups are disjoint and it exceeds what one file
+    Each engine was interleaved with the dense engine, not with the other one, so they are compared by their speedups over
+    the same dense file. A difference is noise unless the intervals of the speedups are disjoint and it exceeds what one file
     varies by from load to load: the larger of the build spreads, where known, and the drift of the dense engine between the
     two timings.
     """
