@@ -1,4 +1,4 @@
-"""The stability stage: a network, masks and held-out images to bounds, certificates and a flip rate."""
+"""The stability stage: bounds, certificates and a flip rate for a network, masks and held-out images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from maskplan.pipeline.stability.bounds import (
     Pair,
     change_bounds,
     difference_norms,
-    largest_image,
+    max_image_norm,
     observe,
     pair_of,
     worst_case,
@@ -58,19 +58,19 @@ log = logging.getLogger(__name__)
 State = Mapping[str, "torch.Tensor"]
 
 _ARITHMETIC = "float64"
-_QUANTILE = 0.95
+_VARIATION_QUANTILE = 0.95
 
 
 @dataclass(frozen=True)
 class StabilityOptions:
-    """How to look.
+    """Options of the stability stage.
 
     Attributes:
-        images: Held-out images, drawn with the seed; all of them where there are no more.
-        confidence: Of the statistical certificate.
-        radii: Relative sizes of updates for which shares are told.
-        batch: Images at a time; None for as many as fit well.
-        seed: Which images.
+        images: Number of held-out images, drawn at random; all images if there are fewer.
+        confidence: Confidence of the statistical certificate.
+        radii: Relative norms of updates for which certified shares are reported.
+        batch: Images per batch; None for a size that fits the image size.
+        seed: Seed of the draw of images.
     """
 
     images: int = 1000
@@ -91,10 +91,10 @@ class Weights:
     """State dicts of one architecture.
 
     Attributes:
-        dense: Before masking.
-        masked: After it.
-        updated: Newer weights, dense.
-        updated_masked: The same masked.
+        dense: Dense weights.
+        masked: Masked weights.
+        updated: Newer dense weights.
+        updated_masked: Newer weights, masked.
     """
 
     dense: State
@@ -112,24 +112,24 @@ def analyze(
     known: ImageSet,
     options: StabilityOptions,
 ) -> StabilityReport:
-    """Bound and measure what masking, and an update, do to a network's outputs.
+    """Bound and measure the effect of masking, and of an update, on a network's outputs.
 
     Args:
-        module: The architecture; its own weights are not looked at.
-        provenance: Of the masked weights.
-        weights: What to compare.
-        method: How the masks were chosen.
-        val: Held-out images, which shaped none of the weights and masks.
-        known: Their digests.
-        options: How many of them, and what to tell.
+        module: The architecture; its own weights are not used.
+        provenance: Provenance of the masked weights.
+        weights: The state dicts to compare.
+        method: Mask method.
+        val: Held-out images, not used for choosing any of the weights and masks.
+        known: Digests of these images.
+        options: Number of images, and what to report.
 
     Raises:
         InputError: The bounds do not cover the model, or there are no images.
     """
-    how = provenance.preprocessing
+    preprocessing = provenance.preprocessing
     if not len(val):
         raise InputError("there are no held-out images", fix="give --data DIR with images in val/")
-    network = read_network(module, how)
+    network = read_network(module, preprocessing)
     ends = tails(network)
     if not network.layers:
         raise InputError("the model has no layer with weights", where=provenance.model)
@@ -141,21 +141,21 @@ def analyze(
         (end, ball_of(network, masked, pair.second_norms, frobenius, [i for i in network.layers if i > end.start]))
         for end in _reported(ends)
     ]
-    masking = _Tally("dense against masked", ends)
-    held = [_Held(end, ball, options.radii) for end, ball in balls]
-    update = None if weights.updated is None else _Update.of(pair, weights, ends)
+    masking = _PairTally("dense against masked", ends)
+    ball_tallies = [_BallTally(end, ball, options.radii) for end, ball in balls]
+    update = None if weights.updated is None else _UpdateTally.of(pair, weights, ends)
     margins = []
-    split = val.first(options.images, options.seed)
-    for images in _batches(split, how, options):
-        seen = observe(pair, images)
-        masking.add(pair, seen)
-        for each in held:
-            each.add(seen)
-        margins.append(_margin(seen.logits_first))
+    split = val.sample(options.images, options.seed)
+    for images in _batches(split, preprocessing, options):
+        observed = observe(pair, images)
+        masking.add(pair, observed)
+        for each in ball_tallies:
+            each.add(observed)
+        margins.append(_margin(observed.logits_first))
         if update is not None:
-            update.add(seen, images)
-    worst = worst_case(pair, differences, largest_image(how))
-    report, updates = masking.report(), tuple(each.report(ends) for each in held)
+            update.add(observed, images)
+    worst = worst_case(pair, differences, max_image_norm(preprocessing))
+    report, updates = masking.report(), tuple(each.report(ends) for each in ball_tallies)
     return StabilityReport(
         model=provenance.model,
         trained=provenance.trained,
@@ -179,12 +179,12 @@ def analyze(
 def under_masks(
     module: nn.Module, masks: Mapping[str, np.ndarray], statistics_of: State | None
 ) -> dict[str, torch.Tensor]:
-    """A module's weights under masks, with its own statistics or, as an update without recalibration keeps them, older ones.
+    """Masked state dict of a module, with its own buffers or, for an update without recalibration, older ones.
 
     Args:
-        module: With the newer weights; it stays as it is.
-        masks: By the weights' names.
-        statistics_of: The state dict whose buffers to take; None for the module's own.
+        module: The module with the newer weights; not modified.
+        masks: Masks by weight name.
+        statistics_of: State dict whose buffers are used; None for the module's own.
     """
     import torch
 
@@ -200,10 +200,10 @@ def under_masks(
 
 
 def require_masked(sparse: State, masks: Mapping[str, np.ndarray], *, where: object) -> None:
-    """Raise unless a checkpoint is zero wherever masks drop a weight.
+    """Require a checkpoint to be zero wherever masks prune a weight.
 
     Raises:
-        InputError: It is not; all layers are counted.
+        InputError: Some pruned weights are not zero; all layers are checked.
     """
     wrong = [
         f"{name}: {count} weights"
@@ -212,17 +212,17 @@ def require_masked(sparse: State, masks: Mapping[str, np.ndarray], *, where: obj
     ]
     if wrong:
         raise InputError(
-            "the sparse checkpoint was not made with these masks",
+            "the sparse checkpoint was not pruned with these masks",
             where=where,
-            found=f"{len(wrong)} of {len(masks)} layers keep what the masks drop: {listed(wrong, 3)}",
-            fix="give the masks it was baked with, or leave --sparse out",
+            found=f"{len(wrong)} of {len(masks)} layers have nonzero weights where the masks prune: {listed(wrong, 3)}",
+            fix="give the masks that it was baked with, or omit --sparse",
         )
 
 
 def _batches(split: Split, preprocessing: Preprocessing, options: StabilityOptions) -> Iterator[torch.Tensor]:
     import torch
 
-    # Both networks keep several nodes' values at a time, in float64.
+    # Both networks keep the float64 values of several nodes in memory.
     size = options.batch or (64 if preprocessing.height * preprocessing.width <= 64**2 else 8)
     for x, _ in track(batches(split, preprocessing, size), "stability", -(-len(split) // size)):
         yield torch.from_numpy(x)
@@ -238,7 +238,7 @@ def _name(end: Tail, ends: Sequence[Tail]) -> str:
 
 
 def _margin(logits: Floats) -> Floats:
-    """(N,), the largest logit minus the second largest; infinite for a single class."""
+    """The largest logit minus the second largest, shape (N,); infinite for a single class."""
     if logits.shape[1] < 2:
         return np.full(len(logits), np.inf)
     highest = np.partition(logits, -2, axis=1)
@@ -258,22 +258,22 @@ def _softmax(logits: Floats) -> Floats:
     return found
 
 
-class _Tally:
-    """Two networks, batch after batch."""
+class _PairTally:
+    """Accumulates the report of two networks over batches."""
 
     def __init__(self, name: str, ends: Sequence[Tail]) -> None:
         self._name, self._ends = name, ends
         self._changes: list[Floats] = []
         self._variation: list[Floats] = []
         self._flips: list[Bools] = []
-        self._found: list[list[Certificates]] = [[] for _ in ends]
+        self._certificates: list[list[Certificates]] = [[] for _ in ends]
 
-    def add(self, pair: Pair, seen: ForwardObservation) -> None:
-        self._changes.append(seen.changes[-1])
-        self._variation.append(_total_variation(seen.logits_first, seen.logits_second))
-        self._flips.append(seen.logits_first.argmax(axis=1) != seen.logits_second.argmax(axis=1))
-        for end, found in zip(self._ends, self._found, strict=True):
-            found.append(certify(pair, seen, end.start))
+    def add(self, pair: Pair, observed: ForwardObservation) -> None:
+        self._changes.append(observed.changes[-1])
+        self._variation.append(_total_variation(observed.logits_first, observed.logits_second))
+        self._flips.append(observed.logits_first.argmax(axis=1) != observed.logits_second.argmax(axis=1))
+        for end, certificates in zip(self._ends, self._certificates, strict=True):
+            certificates.append(certify(pair, observed, end.start))
 
     @property
     def flips(self) -> Bools:
@@ -285,7 +285,7 @@ class _Tally:
 
     def report(self) -> PairReport:
         changes = np.concatenate(self._changes)
-        certified = np.stack([np.concatenate([c.certified for c in found]) for found in self._found])
+        certified = np.stack([np.concatenate([c.certified for c in batches]) for batches in self._certificates])
         return PairReport(
             self._name,
             len(changes),
@@ -293,12 +293,14 @@ class _Tally:
             int((certified.any(axis=0) & self.flips).sum()),
             quantiles(changes),
             quantiles(self.variation),
-            tuple(self._regime(end, found, changes) for end, found in zip(self._ends, self._found, strict=True)),
+            tuple(
+                self._regime(end, batches, changes) for end, batches in zip(self._ends, self._certificates, strict=True)
+            ),
         )
 
-    def _regime(self, end: Tail, found: Sequence[Certificates], changes: Floats) -> Regime:
-        def share(held: Callable[[Certificates], Bools]) -> float:
-            return percent(np.concatenate([held(c) for c in found]))
+    def _regime(self, end: Tail, certificates: Sequence[Certificates], changes: Floats) -> Regime:
+        def share(flags: Callable[[Certificates], Bools]) -> float:
+            return percent(np.concatenate([flags(c) for c in certificates]))
 
         certified = share(lambda c: c.certified)
         return Regime(
@@ -309,22 +311,22 @@ class _Tally:
             by_norm=share(lambda c: c.by_norm),
             by_largest=share(lambda c: c.by_largest),
             by_pairs=share(lambda c: c.by_pairs),
-            tightness=tightness(np.concatenate([c.change for c in found]), changes),
-            probability_change=quantiles(total_variation_limit(np.concatenate([c.odds for c in found]))),
+            tightness=tightness(np.concatenate([c.change for c in certificates]), changes),
+            probability_change=quantiles(total_variation_limit(np.concatenate([c.logit_spread for c in certificates]))),
             vacuous=certified == 0,
         )
 
 
-class _Held:
-    """Updates of some layers, batch after batch."""
+class _BallTally:
+    """Accumulates the report of a ball of updates over batches."""
 
     def __init__(self, end: Tail, ball: Ball, radii: Sequence[float]) -> None:
         self._end, self._ball, self._radii = end, ball, radii
         self._largest: list[Floats] = []
         self._kept: list[list[Bools]] = [[] for _ in radii]
 
-    def add(self, seen: ForwardObservation) -> None:
-        sizes, logits = seen.sizes_second, seen.logits_second
+    def add(self, observed: ForwardObservation) -> None:
+        sizes, logits = observed.sizes_second, observed.logits_second
         self._largest.append(largest_radius(self._ball, sizes, logits))
         for radius, kept in zip(self._radii, self._kept, strict=True):
             kept.append(keeps_class(self._ball, sizes, logits, np.full(len(logits), radius)))
@@ -340,19 +342,19 @@ class _Held:
         )
 
 
-class _Update:
-    """A given update, batch after batch."""
+class _UpdateTally:
+    """Accumulates the report of a given update over batches."""
 
     def __init__(self, dense: Pair, masked: Pair, both: Pair, ends: Sequence[Tail]) -> None:
         self._dense, self._masked, self._both = dense, masked, both
-        self._old_and_new = _Tally("old masked against new masked", ends)
-        self._new = _Tally("new dense against new masked", ends)
+        self._old_and_new = _PairTally("old masked against new masked", ends)
+        self._new = _PairTally("new dense against new masked", ends)
         self._in_parts: list[Floats] = []
         self._measured: list[Floats] = []
         self._certified: list[Bools] = []
 
     @classmethod
-    def of(cls, pair: Pair, weights: Weights, ends: Sequence[Tail]) -> _Update:
+    def of(cls, pair: Pair, weights: Weights, ends: Sequence[Tail]) -> _UpdateTally:
         assert weights.updated is not None
         assert weights.updated_masked is not None
         network: Network = pair.network
@@ -365,7 +367,7 @@ class _Update:
         )
 
     def add(self, before: ForwardObservation, images: torch.Tensor) -> None:
-        """Take a batch, and what was seen of dense and masked network before the update."""
+        """Add a batch, given the observation of the dense and the masked network before the update."""
         dense, masked, both = (observe(pair, images) for pair in (self._dense, self._masked, self._both))
         self._old_and_new.add(self._masked, masked)
         self._new.add(self._both, both)
@@ -375,9 +377,9 @@ class _Update:
         self._certified.append(_margin(both.logits_first) > 2**0.5 * self._in_parts[-1] * (1 + 1e-9))
 
     def report(self) -> UpdateReport:
-        found: Quantiles | None = tightness(np.concatenate(self._in_parts), np.concatenate(self._measured))
+        in_parts: Quantiles | None = tightness(np.concatenate(self._in_parts), np.concatenate(self._measured))
         return UpdateReport(
-            self._old_and_new.report(), self._new.report(), percent(np.concatenate(self._certified)), found
+            self._old_and_new.report(), self._new.report(), percent(np.concatenate(self._certified)), in_parts
         )
 
 
@@ -389,13 +391,13 @@ def _worst(radius: float, change: float, masking: PairReport, margins: Floats) -
     return WorstCase(radius, change, variation, above, certified, vacuous=certified == 0)
 
 
-def _flip_rate(masking: _Tally, confidence: float) -> FlipRate:
+def _flip_rate(masking: _PairTally, confidence: float) -> FlipRate:
     flips, images = int(masking.flips.sum()), len(masking.flips)
     return FlipRate(
         images,
         flips,
         100 * flips / images,
         100 * flip_rate_limit(flips, images, confidence),
-        quantile_limit(masking.variation, _QUANTILE, confidence, highest=1.0),
+        quantile_limit(masking.variation, _VARIATION_QUANTILE, confidence, highest=1.0),
         confidence,
     )

@@ -1,4 +1,4 @@
-"""One spatial axis of a convolution with zero padding: which outputs see the input, and how often they see a place of it."""
+"""One spatial axis of a convolution with zero padding: which outputs read which positions of the input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Axis:
-    """Output o sees, through tap j, the place o * stride - padding + dilation * j, and zero where there is no such place.
+    """Output o reads, through tap j, position o * stride - padding + dilation * j, or zero outside the input.
 
     Attributes:
         size: Of the input, at least 1.
@@ -36,46 +36,46 @@ class Axis:
 
     @property
     def span(self) -> int:
-        """Places from the first tap to the last."""
+        """Positions from the first tap to the last."""
         return self.dilation * (self.kernel - 1) + 1
 
     @cached_property
     def taps(self) -> npt.NDArray[np.intp]:
-        """Which taps ever see the input: the operator is that of these alone."""
+        """Indices of the taps that read the input at some output; the others only ever read padding."""
         return np.flatnonzero(self._places.any(axis=(1, 2)))
 
     @cached_property
-    def seen(self) -> npt.NDArray[np.bool_]:
-        """Shape (taps, outputs, size): which tap of which output sees which place. Outputs that see none are left out."""
+    def incidence(self) -> npt.NDArray[np.bool_]:
+        """(taps, outputs, size), True where a tap of an output reads a position. Outputs that read none are omitted."""
         outputs = self._places.any(axis=(0, 2))
         return self._places[self.taps][:, outputs]
 
     @property
-    def sees_whole(self) -> bool:
-        """Some output has all its taps within the input, those aside that never are."""
-        return bool(np.any(np.all(self.seen.any(axis=2), axis=0)))
+    def has_whole_patch(self) -> bool:
+        """Whether some output reads the input through all of `taps`."""
+        return bool(np.any(np.all(self.incidence.any(axis=2), axis=0)))
 
     @property
-    def times_seen(self) -> int:
-        """The most outputs that see one place: the squared norm of the unfolding along this axis."""
-        return int(self.seen.sum(axis=(0, 1)).max(initial=0))
+    def max_overlap(self) -> int:
+        """The largest number of outputs that read one position: the squared norm of the unfolding along this axis."""
+        return int(self.incidence.sum(axis=(0, 1)).max(initial=0))
 
     @property
-    def times_seen_at_most(self) -> int:
-        """The same for an input of any size."""
-        return most_times_seen(self.kernel, self.stride, self.dilation)
+    def max_overlap_any_size(self) -> int:
+        """The same, maximized over input sizes."""
+        return max_patch_overlap(self.kernel, self.stride, self.dilation)
 
     @property
-    def torus(self) -> int:
-        """The smallest N, a multiple of the stride, for which the operator is a part of that on a circle of N places.
+    def circular_size(self) -> int:
+        """The smallest N, a multiple of the stride, for which a circular operator on N positions contains this operator.
 
-        Put the input at places 0..n-1 of the circle and let output o stand at o * stride. Of the outputs that see the
-        input at all, let the taps reach `before` places to the left of it and `after` to the right. On the circle a tap at
-        -i meets place N - i, none of the input's if N >= n + before, and a tap at n - 1 + i does not come round to its start
-        if N >= n + after. Both may meet in the gap, where both find zeros. Outputs are at most n - span + before + after
-        apart, less than N as no reach is longer than span - 1, so no two fall together. Hence every entry of the zero-padded
-        operator is one of the circular operator, whose norm is no smaller. Taps that fall together, where the circle is
-        shorter than the span, change nothing in this.
+        Place the input at positions 0..n-1 of the circle and output o at o * stride. Among the outputs that read the input,
+        let the taps reach `before` positions to its left and `after` to its right. On the circle, a tap at -i reads position
+        N - i, which is outside the input if N >= n + before; a tap at n - 1 + i does not wrap around to the start of the
+        input if N >= n + after. Both reaches may share the gap, where both read zeros. Outputs are at most
+        n - span + before + after apart, which is less than N because no reach is longer than span - 1, so no two outputs
+        coincide. Hence every entry of the zero-padded operator is an entry of the circular operator, whose norm is at least
+        as large. Taps that coincide where the circle is shorter than the span do not affect this argument.
         """
         first = self._first[self._places.any(axis=(0, 2))]
         before = max(-int(first.min(initial=0)), 0)
@@ -84,22 +84,22 @@ class Axis:
 
     @property
     def _first(self) -> npt.NDArray[np.intp]:
-        """Where the first tap of every output falls."""
+        """Position of the first tap of every output."""
         outputs = (self.size + 2 * self.padding - self.span) // self.stride + 1
         return np.arange(outputs) * self.stride - self.padding
 
     @cached_property
     def _places(self) -> npt.NDArray[np.bool_]:
-        """(kernel, outputs, size), all of them."""
+        """As `incidence`, for all taps and outputs: (kernel, outputs, size)."""
         places = self._first + self.dilation * np.arange(self.kernel)[:, None]
         found: npt.NDArray[np.bool_] = places[..., None] == np.arange(self.size)
         return found
 
 
-def most_times_seen(kernel: int, stride: int, dilation: int = 1) -> int:
-    """How many outputs can see one place along an axis.
+def max_patch_overlap(kernel: int, stride: int, dilation: int = 1) -> int:
+    """The largest number of outputs that can read one position along an axis.
 
-    Place t is seen by tap j of an output if t + padding - dilation * j is a multiple of the stride. With g the greatest
-    common divisor of stride and dilation, such j are stride / g apart, so at most ceil(kernel / (stride / g)) of them fit.
+    Tap j of an output reads position t if t + padding - dilation * j is a multiple of the stride. With g the greatest common
+    divisor of stride and dilation, such j are stride / g apart, so there are at most ceil(kernel / (stride / g)) of them.
     """
     return -(-kernel // (stride // math.gcd(stride, dilation)))

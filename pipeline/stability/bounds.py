@@ -1,9 +1,9 @@
-"""How far apart two networks of one architecture can be at every node: image by image, and for any image (lemmas L1 and L3).
+"""Bounds on the difference of two networks of one architecture at every node, per image and for any image (lemmas L1, L3).
 
-At a layer W h - W' g = (W - W') h + W' (h - g) = (W - W') g + W (h - g): the first term is measured, of the second only the
-norm of h - g is known. Both ways hold, and the smaller counts. Masking can enlarge a spectral norm, so W' needs its own.
-Vectors that meet in a sum are added before their norm is taken, and behind a ReLU only values count that it passes in one
-of the networks.
+At a layer, W h - W' g = (W - W') h + W' (h - g) = (W - W') g + W (h - g). The first term is measured; of the second only the
+norm of h - g is bounded. Both forms hold, so the smaller bound is used. Masking can increase a spectral norm, so W' needs a
+norm of its own. Two refinements: vectors that meet in a sum are added before taking their norm, and behind a ReLU only
+values count that are positive in at least one of the two networks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from maskplan.pipeline.stability.network import (
     Operator,
     Sum,
     Weighted,
-    apply,
+    apply_node,
 )
 from maskplan.pipeline.stability.norms import conv_norm, linear_norm
 
@@ -41,7 +41,7 @@ Floats = npt.NDArray[np.float64]
 Norms = Mapping[int, float]
 
 ROUNDING = 1e-12
-"""A margin below this share of what a network computes with (`largest_product`) may be decided by its own rounding."""
+"""Margins below this share of `max_product` may be an effect of rounding in float64, so they certify nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,10 +50,10 @@ class Pair:
 
     Attributes:
         network: The architecture.
-        first: Layers of the one, by node.
-        second: Layers of the other.
-        first_norms: Upper bounds of the layers' spectral norms.
-        second_norms: The same of the other.
+        first: Layers of the first network, by node.
+        second: Layers of the second network, by node.
+        first_norms: Upper bounds of the spectral norms of the first network's layers.
+        second_norms: The same for the second network.
     """
 
     network: Network
@@ -63,29 +63,29 @@ class Pair:
     second_norms: Norms
 
     @cached_property
-    def rows_apart(self) -> tuple[Floats, Floats] | None:
-        """(K, K) of either network, how far the rows of its head lie apart; None without a head."""
+    def row_distances(self) -> tuple[Floats, Floats] | None:
+        """Distances between the rows of each network's head, two (K, K) arrays; None without a head."""
         head = head_of(self.network)
         if head is None:
             return None
-        return distances(self.first[head].weight.numpy()), distances(self.second[head].weight.numpy())
+        return pairwise_distances(self.first[head].weight.numpy()), pairwise_distances(self.second[head].weight.numpy())
 
 
 @dataclass(frozen=True, eq=False)
 class ForwardObservation:
-    """What a batch of N images shows of a pair, float64. h are the first network's values, g the second's.
+    """Measurements of a pair on N images, float64; h are values of the first network, g of the second.
 
     Attributes:
         changes: (nodes, N), norms of h - g.
         sizes_first: (nodes, N), norms of h.
         sizes_second: (nodes, N), norms of g.
-        local_first: (nodes, N), norms of E h + e, where E and e are the differences of weights and biases; of a sum, that of
-            its layers together; of a ReLU behind either, without values that are 0 in both networks; 0 elsewhere.
-        local_second: The same of E g + e.
+        local_first: (nodes, N), norms of E h + e, where E and e are the differences of weights and biases. At a sum, of all
+            its layers together; at a ReLU behind a layer or sum, without values that are 0 in both networks; 0 elsewhere.
+        local_second: The same with E g + e.
         logits_first: (N, K).
         logits_second: (N, K).
-        head_first: (N, K), E h + e of the head; None where the last node is no linear layer of one vector.
-        head_second: The same of E g + e.
+        head_first: (N, K), E h + e at the head; None if the last node is not a linear layer on one vector per image.
+        head_second: The same with E g + e.
     """
 
     changes: Floats
@@ -100,43 +100,45 @@ class ForwardObservation:
 
 
 def spectral_norms(network: Network, maps: Maps) -> dict[int, float]:
-    """Upper bounds of the norms of layers as maps of their inputs, by node."""
+    """Upper bounds of the spectral norms of layers, by node."""
     return {i: _spectral_norm(network, i, affine) for i, affine in maps.items()}
 
 
 def difference_norms(network: Network, first: Maps, second: Maps) -> dict[int, float]:
-    """The same of the differences of two networks' layers."""
+    """Upper bounds of the spectral norms of W - W', by node."""
     return spectral_norms(network, {i: _difference(first[i], second[i]) for i in first})
 
 
 def pair_of(network: Network, first: Maps, second: Maps) -> Pair:
-    """Two networks with their norms; layers that are the same are looked at once."""
+    """Compute the norms of two networks; layers that are equal in both are computed once."""
     norms = spectral_norms(network, first)
     new = {i: affine for i, affine in second.items() if _differs(first[i], affine)}
     return Pair(network, first, second, norms, norms | spectral_norms(network, new))
 
 
 def head_of(network: Network) -> int | None:
-    """The node of the head, if the network ends with a linear layer of one vector an image."""
+    """The last node if it is a linear layer on one vector per image, else None."""
     last = len(network.nodes) - 1
     return last if isinstance(network.nodes[last].op, Linear) and len(network.nodes[last].shape) == 1 else None
 
 
-def distances(rows: Floats) -> Floats:
-    """(K, K), how far the rows of a (K, C) matrix lie apart, rounded up."""
+def pairwise_distances(rows: Floats) -> Floats:
+    """Euclidean distances between the rows of a (K, C) matrix, shape (K, K), never too small."""
     squares = (rows**2).sum(axis=1)
     apart = np.sqrt(np.maximum(squares[:, None] + squares - 2 * rows @ rows.T, 0))
-    # What cancels leaves an error of the size of the squares.
+    # Cancellation leaves a rounding error relative to the squares, so round up by more than that.
     found: Floats = apart + 1e-7 * np.sqrt(squares.max(initial=0.0))
     return found
 
 
-def largest_product(network: Network, norms: Norms, sizes: Floats) -> Floats:
-    """(N,), the largest that a layer can make of its input. Biases may cancel it, but not its rounding.
+def max_product(network: Network, norms: Norms, sizes: Floats) -> Floats:
+    """The largest bound |W| |x| over all layers, shape (N,): the scale of rounding errors in a forward pass.
+
+    Biases may cancel a product W x, but not the rounding error that it leaves.
 
     Args:
         network: The architecture.
-        norms: Of its layers.
+        norms: Spectral norms of its layers.
         sizes: (nodes, N), norms of all values.
     """
     found: Floats = np.max([norms[i] * sizes[network.nodes[i].inputs[0]] for i in network.layers], axis=0)
@@ -144,7 +146,7 @@ def largest_product(network: Network, norms: Norms, sizes: Floats) -> Floats:
 
 
 def observe(pair: Pair, images: torch.Tensor) -> ForwardObservation:
-    """Run both networks on a batch (N, C, H, W), node by node side by side, in float64."""
+    """Run both networks on a batch (N, C, H, W) in float64, node by node, and measure their differences."""
     import torch
 
     network, head = pair.network, head_of(pair.network)
@@ -161,15 +163,15 @@ def observe(pair: Pair, images: torch.Tensor) -> ForwardObservation:
             if node.op is None:
                 h[i] = g[i] = images.detach().cpu().double()
             else:
-                h[i] = apply(node, pair.first.get(i), [h[j] for j in node.inputs])
-                g[i] = apply(node, pair.second.get(i), [g[j] for j in node.inputs])
+                h[i] = apply_node(node, pair.first.get(i), [h[j] for j in node.inputs])
+                g[i] = apply_node(node, pair.second.get(i), [g[j] for j in node.inputs])
             added = None
             if i in differences and _differs(pair.first[i], pair.second[i]):
                 read = node.inputs[0]
-                added = (apply(node, differences[i], [h[read]]), apply(node, differences[i], [g[read]]))
+                added = (apply_node(node, differences[i], [h[read]]), apply_node(node, differences[i], [g[read]]))
             elif isinstance(node.op, Sum):
-                added = _together(node, pair, moved)
-            elif isinstance(node.op, Operator) and node.op.rectifies and node.inputs[0] in moved:
+                added = _sum_of_layers(node, pair, moved)
+            elif isinstance(node.op, Operator) and node.op.is_rectifier and node.inputs[0] in moved:
                 read = node.inputs[0]
                 passed = (h[read] > 0) | (g[read] > 0)
                 local_first[i], local_second[i] = (_norm(each * passed) for each in moved[read])
@@ -198,23 +200,24 @@ def observe(pair: Pair, images: torch.Tensor) -> ForwardObservation:
     )
 
 
-def change_bounds(pair: Pair, seen: ForwardObservation, start: int = 0) -> Floats:
-    """Bounds of |h - g|, (nodes, N), from what was measured at `start` on; nodes before it are left 0.
+def change_bounds(pair: Pair, observed: ForwardObservation, start: int = 0) -> Floats:
+    """Bounds of |h - g|, shape (nodes, N), given the measured change at `start`; 0 at nodes before `start`.
 
     Args:
         pair: The networks.
-        seen: What a batch shows of them.
-        start: The node whose own change is taken as measured: 0, the images, or another that all paths lead through.
+        observed: Measurements on a batch.
+        start: The node whose change is taken as measured: 0 (the images) or another node that all paths pass through.
     """
     nodes = pair.network.nodes
 
     def layer(i: int, before: Floats) -> Floats:
         return _smaller(
-            seen.local_first[i] + pair.second_norms[i] * before, seen.local_second[i] + pair.first_norms[i] * before
+            observed.local_first[i] + pair.second_norms[i] * before,
+            observed.local_second[i] + pair.first_norms[i] * before,
         )
 
     def carried(i: int, bounds: Floats, norms: Norms) -> Floats:
-        """What a layer, or a sum of some, carries on of its inputs' changes, beside what is measured."""
+        """The unmeasured part at a layer, or at a sum of layers and other nodes: norms times the bounds of the inputs."""
         node = nodes[i]
         if i in pair.first:
             through: Floats = norms[i] * bounds[node.inputs[0]]
@@ -226,21 +229,21 @@ def change_bounds(pair: Pair, seen: ForwardObservation, start: int = 0) -> Float
         return total
 
     def closer(i: int, bounds: Floats) -> Floats | None:
-        """Sums of layers, and what a ReLU passes of a layer or of such a sum."""
+        """Tighter bound at a sum with layers among its inputs, and at a ReLU behind a layer or such a sum."""
         op, source = nodes[i].op, i
         if isinstance(op, Operator):
             source = nodes[i].inputs[0]
-            if not op.rectifies or not (source in pair.first or isinstance(nodes[source].op, Sum)):
+            if not op.is_rectifier or not (source in pair.first or isinstance(nodes[source].op, Sum)):
                 return None
-        # Of a layer at `start` the whole change is known, not what it adds.
+        # The measured parts at these nodes include layers at or before `start`, whose change is given as a whole instead.
         if source <= start or (start in pair.first and start in nodes[source].inputs and source not in pair.first):
             return None
         return _smaller(
-            seen.local_first[i] + carried(source, bounds, pair.second_norms),
-            seen.local_second[i] + carried(source, bounds, pair.first_norms),
+            observed.local_first[i] + carried(source, bounds, pair.second_norms),
+            observed.local_second[i] + carried(source, bounds, pair.first_norms),
         )
 
-    return propagate(pair.network, layer, seen.changes[start], start, closer)
+    return propagate(pair.network, layer, observed.changes[start], start, closer)
 
 
 def propagate(
@@ -250,14 +253,14 @@ def propagate(
     start: int = 0,
     closer: Callable[[int, Floats], Floats | None] | None = None,
 ) -> Floats:
-    """Take bounds of changes through a network.
+    """Propagate bounds of changes through a network.
 
     Args:
         network: The architecture.
-        layer: A layer's rule: its node and the bound of its input's change, (N,), to that of its output.
+        layer: Rule for layers: from the node and the bound at its input, (N,), to the bound at its output.
         given: (N,), the change at `start`.
-        start: A node that all paths lead through.
-        closer: Another rule for sums and operators, if it has one: a node and all bounds so far; the smaller counts.
+        start: A node that all paths pass through.
+        closer: Optional second rule for sums and operators, from the node and all bounds so far; the smaller bound is used.
 
     Returns:
         (nodes, N); 0 before `start`.
@@ -271,9 +274,10 @@ def propagate(
         if isinstance(node.op, Sum):
             bounds[i] = sum(abs(f) * b for f, b in zip(node.op.factors, before, strict=True))
         elif isinstance(node.op, Cat):
+            # Concatenated values are orthogonal, so squares add up.
             bounds[i] = np.sqrt(sum(b**2 for b in before))
         elif isinstance(node.op, Operator):
-            bounds[i] = node.op.factor * before[0]
+            bounds[i] = node.op.lipschitz * before[0]
         elif isinstance(node.op, Weighted):
             bounds[i] = layer(i, before[0])
         else:
@@ -285,8 +289,8 @@ def propagate(
 
 
 @dataclass(frozen=True, eq=False)
-class Worst:
-    """Bounds for every image of norm at most `radius`, by node."""
+class WorstCaseBounds:
+    """Bounds for every image of norm at most `radius`, one value per node."""
 
     radius: float
     changes: Floats
@@ -294,12 +298,12 @@ class Worst:
     sizes_second: Floats
 
 
-def worst_case(pair: Pair, differences: Norms, radius: float) -> Worst:
-    """Bounds from norms alone: nothing is measured, any image in a ball is covered.
+def worst_case(pair: Pair, differences: Norms, radius: float) -> WorstCaseBounds:
+    """Bounds from norms alone, valid for every image in a ball.
 
     Args:
         pair: The networks.
-        differences: Norms of the differences of their layers (`difference_norms`).
+        differences: Spectral norms of the differences of their layers (`difference_norms`).
         radius: The largest norm of an image.
     """
     nodes = pair.network.nodes
@@ -309,38 +313,39 @@ def worst_case(pair: Pair, differences: Norms, radius: float) -> Worst:
     def layer(i: int, before: Floats) -> Floats:
         read = nodes[i].inputs[0]
         shift = _spread(pair, i, _difference(pair.first[i], pair.second[i]))
-        ways = (
+        # The two decompositions of the module docstring with |E h| <= |E| |h|, and the triangle inequality.
+        candidates = (
             differences[i] * first[read] + shift + pair.second_norms[i] * before,
             differences[i] * second[read] + shift + pair.first_norms[i] * before,
             np.array([first[i] + second[i]]),
         )
-        found: Floats = np.minimum.reduce(ways)
-        return found
+        smallest: Floats = np.minimum.reduce(candidates)
+        return smallest
 
-    return Worst(radius, propagate(pair.network, layer, np.zeros(1))[:, 0], first, second)
-
-
-def largest_image(preprocessing: Preprocessing) -> float:
-    """The largest norm of an image after preprocessing, over all pixel values in [0, 1]."""
-    furthest = [max(abs(0 - m), abs(1 - m)) / s for m, s in zip(preprocessing.mean, preprocessing.std, strict=True)]
-    return float(np.sqrt(preprocessing.height * preprocessing.width * sum(f**2 for f in furthest)))
+    return WorstCaseBounds(radius, propagate(pair.network, layer, np.zeros(1))[:, 0], first, second)
 
 
-def cuts(network: Network) -> tuple[int, ...]:
-    """Nodes that all paths from the images to the logits lead through, in order."""
-    found, reach = [], 0
+def max_image_norm(preprocessing: Preprocessing) -> float:
+    """The largest norm of a preprocessed image whose pixel values lie in [0, 1]."""
+    largest = [max(abs(0 - m), abs(1 - m)) / s for m, s in zip(preprocessing.mean, preprocessing.std, strict=True)]
+    return float(np.sqrt(preprocessing.height * preprocessing.width * sum(f**2 for f in largest)))
+
+
+def cut_nodes(network: Network) -> tuple[int, ...]:
+    """Nodes that all paths from the images to the logits pass through, in order."""
+    nodes, last_read = [], 0
     for i, last in enumerate(network.last_uses):
-        # Nothing before i is read after i.
-        if reach <= i:
-            found.append(i)
-        reach = max(reach, last)
-    return tuple(found)
+        # No node before i is read by a node after i.
+        if last_read <= i:
+            nodes.append(i)
+        last_read = max(last_read, last)
+    return tuple(nodes)
 
 
-def _together(
+def _sum_of_layers(
     node: Node, pair: Pair, moved: Mapping[int, tuple[torch.Tensor, torch.Tensor]]
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """What the layers that a sum reads add to it."""
+    """The measured parts of the layers that a sum reads, added up."""
     assert isinstance(node.op, Sum)
     read = [(f, moved[j]) for f, j in zip(node.op.factors, node.inputs, strict=True) if j in moved and j in pair.first]
     if not read:
@@ -355,7 +360,7 @@ def _smaller(one: Floats, other: Floats) -> Floats:
 
 
 def _norm(values: torch.Tensor) -> Floats:
-    """Of each image's values."""
+    """Euclidean norm of each image's values, shape (N,)."""
     found: Floats = values.flatten(1).norm(dim=1).numpy()
     return found
 
@@ -384,13 +389,13 @@ def _spectral_norm(network: Network, i: int, affine: Affine) -> float:
 
 
 def _spread(pair: Pair, i: int, affine: Affine) -> float:
-    """The norm of a bias over all positions that it is added at."""
+    """The norm of a bias repeated at all positions."""
     positions = int(np.prod(pair.network.nodes[i].shape)) // len(affine.bias)
     return float(affine.bias.norm()) * math.sqrt(positions)
 
 
 def _sizes(network: Network, maps: Maps, norms: Norms, radius: float) -> Floats:
-    """Bounds of the norms of all nodes' values."""
+    """Upper bounds of the norms of all nodes' values, shape (nodes,)."""
     sizes = np.zeros(len(network.nodes))
     sizes[0] = radius
     for i, node in enumerate(network.nodes[1:], start=1):
@@ -406,7 +411,7 @@ def _sizes(network: Network, maps: Maps, norms: Norms, radius: float) -> Floats:
         elif isinstance(node.op, Cat):
             sizes[i] = sum(b**2 for b in before) ** 0.5
         elif isinstance(node.op, Operator):
-            sizes[i] = node.op.factor * before[0] + node.op.at_zero * root
+            sizes[i] = node.op.lipschitz * before[0] + node.op.at_zero * root
         else:
             sizes[i] = before[0]
     return sizes

@@ -18,8 +18,8 @@ class Call:
     name: str
     args: dict[str, Any]
     shape: tuple[int, ...]
-    given: tuple[Any, ...]
-    named: tuple[tuple[str, Any], ...]
+    positional: tuple[Any, ...]
+    keywords: tuple[tuple[str, Any], ...]
 
 
 def call_of(node: Any, name: str) -> Call:

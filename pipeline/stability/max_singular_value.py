@@ -1,4 +1,4 @@
-"""The largest singular value among many matrices, certified without decomposing more than a few of them."""
+"""A certified upper bound of the largest singular value among many matrices, decomposing only a few of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 # Relative, of a singular value. Rounding in a product M M^* moves its eigenvalues by at most the number of M's entries
 # times 2.2e-16 or so, times the largest; decompositions add far less. This is above it for up to 4e8 entries.
 ROUNDING = 1e-7
-# Relative, of an eigenvalue: how far above the largest known one the others are shown not to lie.
+# Relative, of an eigenvalue: the test shows that no other eigenvalue exceeds the largest known one by more than this.
 _CLEAR = 1e-9
 _POWER_STEPS = 16
 
@@ -19,12 +19,12 @@ _POWER_STEPS = 16
 def largest_singular(stacks: Iterable[torch.Tensor]) -> float:
     """An upper bound of the spectral norms of matrices, at most 1e-7 relative above the largest of them.
 
-    Of each matrix M the smaller of M M^* and M^* M is looked at. A Cholesky factorisation of a I - M M^*, which costs
-    a fraction of forming the product, exists only if no eigenvalue exceeds a: it shows at once that most matrices of a
-    stack do not matter once a good candidate is known. Only candidates are decomposed.
+    For each matrix M the smaller of M M^* and M^* M is used. A Cholesky factorization of a I - M M^* costs a fraction of
+    the product and exists only if no eigenvalue exceeds a, so it rules out most matrices of a stack once a good candidate
+    is known. Only candidates are decomposed.
 
     Args:
-        stacks: Each (B, P, Q), float64 or complex128; one at a time is held. Entries of up to 1e100.
+        stacks: Each (B, P, Q), float64 or complex128, with entries up to 1e100; only one is in memory at a time.
     """
     best = 0.0
     for stack in stacks:
@@ -38,7 +38,7 @@ def _products(stack: torch.Tensor) -> torch.Tensor:
 
 
 def _raised(best: float, products: torch.Tensor) -> float:
-    """`best`, or the largest eigenvalue of these if that is clearly larger."""
+    """The larger of `best` and the largest eigenvalue of the products."""
     import torch
 
     if products.shape[-1] == 1:
@@ -53,7 +53,7 @@ def _raised(best: float, products: torch.Tensor) -> float:
             candidate = int(_rayleigh(left).argmax())
             largest = float(torch.linalg.eigvalsh(left[candidate])[-1])
             if largest <= 0 and best == 0:
-                # Not above rounding, so all zero: the candidate has the largest quotient.
+                # All products are zero up to rounding, since the candidate has the largest Rayleigh quotient.
                 return best
             best = max(best, largest)
             left = left[torch.arange(len(left)) != candidate]

@@ -60,17 +60,17 @@ class Operator:
         named: What it takes by name.
         factor: Its Lipschitz constant, an upper bound, in the Euclidean norm of an image's values.
         at_zero: What it makes of a zero; not 0 for activations such as sigmoid.
-        pools: It is a pooling.
-        rectifies: It makes 0 of all that is below 0.
+        is_pooling: It is a pooling.
+        is_rectifier: It makes 0 of all that is below 0.
     """
 
     target: Any
-    arguments: tuple[Any, ...]
-    named: tuple[tuple[str, Any], ...]
-    factor: float
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    lipschitz: float
     at_zero: float = 0.0
-    pools: bool = False
-    rectifies: bool = False
+    is_pooling: bool = False
+    is_rectifier: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def affine_maps(network: Network, state: Mapping[str, torch.Tensor]) -> dict[int
     return {i: _affine(network.nodes[i].op, state) for i in network.layers}
 
 
-def apply(node: Node, affine: Affine | None, values: Sequence[torch.Tensor]) -> torch.Tensor:
+def apply_node(node: Node, affine: Affine | None, values: Sequence[torch.Tensor]) -> torch.Tensor:
     """Compute a node from what it reads; `affine` is the map of a layer."""
     import torch
     from torch.nn import functional as F
@@ -176,7 +176,7 @@ def apply(node: Node, affine: Affine | None, values: Sequence[torch.Tensor]) -> 
         along = (-1, *(1,) * (x.ndim - 2))
         return x * affine.weight.view(along) + affine.bias.view(along)
     if isinstance(op, Operator):
-        made: torch.Tensor = op.target(x, *op.arguments, **dict(op.named))
+        made: torch.Tensor = op.target(x, *op.args, **dict(op.kwargs))
         return made
     if isinstance(op, Sum):
         return sum((f * v for f, v in zip(op.factors, values, strict=True)), x.new_tensor(op.constant))

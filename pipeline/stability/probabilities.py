@@ -1,6 +1,6 @@
-"""How far a difference of logits moves probabilities. D (..., classes) holds the differences, one row an image.
+"""Bounds on the change of probabilities, given the change D of the logits, shape (..., classes) (lemma L2).
 
-All limits look at D less a constant, since adding the same to every logit changes no probability.
+No bound depends on a constant added to all of D, because such a constant changes no probability.
 """
 
 from __future__ import annotations
@@ -21,34 +21,13 @@ def spread(differences: npt.ArrayLike) -> Floats:
 
 
 def spread_limit(l2: npt.ArrayLike) -> Floats:
-    """What omega can be at most where only |D|_2 is known: sqrt(2) |D|_2, as for D = (1, -1, 0, ...)."""
+    """Upper bound of omega given only |D|_2: sqrt(2) |D|_2, attained by D = (1, -1, 0, ...)."""
     return np.asarray(np.sqrt(2.0) * np.asarray(l2, dtype=np.float64))
 
 
 def total_variation_limit(omega: npt.ArrayLike) -> Floats:
-    """tanh(omega / 4): no event's probability moves by more. Attained by two classes at odds of e^(-omega/2); below 1.
+    """tanh(omega / 4): bound of the total variation, always below 1.
 
-    The odds of an event change by a factor between e^-omega and e^omega.
+    The odds of an event change by a factor between e^-omega and e^omega. Attained by two classes at odds e^(-omega/2).
     """
     return np.tanh(np.asarray(omega, dtype=np.float64) / 4)
-
-
-def l1_limit(omega: npt.ArrayLike) -> Floats:
-    """|p - p'|_1, twice the total variation; at most omega / 2 and so at most |D|_inf."""
-    return 2 * total_variation_limit(omega)
-
-
-def l2_limit(differences: npt.ArrayLike) -> Floats:
-    """|p - p'|_2 <= 1/2 |D - mean D|_2, shape (...).
-
-    Softmax has the Jacobian diag(p) - p p^T. It is the covariance of a one-hot draw, whose variance in a direction of
-    length 1 is at most a quarter of its squared range, so at most 1/2.
-    """
-    array = np.asarray(differences, dtype=np.float64)
-    centered = array - array.mean(axis=-1, keepdims=True)
-    return np.asarray(np.linalg.norm(centered, axis=-1) / 2)
-
-
-def l2_limit_of_norm(l2: npt.ArrayLike) -> Floats:
-    """The same where only |D|_2 is known."""
-    return np.asarray(l2, dtype=np.float64) / 2

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from maskplan.pipeline.core.artifacts import Preprocessing
 from maskplan.pipeline.core.errors import InputError, listed
-from maskplan.pipeline.models.aten import IMAGES, export_aten
+from maskplan.pipeline.models.aten import SAMPLE_BATCH, export_aten
 from maskplan.pipeline.stability.calls import (
     Call,
     UncoveredError,
@@ -130,7 +130,7 @@ class _Reader:
         tensors = [n for n in node.all_input_nodes if n in self._made]
         if not tensors:
             raise UncoveredError("it changes weights" if node.all_input_nodes else "it makes a constant")
-        if whole_shape(node)[:1] != (IMAGES,):
+        if whole_shape(node)[:1] != (SAMPLE_BATCH,):
             raise UncoveredError("images do not stay apart")
         call = call_of(node, name)
         if name in _SAME or (name == "slice" and shape_of(node) == shape_of(tensors[0])):

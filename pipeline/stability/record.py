@@ -1,4 +1,4 @@
-"""What `stability` found: bounds, certificates and flips, and how far the bounds lie above what was measured."""
+"""The report of `stability`: bounds, certificates, flips, and the ratio of bounds to measured changes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HEAD, WHOLE = "head", "whole network"
 
 @dataclass(frozen=True)
 class Quantiles:
-    """Of one number an image."""
+    """Quantiles of a quantity over images."""
 
     p10: float
     p50: float
@@ -25,7 +25,7 @@ class Quantiles:
 
 @dataclass(frozen=True)
 class LayerNorms:
-    """A layer's spectral norms as a map, BatchNorm folded in; all are upper bounds."""
+    """Upper bounds of a layer's spectral norms, BatchNorm folded in."""
 
     name: str
     dense: float
@@ -35,19 +35,19 @@ class LayerNorms:
 
 @dataclass(frozen=True)
 class Regime:
-    """What bounds certify that start from the measured change at one node, in percent of the images.
+    """Certificates of bounds that start from the measured change at one node, in percent of the images.
 
     Attributes:
-        name: `head`, `last N layers` or `whole network`; the last starts from the images and takes nothing as measured.
+        name: `head`, `last N layers` or `whole network`; the last starts from the images and needs no measured change.
         after: The node.
-        layers: How many with weights lie behind it.
-        certified: Their class cannot change, by any of the three that follow.
-        by_norm: By the bound of the logits' change in the Euclidean norm.
-        by_largest: By that of the largest change of a logit.
-        by_pairs: By those of the differences of two logits.
-        tightness: log10 of the bound of the logits' change over the measured one, where there is a change.
-        probability_change: The bound of the total variation of the probabilities.
-        vacuous: It certifies no image.
+        layers: Number of layers with weights behind it.
+        certified: Images whose class cannot change, by any of the following three.
+        by_norm: By the bound of the change of the logits in the Euclidean norm.
+        by_largest: By the bound of the largest change of a logit.
+        by_pairs: By the bounds of the changes of differences of two logits.
+        tightness: log10 of the bound over the measured change of the logits, where there is a change.
+        probability_change: Bound of the total variation of the probabilities.
+        vacuous: No image is certified.
     """
 
     name: str
@@ -67,13 +67,13 @@ class PairReport:
     """Two networks on the same images.
 
     Attributes:
-        name: Which.
-        images: How many.
-        flips: Images that they classify differently.
-        certified_flips: Of those, certified ones in any regime: 0, or a bound is wrong.
-        logits_change: Measured, in the Euclidean norm.
+        name: Names of the two.
+        images: Number of images.
+        flips: Images that the two classify differently.
+        certified_flips: Flipped images certified in any regime: 0, or a bound is wrong.
+        logits_change: Measured change of the logits, in the Euclidean norm.
         probability_change: Measured total variation.
-        regimes: From the shortest end of the network to the whole.
+        regimes: From the shortest end of the network to the whole network.
     """
 
     name: str
@@ -87,15 +87,15 @@ class PairReport:
 
 @dataclass(frozen=True)
 class WorstCase:
-    """Bounds from norms alone, for every image whose pixels lie in [0, 1].
+    """Bounds from norms alone, for every image with pixel values in [0, 1].
 
     Attributes:
-        image_norm: The largest, after preprocessing.
-        logits_change: The bound.
-        probability_change: That of the total variation.
-        log10_over_largest_measured: How far it lies above the largest change seen; None where nothing changed.
-        certified: Percent of the images whose margin exceeds it.
-        vacuous: None does.
+        image_norm: The largest norm of a preprocessed image.
+        logits_change: Bound of the change of the logits.
+        probability_change: Bound of the total variation.
+        log10_over_largest_measured: log10 of the bound over the largest measured change; None if nothing changed.
+        certified: Percent of the images whose margin exceeds the bound.
+        vacuous: No image is certified.
     """
 
     image_norm: float
@@ -108,7 +108,7 @@ class WorstCase:
 
 @dataclass(frozen=True)
 class Share:
-    """Percent of the images certified for all updates up to a relative size."""
+    """Percent of the images certified for all updates up to a relative norm."""
 
     radius: float
     certified: float
@@ -116,13 +116,13 @@ class Share:
 
 @dataclass(frozen=True)
 class UpdateBall:
-    """All updates of some layers, each at most `radius` times its dense weight in the Frobenius norm, masks kept.
+    """All updates of some layers, each at most `radius` times the norm of its dense weight (Frobenius), masks kept.
 
     Attributes:
-        name: Which layers, as of a regime.
-        layers: How many.
-        radius: The largest that keeps an image's class.
-        shares: For a few radii.
+        name: The layers, named as in a regime.
+        layers: Number of layers.
+        radius: The largest radius for which an image keeps its class.
+        shares: Certified images for a few radii.
         vacuous: No image is certified for the smallest of them.
     """
 
@@ -138,11 +138,11 @@ class UpdateReport:
     """A given update of the weights, masks kept.
 
     Attributes:
-        masked: The masked network before and after it.
+        masked: The masked network before and after the update.
         dense_and_masked: The new dense network against the new masked one.
-        in_parts_certified: Percent of the images that those two give the same class by a third way: the bounds of what the
-            update does to either, and between them what was measured before it.
-        in_parts_tightness: As of a regime, of that way.
+        in_parts_certified: Percent of the images to which those two provably give the same class by the triangle inequality:
+            the bounds of the update's effect on either network, plus the change measured between them before the update.
+        in_parts_tightness: As in a regime, for that sum.
     """
 
     masked: PairReport
@@ -153,14 +153,14 @@ class UpdateReport:
 
 @dataclass(frozen=True)
 class FlipRate:
-    """What the images say of all images of their kind, with `confidence`; rates in percent.
+    """Statistical bounds for all images of the same distribution, with `confidence`; rates in percent.
 
     Attributes:
-        images: None of which shaped masks or statistics.
-        flips: Images that dense and masked network classify differently.
-        rate: Of them.
-        limit: The rate on all images is no higher.
-        probability_change: 95% of all images have a total variation of at most this.
+        images: Number of images, none of which was used for choosing masks or statistics.
+        flips: Images that the dense and the masked network classify differently.
+        rate: Share of flips among the images.
+        limit: Upper confidence bound of the rate on all images.
+        probability_change: Upper confidence bound of the 95% quantile of the total variation.
         confidence: Between 0 and 1.
     """
 
@@ -177,19 +177,19 @@ class StabilityReport:
     """The verdict of `stability`.
 
     Attributes:
-        model: As given.
-        trained: False when the weights are random, so that classes mean nothing.
-        method: How the masks were chosen.
-        recalibrated_images: That the masked network's statistics are of.
-        arithmetic: In which networks and bounds were computed; engines in other precisions differ by their own rounding.
-        images: Which were looked at, a part of these.
-        layers: Norms.
+        model: The model's name as given.
+        trained: False if the weights are random, so that classes are meaningless.
+        method: Mask method.
+        recalibrated_images: Number of images behind the masked network's BatchNorm statistics.
+        arithmetic: Precision of networks and bounds; engines in other precisions differ by their own rounding.
+        images: The image set from which the images were drawn.
+        layers: Norms of the layers.
         masking: The dense network against the masked one.
         worst_case: The same for any image.
         balls: Updates that keep the masked network's classes.
-        update: Of a given checkpoint, if any.
+        update: Effect of the given update, if any.
         flip_rate: The statistical certificate.
-        verdict: Which regimes certify images.
+        verdict: Regimes that certify images.
     """
 
     model: str
@@ -208,34 +208,34 @@ class StabilityReport:
 
 
 def quantiles(values: npt.ArrayLike) -> Quantiles:
-    """Of at least one number."""
+    """Quantiles of at least one number."""
     array = np.asarray(values, dtype=np.float64)
     return Quantiles(*(float(v) for v in np.quantile(array, (0.1, 0.5, 0.9, 1.0))))
 
 
 def tightness(bounds: npt.ArrayLike, measured: npt.ArrayLike) -> Quantiles | None:
-    """Quantiles of log10(bound / measured) where something was measured; None where nothing was."""
+    """Quantiles of log10(bound / measured) over images with a change; None without any."""
     above, below = np.asarray(bounds, dtype=np.float64), np.asarray(measured, dtype=np.float64)
-    seen = below > 0
-    return quantiles(np.log10(above[seen] / below[seen])) if seen.any() else None
+    changed = below > 0
+    return quantiles(np.log10(above[changed] / below[changed])) if changed.any() else None
 
 
-def percent(held: npt.ArrayLike) -> float:
-    """How many of some images."""
-    return 100 * float(np.mean(np.asarray(held)))
+def percent(flags: npt.ArrayLike) -> float:
+    """Share of True values, in percent."""
+    return 100 * float(np.mean(np.asarray(flags)))
 
 
 def regime_name(layers: int, shortest: int, whole: int) -> str:
-    """What the end of a network is called that has so many layers."""
+    """Name of the end of a network, by its number of layers."""
     if layers == whole:
         return WHOLE
     return HEAD if layers == shortest == 1 else f"last {layers} layers"
 
 
 def verdict_of(masking: PairReport, balls: Sequence[UpdateBall]) -> str:
-    """Which deterministic regimes certify images, or that none does."""
-    masked = [f"{r.name} {r.certified:.1f}%" for r in masking.regimes if not r.vacuous]
+    """Summary of the deterministic regimes that certify images."""
+    masking_regimes = [f"{r.name} {r.certified:.1f}%" for r in masking.regimes if not r.vacuous]
     updates = [f"{b.name} {s.certified:.1f}% up to {s.radius:g}" for b in balls if not b.vacuous for s in b.shares[:1]]
-    if not masked and not updates:
-        return "no regime but the statistical one certifies an image"
-    return f"certified under masking: {', '.join(masked) or 'none'}; under updates: {', '.join(updates) or 'none'}"
+    if not masking_regimes and not updates:
+        return "only the statistical regime certifies images"
+    return f"certified under masking: {', '.join(masking_regimes) or 'none'}; under updates: {', '.join(updates) or 'none'}"

@@ -96,7 +96,7 @@ def _isometric(dims: Callable[[Call], Sequence[int]]) -> Callable[[Tensors, Call
     def rule(reader: Tensors, call: Call) -> Op:
         for dim in dims(call):
             dim_of(dim, tensors_of(call)[0])
-        return Operator(call.target, call.given, call.named, 1.0)
+        return Operator(call.target, call.positional, call.keywords, 1.0)
 
     return rule
 
@@ -104,7 +104,7 @@ def _isometric(dims: Callable[[Call], Sequence[int]]) -> Callable[[Tensors, Call
 def _permute(reader: Tensors, call: Call) -> Op:
     if call.args["dims"][0] != 0:
         raise UncoveredError("images do not stay apart")
-    return Operator(call.target, call.given, call.named, 1.0)
+    return Operator(call.target, call.positional, call.keywords, 1.0)
 
 
 def _pad(reader: Tensors, call: Call) -> Op:
@@ -112,7 +112,7 @@ def _pad(reader: Tensors, call: Call) -> Op:
         raise UncoveredError("other than with zeros")
     if len(call.args["pad"]) > 2 * len(call.shape):
         raise UncoveredError("images do not stay apart")
-    return Operator(call.target, call.given, call.named, 1.0)
+    return Operator(call.target, call.positional, call.keywords, 1.0)
 
 
 def _mean(reader: Tensors, call: Call) -> Op:
@@ -120,7 +120,7 @@ def _mean(reader: Tensors, call: Call) -> Op:
     if not call.args.get("dim"):
         raise UncoveredError("images do not stay apart")
     count = math.prod(shape_of(x)[dim_of(d, x) - 1] for d in call.args["dim"])
-    return Operator(call.target, call.given, call.named, count**-0.5, pools=True)
+    return Operator(call.target, call.positional, call.keywords, count**-0.5, is_pooling=True)
 
 
 def _pool(reader: Tensors, call: Call) -> Op:
@@ -134,32 +134,34 @@ def _pool(reader: Tensors, call: Call) -> Op:
         for n, out, k, s, p, d in zip(shape_of(x)[-2:], call.shape[-2:], kernel, stride, padding, dilation, strict=True)
     ]
     if call.name == "max_pool2d":
-        return Operator(call.target, call.given, call.named, max_pool_factor(axes), pools=True)
+        return Operator(call.target, call.positional, call.keywords, max_pool_factor(axes), is_pooling=True)
     if call.args["divisor_override"]:
         factor = max_pool_factor(axes) * math.sqrt(math.prod(kernel)) / abs(call.args["divisor_override"])
     else:
         factor = average_pool_factor(axes, padded=bool(call.args["count_include_pad"]))
-    return Operator(call.target, call.given, call.named, factor, pools=True)
+    return Operator(call.target, call.positional, call.keywords, factor, is_pooling=True)
 
 
 def _adaptive_pool(reader: Tensors, call: Call) -> Op:
     axes = [Windows.adaptive(n, out) for n, out in zip(shape_of(call.args["self"])[-2:], call.shape[-2:], strict=True)]
-    return Operator(call.target, call.given, call.named, average_pool_factor(axes, padded=False), pools=True)
+    return Operator(
+        call.target, call.positional, call.keywords, average_pool_factor(axes, padded=False), is_pooling=True
+    )
 
 
 def _activation(lipschitz: float, at_zero: float = 0.0) -> Callable[[Tensors, Call], Op]:
     def rule(reader: Tensors, call: Call) -> Op:
-        return Operator(call.target, call.given, call.named, lipschitz, at_zero)
+        return Operator(call.target, call.positional, call.keywords, lipschitz, at_zero)
 
     return rule
 
 
 def _rectifier(reader: Tensors, call: Call) -> Op:
-    return Operator(call.target, call.given, call.named, 1.0, rectifies=True)
+    return Operator(call.target, call.positional, call.keywords, 1.0, is_rectifier=True)
 
 
 def _leaky(reader: Tensors, call: Call) -> Op:
-    return Operator(call.target, call.given, call.named, max(1.0, abs(float(call.args["negative_slope"]))))
+    return Operator(call.target, call.positional, call.keywords, max(1.0, abs(float(call.args["negative_slope"]))))
 
 
 RULES: dict[str, Callable[[Tensors, Call], Op]] = {

@@ -1,4 +1,4 @@
-"""Updates of the weights under masks that stay: how large they may be before a class can change (lemma L6)."""
+"""Weight updates under fixed masks: how large they may be before a class can change (lemma L6)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from functools import cached_property
 
 import numpy as np
 
-from maskplan.pipeline.stability.bounds import ROUNDING, Floats, Norms, distances, head_of, largest_product, propagate
+from maskplan.pipeline.stability.bounds import (
+    ROUNDING,
+    Floats,
+    Norms,
+    head_of,
+    max_product,
+    pairwise_distances,
+    propagate,
+)
 from maskplan.pipeline.stability.network import Affine, Conv, Maps, Network, Scale
 from maskplan.pipeline.stability.norms import conv_update_factor
 
@@ -18,54 +26,56 @@ _SMALLEST, _LARGEST = 1e-12, 1e3
 
 @dataclass(frozen=True, eq=False)
 class Ball:
-    """All updates U with |U| <= rho |W| in the Frobenius norm, of each of some layers; biases and statistics stay.
+    """All updates U of some layers with |U| <= rho |W| in the Frobenius norm; biases and statistics are fixed.
 
     Attributes:
         network: The architecture.
-        maps: The layers that are updated.
+        maps: Its layers before the update.
         norms: Upper bounds of their spectral norms.
-        reach: By node, the norm of the largest update of a layer at rho = 1 as a map; 0 of layers that stay.
+        max_update_norms: By node, bound of the spectral norm of an update at rho = 1; 0 for layers that are not updated.
     """
 
     network: Network
     maps: Maps
     norms: Norms
-    reach: Norms
+    max_update_norms: Norms
 
     @cached_property
-    def rows_apart(self) -> Floats | None:
-        """(K, K), how far the rows of the head lie apart; None without a head."""
+    def row_distances(self) -> Floats | None:
+        """Distances between the rows of the head, (K, K); None without a head."""
         head = head_of(self.network)
-        return None if head is None else distances(self.maps[head].weight.numpy())
+        return None if head is None else pairwise_distances(self.maps[head].weight.numpy())
 
 
 def ball_of(network: Network, maps: Maps, norms: Norms, sizes: Norms, layers: Collection[int]) -> Ball:
-    """The ball around a masked network.
+    """The ball of updates around a masked network.
 
-    A mask makes no update larger, so masked updates are in it too.
+    Masking an update does not increase its norm, so the ball contains masked updates.
 
     Args:
         network: The architecture.
         maps: Its layers, masked.
         norms: Upper bounds of their spectral norms.
-        sizes: Frobenius norms |W| that the update's is measured on, by node: those of the dense weights.
+        sizes: By node, the Frobenius norm |W| of the dense weights, to which updates are relative.
         layers: Nodes of the layers that are updated.
     """
-    reach = {i: _reach(network, i, affine) * sizes[i] if i in layers else 0.0 for i, affine in maps.items()}
-    return Ball(network, maps, norms, reach)
+    max_update_norms = {
+        i: _max_update_norm(network, i, affine) * sizes[i] if i in layers else 0.0 for i, affine in maps.items()
+    }
+    return Ball(network, maps, norms, max_update_norms)
 
 
 def ball_changes(ball: Ball, sizes: Floats, rho: Floats) -> Floats:
-    """Bounds of how far an update in the ball moves each node's values, (nodes, N).
+    """Bounds of the change of each node's values by an update in the ball, shape (nodes, N).
 
     Args:
-        ball: Its center and layers.
+        ball: Center and layers.
         sizes: (nodes, N), norms of the values before the update.
         rho: (N,), the radius for each image.
     """
 
     def layer(i: int, before: Floats) -> Floats:
-        moved: Floats = ball.reach[i] * rho
+        moved: Floats = ball.max_update_norms[i] * rho
         found: Floats = moved * sizes[ball.network.nodes[i].inputs[0]] + (ball.norms[i] + moved) * before
         return found
 
@@ -73,10 +83,10 @@ def ball_changes(ball: Ball, sizes: Floats, rho: Floats) -> Floats:
 
 
 def keeps_class(ball: Ball, sizes: Floats, logits: Floats, rho: Floats) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    """Which images keep their class under every update in the ball.
+    """Which images keep their class under every update in the ball, shape (N,).
 
     Args:
-        ball: Its center and layers.
+        ball: Center and layers.
         sizes: (nodes, N), norms of the values before the update.
         logits: (N, K) before the update.
         rho: (N,), the radius for each image.
@@ -86,15 +96,15 @@ def keeps_class(ball: Ball, sizes: Floats, logits: Floats, rho: Floats) -> np.nd
     top = logits.argmax(axis=1)
     margins = logits[rows, top][:, None] - logits
     limits = np.broadcast_to(2**0.5 * changes[-1][:, None], margins.shape)
-    head, between = head_of(ball.network), ball.rows_apart
+    head, between = head_of(ball.network), ball.row_distances
     if head is not None and between is not None:
         read = ball.network.nodes[head].inputs[0]
         # Two rows of an update differ by at most sqrt(2) times its norm.
-        moved = 2**0.5 * ball.reach[head] * rho
+        moved = 2**0.5 * ball.max_update_norms[head] * rho
         apart = between[top]
         pairs = (moved * sizes[read])[:, None] + (apart + moved[:, None]) * changes[read][:, None]
         limits = np.minimum(limits, pairs)
-    rounding = ROUNDING * largest_product(ball.network, ball.norms, sizes)
+    rounding = ROUNDING * max_product(ball.network, ball.norms, sizes)
     kept = margins - limits * (1 + 1e-9) > rounding[:, None]
     kept[rows, top] = True
     found: np.ndarray[tuple[int], np.dtype[np.bool_]] = kept.all(axis=1)
@@ -102,7 +112,7 @@ def keeps_class(ball: Ball, sizes: Floats, logits: Floats, rho: Floats) -> np.nd
 
 
 def largest_radius(ball: Ball, sizes: Floats, logits: Floats) -> Floats:
-    """(N,): for each image the largest radius, by bisection, that keeps its class; 0 where none of 1e-12 or more does."""
+    """The largest radius for which each image keeps its class, (N,), by bisection; 0 if below 1e-12."""
     low = np.full(len(logits), np.log(_SMALLEST))
     high = np.full(len(logits), np.log(_LARGEST))
     for _ in range(_STEPS):
@@ -114,8 +124,8 @@ def largest_radius(ball: Ball, sizes: Floats, logits: Floats) -> Floats:
     return found
 
 
-def _reach(network: Network, i: int, affine: Affine) -> float:
-    """The norm of the largest map that an update of Frobenius norm 1 makes of a layer."""
+def _max_update_norm(network: Network, i: int, affine: Affine) -> float:
+    """Bound of the spectral norm of an update with Frobenius norm 1, BatchNorm folded in."""
     op = network.nodes[i].op
     if isinstance(op, Scale):
         return 0.0

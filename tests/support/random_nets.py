@@ -1,12 +1,11 @@
-"""Random small networks, weights, masks, updates and images, in float64, to hold bounds against; same seeds, same networks.
+"""Random small networks, weights, masks, updates and images in float64, for testing bounds; determined by their seeds.
 
-Weights and images are drawn in ways that come close to the bounds as well: equal values, signs, single spikes, and biases
-that cancel what a layer makes of the first image.
+Some weights and images are drawn to come close to the bounds: equal values, signs, single spikes, and biases that cancel a
+layer's outputs on the first image.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -17,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from maskplan.pipeline.core.artifacts import Preprocessing
-from maskplan.pipeline.stability.bounds import ForwardObservation, Pair, change_bounds, look, pair_of
+from maskplan.pipeline.stability.bounds import ForwardObservation, Pair, change_bounds, observe, pair_of
 from maskplan.pipeline.stability.network import Network, affine_maps
 from maskplan.pipeline.stability.reader import read_network
 
@@ -213,7 +212,8 @@ def case(network: int, seed: int, images: int = 3) -> Case:
     module, graph = architecture(network)
     rng = np.random.default_rng([network, seed])
     x = _images(rng, (images, module.channels, module.size, module.size))
-    drawn = copy.deepcopy(module)
+    # Weights of the shared module are overwritten; results depend on the state dicts only.
+    drawn = module
     _draw(drawn, rng)
     if rng.random() < 0.4:
         _cancel(drawn, x, rng)
@@ -260,19 +260,19 @@ def update_within(case: Case, rho: float, layers: Sequence[int], rng: np.random.
     return state
 
 
-def violated(pair: Pair, seen: ForwardObservation, start: int = 0) -> bool:
+def violated(pair: Pair, observed: ForwardObservation, start: int = 0) -> bool:
     """Whether some node changes by more than its bound; rounding is left out."""
-    return exceeds(seen, change_bounds(pair, seen, start), start)
+    return exceeds(observed, change_bounds(pair, observed, start), start)
 
 
-def exceeds(seen: ForwardObservation, bounds: np.ndarray, start: int = 0) -> bool:
-    rounding = 1e-11 * (seen.sizes_first + seen.sizes_second)
-    return bool((seen.changes > bounds * (1 + 1e-9) + rounding)[start:].any())
+def exceeds(observed: ForwardObservation, bounds: np.ndarray, start: int = 0) -> bool:
+    rounding = 1e-11 * (observed.sizes_first + observed.sizes_second)
+    return bool((observed.changes > bounds * (1 + 1e-9) + rounding)[start:].any())
 
 
-def seen_of(case: Case) -> tuple[Pair, ForwardObservation]:
+def observe_case(case: Case) -> tuple[Pair, ForwardObservation]:
     pair = case.pair()
-    return pair, look(pair, case.images)
+    return pair, observe(pair, case.images)
 
 
 def _weights(module: nn.Module) -> list[str]:

@@ -16,7 +16,7 @@ from maskplan.pipeline.core.artifacts import Preprocessing
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.models.layers import sample_input
 from maskplan.pipeline.models.registry import build_model
-from maskplan.pipeline.stability.network import Conv, Network, Operator, Reshape, Scale, affine_maps, apply
+from maskplan.pipeline.stability.network import Conv, Network, Operator, Reshape, Scale, affine_maps, apply_node
 from maskplan.pipeline.stability.reader import read_network
 from tests.support.moving_nets import Net
 
@@ -28,7 +28,7 @@ def computed(network: Network, state: dict[str, torch.Tensor], x: torch.Tensor) 
     values: list[torch.Tensor] = []
     with torch.no_grad():
         for i, node in enumerate(network.nodes):
-            values.append(x if node.op is None else apply(node, maps.get(i), [values[j] for j in node.inputs]))
+            values.append(x if node.op is None else apply_node(node, maps.get(i), [values[j] for j in node.inputs]))
             assert tuple(values[-1].shape[1:]) == node.shape
     return values[-1]
 
@@ -100,7 +100,7 @@ def factor(module: nn.Module, size: int = 9) -> float:
         n for n in read_network(Net(lambda self, x: self.op(x), op=module), how).nodes if isinstance(n.op, Operator)
     )
     assert isinstance(node.op, Operator)
-    return node.op.factor
+    return node.op.lipschitz
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from maskplan.pipeline.core.errors import InputError
-from maskplan.pipeline.stability.axis import Axis, most_times_seen
+from maskplan.pipeline.stability.axis import Axis, max_patch_overlap
 from maskplan.pipeline.stability.max_singular_value import largest_singular
 from maskplan.pipeline.stability.norms import Norm, conv_norm, conv_update_factor, linear_norm, power_iteration
 
@@ -34,7 +34,7 @@ def true_norm(weight: npt.NDArray[np.floating], size: tuple[int, int], **options
 
 
 def circular_norm(weight: Weight, size: tuple[int, int]) -> float:
-    """Of the convolution on a torus, written out tap by tap."""
+    """Norm of the circular convolution, as a dense matrix written tap by tap."""
     outputs, inputs, high, wide = weight.shape
     places = size[0] * size[1]
     matrix = np.zeros((outputs, places, inputs, places))
@@ -67,12 +67,12 @@ def convolutions(draw: st.DrawFn) -> tuple[Weight, dict[str, Any]]:
 
 
 @given(convolutions())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_no_bound_is_below_the_norm_and_exact_ones_are_it(drawn: tuple[Weight, dict[str, Any]]) -> None:
     weight, options = drawn
     expected = true_norm(weight, **options)
-    for effort in (0, 40, 512):
-        found = conv_norm(weight, **options, effort=effort)
+    for dense_limit in (0, 40, 512):
+        found = conv_norm(weight, **options, dense_limit=dense_limit)
         assert found.value >= expected
         if found.exact:
             assert found.value <= expected * CLOSE
@@ -116,7 +116,7 @@ def test_the_factor_of_an_update(
     kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int], factor: float
 ) -> None:
     assert conv_update_factor(kernel, stride, dilation) == pytest.approx(factor)
-    # Independently: the unfolding's own norm, on an input large enough.
+    # Independently: the norm of the unfolding on a large input.
     size = tuple(4 * step * wide * far for step, wide, far in zip(stride, kernel, dilation, strict=True))
     ones = torch.ones(1, 1, *size, dtype=torch.float64)
     unfolded = torch.nn.functional.unfold(ones, kernel, dilation=dilation, stride=stride)
@@ -132,46 +132,46 @@ def test_the_factor_of_an_update_is_approached_by_equal_weights() -> None:
 
 @given(st.integers(1, 9), st.integers(1, 5), st.integers(1, 4), st.integers(0, 6), st.integers(1, 4))
 @settings(max_examples=300, deadline=None)
-def test_on_the_circle_every_entry_of_the_padded_operator_is_found_again(
+def test_the_circular_operator_contains_the_padded_operator(
     size: int, kernel: int, stride: int, padding: int, dilation: int
 ) -> None:
     assume(size + 2 * padding > dilation * (kernel - 1))
     axis = Axis(size, kernel, stride, padding, dilation)
-    assert axis.torus % stride == 0
+    assert axis.circular_size % stride == 0
     taps = np.random.default_rng(0).standard_normal(kernel)
     padded = operator(taps.reshape(1, 1, 1, -1), (1, size), stride=(1, stride), padding=(0, padding), dilation=dilation)
     lit = padded.any(axis=1)
     places = np.arange(len(padded)) * stride
-    circular = np.zeros((axis.torus, axis.torus))
-    for row, tap in itertools.product(range(axis.torus), range(kernel)):
-        circular[row, (row - padding + dilation * tap) % axis.torus] += taps[tap]
-    rows = places[lit] % axis.torus
+    circular = np.zeros((axis.circular_size, axis.circular_size))
+    for row, tap in itertools.product(range(axis.circular_size), range(kernel)):
+        circular[row, (row - padding + dilation * tap) % axis.circular_size] += taps[tap]
+    rows = places[lit] % axis.circular_size
     assert len(set(rows.tolist())) == len(rows)
     np.testing.assert_allclose(circular[rows][:, :size], padded[lit], atol=1e-12)
 
 
-def test_the_torus_is_as_small_as_the_reach_of_the_taps_allows() -> None:
-    assert Axis(56, 3, 1, 1).torus == 57
-    assert Axis(56, 3, 2, 1).torus == 58
-    assert Axis(224, 7, 2, 3).torus == 228
-    assert Axis(10, 3, 1, 0).torus == 10
-    assert Axis(10, 2, 1, 1).torus == 11
-    # Padding beyond the kernel's reach adds outputs that see nothing.
-    assert Axis(10, 3, 1, 9).torus == 12
+def test_the_circular_size_is_as_small_as_the_taps_allow() -> None:
+    assert Axis(56, 3, 1, 1).circular_size == 57
+    assert Axis(56, 3, 2, 1).circular_size == 58
+    assert Axis(224, 7, 2, 3).circular_size == 228
+    assert Axis(10, 3, 1, 0).circular_size == 10
+    assert Axis(10, 2, 1, 1).circular_size == 11
+    # Padding wider than the kernel adds outputs that read nothing.
+    assert Axis(10, 3, 1, 9).circular_size == 12
 
 
 @given(pairs(2, 6), pairs(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**32))
 @settings(max_examples=60, deadline=None)
-def test_the_torus_norm_is_that_of_the_circular_convolution(
+def test_the_circulant_norm_is_that_of_the_circular_convolution(
     size: tuple[int, int], kernel: tuple[int, int], outputs: int, inputs: int, seed: int
 ) -> None:
     assume(kernel[0] <= size[0] and kernel[1] <= size[1] and kernel != (1, 1))
     weight = np.random.default_rng(seed).standard_normal((outputs, inputs, *kernel))
-    # Without padding the torus is as large as the input. What other bounds there are may be lower.
-    found = conv_norm(weight, size=size, effort=0)
+    # Without padding the circular size is that of the input. Other bounds may be smaller.
+    found = conv_norm(weight, size=size, dense_limit=0)
     circular = circular_norm(weight, size)
     assert found.value <= circular * CLOSE
-    if found.method in ("torus", "depthwise"):
+    if found.method in ("circulant", "depthwise"):
         assert found.value == pytest.approx(circular, rel=1e-6)
 
 
@@ -181,7 +181,7 @@ def test_one_by_one_kernels_are_their_matrix_whatever_the_stride(
     stride: tuple[int, int], padding: tuple[int, int]
 ) -> None:
     weight = np.random.default_rng(0).standard_normal((20, 30, 1, 1)).astype(np.float32)
-    found = conv_norm(weight, size=(6, 7), stride=stride, padding=padding, effort=0)
+    found = conv_norm(weight, size=(6, 7), stride=stride, padding=padding, dense_limit=0)
     assert found.exact
     assert found.method == "matrix"
     expected = np.linalg.norm(weight[:, :, 0, 0].astype(np.float64), 2)
@@ -199,14 +199,14 @@ def test_linear_norm_is_the_largest_singular_value(outputs: int, inputs: int) ->
 
 def test_patches_that_do_not_overlap_are_exact() -> None:
     weight = np.random.default_rng(2).standard_normal((6, 3, 4, 4))
-    found = conv_norm(weight, size=(32, 32), stride=(4, 4), effort=0)
+    found = conv_norm(weight, size=(32, 32), stride=(4, 4), dense_limit=0)
     assert (found.exact, found.method) == (True, "unfolded")
     assert found.value == pytest.approx(np.linalg.norm(weight.reshape(6, -1), 2), rel=1e-6)
 
 
 def test_taps_that_never_leave_the_padding_do_not_count() -> None:
     weight = np.random.default_rng(3).standard_normal((8, 8, 3, 3))
-    found = conv_norm(weight, size=(1, 1), padding=(1, 1), effort=0)
+    found = conv_norm(weight, size=(1, 1), padding=(1, 1), dense_limit=0)
     assert found.exact
     assert found.value == pytest.approx(np.linalg.norm(weight[:, :, 1, 1], 2), rel=1e-6)
 
@@ -214,7 +214,7 @@ def test_taps_that_never_leave_the_padding_do_not_count() -> None:
 def test_an_operator_whose_outputs_all_see_padding_is_zero() -> None:
     assert conv_norm(np.ones((2, 2, 1, 1)), size=(1, 1), padding=(1, 1), stride=(3, 3)) == Norm(0.0, True, "matrix")
     assert true_norm(np.ones((2, 2, 1, 1)), (1, 1), padding=1, stride=3) == 0
-    assert conv_norm(np.zeros((4, 4, 3, 3)), size=(60, 60), padding=(1, 1), effort=0).value == 0
+    assert conv_norm(np.zeros((4, 4, 3, 3)), size=(60, 60), padding=(1, 1), dense_limit=0).value == 0
     assert linear_norm(np.zeros((3, 4))).value == 0
     assert power_iteration(np.zeros((4, 4, 3, 3)), size=(5, 5)) == 0
 
@@ -222,7 +222,7 @@ def test_an_operator_whose_outputs_all_see_padding_is_zero() -> None:
 def test_groups_count_by_the_largest_and_depthwise_by_the_largest_channel() -> None:
     random = np.random.default_rng(4)
     weight = random.standard_normal((6, 2, 3, 3))
-    options: dict[str, Any] = {"size": (9, 9), "padding": (1, 1), "effort": 0}
+    options: dict[str, Any] = {"size": (9, 9), "padding": (1, 1), "dense_limit": 0}
     parts = [conv_norm(part, **options).value for part in np.split(weight, 3)]
     assert conv_norm(weight, **options, groups=3).value == pytest.approx(max(parts))
     channels = random.standard_normal((40, 1, 3, 3))
@@ -241,8 +241,8 @@ def test_masking_can_raise_the_norm() -> None:
 def test_norms_scale_with_the_weights(scale: float) -> None:
     random = np.random.default_rng(5)
     weight, matrix = random.standard_normal((4, 4, 3, 3)), random.standard_normal((4, 7))
-    for effort in (0, 512):
-        options: dict[str, Any] = {"size": (5, 5), "padding": (1, 1), "effort": effort}
+    for dense_limit in (0, 512):
+        options: dict[str, Any] = {"size": (5, 5), "padding": (1, 1), "dense_limit": dense_limit}
         assert conv_norm(weight * scale, **options).value / scale == pytest.approx(conv_norm(weight, **options).value)
     assert linear_norm(matrix * scale).value / scale == pytest.approx(linear_norm(matrix).value)
 
@@ -252,7 +252,7 @@ def test_a_larger_case_lies_between_power_iteration_and_the_unfolded_bound() -> 
     for stride in (1, 2):
         options: dict[str, Any] = {"size": (28, 28), "padding": (1, 1), "stride": (stride, stride)}
         found = conv_norm(weight, **options)
-        assert found.method == "torus"
+        assert found.method == "circulant"
         low = power_iteration(weight, **options, steps=100)
         unfolded = conv_update_factor((3, 3), (stride, stride)) * np.linalg.norm(weight.reshape(48, -1), 2)
         assert low <= found.value < 1.15 * low
@@ -276,15 +276,15 @@ def test_the_largest_of_many_matrices_is_found_in_any_order(high: int, wide: int
 @pytest.mark.parametrize(
     ("kernel", "stride", "dilation"), list(itertools.product(range(1, 6), range(1, 5), range(1, 5)))
 )
-def test_a_place_is_seen_as_often_as_counting_says(kernel: int, stride: int, dilation: int) -> None:
+def test_the_overlap_of_patches_is_counted(kernel: int, stride: int, dilation: int) -> None:
     axis = Axis(60, kernel, stride, 0, dilation)
-    assert axis.times_seen == most_times_seen(kernel, stride, dilation)
+    assert axis.max_overlap == max_patch_overlap(kernel, stride, dilation)
 
 
-def test_what_is_no_convolution_is_refused() -> None:
+def test_invalid_convolutions_are_refused() -> None:
     weight = np.ones((4, 2, 3, 3))
     for options in ({"size": (2, 2)}, {"size": (5, 5), "groups": 3}, {"size": (5, 5), "stride": (0, 1)}):
-        with pytest.raises(ValueError, match=r"no such convolution|no weight|wider"):
+        with pytest.raises(ValueError, match=r"no such convolution|not the weight|wider"):
             conv_norm(weight, **options)
     with pytest.raises(ValueError, match="linear"):
         linear_norm(weight)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from maskplan.pipeline.cli.app import main
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.serialization import decode, encode
 from maskplan.pipeline.data.dataset import batches, identify, open_val
@@ -24,17 +27,24 @@ from maskplan.pipeline.stability.analyze import StabilityOptions, Weights, analy
 from maskplan.pipeline.stability.record import StabilityReport
 
 Cli = Callable[..., Any]
+IMAGES = 100
+
+
+def run(*args: object) -> str:
+    """Run a command in this process; its standard output."""
+    out = io.StringIO()
+    with redirect_stdout(out):
+        assert main(list(map(str, args))) == 0
+    return out.getvalue()
 
 
 @pytest.fixture(scope="module")
-def digits_files(maskplan: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Masks of the head and the last block, the checkpoint baked with them, and slightly newer weights."""
+def digits_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Masks of the last block, the checkpoint baked with them, and slightly newer weights."""
     folder = tmp_path_factory.mktemp("stability")
     masks = folder / "masks.safetensors"
-    ran = maskplan("mask", "digits_resnet", "--method", "magnitude", "--layers", "blocks.2.conv2.*", "-o", masks)
-    assert ran.code == 0, ran.err
-    ran = maskplan("bake", "digits_resnet", "--masks", masks, "-o", folder / "sparse.safetensors")
-    assert ran.code == 0, ran.err
+    run("mask", "digits_resnet", "--method", "magnitude", "--layers", "blocks.2.conv2.*", "-o", masks)
+    run("bake", "digits_resnet", "--masks", masks, "-o", folder / "sparse.safetensors")
     newer = safetensors.torch.load_file(BUNDLED_WEIGHTS)
     newer["head.weight"] = newer["head.weight"] * 1.001
     newer["blocks.2.conv2.weight"] = newer["blocks.2.conv2.weight"] + 1e-5
@@ -43,39 +53,39 @@ def digits_files(maskplan: Cli, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="module")
-def told(maskplan: Cli, digits_files: Path) -> dict[str, Any]:
+def result(digits_files: Path) -> dict[str, Any]:
+    """Output and report of a run with an update."""
     masks, report = digits_files / "masks.safetensors", digits_files / "report.json"
     command = ("stability", "digits_resnet", "--masks", masks, "--updated", digits_files / "newer.safetensors")
-    ran = maskplan(*command, "--images", 120, "--report", report)
-    assert ran.code == 0, ran.err
-    return {"out": ran.out, "report": json.loads(report.read_text())}
+    out = run(*command, "--images", IMAGES, "--report", report)
+    return {"out": out, "report": json.loads(report.read_text())}
 
 
-def test_the_report_is_a_record(told: dict[str, Any]) -> None:
-    found = decode(StabilityReport, told["report"])
-    assert encode(found) == told["report"]
+def test_the_report_is_a_record(result: dict[str, Any]) -> None:
+    found = decode(StabilityReport, result["report"])
+    assert encode(found) == result["report"]
     assert (found.model, found.method, found.trained) == ("digits_resnet", "magnitude", True)
     assert found.arithmetic == "float64"
     assert [layer.name for layer in found.layers if layer.difference > 0] == ["blocks.2.conv2"]
 
 
-def test_flips_and_changes_are_those_of_the_two_networks(told: dict[str, Any], digits_files: Path) -> None:
+def test_flips_and_changes_are_those_of_the_two_networks(result: dict[str, Any], digits_files: Path) -> None:
     dense, provenance = open_checkpoint(ModelOptions("digits_resnet"))
     sparse, _ = open_checkpoint(ModelOptions("digits_resnet", str(digits_files / "sparse.safetensors")))
     flips, changes = 0, []
     with torch.no_grad():
-        for x, _ in batches(load_digits().val.first(120, 0), provenance.preprocessing, 32):
+        for x, _ in batches(load_digits().val.sample(IMAGES, 0), provenance.preprocessing, 32):
             one, other = (m.double()(torch.from_numpy(x).double()) for m in (dense, sparse))
             flips += int((one.argmax(1) != other.argmax(1)).sum())
             changes += (one - other).norm(dim=1).tolist()
-    masking = told["report"]["masking"]
-    assert masking["images"] == 120 == told["report"]["flip_rate"]["images"]
-    assert masking["flips"] == flips == told["report"]["flip_rate"]["flips"]
+    masking = result["report"]["masking"]
+    assert masking["images"] == IMAGES == result["report"]["flip_rate"]["images"]
+    assert masking["flips"] == flips == result["report"]["flip_rate"]["flips"]
     assert masking["logits_change"]["p50"] == pytest.approx(float(np.median(changes)), rel=1e-9)
 
 
-def test_masks_of_the_last_block_leave_images_certified(told: dict[str, Any]) -> None:
-    report = told["report"]
+def test_masks_of_the_last_block_leave_images_certified(result: dict[str, Any]) -> None:
+    report = result["report"]
     for pair in (report["masking"], report["update"]["masked"], report["update"]["dense_and_masked"]):
         assert pair["certified_flips"] == 0
         for regime in pair["regimes"]:
@@ -86,14 +96,14 @@ def test_masks_of_the_last_block_leave_images_certified(told: dict[str, Any]) ->
     assert names == ["head", "last 4 layers", "last 7 layers", "last 9 layers", "whole network"]
     certified = [regime["certified"] for regime in report["masking"]["regimes"]]
     assert certified[-1] > 50
-    # Nothing before the last block changes, so where the bound starts makes no difference.
+    # Nothing before the last block changes, so the start of the bounds makes no difference.
     assert certified[1:] == [certified[-1]] * 4
     assert report["worst_case"]["vacuous"] is True
-    assert "any image: logits change" in told["out"]
+    assert "any image: logits change" in result["out"]
 
 
-def test_a_small_update_is_certified_and_its_ball_tells_how_small(told: dict[str, Any]) -> None:
-    report = told["report"]
+def test_a_small_update_is_certified_and_larger_balls_have_smaller_radii(result: dict[str, Any]) -> None:
+    report = result["report"]
     assert report["update"]["masked"]["regimes"][-1]["certified"] > 90
     head, block, whole = report["balls"]
     assert [ball["name"] for ball in (head, block, whole)] == ["head", "last 4 layers", "whole network"]
@@ -104,21 +114,21 @@ def test_a_small_update_is_certified_and_its_ball_tells_how_small(told: dict[str
         assert ball["vacuous"] == (shares[0] == 0)
 
 
-def test_the_sparse_checkpoint_may_take_the_place_of_masks_times_weights(
-    cli: Cli, told: dict[str, Any], digits_files: Path, tmp_path: Path
+def test_the_sparse_checkpoint_gives_the_same_report_as_masks_times_weights(
+    cli: Cli, result: dict[str, Any], digits_files: Path, tmp_path: Path
 ) -> None:
-    command = ("stability", "digits_resnet", "--masks", digits_files / "masks.safetensors", "--images", 120)
+    command = ("stability", "digits_resnet", "--masks", digits_files / "masks.safetensors", "--images", IMAGES)
     ran = cli("-q", *command, "--sparse", digits_files / "sparse.safetensors", "--report", tmp_path / "r.json")
     assert ran.code == 0, ran.err
     found = json.loads((tmp_path / "r.json").read_text())
-    assert found["masking"] == told["report"]["masking"]
+    assert found["masking"] == result["report"]["masking"]
     assert found["update"] is None
 
 
-def test_vacuous_bounds_are_called_so(cli: Cli, tmp_path: Path) -> None:
+def test_vacuous_bounds_are_reported_as_such(cli: Cli, tmp_path: Path) -> None:
     masks = tmp_path / "masks.safetensors"
     assert cli("-q", "mask", "digits_resnet", "--method", "magnitude", "-o", masks).code == 0
-    ran = cli("-q", "stability", "digits_resnet", "--masks", masks, "--images", 40, "--confidence", "0.99")
+    ran = cli("-q", "stability", "digits_resnet", "--masks", masks, "--images", 20, "--confidence", "0.99")
     assert ran.code == 0, ran.err
     (whole,) = (line for line in ran.out.splitlines() if line.strip().startswith("whole network"))
     assert "vacuous" in whole
@@ -126,7 +136,7 @@ def test_vacuous_bounds_are_called_so(cli: Cli, tmp_path: Path) -> None:
     assert "99% confidence" in ran.out
 
 
-def test_an_update_keeps_the_masks_and_the_statistics_it_is_told() -> None:
+def test_an_update_keeps_the_masks_and_the_given_statistics() -> None:
     module, _ = open_checkpoint(ModelOptions("digits_resnet"))
     name = "blocks.2.conv2.weight"
     mask = np.random.default_rng(0).random(module.state_dict()[name].shape) < 0.5
@@ -140,37 +150,36 @@ def test_an_update_keeps_the_masks_and_the_statistics_it_is_told() -> None:
 
 @pytest.fixture
 def tiny(cli: Cli, tiny_spec: str, tmp_path: Path) -> tuple[str, Path]:
-    """A model of one's own and its masks."""
+    """A user's model and its masks."""
     masks = tmp_path / "tiny.safetensors"
     ran = cli("-q", "mask", tiny_spec, "--method", "magnitude", "--weights", "random", "-o", masks)
     assert ran.code == 0, ran.err
     return tiny_spec, masks
 
 
-def test_a_model_and_images_of_ones_own(cli: Cli, tiny: tuple[str, Path], toy_data: Path) -> None:
+def test_a_users_model_and_images(cli: Cli, tiny: tuple[str, Path], toy_data: Path) -> None:
     model, masks = tiny
     ran = cli("-q", "stability", model, "--masks", masks, "--weights", "random", "--data", toy_data)
     assert ran.code == 0, ran.err
     assert "24 images" in ran.out
-    # Nobody takes certificates of a random network for more than they are.
     assert "the weights are random" in ran.out
 
 
-def refused(ran: Any, *told: str) -> None:
+def refused(ran: Any, *texts: str) -> None:
     assert ran.code == 3
     assert "Traceback" not in ran.err
-    for each in told:
+    for each in texts:
         assert each in ran.err, ran.err
 
 
-def test_without_images_there_is_nothing_to_say(cli: Cli, tiny: tuple[str, Path], tmp_path: Path) -> None:
+def test_missing_images_are_refused(cli: Cli, tiny: tuple[str, Path], tmp_path: Path) -> None:
     model, masks = tiny
     command = ("-q", "stability", model, "--weights", "random", "--masks", masks)
     refused(cli(*command), "stability is measured on images", "--data")
     refused(cli(*command, "--data", tmp_path / "none"), "data folder not found")
     (tmp_path / "loose" / "val").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(tmp_path / "loose" / "val" / "a.png")
-    refused(cli(*command, "--data", tmp_path / "loose"), "val/ holds no images in class folders", "1 loose images")
+    refused(cli(*command, "--data", tmp_path / "loose"), "val/ contains no images in class folders", "1 loose images")
 
 
 def test_images_that_shaped_the_masks_are_refused(cli: Cli, tiny_spec: str, toy_data: Path, tmp_path: Path) -> None:
@@ -180,7 +189,7 @@ def test_images_that_shaped_the_masks_are_refused(cli: Cli, tiny_spec: str, toy_
     assert ran.code == 0, ran.err
     shutil.copytree(toy_data / "train", mixed / "val")
     refused(
-        cli("-q", "stability", tiny_spec, "--masks", masks, *command, mixed), "val images also shaped the model", "60"
+        cli("-q", "stability", tiny_spec, "--masks", masks, *command, mixed), "val images were also used to make the model", "60"
     )
     assert cli("-q", "stability", tiny_spec, "--masks", masks, *command, toy_data).code == 0
 
@@ -193,16 +202,16 @@ def test_images_that_recalibrated_the_checkpoint_are_refused(
     assert ran.code == 0, ran.err
     shutil.copytree(toy_data / "train", mixed / "val")
     command = ("-q", "stability", model, "--weights", "random", "--masks", masks, "--sparse", sparse)
-    refused(cli(*command, "--data", mixed), "val images also shaped the model")
+    refused(cli(*command, "--data", mixed), "val images were also used to make the model")
     ran = cli(*command, "--data", toy_data)
     assert ran.code == 0, ran.err
 
 
 def test_masks_of_another_model_are_refused(cli: Cli, tiny: tuple[str, Path]) -> None:
-    refused(cli("-q", "stability", "digits_resnet", "--masks", tiny[1]), "the masks are of another model")
+    refused(cli("-q", "stability", "digits_resnet", "--masks", tiny[1]), "the masks are for another model")
 
 
-def test_a_checkpoint_that_other_masks_made_is_refused(cli: Cli, digits_files: Path) -> None:
+def test_a_checkpoint_with_other_masks_is_refused(cli: Cli, digits_files: Path) -> None:
     masks = digits_files / "masks.safetensors"
     refused(
         cli("-q", "stability", "digits_resnet", "--masks", masks, "--sparse", digits_files / "newer.safetensors"),
@@ -249,7 +258,7 @@ def test_a_model_without_bounds_is_refused_by_the_operators_name(cli: Cli, tmp_p
 
 
 @pytest.mark.parametrize("confidence", ["0", "1", "95", "nan"])
-def test_a_confidence_that_is_none_is_refused(confidence: str, cli: Cli, digits_files: Path) -> None:
+def test_a_confidence_out_of_range_is_refused(confidence: str, cli: Cli, digits_files: Path) -> None:
     masks = digits_files / "masks.safetensors"
     refused(cli("-q", "stability", "digits_resnet", "--masks", masks, "--confidence", confidence), "confidence is")
 
@@ -263,7 +272,7 @@ def test_a_split_without_images_is_refused(toy_data: Path) -> None:
         analyze(module, provenance, states, "", empty, identify(open_val(toy_data, (), 3)), StabilityOptions())
 
 
-def test_masks_that_drop_nothing_flip_nothing() -> None:
+def test_masks_that_prune_nothing_flip_nothing() -> None:
     module, provenance = open_checkpoint(ModelOptions("digits_resnet"))
     val = load_digits().val
     states = Weights(module.state_dict(), module.state_dict())
