@@ -140,7 +140,7 @@ def measure(
     magnitude = by_magnitude(module, chosen)
     started = time.monotonic()
     learned, learning = learn_masks(
-        module, magnitude, PATTERN, HOW, data, options, files=LearnerFiles(state, log=state.parent / state.stem)
+        module, magnitude, PATTERN, HOW, data, options, files=LearnerFiles(state, log_dir=state.parent / state.stem)
     )
     minutes = (time.monotonic() - started) / 60
     nets = {"dense": module, "magnitude": pruned(module, magnitude), "maskplan": pruned(module, learned)}

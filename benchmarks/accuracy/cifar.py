@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from maskplan.pipeline.core.artifacts import Preprocessing
 from maskplan.pipeline.core.errors import InputError
-from maskplan.pipeline.data.dataset import Dataset, Split, dataset_of
+from maskplan.pipeline.data.dataset import Dataset, Split, dataset_from_train_val
 from maskplan.pipeline.data.preprocessing import decode
 
 HOW = Preprocessing(3, 32, 32, 0, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -54,7 +54,7 @@ def load_cifar10(folder: Path, seed: int = 0, most: int | None = None) -> Datase
             labels = stored["label"].astype(np.int64)[:most]
             parts.append(JpegImages(role, stored["jpeg"], stored["offset"], labels))
             classes = tuple(str(c) for c in stored["classes"])
-    return dataset_of(parts[0], parts[1], classes, seed)
+    return dataset_from_train_val(parts[0], parts[1], classes, seed)
 
 
 def pixels(split: Split) -> torch.Tensor:

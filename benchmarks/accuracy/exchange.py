@@ -39,7 +39,7 @@ def magnitude(module: nn.Module) -> Masks:
 def learned(module: nn.Module, data: Dataset, options: LearnOptions, old: Masks | None = None) -> Masks:
     """Masks learned for a network, from its magnitudes or from other masks (as `mask --init`)."""
     start = magnitude(module) if old is None else old
-    return learn_masks(module, start, PATTERN, HOW, data, options, given=old is not None)[0]
+    return learn_masks(module, start, PATTERN, HOW, data, options, favor_start=old is not None)[0]
 
 
 def equal_groups(first: Masks, second: Masks) -> float:

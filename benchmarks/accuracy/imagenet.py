@@ -79,7 +79,7 @@ def rows_of(table: int, bench: Bench) -> Iterator[tuple[str, nn.Module]]:
         return
     masks: dict[str, Masks] = {"magnitude": magnitude}
     if table == 2:
-        files = LearnerFiles(bench.results / f"{bench.name}.learning", log=bench.results / f"{bench.name}.log")
+        files = LearnerFiles(bench.results / f"{bench.name}.learning", log_dir=bench.results / f"{bench.name}.log")
         masks["maskplan"] = learn_masks(
             bench.dense, magnitude, PATTERN, bench.preprocessing, bench.data, bench.options, files=files
         )[0]

@@ -60,7 +60,7 @@ def measure(module: nn.Module, data: Dataset, options: LearnOptions, state: Path
     layers, _ = trace_layers(module, HOW)
     magnitude = by_magnitude(module, select_layers(layers, PATTERN).masked)
     masks, learning = learn_masks(
-        module, magnitude, PATTERN, HOW, data, options, files=LearnerFiles(state, log=state.parent / state.stem)
+        module, magnitude, PATTERN, HOW, data, options, files=LearnerFiles(state, log_dir=state.parent / state.stem)
     )
     sparse = recalibrated(pruned(module, masks), data)
     right: dict[str, Hits] = {}

@@ -97,19 +97,19 @@ def one_network(number: int, draws: int) -> tuple[Counter[str], list[float]]:
     above: list[float] = []
     for seed in range(draws):
         case = random_nets.case(number, seed)
-        pair, seen = random_nets.seen_of(case)
+        pair, observed = random_nets.observe_case(case)
         flips = case.logits(case.first).argmax(1).numpy() != case.logits(case.second).argmax(1).numpy()
         counts.update(examples=1, images=len(flips), flips=int(flips.sum()))
         for end in tails(pair.network):
-            bounds = change_bounds(pair, seen, end.start)
-            held = certify(pair, seen, end.start).certified
-            counts["violations"] += random_nets.exceeds(seen, bounds, end.start)
+            bounds = change_bounds(pair, observed, end.start)
+            held = certify(pair, observed, end.start).certified
+            counts["violations"] += random_nets.exceeds(observed, bounds, end.start)
             counts.update(certificates=int(held.sum()), certified_flips=int((held & flips).sum()))
         # Less is rounding.
-        there = seen.changes[-1] > 1e-9 * (seen.sizes_first[-1] + seen.sizes_second[-1])
-        above += np.log10(bounds[-1][there] / seen.changes[-1][there]).tolist()
-        worst = worst_case(pair, difference_norms(pair.network, pair.first, pair.second), seen.sizes_first[0].max())
-        counts["worst_case_violations"] += random_nets.exceeds(seen, worst.changes[:, None])
+        there = observed.changes[-1] > 1e-9 * (observed.sizes_first[-1] + observed.sizes_second[-1])
+        above += np.log10(bounds[-1][there] / observed.changes[-1][there]).tolist()
+        worst = worst_case(pair, difference_norms(pair.network, pair.first, pair.second), observed.sizes_first[0].max())
+        counts["worst_case_violations"] += random_nets.exceeds(observed, worst.changes[:, None])
         counts += ball_counts(case, np.random.default_rng([number, seed, 1]))
     return counts, above
 
@@ -122,12 +122,12 @@ def ball_counts(case: random_nets.Case, rng: np.random.Generator) -> Counter[str
     rho = float(rng.choice(RADII))
     new = random_nets.update_within(case, rho, layers, rng)
     pair = pair_of(network, masked, affine_maps(network, new))
-    seen = observe(pair, case.images)
+    observed = observe(pair, case.images)
     ball = ball_of(network, masked, pair.first_norms, {i: a.frobenius for i, a in dense.items()}, layers)
     radii = np.full(len(case.images), rho)
-    kept = keeps_class(ball, seen.sizes_first, seen.logits_first, radii)
-    flips = seen.logits_first.argmax(1) != seen.logits_second.argmax(1)
-    exceeded = random_nets.exceeds(seen, ball_changes(ball, seen.sizes_first, radii))
+    kept = keeps_class(ball, observed.sizes_first, observed.logits_first, radii)
+    flips = observed.logits_first.argmax(1) != observed.logits_second.argmax(1)
+    exceeded = random_nets.exceeds(observed, ball_changes(ball, observed.sizes_first, radii))
     return Counter(
         ball_violations=int(exceeded), ball_certificates=int(kept.sum()), ball_certified_flips=int((kept & flips).sum())
     )

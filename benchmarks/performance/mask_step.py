@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.core.files import write_json
-from maskplan.pipeline.learning.danhofer2024 import FlatGates, unfolded
+from maskplan.pipeline.learning.danhofer2024 import FlatGates, conv_by_unfolding
 from maskplan.pipeline.learning.gates import Gates
 from maskplan.pipeline.learning.masked_net import MaskedNet
 from maskplan.pipeline.masking.policy import select_layers
@@ -152,7 +152,7 @@ def layer_step(kind: str, k: int, c: int, size: int, batch: int) -> Callable[[],
             out = F.conv2d(x, gates.sample(weight, 1.0, 1), padding=1)
         else:
             assert isinstance(gates, FlatGates)
-            out = unfolded(x, weight * gates.sample(1.0, generator), 1, 1)
+            out = conv_by_unfolding(x, weight * gates.sample(1.0, generator), 1, 1)
         out.sum().backward()
 
     return step

@@ -24,7 +24,7 @@ from torch import nn
 from maskplan.pipeline.core.artifacts import Pattern, Preprocessing
 from maskplan.pipeline.core.files import write_json
 from maskplan.pipeline.masking.policy import LayerPolicy
-from maskplan.pipeline.models.checkpoint import ModelOptions, module_of, open_checkpoint
+from maskplan.pipeline.models.checkpoint import ModelOptions, load_module, open_checkpoint
 from maskplan.pipeline.models.layers import sample_input
 from maskplan.pipeline.permutation.permute import PermuteOptions, permute
 from maskplan.pipeline.permutation.record import FIXED, MOVED, UNREAD, Permuted
@@ -65,7 +65,7 @@ def measure(model: str, effort: float, include_linear: bool) -> dict[str, Any]:
             Path(folder) / "permutation.safetensors",
         )
         wall, cpu = time.perf_counter() - started, time.process_time() - cpu
-        difference = compare(module, module_of(options, done.checkpoint), provenance.preprocessing)
+        difference = compare(module, load_module(options, done.checkpoint), provenance.preprocessing)
     return {
         "command": f"python benchmarks/performance/permute_networks.py {model}",
         "device": cpu_name(),

@@ -1,1 +1,1 @@
-"""Learned masks: gates over the patterns of each group, trained while the weights stay as they are."""
+"""Learned masks: gates over the patterns of each group, trained while the weights stay frozen."""

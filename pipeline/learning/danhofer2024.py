@@ -1,8 +1,9 @@
-"""The semester report's way to learn masks, as it is written, to compare with (Danhofer 2024, sections III and IV).
+"""Mask learning as described in Danhofer's semester report (2024, sections III and IV), for comparison.
 
-Groups run along the rows of the flattened matrix (c_out, c_in * h * w), to which columns are added until they are whole;
-every convolution is masked, stem and depthwise ones included; gate weights are Glorot's, biases nearly zero; SGD with decay
-on the gates; masks are sampled softly, in evaluation too. TensorRT does not accept these groups for kernels larger than 1x1.
+Groups run along the rows of the flattened matrix (c_out, c_in * h * w), padded with zero columns to whole groups. Every
+convolution is masked, including the stem and depthwise ones. Gate weights have Glorot initialization, biases are nearly
+zero. SGD applies weight decay to the gates. Masks are sampled softly, also in evaluation. TensorRT does not accept these
+groups for kernels larger than 1x1.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ from maskplan.pipeline.masking.patterns import pattern_table
 
 @dataclass(frozen=True)
 class DanhoferOptions:
-    """The report's numbers; `rate` is the one that a fair comparison searches.
+    """The report's hyperparameters; a fair comparison searches `lr`.
 
     Attributes:
         epochs: Passes over the training images.
-        batch: Images a step.
-        rate: SGD's learning rate, a tenth of it after every 30 epochs.
-        momentum: SGD's.
-        decay: On gate weights and biases.
-        tau: Temperature, always.
-        seed: Of gates, noise and order.
+        batch: Images per step.
+        lr: SGD's learning rate, divided by ten after every 30 epochs.
+        momentum: SGD's momentum.
+        decay: Weight decay of gate weights and biases.
+        tau: Temperature, constant.
+        seed: Seed of gates, noise and order of images.
     """
 
     epochs: int = 30
@@ -56,12 +57,12 @@ class DanhoferOptions:
 
 
 class FlatGates(nn.Module):
-    """Choices for the groups of one flattened weight; the last of a row is padded with virtual entries, always zero.
+    """Gates for the groups of one flattened weight; the last group of a row is padded with virtual zeros.
 
     Args:
-        weight: (c_out, ...); groups run along the rest, in storage order.
+        weight: (c_out, ...); groups run along the other axes, flattened.
         pattern: N:M.
-        generator: Of the initial values.
+        generator: For the initial values.
     """
 
     table: torch.Tensor
@@ -76,33 +77,33 @@ class FlatGates(nn.Module):
         self.bias = nn.Parameter(1e-6 * torch.randn(choices, generator=generator))
 
     def sample(self, tau: float, generator: torch.Generator) -> torch.Tensor:
-        """A soft sample (equation 2), shaped like the weight."""
+        """A soft sample of the mask (equation 2), shaped like the weight."""
         uniform = torch.rand(self.weight.shape, generator=generator).clamp_min(1e-20)
         noise = -torch.log(-torch.log(uniform))
-        return self._spread(torch.softmax((self.weight + self.bias + noise) / tau, dim=-1))
+        return self._expand(torch.softmax((self.weight + self.bias + noise) / tau, dim=-1))
 
     def argmax(self) -> torch.Tensor:
-        """The likeliest mask, of zeros and ones."""
+        """The likeliest mask, zeros and ones, shaped like the weight."""
         choice = (self.weight + self.bias).detach().argmax(dim=-1)
-        return self._spread(F.one_hot(choice, len(self.table)).float())
+        return self._expand(F.one_hot(choice, len(self.table)).float())
 
-    def _spread(self, choice: torch.Tensor) -> torch.Tensor:
+    def _expand(self, choice: torch.Tensor) -> torch.Tensor:
         return (choice @ self.table).reshape(self.shape[0], -1)[:, : self.columns].reshape(self.shape)
 
 
 class DanhoferNet(nn.Module):
-    """A frozen network with the report's masking layer at every convolution; only the gates are parameters.
+    """A frozen network with the report's masking layer on every convolution; only the gates are parameters.
 
     Args:
         dense: The dense network; it is copied.
-        options: The report's numbers.
+        options: The hyperparameters.
         pattern: N:M.
     """
 
     def __init__(self, dense: nn.Module, options: DanhoferOptions, pattern: Pattern) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(options.seed)
-        # Its weights are no parameters of this module.
+        # In a list, so that it is not registered: its weights are not parameters of this module.
         self._student = [copy.deepcopy(dense).requires_grad_(False)]
         convolutions = [n for n, m in dense.named_modules() if isinstance(m, _ConvNd)]
         parameters = dict(self._student[0].named_parameters())
@@ -115,7 +116,7 @@ class DanhoferNet(nn.Module):
         return super().train(mode)
 
     def forward(self, images: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-        """Logits under a fresh sample of all masks, or under the likeliest masks without a generator."""
+        """Logits (N, classes) under a new sample of all masks, or under the likeliest masks if there is no generator."""
         masks = [g.argmax() if generator is None else g.sample(self._tau, generator) for g in self._each()]
         masked = {n: w * m for (n, w), m in zip(self._weights.items(), masks, strict=True)}
         logits: torch.Tensor = functional_call(self._student[0], masked, (images,))
@@ -126,12 +127,12 @@ class DanhoferNet(nn.Module):
         return {n: g.argmax().numpy() > 0 for n, g in zip(self._weights, self._each(), strict=True)}
 
     def entropy(self) -> float:
-        """Mean entropy of the choices; 1 undecided, 0 decided."""
-        found = []
+        """Mean normalized entropy of the gates: 1 undecided, 0 decided."""
+        entropies = []
         for gates in self._each():
             log_p = torch.log_softmax((gates.weight + gates.bias).detach(), dim=-1)
-            found.append(float(-(log_p.exp() * log_p).sum(-1).mean() / math.log(len(gates.table))))
-        return float(np.mean(found))
+            entropies.append(float(-(log_p.exp() * log_p).sum(-1).mean() / math.log(len(gates.table))))
+        return float(np.mean(entropies))
 
     def _each(self) -> list[FlatGates]:
         return [g for g in self.gates if isinstance(g, FlatGates)]
@@ -140,18 +141,22 @@ class DanhoferNet(nn.Module):
 def learn_danhofer(
     dense: nn.Module, preprocessing: Preprocessing, data: Dataset, options: DanhoferOptions, pattern: Pattern
 ) -> DanhoferNet:
-    """Train the gates as the report did; its BatchNorm statistics follow the sampled masks."""
+    """Train the gates as the report does; running BatchNorm statistics follow the sampled masks.
+
+    Raises:
+        InputError: The loss is not finite.
+    """
     net = DanhoferNet(dense, options, pattern).train()
     optimizer = torch.optim.SGD(net.parameters(), lr=options.lr, momentum=options.momentum, weight_decay=options.decay)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 30, 0.1)
     order = LearnOptions(epochs=options.epochs, batch=options.batch, augment="crop", seed=options.seed)
     total = options.epochs * max(len(data.train) // options.batch, 1)
     steps = enumerate(training_batches(data.train, preprocessing, order))
-    for step, batch in track(steps, "learn as reported", total):
+    for step, batch in track(steps, "learn masks (danhofer2024)", total):
         generator = torch.Generator().manual_seed(derive_seed(options.seed, step))
         loss = F.cross_entropy(net(torch.from_numpy(batch.images), generator), torch.from_numpy(batch.labels))
         if not bool(loss.isfinite()):
-            raise InputError("the loss is not a number", where=f"step {step + 1}", fix="lower the learning rate")
+            raise InputError("the loss is not finite", where=f"step {step + 1}", fix="lower the learning rate")
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -168,15 +173,15 @@ def danhofer_masks(
     options: DanhoferOptions,
     pattern: Pattern,
 ) -> tuple[dict[str, npt.NDArray[np.bool_]], Learning]:
-    """The likeliest masks of all convolutions, and how they stand against others (those by magnitude) on `select`.
+    """Learn masks of all convolutions; score the likeliest ones and the `start` masks on `select`.
 
-    Both are judged by our means: recalibrated, and against the dense network.
+    Both are scored as the learner scores its masks: recalibrated, and against the dense network.
     """
-    judge = MaskEvaluator(dense, preprocessing, data, LearnOptions(batch=options.batch, seed=options.seed))
+    evaluate = MaskEvaluator(dense, preprocessing, data, LearnOptions(batch=options.batch, seed=options.seed))
     started = time.monotonic()
     masks = learn_danhofer(dense, preprocessing, data, options, pattern).masks()
     seconds = time.monotonic() - started
-    first, last = judge(dict(start)), judge(masks)
+    first, last = evaluate(dict(start)), evaluate(masks)
     return masks, Learning(
         recipe="danhofer2024",
         epochs=options.epochs,
@@ -194,23 +199,23 @@ def danhofer_masks(
 def correct_predictions(
     net: DanhoferNet, split: Split, preprocessing: Preprocessing, *, sampled: bool, seed: int = 0
 ) -> list[bool]:
-    """Which images are right, under masks sampled anew for every batch, or under the likeliest."""
+    """For each image, whether its prediction is correct: under masks sampled for every batch, or under the likeliest."""
     generator = torch.Generator().manual_seed(seed) if sampled else None
-    right: list[bool] = []
+    correct: list[bool] = []
     with torch.no_grad():
         for x, labels in batches(split, preprocessing, 500):
-            right += (net(torch.from_numpy(x), generator).argmax(1).numpy() == labels).tolist()
-    return right
+            correct += (net(torch.from_numpy(x), generator).argmax(1).numpy() == labels).tolist()
+    return correct
 
 
-def unfolded(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: int) -> torch.Tensor:
+def conv_by_unfolding(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: int) -> torch.Tensor:
     """A convolution as one matrix product (equation 4): W (c_out, c_in * h * w) times the unfolded input.
 
     Args:
         x: (N, c_in, H, W).
         weight: (c_out, c_in, h, w).
-        stride: Of both axes.
-        padding: Of both axes.
+        stride: Along both axes.
+        padding: Along both axes.
 
     Returns:
         (N, c_out, H', W'), with H' = (H + 2 * padding - h) // stride + 1.

@@ -1,4 +1,4 @@
-"""How good masks are, by the `select` part."""
+"""Evaluation of masks on the `select` part, and the distillation loss that it shares with training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from maskplan.pipeline.core.artifacts import Preprocessing
-from maskplan.pipeline.core.choices import CHANNEL, FLAT
+from maskplan.pipeline.core.choices import CHANNEL, FLAT, Layout
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.data.dataset import Dataset, batches
 from maskplan.pipeline.learning.masked_net import Masks
@@ -23,7 +23,7 @@ from maskplan.pipeline.models.batchnorm import RecalibrateOptions, update_statis
 
 @dataclass(frozen=True)
 class MaskScore:
-    """Masks on the `select` part: divergence from the dense network, and top-1 in percent."""
+    """Score of masks on the `select` part: divergence from the dense network, and top-1 accuracy in percent."""
 
     divergence: float
     top1: float
@@ -33,7 +33,16 @@ class MaskScore:
 
 
 def distillation_loss(student: torch.Tensor, teacher: torch.Tensor, distill_temperature: float) -> torch.Tensor:
-    """KL divergence from the dense network's softened probabilities, mean over the images (Hinton et al. 2015)."""
+    """KL divergence from the teacher's softened probabilities, mean over the images (Hinton et al. 2015).
+
+    Args:
+        student: Logits (N, classes).
+        teacher: Logits (N, classes).
+        distill_temperature: Temperature T; the result is scaled by T^2 to keep gradients at the scale of T = 1.
+
+    Returns:
+        A scalar.
+    """
     log_p, log_q = (
         F.log_softmax(student / distill_temperature, dim=1),
         F.log_softmax(teacher / distill_temperature, dim=1),
@@ -42,29 +51,29 @@ def distillation_loss(student: torch.Tensor, teacher: torch.Tensor, distill_temp
 
 
 class MaskEvaluator:
-    """Judges masks in a copy of the dense network whose statistics are recalibrated, as the final network's will be.
+    """Scores masks in a copy of the dense network with recalibrated BatchNorm, like the final network's.
 
-    Divergence chooses, for it tells masks apart where a small `select` part gives all of them the same top-1.
+    Masks are chosen by divergence: on a small `select` part, different masks often have the same top-1 accuracy.
 
     Args:
         dense: The dense network, in evaluation mode.
-        how: Preprocessing of the images.
-        data: `train` for the statistics, `select` for the verdict.
-        options: `distill_temperature` is the temperature of the divergence, `batch` the images a step, `seed` tells which images the
-            statistics are of, and `judge_augment` what is done to these.
+        preprocessing: Preprocessing of the images.
+        data: `train` for BatchNorm statistics, `select` for the score.
+        options: Uses `distill_temperature` for the divergence, `batch` as batch size, `seed` to draw the images for the
+            statistics and `judge_augment` to augment these.
     """
 
     def __init__(self, dense: nn.Module, preprocessing: Preprocessing, data: Dataset, options: LearnOptions) -> None:
         self._dense, self._preprocessing, self._data = dense, preprocessing, data
-        self._softness, self._batch = options.distill_temperature, options.batch
+        self._temperature, self._batch = options.distill_temperature, options.batch
         self._recalibrate = RecalibrateOptions(seed=options.seed, augment=options.judge_augment)
         self._teacher: list[torch.Tensor] = []
 
     def __call__(self, masks: Masks) -> MaskScore:
-        """MaskEvaluator masks by weight name.
+        """Score masks, given by weight name.
 
         Raises:
-            InputError: The outputs are not numbers.
+            InputError: The outputs are not finite.
         """
         candidate = copy.deepcopy(self._dense)
         parameters = dict(candidate.named_parameters(remove_duplicate=False))
@@ -73,26 +82,26 @@ class MaskEvaluator:
             for name, mask in masks.items():
                 parameters[name].masked_fill_(~torch.from_numpy(mask).to(device), 0.0)
         update_statistics(candidate, self._data.train, self._preprocessing, self._recalibrate)
-        divergence, right, first = 0.0, 0, not self._teacher
+        divergence, correct, first = 0.0, 0, not self._teacher
         with torch.no_grad():
             for i, (x, labels) in enumerate(batches(self._data.select, self._preprocessing, self._batch)):
                 images = torch.from_numpy(x).to(device)
                 if first:
                     self._teacher.append(self._dense(images))
                 logits = candidate(images)
-                divergence += float(distillation_loss(logits, self._teacher[i], self._softness)) * len(x)
-                right += int((logits.argmax(dim=1).cpu().numpy() == labels).sum())
+                divergence += float(distillation_loss(logits, self._teacher[i], self._temperature)) * len(x)
+                correct += int((logits.argmax(dim=1).cpu().numpy() == labels).sum())
         if not math.isfinite(divergence):
             fix = "check the weights and the images' normalization"
-            raise InputError("the loss is not a number", where="the select part", fix=fix)
+            raise InputError("the divergence is not finite", where="the select part", fix=fix)
         count = len(self._data.select)
-        return MaskScore(divergence / count, 100 * right / count)
+        return MaskScore(divergence / count, 100 * correct / count)
 
 
-def fraction_changed(old: Masks, new: Masks, m: int, layout: str = CHANNEL) -> float:
-    """Share of groups of `m` whose choice differs, 0 to 1."""
-    moved = total = 0
+def fraction_changed(old: Masks, new: Masks, m: int, layout: Layout = CHANNEL) -> float:
+    """Fraction of groups of `m` whose pattern differs, 0 to 1."""
+    changed = total = 0
     for name, mask in new.items():
         differs = group(old[name] != mask, m, layout, pad=layout == FLAT).any(axis=-1)
-        moved, total = moved + int(np.count_nonzero(differs)), total + differs.size
-    return moved / max(total, 1)
+        changed, total = changed + int(np.count_nonzero(differs)), total + differs.size
+    return changed / max(total, 1)

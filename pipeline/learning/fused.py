@@ -1,8 +1,8 @@
-"""A draw of all groups of a weight and its gradient on a CPU, each in one pass: noise, choice and mask while in the cache.
+"""Fused CPU kernels of the Gumbel-softmax sample of a weight and its gradient: noise, choice and mask in one pass each.
 
-Noise is a function of seed, pattern and group, so nothing of it is kept between the passes, and any number of threads gives
-the same bits. Loops are written for the compiler's vector units: floats that are taken apart by their bits are read
-and written in separate arrays, for arrays that share memory are not vectorized.
+Noise is a function of seed, pattern and group, so it is not stored between the passes, and any number of threads gives
+the same bits. Loops are written to be vectorized: floats and their bit patterns are read and written through separate
+arrays, because LLVM does not vectorize loops over arrays that may alias.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from numba import float32, int32, njit, uint32
 Floats = npt.NDArray[np.float32]
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-# Groups a block: the noisy logits of six patterns lie in the first cache.
+# Groups per block: the noisy logits of six patterns fit the L1 cache.
 _BLOCK = 1024
-# Logits below which a second thread costs more than it does.
-_WORTH_A_THREAD = 1 << 15
+# Logits per thread below which another thread costs more than it saves.
+_MIN_LOGITS_PER_THREAD = 1 << 15
 # (log(1 + f) - f + f**2 / 2) / f**3 on [sqrt(1/2) - 1, sqrt(2) - 1], Chebyshev fit of degree 8; error below 4e-9.
 _LOG = (
     0.07149753719568253,
@@ -43,30 +43,30 @@ def _compiled(function: _F) -> _F:
     return cast(_F, njit(cache=True, nogil=True, fastmath={"contract"})(function))
 
 
-def draw(
+def sample(
     logits: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, tau: float, seed: int, noise: float, *, hard: bool
 ) -> torch.Tensor:
-    """The weight under one draw.
+    """The weight masked by one sample.
 
     Args:
         logits: (P, K, C/M, R*S), float32, contiguous.
         weight: (K, C, ...), float32, contiguous.
         table: (P, M), bool.
-        tau: Temperature of a soft draw.
+        tau: Temperature of a soft sample.
         seed: Of the noise.
-        noise: Its scale.
-        hard: Zeros and ones; else the soft draw itself.
+        noise: Scale of the noise.
+        hard: A mask of zeros and ones; otherwise the soft sample.
 
     Returns:
-        Mask times weight, shaped like the weight.
+        Mask times weight, shaped like the weight, float32.
     """
     out = torch.empty_like(weight)
     views = _views(logits, table, seed), _slabs(weight, table), _slabs(out, table)
-    _in_threads(lambda start, stop: _draw(*views, start, stop, tau, noise, hard), logits)
+    _in_threads(lambda start, stop: _sample(*views, start, stop, tau, noise, hard), logits)
     return out
 
 
-def differentiate(
+def sample_backward(
     logits: torch.Tensor,
     weight: torch.Tensor,
     gradient: torch.Tensor,
@@ -75,15 +75,28 @@ def differentiate(
     seed: int,
     noise: float,
 ) -> torch.Tensor:
-    """The gradient for the logits from that for the masked weight, by way of the soft draw; arguments as of `draw`."""
+    """The gradient of the logits, through the soft sample (straight-through).
+
+    Args:
+        logits: As for `sample`.
+        weight: As for `sample`.
+        gradient: Gradient of the masked weight, shaped like the weight, float32, contiguous.
+        table: As for `sample`.
+        tau: As for `sample`.
+        seed: As for `sample`.
+        noise: As for `sample`.
+
+    Returns:
+        Shaped like `logits`, float32.
+    """
     out = torch.empty_like(logits)
     views = _views(logits, table, seed), _slabs(weight, table), _slabs(gradient, table), _flat(out)
-    _in_threads(lambda start, stop: _differentiate(*views, start, stop, tau, noise), logits)
+    _in_threads(lambda start, stop: _sample_backward(*views, start, stop, tau, noise), logits)
     return out
 
 
 def gumbel_noise(shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """The noise of a draw whose logits have this shape."""
+    """The noise of a sample whose logits have this shape, float32."""
     out = np.empty((shape[0], int(np.prod(shape[1:]))), np.float32)
     _fill(out, _keys(seed, len(out)))
     return torch.from_numpy(out.reshape(shape))
@@ -117,15 +130,15 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def _in_threads(work: Callable[[int, int], object], logits: torch.Tensor) -> None:
-    """Share the weight's slabs among as many threads as torch has."""
+    """Divide the weight's slabs among at most as many threads as torch uses."""
     slabs = logits.shape[1] * logits.shape[2]
-    threads = min(torch.get_num_threads(), logits.numel() // _WORTH_A_THREAD + 1, slabs)
+    threads = min(torch.get_num_threads(), logits.numel() // _MIN_LOGITS_PER_THREAD + 1, slabs)
     bounds = [slabs * i // threads for i in range(threads + 1)]
-    mine, *rest = pairwise(bounds)
-    others = [_pool().submit(work, *span) for span in rest]
-    work(*mine)
-    for other in others:
-        other.result()
+    first, *rest = pairwise(bounds)
+    futures = [_pool().submit(work, *span) for span in rest]
+    work(*first)
+    for future in futures:
+        future.result()
 
 
 @_compiled
@@ -139,15 +152,17 @@ def _fill(out: Floats, keys: npt.NDArray[np.uint32]) -> None:
 
 
 @_compiled
-def _draw(views: Any, weight: Floats, out: Floats, start: int, stop: int, tau: float, scale: float, hard: bool) -> None:
+def _sample(
+    views: Any, weight: Floats, out: Floats, start: int, stop: int, tau: float, scale: float, hard: bool
+) -> None:
     logits, table, keys = views
     patterns, m = table.shape
     taps = weight.shape[2]
-    most = max(_BLOCK // taps, 1)
-    noisy, room = np.empty((patterns, most * taps), np.float32), np.empty((4, most * taps), np.float32)
-    kept = np.empty((m, most * taps), np.float32)
-    for first in range(start, stop, most):
-        slabs = min(most, stop - first)
+    step = max(_BLOCK // taps, 1)
+    noisy, room = np.empty((patterns, step * taps), np.float32), np.empty((4, step * taps), np.float32)
+    kept = np.empty((m, step * taps), np.float32)
+    for first in range(start, stop, step):
+        slabs = min(step, stop - first)
         n = slabs * taps
         _add_noise(noisy, room, logits, keys, scale, first * taps, n)
         if hard:
@@ -167,23 +182,23 @@ def _draw(views: Any, weight: Floats, out: Floats, start: int, stop: int, tau: f
 
 
 @_compiled
-def _differentiate(
+def _sample_backward(
     views: Any, weight: Floats, gradient: Floats, out: Floats, start: int, stop: int, tau: float, scale: float
 ) -> None:
     logits, table, keys = views
     patterns, m = table.shape
     taps = weight.shape[2]
-    most = max(_BLOCK // taps, 1)
-    soft, room = np.empty((patterns, most * taps), np.float32), np.empty((4, most * taps), np.float32)
-    elements, gains, mean = np.empty((m, most * taps), np.float32), np.empty_like(soft), room[0]
+    step = max(_BLOCK // taps, 1)
+    soft, room = np.empty((patterns, step * taps), np.float32), np.empty((4, step * taps), np.float32)
+    elements, gains, mean = np.empty((m, step * taps), np.float32), np.empty_like(soft), room[0]
     inverse = float32(1 / tau)
-    for first in range(start, stop, most):
-        slabs = min(most, stop - first)
+    for first in range(start, stop, step):
+        slabs = min(step, stop - first)
         n = slabs * taps
         at = first * taps
         _add_noise(soft, room, logits, keys, scale, at, n)
         _soften(soft, room, tau, n)
-        # What the loss would change by if an element were kept, and so if a pattern were.
+        # How the loss changes if an element is kept, summed to how it changes if a pattern is chosen.
         for q in range(slabs):
             for j in range(m):
                 for t in range(taps):
@@ -218,8 +233,8 @@ def _add_noise(
 
 @_compiled
 def _choose(noisy: Floats, table: npt.NDArray[np.bool_], room: Floats, kept: Floats, n: int) -> None:
-    """Ones where the likeliest pattern keeps; the first of equals."""
-    # A pattern is known by its members, a bit each.
+    """Fill `kept` with ones where the likeliest pattern keeps; ties take the first pattern."""
+    # A pattern is represented by its members, one bit each.
     best, chosen = room[0], room[1].view(np.int32)
     for p in range(noisy.shape[0]):
         members = int32(0)
@@ -229,7 +244,7 @@ def _choose(noisy: Floats, table: npt.NDArray[np.bool_], room: Floats, kept: Flo
             best[:n] = noisy[0, :n]
             chosen[:n] = members
         for i in range(n):
-            # Read before the comparison: a choice between two values is vectorized, a branch is not.
+            # All values are read before the comparison: a select between two values is vectorized, a branch is not.
             value, top, before = noisy[p, i], best[i], chosen[i]
             best[i] = value if value > top else top
             chosen[i] = members if value > top else before
@@ -250,7 +265,7 @@ def _soften(noisy: Floats, room: Floats, tau: float, n: int) -> None:
         for i in range(n):
             value, top = noisy[p, i], largest[i]
             largest[i] = value if value > top else top
-    # In units of log 2, of which the exponential takes the whole ones into the exponent's bits.
+    # exp(x) = 2 ** (x / log 2): the integer part goes into the exponent bits, the fraction through a polynomial.
     by = float32(1.4426950408889634 / tau)
     power, power_bits = room[2], room[2].view(np.int32)
     for p in range(patterns):
@@ -262,7 +277,7 @@ def _soften(noisy: Floats, room: Floats, tau: float, n: int) -> None:
             power_bits[i] = int32(int32(int32(whole) + int32(127)) << int32(23))
         for i in range(n):
             f = noisy[p, i]
-            # Taylor's series of 2 ** f, |f| <= 1/2.
+            # Taylor series of 2 ** f, |f| <= 1/2.
             e = float32(1.5403530e-4)
             e = e * f + float32(1.3333558e-3)
             e = e * f + float32(9.6181291e-3)
@@ -281,10 +296,10 @@ def _soften(noisy: Floats, room: Floats, tau: float, n: int) -> None:
 
 @_compiled
 def _gumbels(room: Floats, n: int, at: int, key: int, second: int) -> None:
-    """Fill `room[0]` with -log(-log(u)), u uniform in (0, 1), for the groups from `at` on; the rest of it is scratch."""
+    """Fill `room[0]` with -log(-log(u)), u uniform in (0, 1), for the groups from `at` on; the other rows are scratch."""
     values = room[0]
     for i in range(n):
-        # 23 bits and a half: never 0, never 1.
+        # 23 random bits plus one half: u is never 0 and never 1.
         values[i] = (float32(int32(_hash(at + i, key, second) >> uint32(9))) + float32(0.5)) * float32(2**-23)
     _minus_log(room, n)
     _minus_log(room, n)
@@ -292,7 +307,7 @@ def _gumbels(room: Floats, n: int, at: int, key: int, second: int) -> None:
 
 @_compiled
 def _hash(counter: int, key: int, second: int) -> Any:
-    """32 bits that look random: rounds of xor-shift and odd multiplication, with a key between."""
+    """A 32-bit hash: rounds of xor-shift and multiplication by odd constants, with a key in between."""
     x = uint32(uint32(counter) + uint32(key))
     x = uint32(x ^ (x >> uint32(16)))
     x = uint32(x * uint32(0x21F0AAAD))
@@ -306,17 +321,17 @@ def _hash(counter: int, key: int, second: int) -> Any:
 
 @_compiled
 def _minus_log(room: Floats, n: int) -> None:
-    """`room[0]` to its negated logarithm: positive normal numbers, to a few units in the last place."""
+    """Replace `room[0]` (positive normal numbers) by its negated logarithm, to a few units in the last place."""
     values, bits = room[0], room[0].view(np.int32)
     mantissas, mantissa_bits, exponents = room[1], room[1].view(np.int32), room[2]
     for i in range(n):
-        # Mantissas from sqrt(1/2) to sqrt(2), so that logarithms near 0 are as good as others.
+        # Mantissas from sqrt(1/2) to sqrt(2), so that logarithms near 0 keep their relative accuracy.
         exponent = int32(int32(bits[i] - int32(0x3F3504F3)) >> int32(23))
         mantissa_bits[i] = int32(bits[i] - int32(exponent << int32(23)))
         exponents[i] = float32(exponent)
     for i in range(n):
         f = mantissas[i] - float32(1)
-        # log(1 + f) = f - f**2 / 2 + f**3 * p(f), p fitted to the interval.
+        # log(1 + f) = f - f**2 / 2 + f**3 * p(f), with p fitted to the interval.
         p = float32(_LOG[0])
         p = p * f + float32(_LOG[1])
         p = p * f + float32(_LOG[2])

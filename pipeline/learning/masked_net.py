@@ -1,4 +1,4 @@
-"""The network in learning: weights frozen, masks drawn anew for every batch."""
+"""The network during learning: frozen weights under masks that are sampled for every batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.learning.gates import Gates, mask_of
-from maskplan.pipeline.models.batchnorm import norms
+from maskplan.pipeline.models.batchnorm import batchnorm_layers
 
 Masks = dict[str, npt.NDArray[np.bool_]]
 
@@ -21,12 +21,12 @@ Masks = dict[str, npt.NDArray[np.bool_]]
 class MaskedNet(nn.Module):
     """A frozen network under sampled masks; the gates are its only parameters.
 
-    BatchNorm normalizes by the batch (of each process, where there are several); everything else is in evaluation mode. What
-    the statistics will be is settled by recalibration, when the masks are.
+    BatchNorm normalizes by batch statistics (per process, if there are several); everything else is in evaluation mode. The
+    running statistics are recalibrated once the masks are final.
 
     Args:
-        student: A copy of the dense network that may be changed; its parameters stop requiring gradients.
-        names: Of the weights to mask.
+        student: A copy of the dense network; it is modified, and its parameters no longer require gradients.
+        names: Names of the weights to mask.
         pattern: N:M.
         init_std: See `Gates`.
         hard: See `Gates.sample`.
@@ -34,12 +34,13 @@ class MaskedNet(nn.Module):
 
     def __init__(self, student: nn.Module, names: list[str], pattern: Pattern, init_std: float, *, hard: bool) -> None:
         super().__init__()
-        # Kept out of the registry: its weights are no parameters of this module, nor its buffers for others to synchronize.
+        # In a list, so that it is not registered: its weights are not parameters of this module, and DistributedDataParallel
+        # does not synchronize its buffers.
         self._student = [student.requires_grad_(False).eval()]
-        for norm in norms(student):
+        for norm in batchnorm_layers(student):
             norm.train()
         parameters = dict(student.named_parameters(remove_duplicate=False))
-        # A weight under two names is one weight: it has one gate, and its mask every name.
+        # A weight that is shared under several names has one gate; its mask applies to every name.
         self._owners = {name: next(n for n in names if parameters[n] is parameters[name]) for name in names}
         self._weights = {name: parameters[name].contiguous() for name in dict.fromkeys(self._owners.values())}
         self._hard = hard
@@ -48,27 +49,37 @@ class MaskedNet(nn.Module):
     def forward(
         self, images: torch.Tensor, tau: float, noise: float, seeds: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of the images under one draw of all masks, and the share of squared magnitude that the draw keeps."""
-        drawn = {
+        """Run the network under one sample of all masks.
+
+        Args:
+            images: (N, channels, H, W).
+            tau: Temperature.
+            noise: Scale of the Gumbel noise.
+            seeds: One per gate, in the order of `logits`.
+
+        Returns:
+            Logits (N, classes), and the mean fraction of squared magnitude that the masks keep, a scalar.
+        """
+        sampled = {
             name: gates.sample(weight, tau, seed, noise=noise, hard=self._hard)
             for (name, weight), gates, seed in zip(self._weights.items(), self._each(), seeds, strict=True)
         }
         logits = functional_call(
-            self._student[0], {name: drawn[owner] for name, owner in self._owners.items()}, (images,)
+            self._student[0], {name: sampled[owner] for name, owner in self._owners.items()}, (images,)
         )
-        return logits, self._kept(drawn)
+        return logits, self._kept(sampled)
 
-    def _kept(self, drawn: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        shares = [drawn[name].square().sum() / weight.square().sum() for name, weight in self._weights.items()]
+    def _kept(self, sampled: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        shares = [sampled[name].square().sum() / weight.square().sum() for name, weight in self._weights.items()]
         return torch.stack(shares).mean()
 
     def start_from(self, masks: Mapping[str, npt.NDArray[np.bool_]], init_margin: float) -> None:
-        """Let the gates start out for given masks, in place."""
+        """Raise the gates of given masks by `init_margin`, in place."""
         for owner, gates in zip(self._weights, self._each(), strict=True):
             gates.start_from(masks[owner], init_margin)
 
     def masks(self, logits: list[torch.Tensor] | None = None) -> Masks:
-        """The likeliest masks by weight name, of the gates or of other logits in their order."""
+        """The likeliest masks by weight name, of the gates or of other logits in the same order."""
         values = logits or [gates.logits.detach() for gates in self._each()]
         by_owner = {
             name: mask_of(value, gates.table, gates.shape)
@@ -81,7 +92,7 @@ class MaskedNet(nn.Module):
         return float(np.mean([gates.entropy() for gates in self._each()]))
 
     def groups(self) -> int:
-        """How many choices there are."""
+        """Number of groups of all masked weights."""
         return sum(gates.logits[0].numel() for gates in self._each())
 
     def logits(self) -> list[nn.Parameter]:

@@ -1,4 +1,4 @@
-"""How learning goes, for people and for plots: a CSV file, and TensorBoard's where it is installed."""
+"""Metrics of learning: a CSV file, and TensorBoard's log if TensorBoard is installed."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from maskplan.pipeline.core.errors import host_error
 
 
 @dataclass(frozen=True)
-class Row:
+class MetricsRow:
     """One line of the log.
 
     Attributes:
         step: Steps done.
-        minutes: CallTiming.
-        loss: Running mean.
-        top1: Percent of training images right under sampled masks, running mean.
+        minutes: Learning time so far.
+        loss: Running mean of the loss.
+        top1: Running mean of the top-1 accuracy in percent, on training images under sampled masks.
         tau: Temperature.
-        rate: Learning rate.
-        entropy: Of the choice in a group; 1 undecided, 0 decided.
-        moved: Share of groups whose likeliest pattern is not the one at the start.
-        select_divergence: At the end of an epoch, else None.
-        select_top1: The same.
+        lr: Learning rate.
+        entropy: Mean normalized entropy of the gates: 1 undecided, 0 decided.
+        moved: Fraction of groups whose likeliest pattern differs from the start.
+        select_divergence: Divergence on `select` at the end of an epoch, else None.
+        select_top1: Top-1 accuracy on `select` in percent at the end of an epoch, else None.
     """
 
     step: int
@@ -42,7 +42,7 @@ class Row:
 
 
 class MetricsLog:
-    """Appends rows to `learning.csv` in a folder; and to TensorBoard's log there.
+    """Appends rows to `learning.csv` in a folder, and to TensorBoard's log there.
 
     Raises:
         HostError: The folder cannot be written.
@@ -56,7 +56,7 @@ class MetricsLog:
             self._file = path.open("a", newline="", encoding="utf-8")
         except OSError as error:
             raise host_error(error, where=folder, option="--log-dir") from error
-        self._csv = csv.DictWriter(self._file, [f.name for f in fields(Row)])
+        self._csv = csv.DictWriter(self._file, [f.name for f in fields(MetricsRow)])
         if is_new:
             self._csv.writeheader()
         self._board: Any = None
@@ -65,8 +65,8 @@ class MetricsLog:
 
             self._board = SummaryWriter(str(folder))
 
-    def write(self, row: Row) -> None:
-        """Append one row; it is in the file when this returns.
+    def write(self, row: MetricsRow) -> None:
+        """Append one row and flush it.
 
         Raises:
             HostError: The disk is full.

@@ -1,4 +1,4 @@
-"""How masks are learned: one frozen record of options, with the defaults that we use ourselves."""
+"""Options of mask learning, with their defaults."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from maskplan.pipeline.data.augmentation import require_augmentation
 
 @dataclass(frozen=True)
 class LearnerFiles:
-    """Where the learner keeps what outlives it; None keeps nothing.
+    """Files that the learner writes; None writes nothing.
 
     Attributes:
-        state: Its checkpoint.
-        resume: Go on from a checkpoint of the same question.
-        log: Folder of its metrics.
+        checkpoint: File of the learner's checkpoint.
+        resume: Resume from the checkpoint if it was made with the same weights, images and options.
+        log_dir: Folder of `learning.csv` and of TensorBoard's log.
     """
 
-    state: Path | None = None
+    checkpoint: Path | None = None
     resume: bool = True
-    log: Path | None = None
+    log_dir: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -33,27 +33,28 @@ class LearnOptions:
 
     Attributes:
         epochs: Passes over the training images.
-        batch: Images a step.
-        rate: Adam's learning rate for the gates, at its highest; it falls to zero along a cosine.
+        batch: Images per step.
+        lr: Adam's peak learning rate for the gates; it decays along a cosine to a hundredth.
         tau_start: Temperature of the Gumbel-softmax at the first step.
-        tau_end: And at the last; it falls geometrically.
-        noise_start: Scale of the Gumbel noise at the first step: 1 samples by the softmax of the gates, 0 not at all.
-        noise_end: And at the last; it falls in a straight line. Without noise, what is learned at the end is what will be
-            deployed.
-        hard: Forward through zeros and ones (straight-through); else through the soft sample.
-        init_std: How strongly the gates start out for the magnitude mask: the standard deviation of a layer's gates.
-        init_margin: How far the patterns of given masks (`--init`) start above the others.
-        distill: Weight of the distillation from the dense network; the rest is cross-entropy with the labels.
+        tau_end: Temperature at the last step; it changes geometrically in between.
+        noise_start: Scale of the Gumbel noise at the first step: 1 samples from the gates' softmax, 0 takes their argmax.
+        noise_end: Scale at the last step; it changes linearly in between. At 0, the masks trained last are those deployed.
+        hard: Forward pass with masks of zeros and ones (straight-through); otherwise with the soft sample.
+        init_std: Standard deviation of a layer's initial gates, which follow the magnitudes: how strongly they prefer the
+            magnitude mask.
+        init_margin: Logit margin by which the patterns of given masks (`--init`) start above the others.
+        distill: Weight of distillation from the dense network; cross-entropy with the labels gets the rest.
         distill_temperature: Temperature of the distillation.
-        norm_reward: Weight of a reward for the share of squared magnitude that the masks keep.
-        ema: Decay of a running average of the gates, which then is what is judged; 0 judges the gates themselves.
-        augment: `none`; `shift` moves images by up to an eighth of their size and repeats the edge, `crop` is black beyond
-            it; `shift+flip` and `crop+flip` mirror them too. Best as the network itself was trained.
-        judge_augment: The same for the statistics that masks are judged with: what `[recalibrate]` does, which sets it.
-        patience: Stop after so many epochs without gain on `select`; 0 never does.
-        save_every: Steps between two checkpoints of the learner; 0 saves at the end of epochs only.
-        budget_minutes: Stop learning after this long; the schedule is shortened to fit. Not repeatable to the bit.
-        seed: Of the noise and of the order of images.
+        norm_reward: Weight of a reward for the fraction of squared magnitude that the masks keep.
+        ema: Decay of a moving average of the gates, which is evaluated instead of the gates; 0 evaluates the gates.
+        augment: `none`; `shift` translates images by up to an eighth of their size and repeats the edge, `crop` fills with
+            black instead; `shift+flip` and `crop+flip` also mirror. Best set as in the training of the network.
+        judge_augment: Augmentation of the images that BatchNorm is recalibrated with when masks are evaluated; set from
+            `[recalibrate]`.
+        patience: Stop after this many epochs without gain on `select`; 0 never stops early.
+        save_every: Steps between two checkpoints of the learner; 0 saves only at the end of epochs.
+        budget_minutes: Stop learning after this long; the schedules shrink to fit. Results are then not bit-reproducible.
+        seed: Seed of the noise and of the order of images.
     """
 
     RENAMED_FIELDS: ClassVar[Mapping[str, str]] = {
@@ -90,7 +91,7 @@ class LearnOptions:
         at_least(0, distill=self.distill, ema=self.ema)
         at_least(0, norm_reward=self.norm_reward, patience=self.patience, save_every=self.save_every, seed=self.seed)
         at_least(0, budget_minutes=self.budget_minutes)
-        # BatchNorm needs two images for statistics.
+        # Batch statistics need at least two images.
         at_least(2, batch=self.batch)
         above(
             0, lr=self.lr, tau_start=self.tau_start, tau_end=self.tau_end, distill_temperature=self.distill_temperature

@@ -1,4 +1,4 @@
-"""One process, or one of several that torchrun started."""
+"""The processes that learn together: this one alone, or several started by torchrun."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import distributed
 
 @dataclass(frozen=True)
 class Process:
-    """This process among those that learn the same masks."""
+    """This process among the processes that learn the same masks."""
 
     rank: int
     count: int
     device: torch.device
 
     @property
-    def is_first(self) -> bool:
-        """Whether it is the one that judges, writes and speaks."""
+    def is_main(self) -> bool:
+        """Whether this is the process that evaluates, writes files and logs."""
         return self.rank == 0
 
-    def agreed(self, *values: float) -> list[float]:
-        """The first process's numbers, in every process."""
+    def broadcast(self, *values: float) -> list[float]:
+        """The main process's values, in every process."""
         if self.count == 1:
             return list(values)
         shared = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -33,7 +33,7 @@ class Process:
         return [float(v) for v in shared]
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up in any process."""
+        """Whether the flag is set in any process."""
         if self.count == 1:
             return flag
         shared = torch.tensor(float(flag), device=self.device)
@@ -42,15 +42,15 @@ class Process:
 
 
 @contextlib.contextmanager
-def process(asked: str = "auto") -> Iterator[Process]:
-    """Join the processes that torchrun started, if it did.
+def join_processes(device_name: str = "auto") -> Iterator[Process]:
+    """Join the process group of torchrun, if torchrun started this process; leave it at the end.
 
     Args:
-        asked: `auto`, `cpu` or `cuda`.
+        device_name: `auto`, `cpu` or `cuda`.
     """
     from maskplan.pipeline.models.device import choose_device
 
-    device = choose_device(asked)
+    device = choose_device(device_name)
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield Process(0, 1, device)

@@ -1,4 +1,4 @@
-"""Which layers' masks cost most accuracy, measured on the `select` part."""
+"""Which layers lose most by being masked, measured on the `select` part."""
 
 from __future__ import annotations
 
@@ -27,28 +27,31 @@ def costliest_layers(
     budget: float,
     options: LearnOptions,
 ) -> frozenset[str]:
-    """The layers to leave dense: in the order of what masking each alone costs, while their MACs fit the budget.
+    """The weights to leave dense: those whose mask alone costs most, costliest first, as long as their MACs fit the budget.
 
     Args:
-        module: The dense model; it stays as it is.
-        masks: By weight name.
-        layers: Those of the masks.
+        module: The dense model; it is not changed.
+        masks: Bool masks by weight name.
+        layers: The masked layers.
         preprocessing: Preprocessing of the images.
-        data: `train` for the statistics, `select` for the verdict.
+        data: `train` for BatchNorm statistics, `select` for the evaluation.
         budget: Percent of the layers' MACs that may stay dense.
-        options: How masks are judged.
+        options: How masks are evaluated.
+
+    Returns:
+        Weight names.
     """
-    judge = MaskEvaluator(module.eval(), preprocessing, data, options)
-    none = judge({}).divergence
+    evaluate = MaskEvaluator(module.eval(), preprocessing, data, options)
+    unmasked = evaluate({}).divergence
     costs = {
-        layer.name: judge({layer.name: np.asarray(masks[layer.name])}).divergence - none
+        layer.name: evaluate({layer.name: np.asarray(masks[layer.name])}).divergence - unmasked
         for layer in track(layers, "cost of each mask", len(layers))
     }
-    left = budget / 100 * sum(layer.macs for layer in layers)
+    remaining = budget / 100 * sum(layer.macs for layer in layers)
     dense = set()
     for layer in sorted(layers, key=lambda layer: -costs[layer.name]):
-        if layer.macs <= left:
+        if layer.macs <= remaining:
             dense.add(layer.name)
-            left -= layer.macs
+            remaining -= layer.macs
             log.info("%s stays dense: its mask alone costs a divergence of %.4f", layer.name, costs[layer.name])
     return frozenset(dense)

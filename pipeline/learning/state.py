@@ -1,4 +1,4 @@
-"""Where learning stands: what a later process needs to go on to the same masks, in one safetensors file."""
+"""The learner's checkpoint: all that a later process needs to reach the same masks, in one safetensors file."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Progress:
     """Counters, and the best masks so far.
 
     Attributes:
-        first: The judgment of the masks that learning started from.
-        best: That of the best masks.
-        best_masks: By weight name.
-        steps: Done.
-        epochs: Done.
-        stale: Epochs since the best.
-        minutes: CallTiming, in all processes that worked on this one after the other.
+        first: Score of the masks that learning started from.
+        best: Score of the best masks so far.
+        best_masks: The best masks by weight name.
+        steps: Steps done.
+        epochs: Epochs done.
+        stale: Epochs since the best masks.
+        minutes: Learning time, summed over interrupted runs.
     """
 
     first: MaskScore
@@ -48,14 +48,14 @@ class Progress:
 
 @dataclass
 class LearnerState:
-    """Everything that changes in learning. Noise and order follow from the seed and the counters.
+    """Everything that changes during learning. Noise and image order follow from the seed and the counters.
 
     Attributes:
-        key: Digest of what the learner was asked; a state answers no other question.
+        key: Digest of the learner's inputs and options (`state_key`); other runs do not resume from this state.
         progress: Counters and the best masks.
         logits: The gates, in the order of the masked net.
-        adam: First and second moments, in the same order, and Adam's own count of steps.
-        average: The running average of the gates; empty without one.
+        adam: Adam's first and second moments and step counts, in the same order.
+        average: Moving average of the gates; empty if there is none.
     """
 
     key: str
@@ -65,10 +65,10 @@ class LearnerState:
     average: list[torch.Tensor]
 
 
-def state_key(options: LearnOptions, weights_sha256: str, start: Masks, images: tuple[str, ...]) -> str:
-    """Digest of what decides the masks: not how long it may take, nor how often it is saved."""
-    asked = encode(replace(options, budget_minutes=None, save_every=0))
-    digest = hashlib.sha256(json.dumps([asked, weights_sha256, list(images)], sort_keys=True).encode())
+def state_key(options: LearnOptions, weights_sha256: str, start: Masks, image_digests: tuple[str, ...]) -> str:
+    """Digest of everything that decides the learned masks; the time budget and `save_every` do not."""
+    relevant = encode(replace(options, budget_minutes=None, save_every=0))
+    digest = hashlib.sha256(json.dumps([relevant, weights_sha256, list(image_digests)], sort_keys=True).encode())
     for name in sorted(start):
         digest.update(name.encode())
         digest.update(start[name].tobytes())
@@ -76,10 +76,10 @@ def state_key(options: LearnOptions, weights_sha256: str, start: Masks, images: 
 
 
 def save_state(state: LearnerState, path: Path) -> None:
-    """Write a state, whole or not at all.
+    """Write a state atomically.
 
     Raises:
-        HostError: The disk is full or the folder cannot be written; an earlier state is still there.
+        HostError: The disk is full or the folder is not writable; an earlier state is kept.
     """
     tensors: dict[str, torch.Tensor] = {}
     for i, logits in enumerate(state.logits):
@@ -97,7 +97,7 @@ def save_state(state: LearnerState, path: Path) -> None:
 
 
 def load_state(path: Path, key: str) -> LearnerState | None:
-    """Read a state; None if there is none, or one of another question, which is then of no use here.
+    """Read a state; None if there is none, or if it belongs to other inputs or options.
 
     Raises:
         InputError: The file cannot be read.
@@ -109,17 +109,20 @@ def load_state(path: Path, key: str) -> LearnerState | None:
         return None
     header = read_metadata(path) or {}
     if header.get("key") != key:
-        log.warning("%s is of other weights, images or options: learning starts anew", path.name)
+        log.warning("%s was made with other weights, images or options: learning restarts", path.name)
         return None
     try:
-        return _state_of(safetensors.torch.load_file(path), header)
+        return _parse_state(safetensors.torch.load_file(path), header)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            "the learner's checkpoint cannot be read", where=path, found=error, fix="delete it and learn anew"
+            "the learner's checkpoint cannot be read",
+            where=path,
+            found=error,
+            fix="delete the file to restart learning",
         ) from error
 
 
-def _state_of(tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> LearnerState:
+def _parse_state(tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> LearnerState:
     count = sum(name.startswith("logits.") for name in tensors)
     adam = [{n.rpartition(".")[2]: t for n, t in tensors.items() if n.startswith(f"adam.{i}.")} for i in range(count)]
     progress = Progress(

@@ -1,9 +1,10 @@
-"""Learn masks: frozen weights, gates by Adam, distilled from the dense network; the best epoch on `select` wins."""
+"""Learn masks: gates trained by Adam to match the dense network, weights frozen; the best epoch on `select` is kept."""
 
 from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from collections.abc import Mapping
 
@@ -21,9 +22,9 @@ from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.data.dataset import Dataset
 from maskplan.pipeline.learning.evaluate import MaskEvaluator, MaskScore, distillation_loss, fraction_changed
 from maskplan.pipeline.learning.masked_net import MaskedNet, Masks
-from maskplan.pipeline.learning.metrics import MetricsLog, Row
+from maskplan.pipeline.learning.metrics import MetricsLog, MetricsRow
 from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions
-from maskplan.pipeline.learning.processes import Process, process
+from maskplan.pipeline.learning.processes import Process, join_processes
 from maskplan.pipeline.learning.schedule import (
     Batch,
     derive_seed,
@@ -52,45 +53,47 @@ def learn_masks(
     data: Dataset,
     options: LearnOptions,
     *,
-    given: bool = False,
-    images: tuple[str, ...] = (),
+    favor_start: bool = False,
+    image_digests: tuple[str, ...] = (),
     files: LearnerFiles | None = None,
     device: str = "auto",
 ) -> tuple[Masks, Learning]:
-    """Choose masks by gradient descent over the patterns of each group.
+    """Choose masks by gradient descent on gates over the patterns of each group.
 
-    The masks to start from are the candidate to beat: they are kept if no epoch comes closer to the dense network on
-    `select`. In learning, BatchNorm uses batch statistics; for every judgment it is recalibrated, as the final network's
-    will be.
+    The start masks are the baseline: they are returned unless an epoch comes closer to the dense network on `select`.
+    During learning, BatchNorm uses batch statistics; for every evaluation it is recalibrated, as in the final network.
 
     Args:
         module: The dense model; neither its parameters nor its buffers change.
-        start: Masks by weight name: those by magnitude, which the gates' prior follows, or given ones.
+        start: Bool masks by weight name, each shaped like its weight.
         pattern: N:M.
         preprocessing: Preprocessing of the images.
-        data: `train` for the gradient, `select` for the choice of the epoch.
-        options: Schedule and seed.
-        given: `start` is not by magnitude: raise its patterns by `options.init_margin`.
-        images: Digests of the image sets, for the key of the learner's checkpoint.
-        files: Where to keep checkpoint and metrics.
+        data: `train` for the gradients, `select` to choose the epoch.
+        options: Schedules and seed.
+        favor_start: The gates start `options.init_margin` above the magnitudes for the patterns of `start`. Not needed if
+            `start` are the magnitude masks, which the initial gates prefer anyway.
+        image_digests: Digests of the image sets, for the key of the learner's checkpoint.
+        files: Files for checkpoint and metrics.
         device: `auto`, `cpu` or `cuda`.
 
     Returns:
-        Masks by weight name, and what it took.
+        Masks by weight name, and a record of learning.
 
     Raises:
-        InputError: The loss is not a number, or there are fewer images than two.
-        HostError: The disk is full; the last whole checkpoint is still there.
-        KeyboardInterrupt: After SIGINT or SIGTERM; the state is saved.
+        InputError: The loss is not finite, or there are fewer than two training images.
+        HostError: The disk is full; the last complete checkpoint is kept.
+        KeyboardInterrupt: After SIGINT or SIGTERM; the state is saved first.
     """
     if len(data.train) < 2:
-        raise InputError("too few images to learn from", found=f"{len(data.train)} in train", fix="give more images")
+        raise InputError(
+            "too few images to learn from", found=f"{len(data.train)} in train", fix="give at least two images"
+        )
     files = files or LearnerFiles()
     masks = {name: np.asarray(mask) for name, mask in start.items()}
     before = tensors_sha256(module.state_dict())
-    with process(device) as here, INTERRUPTS.deferred():
-        learner = Learner(module, masks, pattern, preprocessing, data, options, here, files, given=given)
-        progress = learner.run(state_key(options, before, masks, images))
+    with join_processes(device) as process, INTERRUPTS.deferred():
+        learner = Learner(module, masks, pattern, preprocessing, data, options, process, files, favor_start=favor_start)
+        progress = learner.run(state_key(options, before, masks, image_digests))
     if tensors_sha256(module.state_dict()) != before:
         raise AssertionError("learning masks changed a parameter or a buffer")
     return progress.best_masks, Learning(
@@ -108,7 +111,7 @@ def learn_masks(
 
 
 class Learner:
-    """One run of learning; `run` does it all. Arguments as of `learn_masks`."""
+    """One run of learning: construct it, then call `run`. Arguments as for `learn_masks`."""
 
     def __init__(
         self,
@@ -118,102 +121,105 @@ class Learner:
         preprocessing: Preprocessing,
         data: Dataset,
         options: LearnOptions,
-        here: Process,
+        process: Process,
         files: LearnerFiles,
         *,
-        given: bool,
+        favor_start: bool,
     ) -> None:
         self.start, self.pattern, self.preprocessing, self.data = start, pattern, preprocessing, data
-        self.options, self.here, self.files = options, here, files
-        teacher = copy.deepcopy(module).eval().requires_grad_(False).to(here.device)
+        self.options, self.process, self.files = options, process, files
+        teacher = copy.deepcopy(module).eval().requires_grad_(False).to(process.device)
         self.teacher = teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         student = copy.deepcopy(self.teacher)
-        self.net = MaskedNet(student, list(start), pattern, options.init_std, hard=options.hard).to(here.device)
-        if given:
+        self.net = MaskedNet(student, list(start), pattern, options.init_std, hard=options.hard).to(process.device)
+        if favor_start:
             self.net.start_from(start, options.init_margin)
-        self.parallel = DistributedDataParallel(self.net) if here.count > 1 else self.net
+        self.parallel = DistributedDataParallel(self.net) if process.count > 1 else self.net
         self.adam = torch.optim.Adam(self.net.logits(), lr=options.lr, fused=True)
         self.average = [p.detach().clone() for p in self.net.logits()] if options.ema else []
-        self.judge = MaskEvaluator(self.teacher, preprocessing, data, options)
+        self.evaluate = MaskEvaluator(self.teacher, preprocessing, data, options)
         self.loss = self.top1 = float("nan")
-        self.row: Row | None = None
+        self.row: MetricsRow | None = None
 
     def run(self, key: str) -> Progress:
-        """Learn from the start or from where a checkpoint stands."""
-        per_epoch = steps_per_epoch(self.data.train, self.options, self.here.count)
+        """Learn from the start, or resume from the checkpoint."""
+        per_epoch = steps_per_epoch(self.data.train, self.options, self.process.count)
         total = self.options.epochs * per_epoch
-        progress = self._resumed(key) or self._fresh()
+        progress = self._load_progress(key) or self._initial_progress()
         started = time.monotonic() - 60 * progress.minutes
-        metrics = MetricsLog(self.files.log) if self.files.log is not None and self.here.is_first else None
+        metrics = MetricsLog(self.files.log_dir) if self.files.log_dir is not None and self.process.is_main else None
         log.info(
-            "learning masks: %d layers, %d groups, %d steps; on select, the starting masks have %s",
+            "learning masks: %d layers, %d groups, %d steps; start masks on select: %s",
             len(self.start),
             self.net.groups(),
             total,
             progress.first,
         )
         batches = training_batches(
-            self.data.train, self.preprocessing, self.options, progress.steps, self.here.rank, self.here.count
+            self.data.train, self.preprocessing, self.options, progress.steps, self.process.rank, self.process.count
         )
-        first_step, begun = progress.steps, time.monotonic()
+        first_step, timed_from = progress.steps, time.monotonic()
         try:
-            for batch in track(batches, self._told, total, progress.steps):
-                (progress.minutes,) = self.here.agreed((time.monotonic() - started) / 60)
+            for batch in track(batches, self._status, total, progress.steps):
+                (progress.minutes,) = self.process.broadcast((time.monotonic() - started) / 60)
                 fraction = fraction_done(progress.steps, total, progress.minutes, self.options)
                 self._step(batch, fraction, progress)
-                spent = self._is_spent(progress)
-                ends = batch.ends_epoch or spent
+                out_of_time = self._is_out_of_time(progress)
+                ends = batch.ends_epoch or out_of_time
                 if progress.steps == first_step + 1:
-                    begun = time.monotonic()  # the first step compiles
+                    timed_from = time.monotonic()  # the first step includes compilation
                 if progress.steps == first_step + 1 + _ESTIMATE_AFTER:
-                    minutes = (time.monotonic() - begun) / _ESTIMATE_AFTER * (total - progress.steps) / 60
-                    log.info("about %.1f minutes to go", minutes)
+                    minutes = (time.monotonic() - timed_from) / _ESTIMATE_AFTER * (total - progress.steps) / 60
+                    log.info("about %.1f minutes left", minutes)
                 if ends or progress.steps % _LOG_EVERY == 0:
-                    found = self._end_epoch(progress) if ends else None
-                    self.row = self._row(progress, fraction, found)
+                    score = self._end_epoch(progress) if ends else None
+                    self.row = self._row(progress, fraction, score)
                     if metrics is not None:
                         metrics.write(self.row)
-                asked = self.here.any(INTERRUPTS.pending is not None)
-                if asked or ends or (self.options.save_every and progress.steps % self.options.save_every == 0):
+                interrupted = self.process.any(INTERRUPTS.pending is not None)
+                if interrupted or ends or (self.options.save_every and progress.steps % self.options.save_every == 0):
                     self._save(key, progress)
-                if asked:
+                if interrupted:
                     raise KeyboardInterrupt
-                if spent or (self.options.patience and progress.stale >= self.options.patience):
-                    log.info("stopped after %d epochs: %s", progress.epochs, "budget" if spent else "no gain on select")
+                if out_of_time or (self.options.patience and progress.stale >= self.options.patience):
+                    reason = "time budget used up" if out_of_time else "no gain on select"
+                    log.info("stopped after %d epochs: %s", progress.epochs, reason)
                     break
         finally:
             if metrics is not None:
                 metrics.close()
         return progress
 
-    def _fresh(self) -> Progress:
-        first = self._judged(self.start)
-        return Progress(first, first, dict(self.start))
+    def _initial_progress(self) -> Progress:
+        score = self._score(self.start)
+        return Progress(score, score, dict(self.start))
 
-    def _resumed(self, key: str) -> Progress | None:
-        if self.files.state is None or not self.files.resume:
+    def _load_progress(self, key: str) -> Progress | None:
+        if self.files.checkpoint is None or not self.files.resume:
             return None
-        state = load_state(self.files.state, key)
+        state = load_state(self.files.checkpoint, key)
         if state is None:
             return None
         with torch.no_grad():
             for i, parameter in enumerate(self.net.logits()):
                 parameter.copy_(state.logits[i])
                 if state.adam:
-                    moments = {n: t.to(self.here.device) for n, t in state.adam[i].items()}
+                    moments = {n: t.to(self.process.device) for n, t in state.adam[i].items()}
                     self.adam.state[parameter] = moments
                 if state.average:
                     self.average[i].copy_(state.average[i])
-        log.info("going on from step %d, after %.1f minutes of learning", state.progress.steps, state.progress.minutes)
+        log.info("resuming from step %d, after %.1f minutes of learning", state.progress.steps, state.progress.minutes)
         return state.progress
 
     def _step(self, batch: Batch, fraction: float, progress: Progress) -> None:
-        images = torch.from_numpy(batch.images).to(self.here.device).contiguous(memory_format=torch.channels_last)
-        labels = torch.from_numpy(batch.labels).to(self.here.device)
-        seeds = [derive_seed(self.options.seed, self.here.rank, progress.steps, i) for i in range(len(self.net.logits()))]
+        images = torch.from_numpy(batch.images).to(self.process.device).contiguous(memory_format=torch.channels_last)
+        labels = torch.from_numpy(batch.labels).to(self.process.device)
+        seeds = [
+            derive_seed(self.options.seed, self.process.rank, progress.steps, i) for i in range(len(self.net.logits()))
+        ]
         for group in self.adam.param_groups:
             group["lr"] = learning_rate(fraction, self.options)
-        with torch.autocast(self.here.device.type, torch.bfloat16, enabled=self.here.device.type == "cuda"):
+        with torch.autocast(self.process.device.type, torch.bfloat16, enabled=self.process.device.type == "cuda"):
             with torch.no_grad():
                 target = self.teacher(images)
             tau, noise = temperature(fraction, self.options), noise_scale(fraction, self.options)
@@ -221,7 +227,7 @@ class Learner:
         loss = self._loss(logits.float(), target.float(), labels, kept)
         if not bool(loss.isfinite()):
             raise InputError(
-                "the loss is not a number",
+                "the loss is not finite",
                 where=f"epoch {progress.epochs + 1}, step {progress.steps + 1}",
                 fix="check the weights and the images' normalization, or lower the learning rate",
             )
@@ -231,38 +237,38 @@ class Learner:
         for average, parameter in zip(self.average, self.net.logits(), strict=False):
             average.lerp_(parameter.detach(), 1 - self.options.ema)
         progress.steps += 1
-        self.loss = _running(self.loss, float(loss.detach()))
-        self.top1 = _running(self.top1, 100 * float((logits.detach().argmax(1) == labels).float().mean()))
+        self.loss = _running_mean(self.loss, float(loss.detach()))
+        self.top1 = _running_mean(self.top1, 100 * float((logits.detach().argmax(1) == labels).float().mean()))
 
     def _loss(
         self, logits: torch.Tensor, target: torch.Tensor, labels: torch.Tensor, kept: torch.Tensor
     ) -> torch.Tensor:
-        share = self.options.distill
-        loss = share * distillation_loss(logits, target, self.options.distill_temperature)
-        if share < 1:
-            loss = loss + (1 - share) * F.cross_entropy(logits, labels)
+        weight = self.options.distill
+        loss = weight * distillation_loss(logits, target, self.options.distill_temperature)
+        if weight < 1:
+            loss = loss + (1 - weight) * F.cross_entropy(logits, labels)
         return loss - self.options.norm_reward * kept if self.options.norm_reward else loss
 
-    def _is_spent(self, progress: Progress) -> bool:
+    def _is_out_of_time(self, progress: Progress) -> bool:
         budget = self.options.budget_minutes
         return budget is not None and progress.minutes > budget
 
-    def _judged(self, masks: Masks) -> MaskScore:
-        found = self.judge(masks) if self.here.is_first else MaskScore(0.0, 0.0)
-        return MaskScore(*self.here.agreed(found.divergence, found.top1))
+    def _score(self, masks: Masks) -> MaskScore:
+        score = self.evaluate(masks) if self.process.is_main else MaskScore(0.0, 0.0)
+        return MaskScore(*self.process.broadcast(score.divergence, score.top1))
 
     def _end_epoch(self, progress: Progress) -> MaskScore:
         progress.epochs += 1
         masks = self.net.masks(self.average or None)
-        found = self._judged(masks)
+        score = self._score(masks)
         progress.stale += 1
-        if found.divergence < progress.best.divergence:
-            progress.best_masks, progress.best, progress.stale = masks, found, 0
-        log.info("epoch %d/%d: %s", progress.epochs, self.options.epochs, found)
-        return found
+        if score.divergence < progress.best.divergence:
+            progress.best_masks, progress.best, progress.stale = masks, score, 0
+        log.info("epoch %d/%d: %s", progress.epochs, self.options.epochs, score)
+        return score
 
-    def _row(self, progress: Progress, fraction: float, found: MaskScore | None) -> Row:
-        return Row(
+    def _row(self, progress: Progress, fraction: float, score: MaskScore | None) -> MetricsRow:
+        return MetricsRow(
             step=progress.steps,
             minutes=round(progress.minutes, 3),
             loss=self.loss,
@@ -271,11 +277,11 @@ class Learner:
             lr=learning_rate(fraction, self.options),
             entropy=self.net.entropy(),
             moved=fraction_changed(self.start, self.net.masks(), self.pattern.m),
-            select_divergence=found.divergence if found else None,
-            select_top1=found.top1 if found else None,
+            select_divergence=score.divergence if score else None,
+            select_top1=score.top1 if score else None,
         )
 
-    def _told(self) -> str:
+    def _status(self) -> str:
         row = self.row
         if row is None:
             return "learn masks"
@@ -284,11 +290,11 @@ class Learner:
         )
 
     def _save(self, key: str, progress: Progress) -> None:
-        if self.files.state is None or not self.here.is_first:
+        if self.files.checkpoint is None or not self.process.is_main:
             return
         adam = [dict(self.adam.state[p]) for p in self.net.logits()] if self.adam.state else []
-        save_state(LearnerState(key, progress, list(self.net.logits()), adam, self.average), self.files.state)
+        save_state(LearnerState(key, progress, list(self.net.logits()), adam, self.average), self.files.checkpoint)
 
 
-def _running(mean: float, value: float) -> float:
-    return value if mean != mean else _SMOOTHING * mean + (1 - _SMOOTHING) * value
+def _running_mean(mean: float, value: float) -> float:
+    return value if math.isnan(mean) else _SMOOTHING * mean + (1 - _SMOOTHING) * value

@@ -1,4 +1,4 @@
-"""Loops compiled to machine code, free of Python's lock so that threads share the work."""
+"""Loops compiled to machine code that release the GIL, so that threads can share the work."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def compiled(function: F) -> F:
-    """Compile at the first call; the code is kept on disk for the next process."""
+    """Compile at the first call; the machine code is cached on disk for later processes."""
     return cast(F, njit(cache=True, nogil=True)(function))

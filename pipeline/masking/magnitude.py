@@ -9,22 +9,24 @@ import numpy as np
 import numpy.typing as npt
 
 from maskplan.pipeline.core.artifacts import Pattern
-from maskplan.pipeline.core.choices import CHANNEL
+from maskplan.pipeline.core.choices import CHANNEL, Layout
 
-# Elements a block: small enough that a block's magnitudes and ranks stay in the cache.
+# Elements per block: small enough that a block's magnitudes and ranks stay in the cache.
 _BLOCK = 1 << 16
 
 
-def magnitude_mask(weight: npt.NDArray[np.floating], pattern: Pattern, layout: str = CHANNEL) -> npt.NDArray[np.bool_]:
+def magnitude_mask(
+    weight: npt.NDArray[np.floating], pattern: Pattern, layout: Layout = CHANNEL
+) -> npt.NDArray[np.bool_]:
     """Keep the N largest magnitudes in each group of M.
 
     Args:
         weight: (K, C, R, S) or (K, C); finite.
         pattern: N:M.
-        layout: See `patterns.group`; the flat layout is padded with virtual zeros where it needs to be.
+        layout: See `patterns.group`; the flat layout is padded with virtual zeros where needed.
 
     Returns:
-        Bool mask shaped like `weight`, exactly N true in each group. Ties keep the lower index.
+        Bool mask shaped like `weight`, exactly N True in each group. Ties keep the lower index.
 
     Raises:
         ValueError: The channels are not a multiple of M.
@@ -38,7 +40,15 @@ def magnitude_mask(weight: npt.NDArray[np.floating], pattern: Pattern, layout: s
 
 
 def keep_largest(scores: npt.NDArray[Any], axis: int, pattern: Pattern) -> npt.NDArray[np.bool_]:
-    """Keep the N largest of each aligned group of M along an axis of any contiguous array; ties keep the lower index.
+    """Keep the N largest of each aligned group of M along an axis; ties keep the lower index.
+
+    Args:
+        scores: Array of any shape and any ordered dtype.
+        axis: Axis that groups run along; its length must be a multiple of M.
+        pattern: N:M.
+
+    Returns:
+        Bool, shaped like `scores`, True where kept.
 
     Raises:
         ValueError: The axis is not a multiple of M.
@@ -53,7 +63,7 @@ def keep_largest(scores: npt.NDArray[Any], axis: int, pattern: Pattern) -> npt.N
     for start in range(0, len(groups), step):
         block = groups[start : start + step]
         members = [np.ascontiguousarray(block[:, i]) for i in range(m)]
-        # An element's rank is how many of its group come before it; counting pairs beats sorting for so few.
+        # An element's rank is the number of elements of its group that beat it; for so few, counting pairs beats sorting.
         ranks = np.zeros((m, *members[0].shape), np.uint8)
         for i in range(m):
             for j in range(i + 1, m):
@@ -66,7 +76,7 @@ def keep_largest(scores: npt.NDArray[Any], axis: int, pattern: Pattern) -> npt.N
 
 
 def kept_magnitude(weight: npt.NDArray[np.floating], mask: npt.NDArray[np.bool_]) -> float:
-    """Share of a weight's absolute sum that a mask keeps, 0 to 1; 1 for a weight of zeros."""
+    """Fraction of a weight's absolute sum that a mask keeps, 0 to 1; 1 for a weight of zeros."""
     magnitude = np.abs(weight)
     total = float(magnitude.sum(dtype=np.float64))
     return float(magnitude.sum(dtype=np.float64, where=mask)) / total if total else 1.0

@@ -1,4 +1,4 @@
-"""Mask files: written with what made them, read with suspicion."""
+"""Mask files: written with their provenance, validated when read."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from maskplan.pipeline.core.artifacts import DenseLayer, ImageSet, Layer, Learning, MaskedLayer, MaskSet, Pattern
-from maskplan.pipeline.core.choices import CHANNEL, FLAT
+from maskplan.pipeline.core.choices import CHANNEL, FLAT, Layout
 from maskplan.pipeline.core.errors import InputError, listed
 from maskplan.pipeline.core.files import sha256_of, write_atomically
 from maskplan.pipeline.core.serialization import encode
 from maskplan.pipeline.masking.eligibility import ineligible_reason
 from maskplan.pipeline.masking.magnitude import kept_magnitude, magnitude_mask
-from maskplan.pipeline.masking.patterns import LAYOUTS, count_violations, group, parse_pattern
+from maskplan.pipeline.masking.patterns import count_violations, group, parse_layout, parse_pattern
 from maskplan.pipeline.masking.policy import UNUSED
 from maskplan.pipeline.models.state_dict import METADATA_KEY, read_metadata
 
@@ -39,16 +39,34 @@ def write_masks(
     *,
     model: str,
     pattern: Pattern,
-    layout: str,
+    layout: Layout,
     method: str,
     weights_sha256: str,
     learning: Learning | None = None,
     image_sets: tuple[ImageSet, ...] = (),
     permutation: str | None = None,
 ) -> MaskSet:
-    """Write one bool tensor a masked weight; the header says pattern, layout, method and the digest of the weights."""
-    described = describe(masks, weights, layers, pattern, layout)
-    made = MaskSet(
+    """Write a mask file: one bool tensor per masked weight, with pattern, layout, method and digests in its metadata.
+
+    Args:
+        out: The file to write.
+        masks: Bool masks by weight name, each shaped like its weight.
+        weights: The weights that the masks were made for, by name.
+        layers: The masked layers.
+        dense: The layers that stay dense, with reasons.
+        model: Name of the model.
+        pattern: N:M.
+        layout: Layout of the groups.
+        method: Method that made the masks.
+        weights_sha256: Digest of the model's state dict.
+        learning: Record of learning, for learned masks.
+        image_sets: Image sets that the masks depend on.
+        permutation: Digest of the channel permutation of the weights, if any.
+
+    Raises:
+        HostError: The file cannot be written.
+    """
+    mask_set = MaskSet(
         path=out,
         sha256="",
         model=model,
@@ -56,48 +74,48 @@ def write_masks(
         layout=layout,
         method=method,
         weights_sha256=weights_sha256,
-        masked=described,
+        masked=describe(masks, weights, layers, pattern, layout),
         dense=tuple(dense),
         learning=learning,
         image_sets=image_sets,
         permutation=permutation,
     )
-    return _written(made, masks)
+    return _write(mask_set, masks)
 
 
 def exclude_layers(masks: MaskSet, names: Collection[str], reason: str, out: Path) -> MaskSet:
-    """Write a mask file without some of another's masks; their layers are listed as dense, with the reason.
+    """Write a copy of a mask file without the masks of some layers, which are then listed as dense with a reason.
 
     Raises:
-        InputError: The file that `masks` describes is gone or damaged.
+        InputError: The file of `masks` is missing or damaged.
     """
-    left = tuple(DenseLayer(m.name, m.shape, m.macs, reason) for m in masks.masked if m.name in names)
+    excluded = tuple(DenseLayer(m.name, m.shape, m.macs, reason) for m in masks.masked if m.name in names)
     kept = tuple(m for m in masks.masked if m.name not in names)
     tensors = {name: mask for name, mask in load_masks(masks.path).items() if name not in names}
-    return _written(replace(masks, path=out, masked=kept, dense=masks.dense + left), tensors)
+    return _write(replace(masks, path=out, masked=kept, dense=masks.dense + excluded), tensors)
 
 
-def _written(made: MaskSet, masks: Masks) -> MaskSet:
-    """Write the masks where the record says; the record with the file's digest."""
+def _write(mask_set: MaskSet, masks: Masks) -> MaskSet:
+    """Write the masks to the record's path; returns the record with the file's digest."""
     header = {
-        "model": made.model,
-        "pattern": str(made.pattern),
-        "layout": made.layout,
-        "method": made.method,
-        "weights_sha256": made.weights_sha256,
-        "image_sets": encode(made.image_sets),
-        "permutation": made.permutation,
+        "model": mask_set.model,
+        "pattern": str(mask_set.pattern),
+        "layout": mask_set.layout,
+        "method": mask_set.method,
+        "weights_sha256": mask_set.weights_sha256,
+        "image_sets": encode(mask_set.image_sets),
+        "permutation": mask_set.permutation,
     }
     tensors = {name: np.ascontiguousarray(mask) for name, mask in masks.items()}
     data = safetensors.numpy.save(tensors, {METADATA_KEY: json.dumps(header, sort_keys=True)})
-    return replace(made, sha256=write_atomically(made.path, data))
+    return replace(mask_set, sha256=write_atomically(mask_set.path, data))
 
 
 def load_masks(path: Path) -> dict[str, npt.NDArray[np.bool_]]:
-    """All tensors of a mask file.
+    """Read all masks of a file, by weight name.
 
     Raises:
-        InputError: The file is missing, damaged, empty, or holds tensors that are not bool.
+        InputError: The file is missing, damaged or empty, or has tensors that are not bool.
     """
     if not path.is_file():
         raise InputError(
@@ -131,27 +149,28 @@ def load_masks(path: Path) -> dict[str, npt.NDArray[np.bool_]]:
 def read_masks(
     path: Path, weights: Weights, layers: Sequence[Layer], *, model: str, deployable: bool = True
 ) -> MaskSet:
-    """Read a mask file and hold it against the model it is meant for.
+    """Read a mask file and check it against the model it is meant for.
 
     Args:
-        path: Of maskplan, or of any tool that writes bool tensors under the weights' names (taken as 2:4 along C).
+        path: A file of maskplan, or of any tool that writes bool tensors under the weights' names (read as 2:4 along C).
         weights: The model's weights by name.
         layers: The model's layers.
-        model: Its name.
+        model: Its name, for files that do not record one.
         deployable: Refuse the flat layout, which TensorRT does not accept.
 
     Raises:
-        InputError: Masks of another model, of wrong shape, for layers that cannot be 2:4, or not N:M. All are counted.
+        InputError: Masks of another model, of the wrong shape, for layers that cannot be N:M, or not N:M themselves; all
+            invalid masks are counted.
     """
     masks = load_masks(path)
     header: dict[str, Any] = read_metadata(path) or {}
     pattern = parse_pattern(str(header.get("pattern", "2:4")))
-    layout = str(header.get("layout", CHANNEL))
-    if layout not in LAYOUTS or (deployable and layout != CHANNEL):
+    layout = parse_layout(str(header.get("layout", CHANNEL)))
+    if deployable and layout != CHANNEL:
         raise InputError(
             f"masks in the layout {layout!r} cannot be deployed",
             where=path,
-            found="groups along the flattened C*R*S axis" if layout == FLAT else None,
+            found="groups along the flattened C*R*S axis",
             fix="TensorRT takes groups along C: make the masks with layout 'channel'",
         )
     require_fit(masks, layers, pattern, layout, where=path)
@@ -182,45 +201,45 @@ def read_masks(
     )
 
 
-def require_fit(masks: Masks, layers: Sequence[Layer], pattern: Pattern, layout: str, *, where: object) -> None:
+def require_fit(masks: Masks, layers: Sequence[Layer], pattern: Pattern, layout: Layout, *, where: object) -> None:
     """Raise unless every mask belongs to an eligible layer, has its shape, and is N:M.
 
     Raises:
-        InputError: Otherwise; every offender is counted.
+        InputError: Otherwise; all invalid masks are counted.
     """
     known = {layer.name: layer for layer in layers}
-    strangers = [name for name in masks if name not in known]
-    if strangers:
+    unknown = [name for name in masks if name not in known]
+    if unknown:
         raise InputError(
-            "the masks are of another model",
+            "the masks are for another model",
             where=where,
-            found=f"{len(strangers)} of {len(masks)} names are not layers of this one: {listed(strangers)}",
+            found=f"{len(unknown)} of {len(masks)} names are not layers of this model: {listed(unknown)}",
             fix="give the masks that were made for this model",
         )
-    wrong = []
+    problems = []
     for name, mask in masks.items():
         layer = known[name]
         # The flat layout fits any weight: its rows are padded.
         reason = ineligible_reason(layer.op, layer.shape[1], layer.groups, pattern.m) if layout == CHANNEL else None
         if mask.shape != layer.shape:
-            wrong.append(f"{name}: shape {mask.shape} where the weight has {layer.shape}")
+            problems.append(f"{name}: shape {mask.shape}, but the weight has {layer.shape}")
         elif reason is not None:
-            wrong.append(f"{name}: the layer cannot be {pattern} ({reason})")
+            problems.append(f"{name}: the layer cannot be {pattern} ({reason})")
         elif count := count_violations(mask, pattern, layout):
-            wrong.append(f"{name}: {count} groups keep more than {pattern.n} of {pattern.m}")
-    if wrong:
+            problems.append(f"{name}: {count} groups keep more than {pattern.n} of {pattern.m}")
+    if problems:
         raise InputError(
-            f"{len(wrong)} of {len(masks)} masks cannot be used",
+            f"{len(problems)} of {len(masks)} masks cannot be used",
             where=where,
-            found=listed(wrong, 3),
+            found=listed(problems, 3),
             fix=f"make {pattern} masks along C for this model",
         )
 
 
 def describe(
-    masks: Masks, weights: Weights, layers: Sequence[Layer], pattern: Pattern, layout: str
+    masks: Masks, weights: Weights, layers: Sequence[Layer], pattern: Pattern, layout: Layout
 ) -> tuple[MaskedLayer, ...]:
-    """How much magnitude each mask keeps, beside the most that its pattern allows."""
+    """Per masked layer, in forward order: groups, MACs, the kept share of magnitude and the highest share possible."""
     described = []
     for layer in sorted(layers, key=lambda layer: (layer.position is None, layer.position or 0)):
         weight, mask = weights[layer.name], masks[layer.name]
@@ -237,4 +256,4 @@ def _image_sets(header: Mapping[str, Any]) -> tuple[ImageSet, ...]:
             for s in header.get("image_sets", [])
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError("the mask file's metadata cannot be read", found=error, fix="make the masks again") from error
+        raise InputError("the mask file's metadata cannot be read", found=error, fix="recreate the masks") from error

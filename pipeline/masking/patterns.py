@@ -1,14 +1,14 @@
-"""Where the groups of N:M lie in a weight, and which masks a group can have. Nothing else in maskplan knows.
+"""How a weight is divided into the groups of N:M, and which masks a group can have. The only module that knows.
 
 A *grouped* array has the shape (..., G, M): its last axis is a group. `layout="channel"` is TensorRT's: for every k, r, s an
-aligned group of M along C. `layout="flat"` groups along the flattened C*R*S axis, as the semester report does; TensorRT does
-not accept that for kernels larger than 1x1, so it serves comparison only.
+aligned group of M along C. `layout="flat"` groups along the flattened C*R*S axis, as Danhofer (2024) does; TensorRT does not
+accept that for kernels larger than 1x1, so it is for comparison only.
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from maskplan.pipeline.core.errors import InputError
 
 Scalar = TypeVar("Scalar", bound=np.generic)
 
-LAYOUTS: tuple[Layout, ...] = (CHANNEL, FLAT)
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
 def parse_pattern(text: str) -> Pattern:
@@ -38,8 +38,20 @@ def parse_pattern(text: str) -> Pattern:
     return Pattern(int(n), int(m))
 
 
+def parse_layout(text: str) -> Layout:
+    """A layout by its name.
+
+    Raises:
+        InputError: Not one of `LAYOUTS`.
+    """
+    for layout in LAYOUTS:
+        if text == layout:
+            return layout
+    raise InputError(f"unknown layout {text!r}", fix=f"choose one of {', '.join(LAYOUTS)}")
+
+
 def pattern_table(pattern: Pattern) -> npt.NDArray[np.bool_]:
-    """All masks of one group with exactly N kept, shape (M choose N, M), in lexicographic order of kept positions."""
+    """All masks of one group that keep exactly N: bool (M choose N, M), in lexicographic order of kept positions."""
     kept = list(itertools.combinations(range(pattern.m), pattern.n))
     table = np.zeros((len(kept), pattern.m), dtype=np.bool_)
     for row, columns in zip(table, kept, strict=True):
@@ -47,14 +59,14 @@ def pattern_table(pattern: Pattern) -> npt.NDArray[np.bool_]:
     return table
 
 
-def group(weight: npt.NDArray[Scalar], m: int, layout: str = CHANNEL, *, pad: bool = False) -> npt.NDArray[Scalar]:
-    """Bring a weight (K, C, ...) into groups, shape (..., G, M); a view where the layout allows.
+def group(weight: npt.NDArray[Scalar], m: int, layout: Layout = CHANNEL, *, pad: bool = False) -> npt.NDArray[Scalar]:
+    """Reshape a weight (K, C, ...) into groups, shape (..., G, M); a view where the layout allows.
 
     Args:
         weight: (K, C, R, S) or (K, C).
         m: Group length.
         layout: `channel` gives (K, R, S, C/M, M), and (K, C/M, M) for two axes; `flat` gives (K, C*R*S/M, M).
-        pad: Fill the last group with virtual zeros (the report's augmentation; flat layout only, not deployable).
+        pad: Fill up the last group with virtual zeros (flat layout only, not deployable).
 
     Raises:
         ValueError: The axis is not a multiple of `m`; the caller checks eligibility first.
@@ -68,11 +80,11 @@ def group(weight: npt.NDArray[Scalar], m: int, layout: str = CHANNEL, *, pad: bo
     if pad and flat.shape[1] % m:
         flat = np.pad(flat, ((0, 0), (0, -flat.shape[1] % m)))
     if flat.shape[1] % m:
-        raise ValueError(f"{flat.shape[1]} weights a filter are not a multiple of {m}")
+        raise ValueError(f"{flat.shape[1]} weights per filter are not a multiple of {m}")
     return flat.reshape(flat.shape[0], -1, m)
 
 
-def ungroup(grouped: npt.NDArray[Scalar], shape: tuple[int, ...], layout: str = CHANNEL) -> npt.NDArray[Scalar]:
+def ungroup(grouped: npt.NDArray[Scalar], shape: tuple[int, ...], layout: Layout = CHANNEL) -> npt.NDArray[Scalar]:
     """The inverse of `group`: back to a contiguous array of the weight's `shape`; padding is dropped."""
     if layout == CHANNEL:
         moved = grouped.reshape(shape[0], *shape[2:], shape[1])
@@ -81,6 +93,6 @@ def ungroup(grouped: npt.NDArray[Scalar], shape: tuple[int, ...], layout: str = 
     return np.ascontiguousarray(grouped.reshape(shape[0], -1)[:, :length]).reshape(shape)
 
 
-def count_violations(mask: npt.NDArray[np.bool_], pattern: Pattern, layout: str = CHANNEL) -> int:
-    """How many groups of a mask keep more than N."""
+def count_violations(mask: npt.NDArray[np.bool_], pattern: Pattern, layout: Layout = CHANNEL) -> int:
+    """Number of groups of a mask that keep more than N."""
     return int(np.count_nonzero(group(mask, pattern.m, layout, pad=layout == FLAT).sum(axis=-1) > pattern.n))

@@ -1,4 +1,4 @@
-"""Which of the eligible layers get a mask: the convolutions, without the stem."""
+"""Which of the eligible layers get a mask: by default the convolutions except the stem."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class LayerPolicy:
     """Which of the eligible layers to mask.
 
     Attributes:
-        include_linear: Mask linear layers too, the head among them.
-        names: Patterns of names (`layer3.*`); none means all.
+        include_linear: Mask linear layers too, including the head.
+        names: Name patterns (`layer3.*`); empty means all layers.
         min_channels: Leave convolutions with fewer input channels dense.
         transposable: Leave layers dense whose output channels are not a multiple of M.
     """
@@ -34,24 +34,28 @@ class LayerPolicy:
 
 @dataclass(frozen=True)
 class Selection:
-    """The layers to mask and the layers left dense, each in the order of the forward pass."""
+    """The layers to mask and the layers that stay dense, each in the order of the forward pass."""
 
     masked: tuple[Layer, ...]
     dense: tuple[DenseLayer, ...]
 
 
-_USUAL = LayerPolicy()
+_DEFAULT = LayerPolicy()
 
 
-def select_layers(layers: Sequence[Layer], pattern: Pattern, policy: LayerPolicy = _USUAL) -> Selection:
-    """Split a model's layers: every eligible convolution is masked, but for the stem.
+def select_layers(layers: Sequence[Layer], pattern: Pattern, policy: LayerPolicy = _DEFAULT) -> Selection:
+    """Split a model's layers: every eligible convolution except the stem is masked.
 
-    The stem (the first convolution) sees few channels and costs the most accuracy; linear layers are the head, or a
-    transformer's business. Both stay dense by choice, unless the policy says otherwise; ineligible layers stay dense by
-    necessity.
+    The stem (the first convolution) has few input channels and costs the most accuracy; linear layers are usually the
+    head. The stem is never masked, linear layers only if the policy says so; ineligible layers stay dense by necessity.
+
+    Args:
+        layers: All layers of the model, in any order.
+        pattern: N:M; its M decides which layers are eligible.
+        policy: Which eligible layers to mask.
 
     Raises:
-        InputError: Nothing is left to mask.
+        InputError: No layer is left to mask.
     """
     convolutions = [layer for layer in layers if layer.op == "Conv" and layer.position is not None]
     stem = min(convolutions, key=lambda layer: layer.position or 0, default=None)
@@ -80,6 +84,6 @@ def select_layers(layers: Sequence[Layer], pattern: Pattern, policy: LayerPolicy
         raise InputError(
             f"no layer of the model can be masked {pattern}",
             found=listed(f"{d.name} {d.shape} ({d.reason})" for d in dense) or "no convolution and no linear layer",
-            fix=f"masks need ungrouped convolutions, beyond the first, with {channels} in multiples of {pattern.m}",
+            fix=f"masks need ungrouped convolutions after the first one, with {channels} in multiples of {pattern.m}",
         )
     return Selection(tuple(masked), tuple(dense))

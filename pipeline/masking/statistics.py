@@ -1,6 +1,6 @@
-"""What masks look like: which patterns their groups have, and where they depart from magnitude.
+"""Statistics of masks: how often each pattern occurs, and in how many groups masks differ from magnitude masks.
 
-A group's pattern is written as a digit a weight, 1 where it is kept: `1100` keeps the first two of four.
+A group's pattern is written as one digit per weight, 1 where it is kept: `1100` keeps the first two of four.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import numpy as np
 import numpy.typing as npt
 
 from maskplan.pipeline.core.artifacts import Pattern
-from maskplan.pipeline.core.choices import CHANNEL, FLAT
+from maskplan.pipeline.core.choices import CHANNEL, FLAT, Layout
 from maskplan.pipeline.masking.magnitude import magnitude_mask
 from maskplan.pipeline.masking.patterns import group
 
 # There are six patterns that keep two of four, but 12,870 that keep eight of sixteen.
-_MOST_LISTED = 12
+_MAX_LISTED = 12
 
 
 @dataclass(frozen=True)
 class PatternCount:
-    """How many groups have one pattern, in the masks and in magnitude masks of the same weights."""
+    """Number of groups with one pattern, in the masks and in magnitude masks of the same weights."""
 
     pattern: str
     groups: int
@@ -32,14 +32,14 @@ class PatternCount:
 
 @dataclass(frozen=True)
 class GroupStatistics:
-    """Groups of one mask, or of all.
+    """Counts over the groups of one mask, or of all masks.
 
     Attributes:
-        groups: How many.
-        keeping: Groups that keep 0, 1, ... M weights.
-        changed: Groups whose pattern is not that of the magnitude mask.
-        patterns: The most frequent, at most twelve: most frequent first, equals as they are written.
-        others: Groups with any other pattern.
+        groups: Number of groups.
+        keeping: Number of groups that keep 0, 1, ... M weights.
+        changed: Number of groups whose pattern differs from that of the magnitude mask.
+        patterns: The most frequent patterns, at most twelve, in descending order; ties in lexicographic order.
+        others: Number of groups with any other pattern.
     """
 
     groups: int
@@ -50,13 +50,13 @@ class GroupStatistics:
 
     @property
     def changed_percent(self) -> float:
-        """Percent of groups; 0 where there is none."""
+        """Changed groups in percent; 0 if there are no groups."""
         return 100 * self.changed / self.groups if self.groups else 0.0
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """One mask, by the name of its weight."""
+    """Statistics of one mask, by the name of its weight."""
 
     name: str
     found: GroupStatistics
@@ -64,12 +64,12 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class MaskStatistics:
-    """All masks of a network.
+    """Statistics of all masks of a network.
 
     Attributes:
         pattern: N:M.
-        layers: One entry a mask, in the order given.
-        total: Groups of all layers together.
+        layers: One entry per mask, in the given order.
+        total: Over the groups of all layers.
     """
 
     pattern: str
@@ -79,7 +79,7 @@ class MaskStatistics:
 
 @dataclass(frozen=True)
 class _Counts:
-    """Counts before the most frequent are chosen; patterns are numbers whose highest of M bits is a group's first weight."""
+    """Counts of all patterns; a pattern is a number whose highest of M bits is the group's first weight."""
 
     groups: int
     changed: int
@@ -91,32 +91,32 @@ def mask_statistics(
     masks: Mapping[str, npt.NDArray[np.bool_]],
     weights: Mapping[str, npt.NDArray[np.floating]],
     pattern: Pattern,
-    layout: str = CHANNEL,
+    layout: Layout = CHANNEL,
 ) -> MaskStatistics:
-    """Count the patterns of groups, and the groups that magnitude would have kept otherwise.
+    """Count the patterns of the masks' groups and of magnitude masks for the same weights.
 
     Args:
-        masks: By the weight's name, each of the weight's shape, no group with more than N kept.
-        weights: Dense ones; more than have masks do no harm.
+        masks: Bool masks by the weight's name, each shaped like its weight, at most N kept per group.
+        weights: The dense weights by name; weights without a mask are ignored.
         pattern: N:M with M up to 64.
-        layout: See `patterns.group`. Virtual zeros that fill a last group count as dropped.
+        layout: See `patterns.group`. Virtual zeros that fill up a last group count as dropped.
 
     Raises:
-        KeyError: A mask without its weight.
-        ValueError: Channels that are not a multiple of M.
+        KeyError: A mask has no weight.
+        ValueError: The channels are not a multiple of M.
     """
     counts = {name: _counts(mask, weights[name], pattern, layout) for name, mask in masks.items()}
-    layers = tuple(LayerStatistics(name, _described(found, pattern.m)) for name, found in counts.items())
-    return MaskStatistics(str(pattern), layers, _described(_sum(counts.values()), pattern.m))
+    layers = tuple(LayerStatistics(name, _summarize(own, pattern.m)) for name, own in counts.items())
+    return MaskStatistics(str(pattern), layers, _summarize(_sum(counts.values()), pattern.m))
 
 
-def _counts(mask: npt.NDArray[np.bool_], weight: npt.NDArray[np.floating], pattern: Pattern, layout: str) -> _Counts:
+def _counts(mask: npt.NDArray[np.bool_], weight: npt.NDArray[np.floating], pattern: Pattern, layout: Layout) -> _Counts:
     own = _codes(mask, pattern.m, layout)
     by_magnitude = _codes(magnitude_mask(weight, pattern, layout), pattern.m, layout)
     return _Counts(own.size, int(np.count_nonzero(own != by_magnitude)), _counter(own), _counter(by_magnitude))
 
 
-def _codes(mask: npt.NDArray[np.bool_], m: int, layout: str) -> npt.NDArray[np.uint64]:
+def _codes(mask: npt.NDArray[np.bool_], m: int, layout: Layout) -> npt.NDArray[np.uint64]:
     """Each group's pattern as a number."""
     grouped = group(mask, m, layout, pad=layout == FLAT)
     codes = np.zeros(grouped.shape[:-1], np.uint64)
@@ -138,17 +138,17 @@ def _sum(counts: Iterable[_Counts]) -> _Counts:
     return total
 
 
-def _described(found: _Counts, m: int) -> GroupStatistics:
+def _summarize(counts: _Counts, m: int) -> GroupStatistics:
     keeping = [0] * (m + 1)
-    for code, count in found.own.items():
+    for code, count in counts.own.items():
         keeping[code.bit_count()] += count
-    written = {code: f"{code:0{m}b}" for code in found.own}
-    # Lexicographic order of kept positions, as in `patterns.patterns`, is that of falling codes.
-    listed = sorted(found.own, key=lambda code: (-found.own[code], -code))[:_MOST_LISTED]
+    written = {code: f"{code:0{m}b}" for code in counts.own}
+    # Lexicographic order of kept positions, as in `patterns.pattern_table`, is descending order of codes.
+    listed = sorted(counts.own, key=lambda code: (-counts.own[code], -code))[:_MAX_LISTED]
     return GroupStatistics(
-        groups=found.groups,
+        groups=counts.groups,
         keeping=tuple(keeping),
-        changed=found.changed,
-        patterns=tuple(PatternCount(written[c], found.own[c], found.by_magnitude[c]) for c in listed),
-        others=found.groups - sum(found.own[code] for code in listed),
+        changed=counts.changed,
+        patterns=tuple(PatternCount(written[c], counts.own[c], counts.by_magnitude[c]) for c in listed),
+        others=counts.groups - sum(counts.own[code] for code in listed),
     )

@@ -1,4 +1,4 @@
-"""The best transposable mask of small tiles by comparing every pattern a tile can have: 90 for 2:4."""
+"""The best transposable mask of small tiles, by comparing every pattern that a tile can have: 90 for 2:4."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.masking.compiled import compiled
 from maskplan.pipeline.masking.patterns import pattern_table
 
-# Tiles a block: the scores of a block's rows lie in the second cache, and inner loops run over tiles.
+# Tiles per block: the scores of a block's rows fit the L2 cache, and inner loops run over tiles.
 _BLOCK = 256
 
 
 def solve_by_table(tiles: npt.NDArray[np.float64], pattern: Pattern) -> npt.NDArray[np.bool_]:
-    """The mask of each tile that keeps most, of all that keep N in every row and column.
+    """The mask of each tile that keeps most magnitude, among all that keep N in every row and column.
 
     Args:
         tiles: (T, M, M) magnitudes, finite, contiguous.
-        pattern: N:M; the table grows fast, so M is at most 4.
+        pattern: N:M; the table grows fast, so M should be at most 4.
 
     Returns:
-        Kept, shaped like `tiles`; of equals the one whose rows come first in the order of `patterns`.
+        Bool, shaped like `tiles`, True where kept; ties go to the mask whose rows come first in `pattern_table`.
     """
     rows = pattern_table(pattern)
     kept = np.empty(tiles.shape, np.bool_)
@@ -34,7 +34,7 @@ def solve_by_table(tiles: npt.NDArray[np.float64], pattern: Pattern) -> npt.NDAr
 
 @cache
 def choices(pattern: Pattern) -> npt.NDArray[np.int64]:
-    """All masks of a tile with exactly N in every row and column, (P, M): for each row its index into `patterns`."""
+    """All masks of a tile with exactly N in every row and column, (P, M): for each row its index into `pattern_table`."""
     rows = pattern_table(pattern)
     chosen = [
         at

@@ -1,4 +1,4 @@
-"""The bake stage: masks x weights -> a pruned checkpoint. Also with weights that were updated since."""
+"""The bake stage: applies masks to weights and writes a pruned checkpoint. The weights may be newer than the masks."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ log = logging.getLogger(__name__)
 
 
 def bake(module: nn.Module, provenance: Provenance, masks: MaskSet, out: Path) -> Checkpoint:
-    """Set what the masks drop to +0.0 and write the pruned checkpoint; `module` stays as it is.
+    """Set the weights that the masks drop to +0.0 and write the pruned checkpoint; `module` is not changed.
 
     Args:
-        module: The model with the weights to prune, those of the masks or newer ones.
+        module: The model with the weights to prune: those that the masks were made for, or newer ones.
         provenance: Of these weights.
-        masks: Already held against the model (`read_masks` or `write_masks`).
+        masks: Masks that were checked against the model (from `read_masks` or `write_masks`).
         out: The checkpoint to write.
 
     Raises:
-        InputError: The masks are in a layout that cannot be deployed.
+        InputError: The masks have a layout that cannot be deployed.
     """
     if masks.layout != CHANNEL:
         raise InputError(
@@ -41,14 +41,14 @@ def bake(module: nn.Module, provenance: Provenance, masks: MaskSet, out: Path) -
             fix="TensorRT takes groups along C: make the masks with layout 'channel'",
         )
     if masks.weights_sha256 and masks.weights_sha256 != tensors_sha256(module.state_dict()):
-        log.warning("the masks were made for other weights of %s; baking them into these", masks.model)
+        log.warning("the masks were made for other weights of %s; applying them to these", masks.model)
         if masks.permutation not in (None, provenance.permutation):
             log.warning(
-                "the masks are for permuted channels: unless these weights were trained from permuted ones, bring them into"
-                " that order first with `maskplan permute --permutation FILE`"
+                "the masks are for permuted channels: unless these weights were trained from permuted ones, first permute"
+                " them with `maskplan permute --permutation FILE`"
             )
         elif masks.permutation != provenance.permutation:
-            log.warning("the weights are permuted and the masks are not for that order: make the masks anew")
+            log.warning("the weights are permuted, but the masks are not for that order: recreate the masks")
     return save_checkpoint(
         baked_state(module, masks),
         replace(
@@ -67,11 +67,12 @@ def bake(module: nn.Module, provenance: Provenance, masks: MaskSet, out: Path) -
 
 
 def baked_state(module: nn.Module, masks: MaskSet) -> dict[str, torch.Tensor]:
-    """The module's state dict with the masks applied: `where`, never a product, which would keep NaN and make -0.0."""
+    """The module's state dict with the masks applied."""
     import torch
 
     state = dict(module.state_dict())
     for name, mask in load_masks(masks.path).items():
         weight = state[name]
+        # Not a product: that would keep NaN, and turn negative weights into -0.0.
         state[name] = torch.where(torch.from_numpy(mask).to(weight.device), weight, torch.zeros((), dtype=weight.dtype))
     return state

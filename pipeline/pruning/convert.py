@@ -1,8 +1,8 @@
-"""The convert stage: a checkpoint with zeros anywhere to one that is N:M, layer by layer on a few images, without labels.
+"""The convert stage: turns an unstructured sparse checkpoint into an N:M one, layer by layer on a few unlabeled images.
 
-After AdaPrune (Hubara et al. 2021): each layer's mask is the one that changes its outputs least (`masking/layerwise`), where
-zeros that are there cost nothing to drop; then, unless `update` is off, the kept weights are fitted to give the source's
-outputs back (`least_squares`). All layers see what the source's layers see, so their order does not matter.
+After AdaPrune (Hubara et al. 2021): each layer gets the mask that changes its outputs least (`masking/layerwise`), for which
+existing zeros cost nothing; then, unless `update` is off, the kept weights are refitted to reproduce the source's outputs
+(`least_squares`). Every layer gets the inputs it has in the source network, so the order of layers does not matter.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ CONVERTED, UPDATED = "converted", "converted, updated"
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """How to convert.
+    """Options of conversion.
 
     Attributes:
         pattern: N:M.
-        update: Fit the kept weights; otherwise they stay as they are.
-        images: Training images, drawn with the seed.
-        damping: How far fitted weights are held to the source's, as a share of the inputs' mean square.
+        update: Refit the kept weights; otherwise they are not changed.
+        images: Number of training images, drawn with the seed.
+        damping: Regularization of refitted weights towards the source's, as a fraction of the inputs' mean square.
         include_linear: Convert linear layers too.
-        layers: Patterns of names of the weights to convert; all eligible ones by default.
-        min_channels: Leave convolutions with fewer input channels as they are.
-        seed: Which images.
+        layers: Name patterns of the weights to convert; all eligible ones by default.
+        min_channels: Do not convert convolutions with fewer input channels.
+        seed: Seed of the choice of images.
     """
 
     pattern: str = "2:4"
@@ -68,14 +68,16 @@ class ConvertOptions:
 
 @dataclass(frozen=True)
 class ConvertedLayer:
-    """What one layer lost, in percent.
+    """What conversion changed in one layer, in percent.
 
     Attributes:
-        zeros: Of the source's weights.
-        dropped: Of the source's non-zeros.
-        kept_magnitude: Of the source's absolute sum, before any update.
-        error: Mean square of the change of the outputs, of the outputs' own, when the weights are dropped.
-        updated_error: The same after the fit; None without one.
+        name: Name of the weight.
+        shape: Shape of the weight.
+        zeros: Zeros among the source's weights.
+        dropped: Dropped weights among the source's non-zeros.
+        kept_magnitude: Kept share of the source's absolute sum, before any update.
+        error: Mean squared change of the outputs from dropping weights, relative to the outputs' mean square.
+        updated_error: The same after refitting; None without an update.
     """
 
     name: str
@@ -89,7 +91,7 @@ class ConvertedLayer:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What conversion lost: layer by layer, and in percent of the `select` images that are right."""
+    """What conversion changed: per layer, and in top-1 accuracy (percent) on the `select` images."""
 
     pattern: str
     updated: bool
@@ -107,61 +109,63 @@ def convert(
     provenance: Provenance,
     data: Dataset,
     options: ConvertOptions,
-    statistics: RecalibrateOptions,
+    recalibrate_options: RecalibrateOptions,
     out: Path,
     image_sets: tuple[ImageSet, ...] = (),
     device: str = "auto",
 ) -> tuple[Checkpoint, ConversionReport]:
-    """Write the N:M checkpoint, with BatchNorm statistics estimated anew; `module` stays as it is.
+    """Write the N:M checkpoint with recalibrated BatchNorm statistics; `module` is not changed.
 
-    Where an added constant does not matter, errors are taken about the mean: before a BatchNorm that is recalibrated, and
-    with an update where the layer has a bias, which then takes the mean error up.
+    Where a constant added to the outputs has no effect, errors are taken about the mean: before a BatchNorm that is
+    recalibrated, and, with an update, in layers with a bias, which then absorbs the mean error.
 
     Args:
-        module: The source.
+        module: The source network.
         provenance: Of its weights.
-        data: `train` for moments and statistics, `select` for the report.
-        options: Pattern, update, images.
-        statistics: How BatchNorm is recalibrated.
+        data: `train` for second moments and BatchNorm statistics, `select` for the report.
+        options: Options of conversion.
+        recalibrate_options: Options of BatchNorm recalibration.
         out: The checkpoint to write.
-        image_sets: Which images `data` holds, for the record.
+        image_sets: Digests of the images in `data`, for the record.
         device: Where the network runs: `auto`, `cpu` or `cuda`.
 
     Raises:
-        InputError: Nothing can be converted, or weights or activations are not numbers; nothing is written.
+        InputError: No layer can be converted, or weights or activations are not finite; nothing is written.
         HostError: numba is not installed.
     """
     import torch
 
     pattern = parse_pattern(options.pattern)
-    how = provenance.preprocessing
-    layers, _ = trace_layers(module, how)
+    preprocessing = provenance.preprocessing
+    layers, _ = trace_layers(module, preprocessing)
     selection = select_layers(
         layers, pattern, LayerPolicy(options.include_linear, options.layers, options.min_channels)
     )
     source = copy.deepcopy(module).to(choose_device(device)).eval()
     converted = copy.deepcopy(source)
     parameters = dict(converted.named_parameters(remove_duplicate=False))
-    counted = MomentOptions(images=options.images, seed=options.seed)
-    moments = second_moments(source, selection.masked, how, data.train, counted)
-    found = []
+    moment_options = MomentOptions(images=options.images, seed=options.seed)
+    moments = second_moments(source, selection.masked, preprocessing, data.train, moment_options)
+    converted_layers = []
     for layer, moment in track(moments, "convert", len(selection.masked)):
         weight = parameters[layer.name]
         bias = parameters.get(f"{layer.name.removesuffix('weight')}bias")
-        # A copy: the parameter is written to.
+        # A copy, because the parameter is overwritten below.
         original = weight.detach().cpu().float().numpy().copy()
-        absorbs = (moment.before_norm and statistics.images > 0) or (options.update and bias is not None)
-        about = moment.about_mean if absorbs else moment.about_zero
-        mask = layerwise_mask(original, about, pattern, name=layer.name)
+        is_mean_absorbed = (moment.before_norm and recalibrate_options.images > 0) or (
+            options.update and bias is not None
+        )
+        second = moment.about_mean if is_mean_absorbed else moment.about_zero
+        mask = layerwise_mask(original, second, pattern, name=layer.name)
         dropped = np.where(mask, original, np.float32(0))
-        updated = fit_under_mask(original, mask, about, options.damping) if options.update else None
+        updated = fit_under_mask(original, mask, second, options.damping) if options.update else None
         new = dropped if updated is None else updated
         with torch.no_grad():
             weight.copy_(torch.from_numpy(new))
             if updated is not None and bias is not None:
-                bias.add_(torch.from_numpy(_mean_error(original - new, moment)).to(bias))
-        found.append(_lost(layer, original, mask, about, dropped, updated))
-    made = replace(
+                bias.add_(torch.from_numpy(_mean_output(original - new, moment)).to(bias))
+        converted_layers.append(_describe(layer, original, mask, second, dropped, updated))
+    converted_provenance = replace(
         provenance,
         masked=tuple(layer.name for layer in selection.masked),
         pattern=str(pattern),
@@ -169,28 +173,28 @@ def convert(
         method=UPDATED if options.update else CONVERTED,
         image_sets=(*provenance.image_sets, *(s for s in image_sets if s not in provenance.image_sets)),
     )
-    before = _top1(source, provenance, data.select)
-    checkpoint = recalibrate(converted, made, data.train, statistics, out, image_sets)
+    source_top1 = _top1(source, provenance, data.select)
+    checkpoint = recalibrate(converted, converted_provenance, data.train, recalibrate_options, out, image_sets)
     return checkpoint, ConversionReport(
         pattern=str(pattern),
         updated=options.update,
         images=min(options.images, len(data.train)),
-        layers=tuple(found),
+        layers=tuple(converted_layers),
         dense=tuple(d.name for d in selection.dense),
         recalibrated_images=checkpoint.provenance.recalibrated_images,
         select_images=len(data.select),
-        select_top1_source=before,
+        select_top1_source=source_top1,
         select_top1_converted=_top1(converted, provenance, data.select),
     )
 
 
-def _mean_error(difference: npt.NDArray[np.floating], moment: SecondMoments) -> npt.NDArray[np.float32]:
-    """What the new weights leave out of each output on average."""
-    lost: npt.NDArray[np.float32] = (unfold_weight(difference) @ moment.mean).astype(np.float32)
-    return lost
+def _mean_output(weight: npt.NDArray[np.floating], moment: SecondMoments) -> npt.NDArray[np.float32]:
+    """The mean of each output channel, (K,), under these weights (K, C, ...) without bias."""
+    mean: npt.NDArray[np.float32] = (unfold_weight(weight) @ moment.mean).astype(np.float32)
+    return mean
 
 
-def _lost(
+def _describe(
     layer: Layer,
     original: npt.NDArray[np.floating],
     mask: npt.NDArray[np.bool_],
@@ -198,17 +202,17 @@ def _lost(
     dropped: npt.NDArray[np.floating],
     updated: npt.NDArray[np.floating] | None,
 ) -> ConvertedLayer:
-    there = original != 0
-    whole = float(output_error(original, moment).sum())
+    nonzero = original != 0
+    total = float(output_error(original, moment).sum())
 
     def error(new: npt.NDArray[np.floating]) -> float:
-        return 100 * float(output_error(original - new, moment).sum()) / whole if whole > 0 else 0.0
+        return 100 * float(output_error(original - new, moment).sum()) / total if total > 0 else 0.0
 
     return ConvertedLayer(
         layer.name,
         layer.shape,
-        zeros=100 * float(1 - there.mean()),
-        dropped=100 * float((there & ~mask).sum()) / max(int(there.sum()), 1),
+        zeros=100 * float(1 - nonzero.mean()),
+        dropped=100 * float((nonzero & ~mask).sum()) / max(int(nonzero.sum()), 1),
         kept_magnitude=100 * kept_magnitude(original, mask),
         error=error(dropped),
         updated_error=None if updated is None else error(updated),
@@ -219,9 +223,9 @@ def _top1(module: nn.Module, provenance: Provenance, split: Split, batch: int = 
     import torch
 
     device = next(module.parameters()).device
-    right = 0
+    correct = 0
     with torch.no_grad():
         for x, labels in batches(split, provenance.preprocessing, batch):
-            found = module(torch.from_numpy(x).to(device)).argmax(dim=1).cpu().numpy()
-            right += int((found == labels).sum())
-    return 100 * right / len(split)
+            predicted = module(torch.from_numpy(x).to(device)).argmax(dim=1).cpu().numpy()
+            correct += int((predicted == labels).sum())
+    return 100 * correct / len(split)

@@ -1,4 +1,4 @@
-"""The mask stage: which layers, by which method."""
+"""The mask stage: selects the layers to mask and chooses their masks by one method."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,8 @@ from maskplan.pipeline.core.choices import (
     LEARNED,
     MAGNITUDE,
     TRANSPOSABLE,
+    Layout,
+    MaskMethod,
 )
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.progress import track
@@ -35,13 +37,13 @@ from maskplan.pipeline.masking.policy import LINEAR, TOO_COSTLY, LayerPolicy, se
 from maskplan.pipeline.masking.transposable import transposable_masks
 from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.models.state_dict import tensors_sha256
+from maskplan.pipeline.pruning.method import NEED_IMAGES, require_known_method, resolve_method
 
 if TYPE_CHECKING:
     from torch import nn
 
-DEPLOYABLE = (LEARNED, MAGNITUDE, LAYERWISE, TRANSPOSABLE)
-METHODS = (*DEPLOYABLE, DANHOFER2024)
-INIT_METHODS = (MAGNITUDE, LAYERWISE)
+InitMethod = Literal["magnitude", "layerwise"]
+INIT_METHODS: tuple[InitMethod, ...] = get_args(InitMethod)
 
 
 @dataclass(frozen=True)
@@ -49,32 +51,32 @@ class MaskOptions:
     """How masks are chosen.
 
     Attributes:
-        method: `learned`, `magnitude`, `layerwise` (changes each layer's outputs on training images least), `transposable`
-            (N:M along C and along K at once), or `auto`: learned where there are images. `danhofer2024` is the semester report's
-            recipe, for comparison only: every convolution, in the flat layout; of the other options only the pattern counts,
-            and the epochs, batch, rate and seed of `learn`.
+        method: `learned`, `magnitude`, `layerwise` (smallest change of each layer's outputs on training images),
+            `transposable` (N:M along C and along K at once), or `auto`: learned where there are images. `danhofer2024` is
+            the recipe of Danhofer's semester report, for comparison only: it masks every convolution in the flat layout,
+            and uses only the pattern and the epochs, batch, lr and seed of `learn`.
         pattern: N:M.
         layout: `channel` (TensorRT's) or `flat` (for comparison only).
         include_linear: Mask linear layers too.
-        layers: Patterns of names of the weights to mask; all eligible ones by default.
+        layers: Name patterns of the weights to mask, such as `layer3.*`; all eligible ones by default.
         min_channels: Leave convolutions with fewer input channels dense.
-        keep_dense_budget: Percent of the maskable MACs that may stay dense: those of the layers whose masking costs most.
-        images: Training images that layer-wise masks are chosen on, drawn with the seed of `learn`.
+        keep_dense_budget: Percent of the maskable MACs that may stay dense, in the layers whose masks cost most accuracy.
+        images: Number of training images for layer-wise masks, drawn with the seed of `learn`.
         init_method: Masks that learned ones start from: `magnitude` or `layerwise`.
-        learn: For learned masks.
+        learn: Options of learned masks.
     """
 
     RENAMED_FIELDS: ClassVar[Mapping[str, str]] = {"prior": "init_method"}
 
     method: str = AUTO
     pattern: str = "2:4"
-    layout: str = CHANNEL
+    layout: Layout = CHANNEL
     include_linear: bool = False
     layers: tuple[str, ...] = ()
     min_channels: int = 0
     keep_dense_budget: float = 0.0
     images: int = 512
-    init_method: str = MAGNITUDE
+    init_method: InitMethod = MAGNITUDE
     learn: LearnOptions = field(default_factory=LearnOptions)
 
     def __post_init__(self) -> None:
@@ -88,26 +90,17 @@ class MaskOptions:
             )
         if self.layout not in LAYOUTS:
             raise InputError(f"unknown layout {self.layout!r}", fix=f"choose one of {', '.join(LAYOUTS)}")
-        if self.method not in (AUTO, *METHODS):
-            raise InputError(
-                f"unknown mask method {self.method!r}",
-                fix=f"choose one of {', '.join((AUTO, *METHODS))}, or give a mask file",
-            )
+        require_known_method(self.method)
 
 
 def policy_of(options: MaskOptions, method: str) -> LayerPolicy:
-    """Which layers the method would mask; `method` is not `auto`."""
+    """The layer policy under a resolved method (not `auto`)."""
     return LayerPolicy(options.include_linear, options.layers, options.min_channels, method == TRANSPOSABLE)
 
 
-def method_for(asked: str, has_images: bool) -> str:
-    """What `auto` means: learned masks where there are images to learn from."""
-    return asked if asked != AUTO else LEARNED if has_images else MAGNITUDE
-
-
 def needs_images(options: MaskOptions, method: str) -> bool:
-    """Whether choosing masks so takes images; `method` is not `auto`."""
-    return method in (LEARNED, LAYERWISE, DANHOFER2024) or options.keep_dense_budget > 0
+    """Whether a resolved method (not `auto`) reads images under these options."""
+    return method in NEED_IMAGES or options.keep_dense_budget > 0
 
 
 def choose_masks(
@@ -122,31 +115,32 @@ def choose_masks(
     files: LearnerFiles | None = None,
     device: str = "auto",
 ) -> MaskSet:
-    """Choose a mask for every layer that the policy selects; the module's weights stay as they are.
+    """Choose a mask for every layer that the policy selects; the module's weights do not change.
 
     Args:
         module: The dense model.
         provenance: Of its weights.
         options: Method and pattern.
         out: The mask file to write.
-        data: Needed by learned and by layer-wise masks.
-        image_sets: Which images `data` holds, for the record.
+        data: Required by learned and layer-wise masks, and by `keep_dense_budget`.
+        image_sets: Digests of the images in `data`, recorded in the mask file.
         only: Names of the weights to mask, among those that the policy selects; all by default.
-        init: Mask file to start learning from; it says which layers are masked.
-        files: The learner's own; its checkpoint is removed when the masks are written.
-        device: Where to learn, and to run the network for layer-wise masks: `auto`, `cpu` or `cuda`.
+        init: Mask file to start learning from; only the layers it names are masked.
+        files: Files of the learner; its checkpoint is deleted once the masks are written.
+        device: Where the network runs for learned and layer-wise masks: `auto`, `cpu` or `cuda`.
 
     Raises:
-        InputError: Nothing can be masked, or masks that need data without it.
+        InputError: No layer can be masked, or the method needs images and there are none.
     """
-    method = method_for(options.method, data is not None)
+    method = resolve_method(options.method, has_images=data is not None)
     pattern = parse_pattern(options.pattern)
     layers, _ = trace_layers(module, provenance.preprocessing)
     if method == DANHOFER2024:
-        return _as_reported(module, provenance, layers, pattern, options.learn, out, data, image_sets)
-    _require_images(method, options, data)
+        assert data is not None  # checked by resolve_method
+        return _danhofer(module, provenance, layers, pattern, options.learn, out, data, image_sets)
+    _require_supported(method, options, data)
     selection = select_layers(layers, pattern, policy_of(options, method))
-    given = _start(init, layers, pattern) if init is not None else None
+    given = _load_fitting(init, layers, pattern) if init is not None else None
     only = only if given is None else given.keys()
     chosen = [layer for layer in selection.masked if only is None or layer.name in only]
     state = module.state_dict()
@@ -154,24 +148,24 @@ def choose_masks(
     masks = {name: magnitude_mask(weight, pattern, options.layout) for name, weight in weights.items()}
     dense = selection.dense
     if options.keep_dense_budget > 0:
-        assert data is not None  # required above
+        assert data is not None  # checked above
         from maskplan.pipeline.learning.sensitivity import costliest_layers
 
-        left = costliest_layers(
+        costly = costliest_layers(
             module, masks, chosen, provenance.preprocessing, data, options.keep_dense_budget, options.learn
         )
-        dense += tuple(DenseLayer(x.name, x.shape, x.macs, TOO_COSTLY) for x in chosen if x.name in left)
-        chosen = [layer for layer in chosen if layer.name not in left]
-        weights, masks = ({k: v for k, v in d.items() if k not in left} for d in (weights, masks))
+        dense += tuple(DenseLayer(x.name, x.shape, x.macs, TOO_COSTLY) for x in chosen if x.name in costly)
+        chosen = [layer for layer in chosen if layer.name not in costly]
+        weights, masks = ({k: v for k, v in d.items() if k not in costly} for d in (weights, masks))
     if method == TRANSPOSABLE:
         masks = transposable_masks(weights, pattern)
     elif method == LAYERWISE or (method == LEARNED and options.init_method == LAYERWISE and given is None):
-        assert data is not None  # required above
+        assert data is not None  # checked above
         masks = _layerwise(module, provenance, chosen, weights, pattern, options, data, device)
         given = masks if method == LEARNED else None
     learning = None
     if method == LEARNED:
-        assert data is not None  # required above
+        assert data is not None  # checked above
         from maskplan.pipeline.learning.trainer import learn_masks
 
         masks, learning = learn_masks(
@@ -181,12 +175,12 @@ def choose_masks(
             provenance.preprocessing,
             data,
             options.learn,
-            images=tuple(s.sha256 for s in image_sets),
-            given=given is not None,
+            image_digests=tuple(s.sha256 for s in image_sets),
+            favor_start=given is not None,
             files=files,
             device=device,
         )
-    written = write_masks(
+    mask_set = write_masks(
         out,
         masks,
         weights,
@@ -201,21 +195,17 @@ def choose_masks(
         image_sets=image_sets if needs_images(options, method) else (),
         permutation=provenance.permutation,
     )
-    if files is not None and files.state is not None:
-        files.state.unlink(missing_ok=True)
-    return written
+    if files is not None and files.checkpoint is not None:
+        files.checkpoint.unlink(missing_ok=True)
+    return mask_set
 
 
-def _require_images(method: str, options: MaskOptions, data: Dataset | None) -> None:
-    """Raise unless what the method needs is there."""
+def _require_supported(method: MaskMethod, options: MaskOptions, data: Dataset | None) -> None:
+    """Raise if the method cannot serve the layout, or a budget of dense layers has no images to measure on."""
     if options.layout != CHANNEL and method in (LEARNED, LAYERWISE, TRANSPOSABLE):
         raise InputError(f"{method} masks are chosen along C only", found=f"layout {options.layout}")
-    if data is not None or not needs_images(options, method):
-        return
-    fix = "give --data DIR with train/ and val/"
-    if method not in (LEARNED, LAYERWISE):
-        raise InputError("--keep-dense-budget needs images", fix=fix)
-    raise InputError(f"{method} masks need images", fix=f"{fix}, or choose --masks magnitude")
+    if data is None and options.keep_dense_budget > 0:
+        raise InputError("--keep-dense-budget needs images", fix="give --data DIR with train/ and val/")
 
 
 def _layerwise(
@@ -228,31 +218,30 @@ def _layerwise(
     data: Dataset,
     device: str,
 ) -> dict[str, npt.NDArray[np.bool_]]:
-    """One layer after the other, for their second moments are large."""
+    """Layer-wise masks, one layer at a time because second moments are large."""
     from maskplan.pipeline.models.device import choose_device
     from maskplan.pipeline.pruning.second_moments import MomentOptions, second_moments
 
-    how = MomentOptions(images=options.images, seed=options.learn.seed)
-    running = copy.deepcopy(module).to(choose_device(device))
-    moments = second_moments(running, layers, provenance.preprocessing, data.train, how)
+    moment_options = MomentOptions(images=options.images, seed=options.learn.seed)
+    network = copy.deepcopy(module).to(choose_device(device))
+    moments = second_moments(network, layers, provenance.preprocessing, data.train, moment_options)
     return {
-        layer.name: layerwise_mask(weights[layer.name], found.effective, pattern, name=layer.name)
-        for layer, found in track(moments, "layer-wise masks", len(layers))
+        layer.name: layerwise_mask(weights[layer.name], moment.effective, pattern, name=layer.name)
+        for layer, moment in track(moments, "layer-wise masks", len(layers))
     }
 
 
-def _as_reported(
+def _danhofer(
     module: nn.Module,
     provenance: Provenance,
     layers: Sequence[Layer],
     pattern: Pattern,
     learn: LearnOptions,
     out: Path,
-    data: Dataset | None,
+    data: Dataset,
     image_sets: tuple[ImageSet, ...],
 ) -> MaskSet:
-    if data is None:
-        raise InputError("the report's recipe needs images", fix="give --data DIR with train/ and val/")
+    """Masks by the recipe of Danhofer (2024): every convolution, flat layout."""
     from maskplan.pipeline.learning.danhofer2024 import DanhoferOptions, danhofer_masks
 
     state = module.state_dict()
@@ -283,17 +272,23 @@ def _as_reported(
     )
 
 
-def _start(path: Path, layers: Sequence[Layer], pattern: Pattern) -> dict[str, npt.NDArray[np.bool_]]:
+def _load_fitting(path: Path, layers: Sequence[Layer], pattern: Pattern) -> dict[str, npt.NDArray[np.bool_]]:
     masks = load_masks(path)
     require_fit(masks, layers, pattern, CHANNEL, where=path)
     return masks
 
 
 def masks_from_file(module: nn.Module, provenance: Provenance, path: Path, *, deployable: bool = True) -> MaskSet:
-    """Take the masks of a file, held against the model.
+    """Read the masks of a file and check them against the model.
+
+    Args:
+        module: The model.
+        provenance: Of its weights.
+        path: A mask file.
+        deployable: Refuse the flat layout, which TensorRT does not accept.
 
     Raises:
-        InputError: They do not fit it, or are not N:M.
+        InputError: The masks do not fit the model, or are not N:M.
     """
     layers, _ = trace_layers(module, provenance.preprocessing)
     state = module.state_dict()

@@ -1,7 +1,7 @@
-"""Second moments of what goes into layers, over training images: what tells how much an error of weights changes outputs.
+"""Second moments of layers' inputs over training images: they tell how much an error of the weights changes the outputs.
 
-A layer's inputs are unfolded, a row for each output position, and the products of a row's entries averaged. Images are
-streamed, once for each few layers: as many as have their moments fit into `_MOST_BYTES`.
+A layer's input is unfolded to one row per output position, and the outer products of the rows are averaged. The images are
+streamed once for each set of consecutive layers whose moments fit into `_MAX_BYTES`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Of moments held at once: all of ResNet-50's in two parts.
-_MOST_BYTES = 400 * 2**20
-# Between a layer's outputs and those of its unfolded inputs, of their largest: rounding, also of TF32.
+# Memory limit of the moments gathered in one pass over the images; ResNet-50 needs two passes.
+_MAX_BYTES = 400 * 2**20
+# Allowed difference between a layer's outputs and weight times unfolded inputs, relative to the largest output; covers TF32.
 _TOLERANCE = 1e-2
 
 
@@ -38,11 +38,11 @@ class MomentOptions:
     """What to average over.
 
     Attributes:
-        images: Training images, drawn with the seed.
-        batch: Images a batch.
-        positions: Output positions of an image that are looked at, drawn anew for every batch; neighbors say much the same.
-            A layer with more columns than the images so have rows takes as many as it needs, if there are so many.
-        seed: Which images and positions.
+        images: Number of training images, drawn with the seed.
+        batch: Images per batch.
+        positions: Output positions sampled per image, drawn for every batch; neighboring positions are nearly redundant. A
+            layer with more columns than `images * positions` rows uses more positions, as far as there are any.
+        seed: Seed of the images and positions.
     """
 
     images: int = 512
@@ -57,13 +57,13 @@ class MomentOptions:
 
 @dataclass(frozen=True)
 class SecondMoments:
-    """Of one layer's unfolded inputs, D = R*S*C columns: kernel positions outermost, channels innermost.
+    """Second moments of one layer's unfolded inputs u, of length D = R*S*C: kernel positions outermost, channels innermost.
 
     Attributes:
         about_mean: (D, D) float32, the mean of (u - mean)(u - mean)^T.
-        mean: (D,) float32.
-        rows: How many inputs were averaged.
-        before_norm: A BatchNorm takes the layer's outputs, which forgets what is added to all of them alike.
+        mean: (D,) float32, the mean of u.
+        rows: Number of inputs averaged.
+        before_norm: A BatchNorm follows the layer directly, so a constant added to the outputs has no effect.
     """
 
     about_mean: npt.NDArray[np.float32]
@@ -73,7 +73,7 @@ class SecondMoments:
 
     @property
     def effective(self) -> npt.NDArray[np.float32]:
-        """The moments that count: about the mean before a BatchNorm that will be recalibrated, else about zero."""
+        """The moments that matter: about the mean before a BatchNorm that will be recalibrated, otherwise about zero."""
         return self.about_mean if self.before_norm else self.about_zero
 
     @property
@@ -85,67 +85,67 @@ class SecondMoments:
 def second_moments(
     module: nn.Module, layers: Sequence[Layer], preprocessing: Preprocessing, train: Split, options: MomentOptions
 ) -> Iterator[tuple[Layer, SecondMoments]]:
-    """Yield the moments of one layer after the other; the module is as it was.
+    """Yield the moments layer by layer; the module is not changed.
 
     Args:
-        module: In evaluation mode, on any device.
-        layers: Ungrouped convolutions and linear layers, in any order; moments come in this order.
+        module: The network, on any device; it runs in evaluation mode.
+        layers: Ungrouped convolutions and linear layers, in any order; moments are yielded in this order.
         preprocessing: Preprocessing of the images.
         train: Images to average over.
-        options: How many, and which.
+        options: Number and choice of images and positions.
 
     Raises:
-        InputError: There are no images, activations are not numbers, or a layer computes something else than its weight
-            times its unfolded inputs (then its name is told).
+        InputError: There are no images, activations are not finite, or a layer computes something other than its weight
+            times its unfolded inputs; the layer is named.
     """
     import torch
 
-    images = train.first(options.images, options.seed)
+    images = train.sample(options.images, options.seed)
     if len(images) == 0:
         raise InputError("no images to average over", where=train.role, fix="give --data DIR with train/ and val/")
     module.eval()
     followed = layers_before_norm(module, preprocessing)
     by_name = _modules(module)
     for part in _parts(layers):
-        gathered = [_Gathering(layer, by_name[layer.name], len(images), options) for layer in part]
-        hooks = [g.module.register_forward_hook(g.look) for g in gathered]
+        accumulators = [_MomentAccumulator(layer, by_name[layer.name], len(images), options) for layer in part]
+        hooks = [a.module.register_forward_hook(a.add) for a in accumulators]
         device = next(module.parameters()).device
         try:
             with torch.no_grad():
                 for i, (x, _) in enumerate(batches(images, preprocessing, options.batch)):
-                    for g in gathered:
-                        g.draw(i)
+                    for accumulator in accumulators:
+                        accumulator.start_batch(i)
                     module(torch.from_numpy(x).to(device))
         finally:
             for hook in hooks:
                 hook.remove()
-        _require_plain(gathered)
-        while gathered:
-            # Each is dropped before the next is finished, so that no two lie about twice.
-            done = gathered.pop(0)
-            yield done.layer, done.finished(before_norm=done.layer.name in followed)
+        _require_no_problems(accumulators)
+        while accumulators:
+            # Removed before its moments are finished, so that at most one layer's moments are in memory twice.
+            done = accumulators.pop(0)
+            yield done.layer, done.finish(before_norm=done.layer.name in followed)
 
 
 def layers_before_norm(module: nn.Module, preprocessing: Preprocessing) -> frozenset[str]:
-    """Weights of the layers whose very output a BatchNorm module with running statistics takes, in a forward pass.
+    """Names of the weights whose layer's output is the direct input of a BatchNorm module with running statistics.
 
-    A BatchNorm behind an addition, a concatenation or an activation does not count, nor one that is called as a function.
+    A BatchNorm after an addition, a concatenation or an activation does not count, nor does a functional BatchNorm.
     """
     import torch
     from torch.nn.modules.batchnorm import _BatchNorm
 
     outputs: list[tuple[str, Any]] = []
-    found: set[str] = set()
+    names: set[str] = set()
 
-    def made(name: str) -> Any:
+    def record_output(name: str) -> Any:
         return lambda layer, inputs, output: outputs.append((name, output))
 
-    def taken(norm: nn.Module, inputs: Any) -> None:
-        found.update(name for name, output in outputs if output is inputs[0])
+    def match_input(norm: nn.Module, inputs: Any) -> None:
+        names.update(name for name, output in outputs if output is inputs[0])
 
-    hooks = [m.register_forward_hook(made(name)) for name, m in _modules(module).items()]
+    hooks = [m.register_forward_hook(record_output(name)) for name, m in _modules(module).items()]
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    hooks += [m.register_forward_pre_hook(taken) for m in norms]
+    hooks += [m.register_forward_pre_hook(match_input) for m in norms]
     device = next(module.parameters()).device
     try:
         with torch.no_grad():
@@ -153,11 +153,11 @@ def layers_before_norm(module: nn.Module, preprocessing: Preprocessing) -> froze
     finally:
         for hook in hooks:
             hook.remove()
-    return frozenset(found)
+    return frozenset(names)
 
 
 def _modules(module: nn.Module) -> dict[str, nn.Module]:
-    """Layers by the names of their weights, as `trace_layers` has them."""
+    """Layers by the names of their weights, as in `trace_layers`."""
     from torch import nn
     from torch.nn.modules.conv import _ConvNd
 
@@ -166,22 +166,22 @@ def _modules(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _parts(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
-    """Layers in a row whose moments fit into `_MOST_BYTES` together, at least one."""
+    """Runs of consecutive layers whose moments together fit into `_MAX_BYTES`; at least one layer each."""
     part: list[Layer] = []
-    held = 0
+    total = 0
     for layer in layers:
         size = 4 * int(np.prod(layer.shape[1:])) ** 2
-        if part and held + size > _MOST_BYTES:
+        if part and total + size > _MAX_BYTES:
             yield part
-            part, held = [], 0
+            part, total = [], 0
         part.append(layer)
-        held += size
+        total += size
     if part:
         yield part
 
 
-class _Gathering:
-    """Sums over one layer's inputs. Moments are taken about the first batch's mean, which costs no digits later."""
+class _MomentAccumulator:
+    """Sums over one layer's inputs, shifted by the first batch's mean: subtracting the mean later loses no digits."""
 
     def __init__(self, layer: Layer, module: nn.Module, images: int, options: MomentOptions) -> None:
         self.layer, self.module = layer, module
@@ -195,24 +195,24 @@ class _Gathering:
         self._products: torch.Tensor | None = None
         self.problem: str | None = None
 
-    def draw(self, batch: int) -> None:
-        """Make the positions of a batch depend on nothing else, whichever layers are done together."""
+    def start_batch(self, batch: int) -> None:
+        """Seed the choice of positions by batch and layer, so that it does not depend on which layers share a pass."""
         assert self.layer.position is not None
         self._random = np.random.default_rng([self._seed, batch, self.layer.position])
 
-    def look(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        """Forward hook: add one batch's rows."""
+    def add(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        """Forward hook: add the rows of one batch."""
         if self.problem is not None:
             return
-        rows, made = self._unfolded(inputs[0], output)
-        if rows is None or made is None:
-            self.problem = f"{self.layer.name}: outputs {tuple(output.shape)} are not those of its stride and padding"
+        rows, outputs = self._unfold(inputs[0], output)
+        if rows is None or outputs is None:
+            self.problem = f"{self.layer.name}: outputs {tuple(output.shape)} do not match its stride and padding"
             return
         if self._shift is None or self._sum is None or self._products is None:
             if not bool(rows.isfinite().all()):
-                self.problem = f"{self.layer.name}: its inputs hold NaN or infinity"
+                self.problem = f"{self.layer.name}: its inputs contain NaN or infinity"
                 return
-            if not self._is_product(rows, made):
+            if not self._is_product(rows, outputs):
                 self.problem = f"{self.layer.name}: its outputs are not its weight times its inputs"
                 return
             self._shift = rows.mean(dim=0)
@@ -223,24 +223,24 @@ class _Gathering:
         self._products.addmm_(rows.T, rows)
         self._rows += len(rows)
 
-    def finished(self, *, before_norm: bool) -> SecondMoments:
-        """The averages; what was held for them is let go."""
+    def finish(self, *, before_norm: bool) -> SecondMoments:
+        """Return the averages and release the sums."""
         assert self._shift is not None
         assert self._sum is not None
         assert self._products is not None
-        rest = self._sum / self._rows
-        products = self._products.div_(self._rows).addr_(rest, rest, alpha=-1)
-        mean = (self._shift + rest).cpu().numpy()
+        offset = self._sum / self._rows
+        products = self._products.div_(self._rows).addr_(offset, offset, alpha=-1)
+        mean = (self._shift + offset).cpu().numpy()
         self._products = None
         if not bool(products.isfinite().all()):
             raise InputError(
-                f"the inputs of {self.layer.name} hold NaN or infinity",
+                f"the inputs of {self.layer.name} contain NaN or infinity",
                 fix="check the weights and the images' normalization",
             )
         return SecondMoments(products.cpu().numpy(), mean, self._rows, before_norm)
 
-    def _unfolded(self, x: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Rows (N * positions, D) and the outputs they belong to, (N * positions, K)."""
+    def _unfold(self, x: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Unfolded inputs (N * positions, D) and their outputs (N * positions, K); None if the shapes do not match."""
         import torch
         from torch.nn import functional as F
         from torch.nn.modules.conv import _ConvNd
@@ -249,7 +249,7 @@ class _Gathering:
         x, output = x.float(), output.float()
         if not isinstance(conv, _ConvNd):
             x, output = x.reshape(len(x), -1, x.shape[-1]), output.reshape(len(x), -1, output.shape[-1])
-            chosen = self._chosen(x.shape[1])
+            chosen = self._sample_positions(x.shape[1])
             return x[:, chosen].reshape(-1, x.shape[-1]), output[:, chosen].reshape(-1, output.shape[-1])
         axes = len(conv.kernel_size)
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
@@ -262,27 +262,27 @@ class _Gathering:
         ]
         if x.ndim != axes + 2 or tuple(sizes) != tuple(output.shape[-axes:]):
             return None, None
-        chosen = self._chosen(int(np.prod(sizes)))
+        chosen = self._sample_positions(int(np.prod(sizes)))
         corners = np.unravel_index(chosen, sizes)
         taps = np.array(list(itertools.product(*(range(k) for k in conv.kernel_size))))
-        # (positions, taps) of each axis.
+        # For each axis, input indices of shape (positions, taps).
         index = [
             torch.from_numpy(corner[:, None] * stride + taps[:, axis] * dilation).to(x.device)
             for axis, (corner, stride, dilation) in enumerate(zip(corners, conv.stride, conv.dilation, strict=True))
         ]
         at = [torch.from_numpy(corner).to(x.device) for corner in corners]
-        every: list[Any] = [slice(None)]
-        rows = x.movedim(1, -1).contiguous()[tuple(every + index)]
-        made = output.movedim(1, -1)[tuple(every + at)]
-        return rows.reshape(-1, self._columns), made.reshape(-1, made.shape[-1])
+        batch: list[Any] = [slice(None)]
+        rows = x.movedim(1, -1).contiguous()[tuple(batch + index)]
+        outputs = output.movedim(1, -1)[tuple(batch + at)]
+        return rows.reshape(-1, self._columns), outputs.reshape(-1, outputs.shape[-1])
 
-    def _chosen(self, count: int) -> npt.NDArray[np.int64]:
+    def _sample_positions(self, count: int) -> npt.NDArray[np.int64]:
         if count <= self._positions:
             return np.arange(count)
         return np.sort(self._random.choice(count, self._positions, replace=False))
 
-    def _is_product(self, rows: torch.Tensor, made: torch.Tensor) -> bool:
-        """Whether a few rows times the weight are what came out of the layer."""
+    def _is_product(self, rows: torch.Tensor, outputs: torch.Tensor) -> bool:
+        """Whether the layer's outputs equal its weight times the unfolded inputs, checked on a few rows."""
         import torch
 
         weight, bias = self.module.weight, self.module.bias
@@ -290,15 +290,15 @@ class _Gathering:
         expected = rows[:256] @ weight.float().movedim(1, -1).reshape(len(weight), -1).T
         if isinstance(bias, torch.Tensor):
             expected = expected + bias.float()
-        difference = float((expected - made[:256]).abs().max())
-        return difference <= _TOLERANCE * float(made[:256].abs().max()) + 1e-6
+        difference = float((expected - outputs[:256]).abs().max())
+        return difference <= _TOLERANCE * float(outputs[:256].abs().max()) + 1e-6
 
 
-def _require_plain(gathered: Sequence[_Gathering]) -> None:
-    problems = [g.problem for g in gathered if g.problem is not None]
+def _require_no_problems(accumulators: Sequence[_MomentAccumulator]) -> None:
+    problems = [a.problem for a in accumulators if a.problem is not None]
     if problems:
         raise InputError(
-            f"the inputs of {len(problems)} layers cannot be averaged",
+            f"the inputs of {len(problems)} layers cannot be used",
             found=listed(problems, 3),
             fix="choose magnitude masks, or leave these layers out with --layers; for NaN, check weights and images",
         )

@@ -1,4 +1,4 @@
-"""Toy data in the shape of the real, and the benchmarks' folder on the path."""
+"""Toy datasets in the format of the real ones, and the benchmarks' folders on the import path."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ACCURACY, PERFORMANCE = (Path(__file__).parents[2] / "benchmarks" / folder for folder in ("accuracy", "performance"))
+# Tests import modules of the benchmarks by name; appended, so that these names hide no others.
+sys.path += [str(ACCURACY), str(PERFORMANCE)]
 
 
 def jpegs(labels: npt.NDArray[np.int64], size: int, seed: int) -> list[bytes]:
-    """Noise with a bright band whose place tells the class."""
+    """Noise with a bright band whose position gives the class."""
     rng = np.random.default_rng(seed)
-    found = []
+    files = []
     for label in labels.tolist():
         pixels = rng.integers(0, 60, (size, size, 3)).astype(np.uint8)
         pixels[label * size // 10 : (label + 1) * size // 10] += 150
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "JPEG")
-        found.append(buffer.getvalue())
-    return found
+        files.append(buffer.getvalue())
+    return files
 
 
 @pytest.fixture(scope="session")
@@ -59,13 +61,13 @@ def toy_imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
-    """Run one of the scripts with its arguments; what it keeps for itself goes to the test's folder."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    """Run a script of `benchmarks/accuracy` with these arguments; its temporary files go to the test's folder."""
+    monkeypatch.syspath_prepend(str(ACCURACY))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
 
     def run(script: str, *arguments: object) -> None:
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
+        runpy.run_path(str(ACCURACY / script), run_name="__main__")
 
     return run

@@ -66,8 +66,8 @@ def none_at_all(mask: np.ndarray[Any, Any]) -> Masks:
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (foreign, ("the masks are of another model", "1 of 1 names", "layer1.0.conv1.weight")),
-        (of_another_shape, ("shape (12, 4, 3, 3) where the weight has (12, 8, 3, 3)",)),
+        (foreign, ("the masks are for another model", "1 of 1 names", "layer1.0.conv1.weight")),
+        (of_another_shape, ("shape (12, 4, 3, 3), but the weight has (12, 8, 3, 3)",)),
         (not_2_to_4, ("wide.weight: 1 groups keep more than 2 of 4",)),
         (of_a_depthwise_layer, ("depthwise.weight", "grouped")),
         (of_floats, ("not a mask file", "wide.weight is F32")),
@@ -235,7 +235,7 @@ def test_validation_images_that_were_trained_on_are_refused(
 
     message = refused("engine", tiny_spec, "--weights", "random", "--data", data, "--out", out)
 
-    assert "val images also shaped the model" in message
+    assert "val images were also used to make the model" in message
 
 
 @pytest.mark.parametrize(

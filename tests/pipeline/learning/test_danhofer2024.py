@@ -20,9 +20,9 @@ from maskplan.pipeline.learning.danhofer2024 import (
     DanhoferNet,
     DanhoferOptions,
     FlatGates,
+    conv_by_unfolding,
     correct_predictions,
     learn_danhofer,
-    unfolded,
 )
 from maskplan.pipeline.learning.options import LearnOptions
 from maskplan.pipeline.masking.maskset import load_masks
@@ -41,7 +41,7 @@ def test_the_matrix_form_is_a_convolution(kernel: int, stride: int, padding: int
     """Equation 4 against equation 3."""
     x, weight = torch.randn(2, 3, 9, 8, generator=generator()), torch.randn(5, 3, kernel, kernel, generator=generator())
     expected = F.conv2d(x, weight, stride=stride, padding=padding)
-    assert torch.allclose(unfolded(x, weight, stride, padding), expected, atol=1e-4)
+    assert torch.allclose(conv_by_unfolding(x, weight, stride, padding), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(8, 4, 3, 3), (4, 3, 3, 3), (6, 1, 3, 3), (5, 3)])
@@ -82,7 +82,7 @@ class AllOnes(FlatGates):
     """Gates that keep everything, by way of padding and reshaping."""
 
     def argmax(self) -> torch.Tensor:
-        return self._spread(torch.ones(len(self.weight), len(self.table))) / self.table.sum(0)[0]
+        return self._expand(torch.ones(len(self.weight), len(self.table))) / self.table.sum(0)[0]
 
 
 class Odd(nn.Module):
@@ -172,5 +172,5 @@ def test_the_line_refuses_it_before_it_learns(
 
 def test_it_needs_images(tmp_path: Path) -> None:
     module, provenance = open_checkpoint(ModelOptions("digits_resnet"))
-    with pytest.raises(InputError, match="needs images"):
+    with pytest.raises(InputError, match="masks need images"):
         choose_masks(module, provenance, MaskOptions("danhofer2024"), tmp_path / "m.safetensors")

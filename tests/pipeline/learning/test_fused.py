@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from maskplan.pipeline.core.artifacts import Pattern
-from maskplan.pipeline.learning.fused import differentiate, draw, gumbel_noise
+from maskplan.pipeline.learning.fused import gumbel_noise, sample, sample_backward
 from maskplan.pipeline.masking.patterns import pattern_table
 
 # Shapes that end within a block, at its edge, or are larger than one filter's worth of it.
@@ -54,12 +54,12 @@ def test_draws_and_gradients_are_those_of_the_written_out_formula(
     logits, weight, table = made(shape, n, m)
     noisy = (logits + noise * gumbel_noise(tuple(logits.shape), 5)).requires_grad_()
     for hard in (True, False):
-        found = draw(logits, weight, table, 0.7, 5, noise, hard=hard)
+        found = sample(logits, weight, table, 0.7, 5, noise, hard=hard)
         expected = written_out(noisy, weight, table, 0.7, hard).detach()
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
     gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
     (expected,) = torch.autograd.grad((written_out(noisy, weight, table, 0.7, False) * gradient).sum(), noisy)
-    found = differentiate(logits, weight, gradient, table, 0.7, 5, noise)
+    found = sample_backward(logits, weight, gradient, table, 0.7, 5, noise)
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5)
 
 
@@ -67,14 +67,14 @@ def test_extreme_logits_are_decided_and_not_a_number_nowhere() -> None:
     logits, weight, table = made((4, 2, 9), 2, 4)
     logits[0], logits[1:] = 1e4, -1e4
     for tau in (1e-3, 1.0):
-        soft = draw(logits, weight, table, tau, 0, 1.0, hard=False)
-        assert torch.allclose(soft, draw(logits, weight, table, tau, 0, 1.0, hard=True), atol=1e-6)
-        assert bool(differentiate(logits, weight, weight, table, tau, 0, 1.0).abs().max() < 1e-6)
+        soft = sample(logits, weight, table, tau, 0, 1.0, hard=False)
+        assert torch.allclose(soft, sample(logits, weight, table, tau, 0, 1.0, hard=True), atol=1e-6)
+        assert bool(sample_backward(logits, weight, weight, table, tau, 0, 1.0).abs().max() < 1e-6)
 
 
 def test_of_equals_the_first_pattern_is_taken() -> None:
     logits, weight, table = made((4, 2, 9), 2, 4)
-    kept = draw(logits.zero_(), torch.ones_like(weight), table, 1.0, 0, 0.0, hard=True)
+    kept = sample(logits.zero_(), torch.ones_like(weight), table, 1.0, 0, 0.0, hard=True)
     assert torch.equal(kept.view(4, 2, 4, 9)[:, :, :2], torch.ones(4, 2, 2, 9))
 
 
@@ -84,8 +84,8 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
     found = []
     for count in (1, 2, 5):
         torch.set_num_threads(count)
-        drawn = draw(logits, weight, table, 0.7, 5, 1.0, hard=False)
-        found.append((drawn, differentiate(logits, weight, drawn, table, 0.7, 5, 1.0)))
+        drawn = sample(logits, weight, table, 0.7, 5, 1.0, hard=False)
+        found.append((drawn, sample_backward(logits, weight, drawn, table, 0.7, 5, 1.0)))
     for drawn, gradient in found[1:]:
         assert torch.equal(drawn, found[0][0])
         assert torch.equal(gradient, found[0][1])

@@ -47,7 +47,7 @@ def start(net: nn.Module) -> Masks:
 
 def learn(net: nn.Module, start: Masks, state: Path | None = None, **options: object) -> Masks:
     chosen = dataclasses.replace(QUICK, **options)  # type: ignore[arg-type]
-    files = LearnerFiles(state, log=state.parent if state else None)
+    files = LearnerFiles(state, log_dir=state.parent if state else None)
     return learn_masks(net, start, TWO_FOUR, PREPROCESSING, load_digits(), chosen, files=files, device="cpu")[0]
 
 

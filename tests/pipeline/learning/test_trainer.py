@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import io
 import itertools
 from typing import Any
 
@@ -12,34 +11,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from PIL import Image
+from gray_images import PREPROCESSING, GrayImages, dataset, random_images
 from torch import nn
 
-from maskplan.pipeline.core.artifacts import Learning, Pattern, Preprocessing
+from maskplan.pipeline.core.artifacts import Learning, Pattern
 from maskplan.pipeline.core.errors import InputError
-from maskplan.pipeline.data.dataset import Dataset, Images, Split
 from maskplan.pipeline.learning.options import LearnOptions
 from maskplan.pipeline.learning.trainer import Masks, learn_masks
 
-HOW = Preprocessing(1, 2, 4, 0, "bilinear", (0.5,), (0.25,))
 TWO_FOUR = Pattern(2, 4)
-PARTS = ("train", "select", "val")
-
-
-@dataclasses.dataclass(frozen=True)
-class InMemory:
-    """Gray images of 2x4 that were never files."""
-
-    pixels: npt.NDArray[np.uint8]
-    labels: npt.NDArray[np.int64]
-
-    def name(self, index: int) -> str:
-        return f"image {index}"
-
-    def read(self, index: int) -> bytes:
-        buffer = io.BytesIO()
-        Image.fromarray(self.pixels[index].reshape(2, 4)).save(buffer, "PPM")
-        return buffer.getvalue()
 
 
 class Net(nn.Module):
@@ -61,16 +41,6 @@ class Net(nn.Module):
 
 
 NAMES = ("wide.weight", "narrow.weight", "head.weight")
-
-
-def dataset(images: Images, train: int) -> Dataset:
-    """The first `train` images to learn from, all the rest for `select`."""
-    parts = np.split(np.arange(len(images.labels)), [train, len(images.labels)])
-    return Dataset(("a", "b", "c"), *(Split(role, images, at) for role, at in zip(PARTS, parts, strict=True)))
-
-
-def any_images(count: int) -> InMemory:
-    return InMemory(np.random.default_rng(0).integers(0, 256, (count, 8), np.uint8), np.arange(count) % 3)
 
 
 @pytest.fixture
@@ -112,7 +82,7 @@ def groups(mask: npt.NDArray[Any], m: int) -> npt.NDArray[Any]:
 # A problem whose best mask is known -----------------------------------------------------------------------------------
 
 
-def cancelling() -> tuple[nn.Module, InMemory]:
+def cancelling() -> tuple[nn.Module, GrayImages]:
     """Eight pixels into three logits, where the largest weights do nothing.
 
     Pixels 0 and 1 are nearly the same and their weights nearly cancel; 4 and 6 are always near the mean, which is taken off.
@@ -133,7 +103,7 @@ def cancelling() -> tuple[nn.Module, InMemory]:
         module[1].weight.copy_(torch.tensor(weight))
         module[1].bias.copy_(torch.tensor([0.1, -0.2, 0.0]))
         labels = module((torch.from_numpy(values).float() / 255 - 0.5) / 0.25).argmax(dim=1).numpy()
-    return module.eval(), InMemory(values, labels)
+    return module.eval(), GrayImages(values, labels)
 
 
 def logits_of(weight: npt.NDArray[Any], module: nn.Module, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
@@ -142,7 +112,7 @@ def logits_of(weight: npt.NDArray[Any], module: nn.Module, images: npt.NDArray[n
 
 
 def divergence(student: npt.NDArray[np.float64], teacher: npt.NDArray[np.float64], distill_temperature: float) -> Any:
-    """Kullback-Leibler divergence from the teacher's softened probabilities, mean over images, times distill_temperature squared."""
+    """KL divergence from the teacher's softened probabilities, mean over images, times the temperature squared."""
 
     def log_softmax(z: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         z = z / distill_temperature
@@ -162,7 +132,9 @@ def every_mask() -> npt.NDArray[np.bool_]:
 def learn(module: nn.Module, **options: Any) -> tuple[Masks, Learning]:
     """Learn on 24 images, from the magnitude masks."""
     start = magnitude(module, NAMES)
-    return learn_masks(module, start, TWO_FOUR, HOW, dataset(any_images(36), 24), LearnOptions(batch=8, **options))
+    return learn_masks(
+        module, start, TWO_FOUR, PREPROCESSING, dataset(random_images(36), 24), LearnOptions(batch=8, **options)
+    )
 
 
 def test_learning_finds_the_best_of_all_masks_where_the_magnitude_mask_is_not() -> None:
@@ -180,7 +152,7 @@ def test_learning_finds_the_best_of_all_masks_where_the_magnitude_mask_is_not() 
     assert found[second] > 1.2 * found[best]
 
     options = LearnOptions(epochs=40, batch=16, lr=0.1, init_std=0.5)
-    learned, _ = learn_masks(module, start, TWO_FOUR, HOW, data, options)
+    learned, _ = learn_masks(module, start, TWO_FOUR, PREPROCESSING, data, options)
     assert np.array_equal(learned["1.weight"], masks[best])
 
 
@@ -189,7 +161,7 @@ def test_the_figures_are_those_of_the_masks_on_select() -> None:
     data = dataset(images, 96)
     options = LearnOptions(epochs=10, batch=16, lr=0.1, init_std=0.5, distill_temperature=1.5)
     start = magnitude(module, ("1.weight",))
-    learned, learning = learn_masks(module, start, TWO_FOUR, HOW, data, options)
+    learned, learning = learn_masks(module, start, TWO_FOUR, PREPROCESSING, data, options)
     weight = module.state_dict()["1.weight"].double().numpy()
     dense = logits_of(weight, module, images.pixels[96:])
     for masks, divergent, top1 in (
@@ -207,8 +179,8 @@ def test_the_figures_are_those_of_the_masks_on_select() -> None:
 
 def test_masks_are_judged_with_the_statistics_of_the_masked_network(net: Net) -> None:
     """All 24 training images are one batch, so that its mean and variance are the statistics."""
-    images, start = any_images(36), magnitude(net, NAMES)
-    _, learning = learn_masks(net, start, TWO_FOUR, HOW, dataset(images, 24), LearnOptions(epochs=0))
+    images, start = random_images(36), magnitude(net, NAMES)
+    _, learning = learn_masks(net, start, TWO_FOUR, PREPROCESSING, dataset(images, 24), LearnOptions(epochs=0))
     x = ((torch.from_numpy(images.pixels).float() / 255 - 0.5) / 0.25).reshape(-1, 1, 2, 4)
     masked = copy.deepcopy(net)
     with torch.no_grad():
@@ -228,7 +200,7 @@ def test_masks_are_judged_with_the_statistics_of_the_masked_network(net: Net) ->
 def test_the_masks_have_the_weights_shapes_and_keep_n_of_each_group(net: Net, n: int, m: int) -> None:
     start = magnitude(net, NAMES, Pattern(n, m))
     options = LearnOptions(epochs=4, batch=8, lr=1.0, init_std=0.1)
-    masks, learning = learn_masks(net, start, Pattern(n, m), HOW, dataset(any_images(36), 24), options)
+    masks, learning = learn_masks(net, start, Pattern(n, m), PREPROCESSING, dataset(random_images(36), 24), options)
     assert masks.keys() == start.keys()
     for name, mask in masks.items():
         assert mask.dtype == np.bool_
@@ -239,7 +211,9 @@ def test_the_masks_have_the_weights_shapes_and_keep_n_of_each_group(net: Net, n:
 
 def test_without_epochs_the_masks_are_those_that_were_given(net: Net) -> None:
     start = {name: np.ascontiguousarray(mask[::-1]) for name, mask in magnitude(net, NAMES).items()}
-    masks, learning = learn_masks(net, start, TWO_FOUR, HOW, dataset(any_images(36), 24), LearnOptions(epochs=0))
+    masks, learning = learn_masks(
+        net, start, TWO_FOUR, PREPROCESSING, dataset(random_images(36), 24), LearnOptions(epochs=0)
+    )
     assert same(masks, {name: mask[::-1] for name, mask in magnitude(net, NAMES).items()})
     assert (learning.epochs, learning.steps, learning.groups_changed) == (0, 0, 0)
     assert learning.select_divergence_start == learning.select_divergence_end
@@ -251,7 +225,7 @@ def test_masks_that_are_no_closer_to_the_dense_network_are_not_taken() -> None:
     module, images = cancelling()
     best = {"1.weight": np.tile(np.array([0, 0, 1, 1, 0, 1, 0, 1], np.bool_), (3, 1))}
     options = LearnOptions(epochs=3, batch=16, lr=5.0)
-    masks, learning = learn_masks(module, best, TWO_FOUR, HOW, dataset(images, 96), options)
+    masks, learning = learn_masks(module, best, TWO_FOUR, PREPROCESSING, dataset(images, 96), options)
     assert same(masks, best)
     assert learning.groups_changed == 0
     assert learning.select_divergence_end == learning.select_divergence_start
@@ -280,15 +254,22 @@ def test_a_spent_budget_ends_learning_with_masks_that_can_be_used(net: Net, budg
 @pytest.mark.parametrize(("train", "batch", "steps"), [(24, 8, 3), (23, 8, 2), (5, 8, 1), (2, 64, 1)])
 def test_any_number_of_images_will_do(net: Net, train: int, batch: int, steps: int) -> None:
     options = LearnOptions(epochs=2, batch=batch, budget_minutes=60)
-    data = dataset(any_images(train + 3), train)
-    _, learning = learn_masks(net, magnitude(net, NAMES), TWO_FOUR, HOW, data, options)
+    data = dataset(random_images(train + 3), train)
+    _, learning = learn_masks(net, magnitude(net, NAMES), TWO_FOUR, PREPROCESSING, data, options)
     assert (learning.epochs, learning.steps, learning.images) == (2, 2 * steps, train)
 
 
 @pytest.mark.parametrize("train", [0, 1])
 def test_too_few_images_are_an_error(net: Net, train: int) -> None:
     with pytest.raises(InputError, match=f"too few images to learn from\n.*{train} in train"):
-        learn_masks(net, magnitude(net, NAMES), TWO_FOUR, HOW, dataset(any_images(9), train), LearnOptions(epochs=1))
+        learn_masks(
+            net,
+            magnitude(net, NAMES),
+            TWO_FOUR,
+            PREPROCESSING,
+            dataset(random_images(9), train),
+            LearnOptions(epochs=1),
+        )
 
 
 def test_a_weight_under_two_names_has_one_mask() -> None:
@@ -297,7 +278,7 @@ def test_a_weight_under_two_names_has_one_mask() -> None:
     module[3].weight = module[1].weight
     start = magnitude(module, ("1.weight", "3.weight"))
     options = LearnOptions(epochs=4, batch=8, lr=1.0, init_std=0.1)
-    masks, _ = learn_masks(module, start, TWO_FOUR, HOW, dataset(any_images(36), 24), options)
+    masks, _ = learn_masks(module, start, TWO_FOUR, PREPROCESSING, dataset(random_images(36), 24), options)
     assert np.array_equal(masks["1.weight"], masks["3.weight"])
 
 
@@ -344,6 +325,6 @@ def test_a_loss_that_is_not_a_number_is_an_error_and_changes_nothing(net: Net) -
     with torch.no_grad():
         net.head.weight.fill_(3e38)
     before = fingerprint(net)
-    with pytest.raises(InputError, match="not a number"):
+    with pytest.raises(InputError, match="not finite"):
         learn(net, epochs=3)
     assert fingerprint(net) == before

@@ -98,9 +98,9 @@ def test_the_error_falls_with_every_further_start() -> None:
     dropped = np.nonzero(~table)[1].reshape(6, 2)
     near = np.array([[h for h in range(12) if h != g][:4] for g in range(12)])
     last = np.full(5, np.inf)
-    for kicks in (0, 1, 4, 16, 64):
+    for restarts in (0, 1, 4, 16, 64):
         choice = np.empty((5, 12), np.int64)
-        told = descend(rows, moment, starts, table, dropped, near, kicks, 7, choice)
+        told = descend(rows, moment, starts, table, dropped, near, restarts, 7, choice)
         true = output_error(np.where(table[choice].reshape(5, 48), 0, rows), moment)
         assert told == pytest.approx(true, rel=1e-6)
         assert (told <= last + 1e-12).all()
@@ -151,9 +151,9 @@ def test_threads_and_scales_change_nothing() -> None:
     ("weight", "pattern", "message"),
     [
         (np.ones((4, 6, 3, 3)), TWO_FOUR, "no groups of 4 along C"),
-        (np.ones((4, 8)), Pattern(5, 4), "no mask keeps that"),
-        (np.full((4, 8), np.nan), TWO_FOUR, "weights of the weight hold NaN"),
-        (np.ones((4, 4)), TWO_FOUR, "second moments are not of the weight"),
+        (np.ones((4, 8)), Pattern(5, 4), "invalid pattern of layer-wise masks"),
+        (np.full((4, 8), np.nan), TWO_FOUR, "weights of the weight contain NaN"),
+        (np.ones((4, 4)), TWO_FOUR, "second moments do not fit the weight"),
         (np.ones((4, 32)), Pattern(16, 32), "compare all patterns"),
     ],
 )
@@ -166,5 +166,5 @@ def test_what_cannot_be_masked_is_told(weight: Floats, pattern: Pattern, message
 def test_inputs_that_are_not_numbers_are_told() -> None:
     moment = np.eye(8, dtype=np.float32)
     moment[0, 0] = np.inf
-    with pytest.raises(InputError, match="inputs on these images of conv hold NaN or infinity"):
+    with pytest.raises(InputError, match="inputs on these images of conv contain NaN or infinity"):
         layerwise_mask(np.ones((4, 8)), moment, TWO_FOUR, name="conv")

@@ -239,7 +239,7 @@ def test_masks_of_another_model_are_counted_and_the_first_named(
     file: Callable[..., Path], masks: Masks, read: Callable[..., MaskSet]
 ) -> None:
     strangers = {f"layer{i}.weight": np.ones((4, 4), np.bool_) for i in range(7)}
-    with pytest.raises(InputError, match="of another model") as raised:
+    with pytest.raises(InputError, match="for another model") as raised:
         read(file(masks | strangers))
     found = str(raised.value.found)
     assert "7 of 9 names" in found
@@ -266,7 +266,7 @@ def test_all_offenders_are_counted_in_one_message(file: Callable[..., Path], rea
     ("name", "mask", "told"),
     [
         ("wide.weight", np.ones((12, 8, 3, 3), np.bool_), "wide.weight: 216 groups keep more than 2 of 4"),
-        ("last.weight", np.zeros((6, 12), np.bool_), "last.weight: shape (6, 12) where the weight has (6, 12, 1, 1)"),
+        ("last.weight", np.zeros((6, 12), np.bool_), "last.weight: shape (6, 12), but the weight has (6, 12, 1, 1)"),
         ("depthwise.weight", np.zeros((12, 1, 3, 3), np.bool_), "depthwise.weight: the layer cannot be 2:4 (grouped)"),
         ("stem.weight", np.zeros((8, 3, 3, 3), np.bool_), "(channels_not_multiple_of_4)"),
     ],

@@ -1,4 +1,4 @@
-"""Transposable masks of weights: tiles cut as loops cut them, every method against a search over all masks of a tile."""
+"""Transposable masks of weights: tiles cut as loops cut them, masks against a search over all masks of a tile."""
 
 from __future__ import annotations
 
@@ -22,11 +22,6 @@ from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.masking.magnitude import magnitude_mask
 from maskplan.pipeline.masking.patterns import parse_pattern
 from maskplan.pipeline.masking.transposable import (
-    APPROXIMATE,
-    ENTROPIC,
-    EXACT,
-    METHODS,
-    lighter_half,
     transposable_mask,
     transposable_masks,
     transposed_violations,
@@ -54,17 +49,6 @@ def kept_by(tile: npt.NDArray[np.floating], mask: npt.NDArray[np.bool_]) -> floa
     return float(np.abs(tile.astype(np.float64))[mask].sum())
 
 
-def one_by_one(tile: npt.NDArray[np.floating], n: int) -> npt.NDArray[np.bool_]:
-    """The 2-approximation as the paper goes about it: light to heavy, dropped while row or column asks for more."""
-    m = len(tile)
-    kept = np.ones((m, m), np.bool_)
-    # Of equals the later goes first.
-    for i, j in sorted(np.ndindex(m, m), key=lambda at: (tile[at], -at[0], -at[1])):
-        if (~kept[i]).sum() < m - n or (~kept[:, j]).sum() < m - n:
-            kept[i, j] = False
-    return kept
-
-
 def weights_of(kind: str, shape: tuple[int, ...], seed: int = 0) -> npt.NDArray[np.floating]:
     rng = np.random.default_rng(seed)
     if kind == "ties":
@@ -85,26 +69,6 @@ def test_the_exact_mask_of_a_small_tile_keeps_what_the_best_of_all_masks_keeps(
     assert (mask.sum(axis=0) == n).all()
     assert (mask.sum(axis=1) == n).all()
     assert kept_by(tile, mask) == pytest.approx(most(tile, n), rel=1e-14)
-
-
-@given(data=st.data(), pattern=st.sampled_from(SMALL))
-@settings(max_examples=60, deadline=None)
-def test_the_approximate_mask_drops_what_the_paper_drops_and_at_most_twice_the_least(
-    data: st.DataObject, pattern: tuple[int, int]
-) -> None:
-    n, m = pattern
-    tile = np.array(data.draw(st.lists(VALUES, min_size=m * m, max_size=m * m))).reshape(m, m)
-    mask = transposable_mask(tile, Pattern(n, m), APPROXIMATE)
-    assert np.array_equal(mask, one_by_one(tile, n))
-    assert tile[~mask].sum() <= 2 * (tile.sum() - most(tile, n)) * (1 + 1e-12)
-
-
-@pytest.mark.parametrize("m", [6, 8])
-def test_the_approximate_mask_of_larger_tiles_drops_what_the_paper_drops(m: int) -> None:
-    tiles = np.abs(weights_of("ties", (30, m, m)))
-    for n in range(1, m + 1):
-        for tile, mask in zip(tiles, lighter_half(tiles, Pattern(n, m)), strict=True):
-            assert np.array_equal(mask, one_by_one(tile, n))
 
 
 @pytest.mark.parametrize("kind", ["float16", "float32", "float64", "ties", "heavy"])
@@ -128,24 +92,21 @@ def test_tiles_are_of_output_by_input_channels_at_each_kernel_position(
     assert swept == 6 * np.prod(kernel, dtype=int)
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("pattern", [(1, 2), (2, 4), (2, 6), (4, 8), (5, 8), (8, 8), (8, 16)])
-def test_masks_conform_along_both_axes(method: str, pattern: tuple[int, int]) -> None:
+def test_masks_conform_along_both_axes(pattern: tuple[int, int]) -> None:
     n, m = pattern
     weight = weights_of("float32", (3 * m, 2 * m, 3, 3))
-    mask = transposable_mask(weight, Pattern(n, m), method)
+    mask = transposable_mask(weight, Pattern(n, m))
     for axis in (0, 1):
         assert count_groups(mask, axis, n, m).violating == 0
     assert transposed_violations(mask, Pattern(n, m)) == (0, 0)
-    if method != APPROXIMATE:
-        assert mask.sum() * m == weight.size * n
+    assert mask.sum() * m == weight.size * n
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("pattern", ["2:4", "4:8"])
-def test_a_masked_weight_and_its_transpose_pass_the_check(method: str, pattern: str) -> None:
+def test_a_masked_weight_and_its_transpose_pass_the_check(pattern: str) -> None:
     weight = weights_of("float32", (16, 32, 3, 3))
-    sparse = np.where(transposable_mask(weight, parse_pattern(pattern), method), weight, np.float32(0))
+    sparse = np.where(transposable_mask(weight, parse_pattern(pattern)), weight, np.float32(0))
     one_way = np.where(magnitude_mask(weight, parse_pattern(pattern)), weight, np.float32(0))
 
     def verdicts(values: npt.NDArray[np.floating]) -> tuple[str, str]:
@@ -176,43 +137,37 @@ def test_violations_are_counted_along_each_axis() -> None:
     assert transposed_violations(mask, TWO_FOUR) == (1, 1)
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", [(512, 1024), (4, 70000), (70000, 4), (8, 8, 160, 160), (96, 128, 3, 3)])
-def test_weights_of_many_chunks_are_masked_as_their_parts_are(method: str, shape: tuple[int, ...]) -> None:
+def test_weights_of_many_chunks_are_masked_as_their_parts_are(shape: tuple[int, ...]) -> None:
     weight = weights_of("ties", shape)
-    mask = transposable_mask(weight, TWO_FOUR, method, threads=3)
-    assert np.array_equal(mask, transposable_mask(weight, TWO_FOUR, method, threads=1))
+    mask = transposable_mask(weight, TWO_FOUR, threads=3)
+    assert np.array_equal(mask, transposable_mask(weight, TWO_FOUR, threads=1))
     rng = np.random.default_rng(0)
     for _ in range(20):
         k, c = (4 * int(rng.integers(size // 4)) for size in shape[:2])
         part = (slice(k, k + 4), slice(c, c + 4))
-        assert np.array_equal(mask[part], transposable_mask(weight[part], TWO_FOUR, method))
+        assert np.array_equal(mask[part], transposable_mask(weight[part], TWO_FOUR))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_order_in_memory_does_not_matter_and_weights_are_left_alone(method: str) -> None:
+def test_the_order_in_memory_does_not_matter_and_weights_are_left_alone() -> None:
     weight = weights_of("float64", (8, 16, 3, 3))
     strided = np.asfortranarray(weight)
     strided.setflags(write=False)
-    assert np.array_equal(transposable_mask(strided, TWO_FOUR, method), transposable_mask(weight, TWO_FOUR, method))
+    assert np.array_equal(transposable_mask(strided, TWO_FOUR), transposable_mask(weight, TWO_FOUR))
     assert np.array_equal(strided, weight)
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("scale", [2.0**-1000, 2.0**-60, 2.0**60, 2.0**1020])
-def test_the_scale_of_weights_does_not_matter(method: str, scale: float) -> None:
+def test_the_scale_of_weights_does_not_matter(scale: float) -> None:
     """What two powers of two tell apart is told apart at any scale."""
     weight = np.random.default_rng(0).integers(-8, 8, (16, 16)).astype(np.float64)
     for pattern in (TWO_FOUR, Pattern(4, 8)):
-        assert np.array_equal(
-            transposable_mask(weight * scale, pattern, method), transposable_mask(weight, pattern, method)
-        )
+        assert np.array_equal(transposable_mask(weight * scale, pattern), transposable_mask(weight, pattern))
 
 
-@pytest.mark.parametrize("method", [EXACT, ENTROPIC])
-def test_a_weight_of_zeros_keeps_n_all_the_same(method: str) -> None:
+def test_a_weight_of_zeros_keeps_n_all_the_same() -> None:
     for n, m in ((2, 4), (3, 8)):
-        mask = transposable_mask(np.zeros((2 * m, m, 3, 3), np.float32), Pattern(n, m), method)
+        mask = transposable_mask(np.zeros((2 * m, m, 3, 3), np.float32), Pattern(n, m))
         assert transposed_violations(mask, Pattern(n, m)) == (0, 0)
         assert mask.sum() * m == mask.size * n
 
@@ -242,7 +197,7 @@ def test_weights_without_whole_tiles_are_named_all_of_them() -> None:
     found = str(raised.value.found)
     assert "stem.weight (64, 3, 7, 7): C = 3" in found
     assert "head.weight (10, 6): K = 10 and C = 6" in found
-    assert "norm.weight (8,): no two axes" in found
+    assert "norm.weight (8,): fewer than two axes" in found
     assert "good.weight" not in found
     assert "multiples of 4" in str(raised.value.fix)
 
@@ -255,47 +210,34 @@ def test_one_weight_is_named_where_its_name_is_known() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("method", METHODS)
-def test_weights_that_are_not_finite_are_named(value: float, method: str) -> None:
+def test_weights_that_are_not_finite_are_named(value: float) -> None:
     weights = {"good": np.ones((4, 4), np.float32), "bad": np.ones((8, 4, 3, 3), np.float32)}
     weights["bad"][7, 3, 2, 2] = value
-    with pytest.raises(InputError, match="1 of 2 weights hold NaN or infinity") as raised:
-        transposable_masks(weights, TWO_FOUR, method)
+    with pytest.raises(InputError, match="1 of 2 weights contain NaN or infinity") as raised:
+        transposable_masks(weights, TWO_FOUR)
     assert raised.value.found == "bad"
 
 
 @pytest.mark.parametrize("pattern", [Pattern(5, 4), Pattern(0, 4), Pattern(-1, 4), Pattern(1, 0)])
 def test_patterns_that_keep_more_than_all_or_nothing_are_refused(pattern: Pattern) -> None:
-    with pytest.raises(InputError, match="no transposable mask keeps that") as raised:
+    with pytest.raises(InputError, match="invalid pattern of transposable masks") as raised:
         transposable_mask(np.ones((4, 4)), pattern)
     assert str(pattern) in str(raised.value.found)
 
 
-def test_an_unknown_method_is_answered_with_those_there_are() -> None:
-    with pytest.raises(InputError, match="unknown method 'flow'") as raised:
-        transposable_mask(np.ones((4, 4)), TWO_FOUR, "flow")
-    assert all(method in str(raised.value.fix) for method in METHODS)
-
-
-def test_without_numba_one_method_works_and_the_others_say_what_to_install() -> None:
+def test_without_numba_the_error_says_what_to_install() -> None:
     program = """
 import sys
 sys.modules["numba"] = sys.modules["torch"] = sys.modules["scipy"] = None
 import numpy as np
 from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.core.errors import HostError
-from maskplan.pipeline.masking.transposable import METHODS, transposable_mask
-for method in METHODS:
-    for pattern in (Pattern(2, 4), Pattern(4, 8)):
-        try:
-            print(method, transposable_mask(np.ones((8, 8)), pattern, method).sum())
-        except HostError as error:
-            print(method, error.fix)
+from maskplan.pipeline.masking.transposable import transposable_mask
+for pattern in (Pattern(2, 4), Pattern(4, 8)):
+    try:
+        transposable_mask(np.ones((8, 8)), pattern)
+    except HostError as error:
+        print(error.fix)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    advice = "pip install 'maskplan[learn]', or choose the method 'approximate'"
-    assert done.stdout.splitlines() == [
-        *[f"{EXACT} {advice}"] * 2,
-        *[f"{ENTROPIC} {advice}"] * 2,
-        *[f"{APPROXIMATE} 16"] * 2,
-    ]
+    assert done.stdout.splitlines() == ["pip install 'maskplan[learn]', or choose magnitude masks"] * 2

@@ -143,7 +143,7 @@ def test_without_a_norm_a_bias_takes_the_mean_error_up(data: Dataset, tmp_path: 
     provenance = Provenance("plain", True, "w", "ab", 10, (), how)
     outputs = []
     # Those that it is converted on.
-    ((x, _),) = batches(data.train.first(300, 0), how, 300)
+    ((x, _),) = batches(data.train.sample(300, 0), how, 300)
     images = torch.from_numpy(x)
     for update in (False, True):
         state, report = converted((module, provenance), data, tmp_path / "c.safetensors", update=update)

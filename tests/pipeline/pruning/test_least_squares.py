@@ -56,7 +56,7 @@ def test_rows_may_keep_different_numbers_and_be_solved_a_few_at_a_time(monkeypat
     mask[1] = False
     mask[2, :3] = True
     whole = fit_under_mask(WEIGHT, mask, MOMENT)
-    monkeypatch.setattr(least_squares, "_MOST_BYTES", 1)
+    monkeypatch.setattr(least_squares, "_MAX_BYTES", 1)
     assert np.array_equal(whole, fit_under_mask(WEIGHT, mask, MOMENT))
     assert not whole[1].any()
 

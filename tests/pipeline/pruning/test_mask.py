@@ -28,7 +28,7 @@ from maskplan.pipeline.masking.magnitude import magnitude_mask
 from maskplan.pipeline.masking.transposable import transposed_violations
 from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
 from maskplan.pipeline.models.layers import trace_layers
-from maskplan.pipeline.pruning.mask import MaskOptions, choose_masks, method_for
+from maskplan.pipeline.pruning.mask import MaskOptions, choose_masks
 from maskplan.pipeline.pruning.second_moments import MomentOptions, second_moments
 
 TWO_FOUR = Pattern(2, 4)
@@ -125,7 +125,7 @@ def test_masks_to_start_from_must_fit(net: tuple[nn.Module, Any], tmp_path: Path
 
 
 def test_the_learners_checkpoint_goes_when_the_masks_are_there(net: tuple[nn.Module, Any], tmp_path: Path) -> None:
-    files = LearnerFiles(tmp_path / "state", log=tmp_path / "log")
+    files = LearnerFiles(tmp_path / "state", log_dir=tmp_path / "log")
     choose_masks(*net, MaskOptions(method=LEARNED, learn=QUICK), tmp_path / "m.safetensors", load_digits(), files=files)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "m.safetensors"]
     assert (tmp_path / "log" / "learning.csv").is_file()
@@ -177,7 +177,7 @@ def test_learned_masks_may_start_from_layerwise_ones(
     learn = dataclasses.replace(QUICK, lr=1e-12, noise_start=0.0, init_margin=1000.0)
     options = MaskOptions(method=LEARNED, init_method=LAYERWISE, images=200, learn=learn)
     out = tmp_path / "m.safetensors"
-    choose_masks(*net, options, out, load_digits(), files=LearnerFiles(log=tmp_path / "log"))
+    choose_masks(*net, options, out, load_digits(), files=LearnerFiles(log_dir=tmp_path / "log"))
     found = safetensors.numpy.load_file(out)
     assert found.keys() == layerwise.keys()
     assert all(np.array_equal(found[name], layerwise[name]) for name in layerwise)
@@ -266,7 +266,7 @@ def test_an_interrupted_command_goes_on_with_resume(
     assert (tmp_path / "m.safetensors.learning").is_file()
     ran = cli(*command, out, "--resume")
     assert ran.code == 0
-    assert "going on from step 8" in ran.err
+    assert "resuming from step 8" in ran.err
     a, b = (safetensors.numpy.load_file(p) for p in (out, tmp_path / "whole.safetensors"))
     assert all(np.array_equal(a[name], b[name]) for name in b)
     assert not (tmp_path / "m.safetensors.learning").exists()

@@ -175,7 +175,7 @@ def test_layers_done_a_few_at_a_time_have_the_same_moments(monkeypatch: pytest.M
     layers = trace_layers(module, HOW)[0]
     options = MomentOptions(images=9, batch=4, positions=20)
     together = list(second_moments(module, layers, HOW, TRAIN, options))
-    monkeypatch.setattr(module_under_test, "_MOST_BYTES", 1)
+    monkeypatch.setattr(module_under_test, "_MAX_BYTES", 1)
     alone = list(second_moments(module, layers, HOW, TRAIN, options))
     assert (
         [layer.name for layer, _ in together]
@@ -197,7 +197,7 @@ def test_a_layer_that_is_not_its_weight_times_its_inputs_is_told() -> None:
 
     with pytest.raises(InputError, match="not its weight times its inputs"):
         found_of(net(Standardized(8, 6, 3)))
-    with pytest.raises(InputError, match="not those of its stride and padding"):
+    with pytest.raises(InputError, match="do not match its stride and padding"):
         found_of(net(Padded(8, 6, 3)))
 
 
@@ -205,7 +205,7 @@ def test_activations_that_are_not_numbers_are_told() -> None:
     module = net(nn.Conv2d(8, 6, 3))
     with torch.no_grad():
         module[0].weight.fill_(3e38)
-    with pytest.raises(InputError, match=r"2\.weight: its inputs hold NaN or infinity"):
+    with pytest.raises(InputError, match=r"2\.weight: its inputs contain NaN or infinity"):
         found_of(module)
 
 

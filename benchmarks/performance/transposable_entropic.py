@@ -1,9 +1,11 @@
-"""Nearly the best transposable mask of many tiles at once: a relaxed problem with entropy, rounded, then improved.
+"""Near-optimal transposable masks of many tiles at once: an entropic relaxation, rounded, then improved by exchanges.
 
-Masks become numbers from 0 to 1 whose rows and columns sum to N; the kept magnitude plus a little of their entropy has one
-best answer, found by Dykstra's alternating projections: scale the rows, scale the columns, cut at one, and hand back what
-was cut in the next round (Benamou et al. 2015; used for N:M masks by Meng et al. 2025). Numbers above a half are kept, rows
-and columns that then have too many or too few are put right, and pairs of rows exchange entries until none gains.
+The relaxed mask has entries from 0 to 1 whose rows and columns sum to N. Kept magnitude plus a small multiple of the
+entropy has a unique maximum, found by Dykstra's alternating projections: scale the rows, scale the columns, clip at one,
+and add back what was clipped in the next round (Benamou et al. 2015; used for N:M masks by Meng et al. 2025). Entries
+above 0.5 are kept, rows and columns with too many or too few are repaired, and pairs of rows exchange entries until no
+exchange gains. The result keeps exactly N in every row and column; its distance to the optimum is measured
+(`transposable.json`), not proven.
 """
 
 from __future__ import annotations
@@ -14,26 +16,27 @@ import numpy.typing as npt
 from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.masking.compiled import compiled
 
-# Sharpness of the relaxed problem in units of a tile's mean, and rounds of projections: of those tried, the best at 4:8 and
-# 8:16 for normal and heavy-tailed weights alike. A weight is cut at `_UNITS`, lest outliers leave no room for the others.
-_SHARPNESS, _UNITS = 6.0, 20.0
+# Sharpness of the relaxed problem in units of 1 / (a tile's mean), and rounds of projections: the best of those tried at 4:8
+# and 8:16, for normal and heavy-tailed weights. Exponents are clipped at `_MAX_EXPONENT` so that outliers do not crowd out the
+# other entries.
+_SHARPNESS, _MAX_EXPONENT = 6.0, 20.0
 _ROUNDS = 30
-# Numbers a block; twice that many lie in the first cache, and inner loops run over tiles.
+# Entries per block: two such arrays fit the L1 cache, and inner loops run over tiles.
 _BLOCK = 1 << 12
-# A gain below this share of the tile's largest weight is rounding.
+# A gain below this fraction of the tile's largest weight is rounding.
 _NO_GAIN = 1e-12
 _NONE = -1
 
 
 def entropic_tiles(tiles: npt.NDArray[np.float64], pattern: Pattern) -> npt.NDArray[np.bool_]:
-    """A mask of each tile that keeps N in every row and column, and that no exchange between two rows improves.
+    """Masks that keep N in every row and column and that no exchange between two rows improves.
 
     Args:
         tiles: (T, M, M) magnitudes, finite, contiguous.
         pattern: N:M.
 
     Returns:
-        Kept, shaped like `tiles`.
+        Bool, shaped like `tiles`, True where kept.
     """
     n, m = pattern.n, pattern.m
     kept = np.zeros(tiles.shape, np.bool_)
@@ -62,7 +65,7 @@ def _solve(tiles: npt.NDArray[np.float64], n: int, kept: npt.NDArray[np.bool_], 
 def _relax(
     tiles: npt.NDArray[np.float64], n: int, share: npt.NDArray[np.float32], cut: npt.NDArray[np.float32]
 ) -> None:
-    """Dykstra's projections; `share` is the answer, `cut` how far each number was above one."""
+    """Dykstra's projections; `share` is the result, `cut` the factor by which each entry exceeded one."""
     size, m = tiles.shape[0], tiles.shape[1]
     one = np.float32(1)
     goal = np.float32(n)
@@ -72,7 +75,7 @@ def _relax(
         sharpness = _SHARPNESS / mean if mean > 0 else 0.0
         for i in range(m):
             for j in range(m):
-                share[i, j, t] = np.exp(min(sharpness * tiles[t, i, j], _UNITS))
+                share[i, j, t] = np.exp(min(sharpness * tiles[t, i, j], _MAX_EXPONENT))
     cut[:] = one
     for _ in range(_ROUNDS):
         for i in range(m):
@@ -101,7 +104,7 @@ def _relax(
 
 @compiled
 def _round(share: npt.NDArray[np.float32], n: int, kept: npt.NDArray[np.bool_], room: npt.NDArray[np.int64]) -> None:
-    """Keep what is above a half; the least of a row or column with too many goes, the most that has room comes in."""
+    """Keep entries above 0.5; drop the smallest of rows and columns with too many, add the largest where there is room."""
     m = len(kept)
     half = np.float32(0.5)
     room[:] = n
@@ -113,42 +116,42 @@ def _round(share: npt.NDArray[np.float32], n: int, kept: npt.NDArray[np.bool_], 
             room[m + j] -= keeps
     for i in range(m):
         while room[i] < 0:
-            least = _NONE
+            smallest = _NONE
             for j in range(m):
-                if kept[i, j] and (least == _NONE or share[i, j] < share[i, least]):
-                    least = j
-            kept[i, least] = False
+                if kept[i, j] and (smallest == _NONE or share[i, j] < share[i, smallest]):
+                    smallest = j
+            kept[i, smallest] = False
             room[i] += 1
-            room[m + least] += 1
+            room[m + smallest] += 1
     for j in range(m):
         while room[m + j] < 0:
-            least = _NONE
+            smallest = _NONE
             for i in range(m):
-                if kept[i, j] and (least == _NONE or share[i, j] < share[least, j]):
-                    least = i
-            kept[least, j] = False
-            room[least] += 1
+                if kept[i, j] and (smallest == _NONE or share[i, j] < share[smallest, j]):
+                    smallest = i
+            kept[smallest, j] = False
+            room[smallest] += 1
             room[m + j] += 1
     for i in range(m):
         while room[i] > 0:
-            most = _NONE
+            largest = _NONE
             for j in range(m):
-                if room[m + j] > 0 and not kept[i, j] and (most == _NONE or share[i, j] > share[i, most]):
-                    most = j
-            if most == _NONE:
+                if room[m + j] > 0 and not kept[i, j] and (largest == _NONE or share[i, j] > share[i, largest]):
+                    largest = j
+            if largest == _NONE:
                 break
-            kept[i, most] = True
+            kept[i, largest] = True
             room[i] -= 1
-            room[m + most] -= 1
+            room[m + largest] -= 1
 
 
 @compiled
 def _fill(tile: npt.NDArray[np.float64], kept: npt.NDArray[np.bool_], room: npt.NDArray[np.int64]) -> None:
-    """Use the room that is left in rows and columns.
+    """Use the remaining room of rows and columns.
 
     For a row i and a column j with room: keep (a, j) if some row a has room and lacks j. Else keep (i, b) and (a, j) and
-    drop (a, b), the best of those there are. There is one, for otherwise a row that lacks j would keep only columns of
-    row i, which are fewer than N, and have room.
+    drop (a, b), for the best such a and b. They exist: otherwise a row that lacks j would keep only columns of row i,
+    which are fewer than N, and so have room.
     """
     m = len(kept)
     for i in range(m):
@@ -163,15 +166,15 @@ def _fill(tile: npt.NDArray[np.float64], kept: npt.NDArray[np.bool_], room: npt.
                     kept[row, j] = True
                     room[row] -= 1
                     continue
-                column, most = _NONE, 0.0
+                column, best_gain = _NONE, 0.0
                 for a in range(m):
                     if kept[a, j]:
                         continue
                     for b in range(m):
                         if kept[a, b] and not kept[i, b]:
                             gain = tile[i, b] + tile[a, j] - tile[a, b]
-                            if row == _NONE or gain > most:
-                                row, column, most = a, b, gain
+                            if row == _NONE or gain > best_gain:
+                                row, column, best_gain = a, b, gain
                 kept[i, column] = kept[row, j] = True
                 kept[row, column] = False
                 room[i] -= 1
@@ -184,19 +187,19 @@ def _exchange(
     loss: npt.NDArray[np.float64],
     gain: npt.NDArray[np.float64],
 ) -> None:
-    """Let two rows exchange a column each as long as that gains; what either column gains does not depend on the other.
+    """Let two rows exchange one column each while that gains; the gains of the two columns are independent.
 
     `loss` is what dropping an entry loses, infinite if it is not kept; `gain` what keeping it gains, -infinite if it is.
     """
     m = len(kept)
-    most = 0.0
+    min_gain = 0.0
     for i in range(m):
         for j in range(m):
             value = tile[i, j]
-            most = max(most, value)
+            min_gain = max(min_gain, value)
             loss[i, j] = value if kept[i, j] else np.inf
             gain[i, j] = -np.inf if kept[i, j] else value
-    most *= _NO_GAIN
+    min_gain *= _NO_GAIN
     quiet = 0
     i, k = 0, 1
     while quiet < m * (m - 1) // 2:
@@ -205,7 +208,7 @@ def _exchange(
             less, more = loss[i, j] - gain[k, j], gain[i, j] - loss[k, j]
             give = less if less < give else give
             take = more if more > take else take
-        if take - give > most:
+        if take - give > min_gain:
             for j in range(m):
                 if loss[i, j] - gain[k, j] == give:
                     _swap(tile, kept, loss, gain, i, k, j)
