@@ -1,20 +1,22 @@
-"""What commands import: everything after export works without torch, and TensorRT is looked for only when asked."""
+"""What commands import: every stage after export works without torch, and TensorRT is imported only when requested."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
 from small_line import NO_TORCH
 
-# Prints which of the named packages were asked for; the packages named first are refused.
-WATCHED = """
-import sys
+# Runs commands one after the other in one process, where some packages cannot be imported. Prints a line of JSON for each: the
+# command, its exit code, its stderr, and the watched packages that it was the first to ask for.
+WATCH = """
+import contextlib, io, json, sys
 
-refused, watched = (set(sys.argv.pop(1).split(",")) for _ in range(2))
+refused, watched, commands = sys.argv[1].split(","), sys.argv[2].split(","), json.loads(sys.argv[3])
 asked = set()
 
 
@@ -24,53 +26,57 @@ class Watcher:
         if top in watched:
             asked.add(top)
         if top in refused:
-            raise ModuleNotFoundError(f"{name} is not here", name=name)
+            raise ModuleNotFoundError(f"{name} is not installed", name=name)
 
 
 sys.meta_path.insert(0, Watcher())
 from maskplan.pipeline.cli.app import main
 
-code = main(sys.argv[1:])
-print("asked for:", " ".join(sorted(asked)), file=sys.stderr)
-sys.exit(code)
+for command in commands:
+    asked.clear()
+    err = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
+        code = main(command.split())
+    print(json.dumps([command, code, err.getvalue(), sorted(asked)]))
 """
 HEAVY = "torch,torchvision,timm,onnxruntime,polygraphy,tensorrt,pycuda,matplotlib,sklearn,scipy,numba"
 
-
-def run(refused: str, watched: str, *arguments: object, cwd: Path) -> tuple[int, str, set[str]]:
-    """Exit code, narration, and the watched packages that were asked for."""
-    command = [sys.executable, "-c", WATCHED, refused, watched, *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-    narration, _, asked = done.stderr.rpartition("asked for:")
-    return done.returncode, narration, set(asked.split())
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        "check engine.onnx --report r.json --junit r.xml",
-        "check sparse.fp16.onnx",
-        "prune dense.onnx -o p.onnx",
-        "build sparse.onnx --backend onnxruntime -o b.onnx",
-        "inspect engine.onnx",
-        "compare dense_engine.onnx engine.onnx",
-        "compare dense.onnx sparse.onnx --report r.json",
-        "time dense_engine.onnx engine.onnx --batch 1 --seconds 0.1",
-        "deploy engine.onnx --repository models",
-    ],
+AFTER_EXPORT = (
+    "check engine.onnx --report r.json --junit r.xml",
+    "check sparse.fp16.onnx",
+    "prune dense.onnx -o p.onnx",
+    "build sparse.onnx --backend onnxruntime -o b.onnx",
+    "inspect engine.onnx",
+    "compare dense_engine.onnx engine.onnx",
+    "compare dense.onnx sparse.onnx --report r.json",
+    "time dense_engine.onnx engine.onnx --batch 1 --seconds 0.1",
+    "deploy engine.onnx --repository models",
 )
-def test_everything_after_export_works_without_torch(command: str, digits: Path) -> None:
-    code, narration, asked = run(NO_TORCH, "torch,tensorrt,pycuda", *command.split(), cwd=digits)
-    assert code == 0, narration
-    # Libraries may look for torch on their own account; nothing looks for TensorRT.
-    assert asked <= {"torch"}
 
 
-def test_the_blocker_blocks(digits: Path) -> None:
-    """The tests above would pass as well if nothing were blocked."""
-    code, narration, asked = run(NO_TORCH, "torch", "compare", "dense.safetensors", "engine.onnx", cwd=digits)
+def run_watched(
+    commands: Sequence[str], *, refused: str, watched: str, cwd: Path
+) -> dict[str, tuple[int, str, set[str]]]:
+    """Exit code, stderr and imported packages of each command."""
+    command = [sys.executable, "-c", WATCH, refused, watched, json.dumps(commands)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [name for name, *_ in lines] == list(commands)
+    return {name: (code, err, set(asked)) for name, code, err, asked in lines}
+
+
+def test_every_command_after_export_works_without_torch(digits: Path) -> None:
+    # The last one needs torch: without it the test would pass as well if nothing were blocked.
+    needs_torch = "compare dense.safetensors engine.onnx"
+    ran = run_watched((*AFTER_EXPORT, needs_torch), refused=NO_TORCH, watched="torch,tensorrt,pycuda", cwd=digits)
+    code, err, asked = ran.pop(needs_torch)
     assert (code, asked) == (3, {"torch"})
-    assert "PyTorch is not installed" in narration
+    assert "PyTorch is not installed" in err
+    for command, (code, err, asked) in ran.items():
+        assert code == 0, f"{command}: {err}"
+        # Other libraries may try to import torch; nothing may try to import TensorRT.
+        assert asked <= {"torch"}, command
 
 
 def test_the_api_of_conformance_works_without_torch(finished_digits: Path) -> None:
@@ -85,44 +91,33 @@ print(report.weights[0].verdict, require_2to4({str(finished_digits / "engine.onn
     assert done.stdout.split()[1] == "pass"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "allowed"),
-    [
-        ((), set()),
-        (("--help",), set()),
-        (("engine", "--help"), set()),
-        (("check", "--help"), set()),
-        (("check", "engine.onnx"), set()),
-        (("inspect", "engine.onnx"), set()),
-        (("deploy", "engine.onnx", "--repository", "models"), {"onnxruntime"}),
-        (("build", "sparse.onnx", "--backend", "onnxruntime", "-o", "b.onnx"), {"onnxruntime"}),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
-)
-def test_commands_import_no_more_than_they_need(arguments: tuple[str, ...], allowed: set[str], digits: Path) -> None:
-    _, _, asked = run("none", HEAVY, *arguments, cwd=digits)
-    assert asked <= allowed
+def test_commands_import_no_more_than_they_need(digits: Path) -> None:
+    without_heavy = ("--help", "engine --help", "check --help", "check engine.onnx", "inspect engine.onnx")
+    with_onnxruntime = ("deploy engine.onnx --repository models", "build sparse.onnx --backend onnxruntime -o b.onnx")
+    ran = run_watched((*without_heavy, *with_onnxruntime), refused="none", watched=HEAVY, cwd=digits)
+    assert {command: asked for command, (_, _, asked) in ran.items() if asked - {"onnxruntime"}} == {}
+    assert {command: ran[command][2] for command in without_heavy if ran[command][2]} == {}
+    assert all(code == 0 for code, _, _ in ran.values())
 
 
-def test_the_line_looks_for_tensorrt_only_to_choose_and_loads_nothing_of_it(digits: Path, tmp_path: Path) -> None:
-    """`auto` asks whether it is installed; a package that cannot be loaded must not be touched."""
+def test_choosing_a_backend_looks_for_tensorrt_without_importing_it(digits: Path, tmp_path: Path) -> None:
+    """`auto` checks whether it is installed; here, importing it would end the command."""
     trap = tmp_path / "trap"
     for package in ("tensorrt", "pycuda"):
         (trap / package).mkdir(parents=True)
         (trap / package / "__init__.py").write_text("raise SystemError('loaded')")
+    backends = ["onnxruntime"]
+    if not Path("/proc/driver/nvidia/version").exists():
+        backends.append("auto")
     program = f"""
 import sys
 sys.path.insert(0, {str(trap)!r})
 from maskplan.pipeline.cli.app import main
-code = main(sys.argv[1:])
+codes = [main(["build", "sparse.onnx", "--backend", name, "-o", name + ".onnx"]) for name in {backends}]
 assert not {{"tensorrt", "pycuda"}} & set(sys.modules)
-sys.exit(code)
+assert not any(codes)
 """
     shutil.rmtree(digits / ".maskplan")
-    for backend in ("onnxruntime", "auto"):
-        command = [sys.executable, "-c", program, "build", "sparse.onnx", "--backend", backend, "-o", f"{backend}.onnx"]
-        done = subprocess.run(command, cwd=digits, capture_output=True, text=True, check=False)
-        if backend == "auto" and Path("/proc/driver/nvidia/version").exists():
-            continue
-        assert done.returncode == 0, done.stderr
-        assert (digits / f"{backend}.onnx").is_file()
+    done = subprocess.run([sys.executable, "-c", program], cwd=digits, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all((digits / f"{name}.onnx").is_file() for name in backends)

@@ -55,9 +55,10 @@ def register(app: typer.Typer) -> None:
 
 
 def _defaults() -> dict[str, object]:
+    from maskplan.engines.build import BuildOptions
     from maskplan.engines.trt.options import TrtOptions
 
-    return vars(TrtOptions())
+    return {**vars(TrtOptions()), "sparse": BuildOptions.sparse_weights}
 
 
 def build(
@@ -66,7 +67,7 @@ def build(
     profile: Annotated[
         list[str] | None, typer.Option(help="Batch sizes MIN:OPT:MAX. Repeatable, but not with --import.")
     ] = None,
-    sparse: Annotated[bool, typer.Option(help="Allow sparse kernels.")] = True,
+    sparse: Annotated[bool | None, typer.Option(help="Allow sparse kernels.")] = None,
     out: Annotated[
         Path | None, typer.Option("--output", "-o", help="The engine; by default MODEL.engine.plan or .onnx.")
     ] = None,
@@ -169,7 +170,7 @@ def build(
         mode = ["--int8-mode implicit"] if int8_mode == IMPLICIT else []
         _refuse_or_warn([*needs_tensorrt, *mode, *_changed(trt)], chosen, was_requested=chosen == backend)
     onnx_model = describe_onnx(model)
-    build_options = BuildOptions(chosen, _profiles(profile, onnx_model), sparse, trt)
+    build_options = override(BuildOptions(chosen, _profiles(profile, onnx_model), trt=trt), sparse_weights=sparse)
     if print_trtexec is not None:
         _print_trtexec(onnx_model, three_way, build_options, out, print_trtexec)
     elif three_way is not None:
@@ -337,7 +338,7 @@ def _trtexec_lines(
     onnx_model: OnnxModel, dense: OnnxModel | None, build_options: BuildOptions, out: Path, major: int
 ) -> list[str]:
     """Command lines; with a dense model a folder for each profile."""
-    from maskplan.engines.trt.trtexec import MAJORS, label_of, trtexec_lines
+    from maskplan.engines.trt.trtexec import MAJORS, profile_label, trtexec_lines
     from maskplan.pipeline.core.errors import InputError
     from maskplan.pipeline.timing.three_way import planned_builds
 
@@ -348,7 +349,7 @@ def _trtexec_lines(
         return trtexec_lines(onnx_model, profiles, build_options.sparse_weights, trt, out, major)
     lines = []
     for profile in profiles:
-        folder = out if len(profiles) == 1 else out / label_of(profile, profiles)
+        folder = out if len(profiles) == 1 else out / profile_label(profile, profiles)
         lines.append(shlex.join(["mkdir", "-p", str(folder)]))
         for planned in planned_builds(dense, onnx_model, trt):
             plan = folder / f"{planned.name}.plan"

@@ -41,7 +41,7 @@ def check(
         Path | None,
         typer.Option(help="Mask file that lists the weights that must conform; by default the ONNX file's own list."),
     ] = None,
-    strict: Annotated[bool, typer.Option(help="Every eligible weight must conform.")] = False,
+    strict: Annotated[bool | None, typer.Option(help="Every eligible weight must conform.")] = None,
     allow_dense: Annotated[
         list[str] | None, typer.Option(help="Pattern of names of weights that may stay dense. Repeatable.")
     ] = None,
@@ -58,7 +58,7 @@ def check(
 
     masked = tuple(load_masks(masks)) if masks is not None else None
     check_options = override(
-        CheckOptions(masked=masked, strict=strict), pattern=pattern, allow_dense=patterns(allow_dense)
+        CheckOptions(masked=masked), strict=strict, pattern=pattern, allow_dense=patterns(allow_dense)
     )
     conformance = check_2to4(model, check_options)
     write_report(report, encode(conformance))

@@ -64,4 +64,4 @@ def _shown(value: object) -> object:
 def _print_examples(examples: str | None) -> None:
     lines = (examples or "").strip().splitlines()
     if lines:
-        print("\n".join(["Examples:", *(f"  {line.strip()}" for line in lines), ""]))
+        print("\n".join(["Examples:", *(f"  {line.strip()}" for line in lines)]))

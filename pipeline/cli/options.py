@@ -95,7 +95,7 @@ Data = Annotated[
     Path | None,
     typer.Option(help="Folder with train/CLASS/* and val/CLASS/*. digits_resnet has its own images."),
 ]
-Pattern = Annotated[str | None, typer.Option(help="N:M: at most N non-zeros in each group of M.")]
+Pattern = Annotated[str | None, typer.Option(help="N:M, at most N non-zeros in each group of M.")]
 IncludeLinear = Annotated[bool | None, typer.Option(help="Include linear layers.")]
 Layers = Annotated[
     list[str] | None,

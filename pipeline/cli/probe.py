@@ -50,7 +50,7 @@ def probe(
 
     Exit code 1 if a weight is rejected, comes back changed, or gives wrong outputs. Speed is shown, not judged.
     """
-    from maskplan.engines.cusparselt import cusparselt_host
+    from maskplan.engines.cusparselt import find_cusparselt_host
     from maskplan.engines.probe import ProbeOptions
     from maskplan.engines.probe import probe as probe_weights
     from maskplan.exporters.conformance import CheckOptions, check_2to4
@@ -61,7 +61,7 @@ def probe(
     from maskplan.pipeline.core.serialization import encode
 
     probe_options = override(ProbeOptions(), batches=parse_batch_sizes(batch), dtype=dtype)
-    host = cusparselt_host()
+    host = find_cusparselt_host()
     is_checkpoint = source.suffix == ".safetensors"
     model = _trace_checkpoint(source) if is_checkpoint else load_lazily(source)
     conformance = check_2to4(model if is_checkpoint else source, CheckOptions())
@@ -71,13 +71,13 @@ def probe(
         raise InputError(
             "no weight to probe",
             where=source,
-            found=listed(f"{name}: {reason}" for name, reason in shaped.left_out.items()) or conformance.reason,
+            found=listed(f"{name}: {reason}" for name, reason in shaped.skipped.items()) or conformance.reason,
             fix="give a model with 2:4 weights; see maskplan check",
         )
     result = probe_weights(shaped.weights, shaped.shapes, probe_options, host)
     write_report(report, encode(result))
     _show(result)
-    for name, reason in shaped.left_out.items():
+    for name, reason in shaped.skipped.items():
         print(f"left out: {name}: {reason}")
     if result.verdict == FAIL:
         raise GateError(f"{source}: {result.reason}")
@@ -86,10 +86,10 @@ def probe(
 def _trace_checkpoint(path: Path) -> onnx.ModelProto:
     """The ONNX graph of a checkpoint; it gives the sizes of the layers' inputs."""
     from maskplan.exporters.onnx_export import trace
-    from maskplan.pipeline.models.checkpoint import read_checkpoint, rebuilt
+    from maskplan.pipeline.models.checkpoint import read_checkpoint, rebuild_module
 
     checkpoint = read_checkpoint(path)
-    return trace(rebuilt(checkpoint), checkpoint.provenance)
+    return trace(rebuild_module(checkpoint), checkpoint.provenance)
 
 
 def _show(report: ProbeReport) -> None:

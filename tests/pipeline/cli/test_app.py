@@ -1,10 +1,7 @@
-"""The command line as a shell sees it: exit codes, streams, help, and what a command imports before it needs it."""
+"""The command line as a shell sees it: exit codes, stdout and stderr."""
 
 from __future__ import annotations
 
-import json
-import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,50 +13,7 @@ import pytest
 
 from maskplan.pipeline.cli.app import main
 
-COMMANDS = (
-    "engine",
-    "mask",
-    "bake",
-    "export",
-    "permute",
-    "convert",
-    "check",
-    "prune",
-    "compare",
-    "calibrate",
-    "build",
-    "time",
-    "inspect",
-    "deploy",
-    "stability",
-    "probe",
-)
-
-# Runs the help of every command where the heavy libraries cannot be imported, and gives back what was printed.
-HELP = """
-import contextlib, importlib.abc, io, json, sys
-
-HEAVY = {"torch", "torchvision", "onnxruntime", "onnx", "polygraphy", "matplotlib", "timm"}
-HEAVY |= {"tensorrt", "pycuda", "sklearn", "scipy", "numba"}
-
-class Refuse(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in HEAVY:
-            raise ImportError(f"{name} was imported")
-
-sys.meta_path.insert(0, Refuse())
-from maskplan.pipeline.cli.app import main
-
-found = {}
-for command in json.loads(sys.argv[1]):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([*command, "--help"])
-    found[" ".join(command)] = [code, out.getvalue(), err.getvalue()]
-print(json.dumps({"found": found, "heavy": sorted(HEAVY & set(sys.modules))}))
-"""
-
-# A command with a bug, beside the real ones.
+# The app with one more command, which has a bug.
 BUG = """
 import sys
 from maskplan.pipeline.cli.app import app, main
@@ -78,70 +32,9 @@ def python(code: str, *arguments: str, width: int = 300) -> subprocess.Completed
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.fixture(scope="module")
-def helped() -> dict[str, Any]:
-    """The help of the app (under "") and of every command, from a process without the heavy libraries."""
-    done = python(HELP, json.dumps([[], *([name] for name in COMMANDS)]))
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
-def examples(page: str) -> list[list[str]]:
-    """Commands in the part of a help page that gives examples."""
-    _, _, after = page.partition("Example")
-    return [shlex.split(line)[1:] for line in map(str.strip, after.splitlines()) if line.startswith("maskplan ")]
-
-
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"maskplan {metadata.version('maskplan')}\n"
-
-
-def test_help_needs_none_of_the_heavy_libraries(helped: dict[str, Any]) -> None:
-    assert helped["heavy"] == []
-    assert set(helped["found"]) == {"", *COMMANDS}
-    for code, out, err in helped["found"].values():
-        assert (code, err) == (0, "")
-        assert "Usage: maskplan" in out
-
-
-def test_the_first_page_lists_every_command(helped: dict[str, Any]) -> None:
-    page = helped["found"][""][1]
-    listed = re.findall(r"^\W*([a-z]+)  +[A-Z]", page.partition("Commands")[2], re.MULTILINE)
-    assert tuple(listed) == COMMANDS
-    assert len(examples(page)) >= 2
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_says_what_the_command_does_and_shows_it(command: str, helped: dict[str, Any]) -> None:
-    _, page, _ = helped["found"][command]
-    assert f"Usage: maskplan {command}" in page
-    shown = examples(page)
-    assert shown
-    assert any(words[0] == command for words in shown)
-    # An option without a word of help helps nobody.
-    options = [line for line in page.splitlines() if re.match(r"\W*--[a-z]", line)]
-    assert len(options) >= 2
-    for line in options:
-        told = re.sub(r"--?[\w-]+|<[^>]*>|\[[^]]*\]|\W", "", line)
-        assert told, line
-
-
-def test_every_example_is_one_that_the_parser_takes(helped: dict[str, Any]) -> None:
-    from typer.main import get_command
-
-    from maskplan.pipeline.cli.app import app
-
-    group: Any = get_command(app)
-    swept = 0
-    for _, page, _ in helped["found"].values():
-        for name, *arguments in examples(page):
-            command = group.commands[name]
-            with command.make_context(name, list(arguments)) as context:
-                assert context.args == []
-            swept += 1
-    assert swept >= len(COMMANDS) + 2
 
 
 @pytest.mark.parametrize(
@@ -158,7 +51,7 @@ def test_every_example_is_one_that_the_parser_takes(helped: dict[str, Any]) -> N
         (["--loud"], "--loud"),
     ],
 )
-def test_wrong_usage_ends_with_2(arguments: list[str], says: str, cli: Callable[..., Any]) -> None:
+def test_wrong_usage_exits_with_2(arguments: list[str], says: str, cli: Callable[..., Any]) -> None:
     ran = cli(*arguments)
     assert ran.code == 2
     assert says in ran.err
@@ -166,30 +59,29 @@ def test_wrong_usage_ends_with_2(arguments: list[str], says: str, cli: Callable[
     assert ran.out == ""
 
 
-def test_a_misspelt_command_is_answered_with_the_likely_one(cli: Callable[..., Any]) -> None:
+def test_a_misspelled_command_gets_a_suggestion(cli: Callable[..., Any]) -> None:
     assert "'engine'" in cli("engin").err
 
 
 def test_without_a_command_the_help_is_shown(cli: Callable[..., Any]) -> None:
     ran = cli()
     assert ran.code == 2
-    assert all(command in ran.out + ran.err for command in COMMANDS)
+    assert "Usage: maskplan" in ran.out + ran.err
+    assert "engine" in ran.out + ran.err
 
 
-def test_a_check_that_passes_ends_with_0_and_one_that_fails_with_1(
-    cli: Callable[..., Any], finished_digits: Path
-) -> None:
+def test_a_check_exits_with_0_or_1(cli: Callable[..., Any], finished_digits: Path) -> None:
     good, bad = cli("check", finished_digits / "sparse.onnx"), cli("check", finished_digits / "dense.onnx")
     assert (good.code, good.err) == (0, "")
     assert bad.code == 1
     assert bad.err.startswith("failed: ")
     assert "dense.onnx" in bad.err
-    # The verdict is the result, and stands on stdout either way.
+    # The result goes to stdout whether it passes or fails.
     assert "pass: 8 conforming" in good.out
     assert "fail: " in bad.out
 
 
-def test_bad_input_ends_with_3_and_one_message_on_stderr(cli: Callable[..., Any], tmp_path: Path) -> None:
+def test_bad_input_exits_with_3_and_one_message_on_stderr(cli: Callable[..., Any], tmp_path: Path) -> None:
     ran = cli("check", tmp_path / "none.onnx")
     assert (ran.code, ran.out) == (3, "")
     assert ran.err.startswith("error: ")
@@ -220,7 +112,7 @@ def mask_of_a_model_that(tmp_path: Path, cli: Callable[..., Any]) -> Callable[[s
     return run
 
 
-def test_an_interrupted_command_ends_with_130(mask_of_a_model_that: Callable[[str], Any]) -> None:
+def test_an_interrupted_command_exits_with_130(mask_of_a_model_that: Callable[[str], Any]) -> None:
     ran = mask_of_a_model_that("KeyboardInterrupt")
     assert ran.code == 130
     assert "interrupted" in ran.err
@@ -228,7 +120,7 @@ def test_an_interrupted_command_ends_with_130(mask_of_a_model_that: Callable[[st
 
 
 @pytest.mark.parametrize("raised", ["SystemExit", "SystemExit(0)", "SystemExit('no accelerator')", "ValueError"])
-def test_code_of_the_users_cannot_end_a_command_as_if_all_were_well(
+def test_an_exit_in_the_users_model_file_is_an_error(
     raised: str, mask_of_a_model_that: Callable[[str], Any], tmp_path: Path
 ) -> None:
     ran = mask_of_a_model_that(raised)
@@ -237,35 +129,22 @@ def test_code_of_the_users_cannot_end_a_command_as_if_all_were_well(
     assert "net.py" in ran.err
 
 
-@pytest.fixture
-def narrated(digits: Path, cli: Callable[..., Any]) -> Callable[..., Any]:
-    """Run the line again in a finished folder; every stage says that it is unchanged."""
+def test_quiet_and_verbose_change_stderr_only(digits: Path, cli: Callable[..., Any]) -> None:
+    """The line is run again in a finished folder, where every stage prints that it is unchanged."""
 
-    def run(*before: str) -> Any:
-        ran = cli(*before, "engine", "digits_resnet", "--out", digits)
+    def run_again(*option: str) -> Any:
+        ran = cli(*option, "engine", "digits_resnet", "--out", digits)
         assert ran.code == 0, ran.err
         return ran
 
-    return run
-
-
-def test_quiet_leaves_the_result_alone(narrated: Callable[..., Any]) -> None:
-    usual, quiet, again = narrated(), narrated("-q"), narrated()
-    assert "check: unchanged" in usual.err
+    verbose, quiet, normal = run_again("-v"), run_again("--quiet"), run_again()
+    assert verbose.out == quiet.out == normal.out != ""
     assert quiet.err == ""
-    assert quiet.out == usual.out != ""
-    # One command's choice does not outlive it.
-    assert again.err == usual.err
+    assert "check: unchanged" in normal.err
+    assert set(normal.err.splitlines()) < set(verbose.err.splitlines())
 
 
-def test_verbose_says_more(narrated: Callable[..., Any]) -> None:
-    usual, verbose, spelt_out = narrated(), narrated("-v"), narrated("--verbose")
-    assert verbose.out == spelt_out.out == usual.out
-    assert set(usual.err.splitlines()) <= set(verbose.err.splitlines())
-    assert len(verbose.err) > len(usual.err)
-
-
-def test_warnings_are_heard_even_when_quiet(cli: Callable[..., Any], digits: Path, tmp_path: Path) -> None:
+def test_quiet_prints_warnings(cli: Callable[..., Any], digits: Path, tmp_path: Path) -> None:
     masks = digits / "masks.safetensors"
     ran = cli(
         "-q", "bake", "digits_resnet", "--weights", "random", "--masks", masks, "-o", tmp_path / "sparse.safetensors"
@@ -275,14 +154,13 @@ def test_warnings_are_heard_even_when_quiet(cli: Callable[..., Any], digits: Pat
     assert "other weights" in ran.err
 
 
-def test_the_module_is_the_command(finished_digits: Path) -> None:
-    code = "import runpy, sys; sys.argv[1:] = sys.argv[1:]; runpy.run_module('maskplan.pipeline', run_name='__main__')"
-    done = python(code, "inspect", str(finished_digits / "engine.onnx"))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("engine     engine.onnx")
-    assert python(code, "inspect", "none.onnx").returncode == 3
+def test_the_module_runs_the_command() -> None:
+    code = "import runpy, sys; runpy.run_module('maskplan.pipeline', run_name='__main__')"
+    done = python(code, "inspect", "none.onnx")
+    assert done.returncode == 3
+    assert done.stderr.startswith("error: engine not found")
 
 
-def test_main_returns_its_code_and_does_not_end_the_process(capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_returns_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert [main(["--help"]), main(["nothing"]), main(["inspect", "none.onnx"])] == [0, 2, 3]
     capsys.readouterr()

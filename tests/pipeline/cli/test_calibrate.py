@@ -82,9 +82,7 @@ def files(folder: Path) -> dict[str, bytes]:
 # --- what it writes
 
 
-def test_a_pruned_model_becomes_int8_beside_it_and_is_checked(
-    sparse: Path, cli: Callable[..., Any], here: Path
-) -> None:
+def test_a_pruned_model_is_quantized_and_checked(sparse: Path, cli: Callable[..., Any], here: Path) -> None:
     ran = cli("calibrate", sparse, "--report", "r.json")
 
     assert ran.code == 0, ran.err
@@ -135,7 +133,7 @@ def test_a_foreign_model_takes_a_folder_of_images_and_is_not_judged(
     assert "2 layers in INT8" in ran.out
     assert "conformance" not in ran.out
     stored = {t.name: numpy_helper.to_array(t) for t in onnx.load("foreign.int8.onnx").graph.initializer}
-    # Of pixels from 0 to 255, nearly: what (1 - 0.5) / 0.25 gives.
+    # Pixels reach almost 255: (1 - 0.5) / 0.25.
     assert stored["x_scale"] * 127 == pytest.approx(2, rel=0.1)
 
 
@@ -163,20 +161,20 @@ def test_weights_that_are_not_2_to_4_end_with_exit_code_1(
 
 
 def spoil(model: onnx.ModelProto, name: str, value: float) -> None:
-    """Set a zero, the last there is."""
+    """Set the last zero to a value."""
     (tensor,) = [t for t in model.graph.initializer if t.name == name]
     values = numpy_helper.to_array(tensor).copy()
     values.reshape(-1)[np.flatnonzero(values == 0)[-1]] = value
     tensor.CopyFrom(numpy_helper.from_array(values, name))
 
 
-def test_a_budget_is_told_of(sparse: Path, cli: Callable[..., Any]) -> None:
+def test_the_drop_under_a_budget_is_printed(sparse: Path, cli: Callable[..., Any]) -> None:
     ran = cli("calibrate", sparse, "--max-drop", "50")
     assert ran.code == 0, ran.err
-    assert re.search(r"^drop of top-1: [+-]\d+\.\d\d points on 143 images set aside$", ran.out, re.MULTILINE)
+    assert re.search(r"^drop of top-1: [+-]\d+\.\d\d points on 143 held-out training images$", ran.out, re.MULTILINE)
 
 
-def test_images_of_one_class_are_warned_of(cli: Callable[..., Any], here: Path) -> None:
+def test_images_of_one_class_cause_a_warning(cli: Callable[..., Any], here: Path) -> None:
     images(here / "one", train=4, classes=("a",))
     save(here / "m.onnx", net(outputs=1))
     ran = cli("calibrate", "m.onnx", "--data", "one")
@@ -187,7 +185,7 @@ def test_images_of_one_class_are_warned_of(cli: Callable[..., Any], here: Path) 
 # --- caches
 
 
-def test_a_cache_is_written_then_taken(sparse: Path, cli: Callable[..., Any], here: Path) -> None:
+def test_a_cache_is_written_then_read(sparse: Path, cli: Callable[..., Any], here: Path) -> None:
     first = cli("calibrate", sparse, "--cache", "c.json", "-o", "1.onnx")
     before = (here / "c.json").read_bytes()
     again = cli("calibrate", sparse, "--cache", "c.json", "-o", "2.onnx")
@@ -198,7 +196,7 @@ def test_a_cache_is_written_then_taken(sparse: Path, cli: Callable[..., Any], he
     assert (here / "c.json").read_bytes() == before
 
 
-def test_tensorrts_cache_goes_out_and_comes_in(
+def test_tensorrts_cache_is_exported_and_imported(
     sparse: Path, foreign: Path, cli: Callable[..., Any], here: Path
 ) -> None:
     assert cli("calibrate", foreign, "--data", "data", "--export-trt-cache", "t.txt", "-o", "1.onnx").code == 0
@@ -207,7 +205,7 @@ def test_tensorrts_cache_goes_out_and_comes_in(
     assert "ranges by TensorRT's cache" in ran.out
     assert (here / "t.txt").read_text().startswith("TRT-")
     assert (here / "1.onnx").read_bytes() == (here / "2.onnx").read_bytes()
-    # Of ours the record differs: it names the images that were looked at.
+    # In a maskplan model the record differs: it names the images that were used.
     assert cli("calibrate", sparse, "--export-trt-cache", "s.txt", "-o", "3.onnx").code == 0
     assert cli("calibrate", sparse, "--import-trt-cache", "s.txt", "-o", "4.onnx").code == 0
     assert graph(here / "3.onnx") == graph(here / "4.onnx")
@@ -248,8 +246,8 @@ def test_a_model_without_images_is_refused(foreign: Path, refused: Callable[...,
         (("--max-drop", "nan"), "max_drop is nan"),
         (("--exclude", "nothing*"), "no layer matches what is to be excluded"),
         (("--exclude", "*"), "no layer can be quantized"),
-        (("-o", "foreign.onnx"), "would take the model's place"),
-        (("-o", "data/../foreign.onnx"), "would take the model's place"),
+        (("-o", "foreign.onnx"), "would overwrite the model"),
+        (("-o", "data/../foreign.onnx"), "would overwrite the model"),
         (("--data", "nowhere"), "data folder not found"),
         (("--import-trt-cache", "gone.txt"), "file not found"),
         (("--import-trt-cache", "foreign.onnx"), "not a calibration cache of TensorRT"),
@@ -271,9 +269,7 @@ def test_options_that_cannot_be_used_are_refused(
     assert says in refused(foreign, *(() if "--data" in options else ("--data", "data")), *options)
 
 
-def test_a_budget_without_images_to_set_aside_is_refused(
-    foreign: Path, refused: Callable[..., str], here: Path
-) -> None:
+def test_a_budget_without_held_out_images_is_refused(foreign: Path, refused: Callable[..., str], here: Path) -> None:
     images(here / "single", train=1)
     assert "none are set aside" in refused(foreign, "--data", "single", "--max-drop", "5", "--cache", "c.json")
 
