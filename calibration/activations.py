@@ -13,8 +13,8 @@ from onnx import numpy_helper
 
 from maskplan.calibration.graph import Graph
 from maskplan.calibration.histogram import Histogram
-from maskplan.calibration.session import open_session
 from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.ort_session import open_session
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -59,7 +59,7 @@ def collect(
     names = sorted(dict.fromkeys(tensors), key=lambda name: graph.makers.get(name, -1))
     histograms = {name: Histogram() for name in names}
     made = [name for name in names if name in graph.makers]
-    session = open_session(_with_outputs(model, made), where)
+    session = open_session(_with_outputs(model, made).SerializeToString(), where)
     batch_dim = source.type.tensor_type.shape.dim[0]
     fixed = batch_dim.dim_value if batch_dim.HasField("dim_value") else 0
 
@@ -138,7 +138,7 @@ def _not_finite(
             fix="check the images and their scaling",
         )
     behind = _behind(graph, name)
-    session = open_session(_with_outputs(model, behind), where)
+    session = open_session(_with_outputs(model, behind).SerializeToString(), where)
     values = _run(session, behind, source, images, where)
     broken = {n for n, value in values.items() if _is_broken(value)}
     culprit, back = name, True

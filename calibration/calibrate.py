@@ -19,8 +19,8 @@ from maskplan.calibration.placement import Placement, PlaceOptions, place
 from maskplan.calibration.qdq import insert_qdq
 from maskplan.calibration.ranges import RangeOptions, Ranges, amax_of
 from maskplan.calibration.sensitivity import Kept, hold_budget, placements_of
-from maskplan.exporters.external_data import bring_inside
-from maskplan.exporters.half_range import beyond_half
+from maskplan.exporters.external_data import load_external_data
+from maskplan.exporters.half_range import fp16_overflows
 from maskplan.exporters.metadata import describe_onnx, load_onnx, read_provenance, write_provenance
 from maskplan.exporters.precision import to_fp16
 from maskplan.pipeline.core.artifacts import ImageSet, OnnxModel, Preprocessing
@@ -119,7 +119,7 @@ def calibrate(
             another model, ranges missing, or a budget that does not hold.
     """
     model = load_onnx(onnx_model.path)
-    bring_inside(model, onnx_model.path.parent, where=onnx_model.path)
+    load_external_data(model, onnx_model.path.parent, where=onnx_model.path)
     placement = place(model, options.place)
     select = _held_on(source, options)
     if FP16 in paths:
@@ -204,7 +204,7 @@ def _held_on(source: CalibrationImages | Mapping[str, float], options: Calibrate
         )
     how = source.preprocessing
     most = max(1, _KEEP_BYTES // (4 * how.channels * how.height * how.width))
-    return source.select.first(most, options.seed)
+    return source.select.sample(most, options.seed)
 
 
 def _require_fp16_scales(model: onnx.ModelProto) -> None:
@@ -236,7 +236,7 @@ def _write(model: onnx.ModelProto, path: Path) -> OnnxModel:
 
 
 def _overflowing(quantized: onnx.ModelProto, ranges: Ranges) -> Mapping[str, float]:
-    found = beyond_half(quantized, ranges.largest)
+    found = fp16_overflows(quantized, ranges.largest)
     if found:
         told = ", ".join(f"{name} up to {largest:.4g}" for name, largest in found.items())
         log.warning("FP16 beside INT8: kept in FP32, for they come near 65504 or exceed it: %s", told)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy.typing as npt
 
 from maskplan.engines.base import Arrays, CallTiming
-from maskplan.exporters.external_data import bring_inside, external_tensors
+from maskplan.exporters.external_data import external_tensors, load_external_data
 from maskplan.exporters.metadata import describe_onnx, parse_onnx
 from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel, Profile, TensorSpec
 from maskplan.pipeline.core.errors import InputError
@@ -33,7 +33,7 @@ class OrtEngine:
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    spent: CallTiming | None = None
+    last_timing: CallTiming | None = None
 
     def __init__(self, path: Path, *, optimized: bool = True) -> None:
         import onnxruntime
@@ -93,7 +93,7 @@ def build_ort(onnx_model: OnnxModel, profiles: tuple[Profile, ...], sparse_weigh
     data = read_bytes(onnx_model.path)
     model = parse_onnx(data, onnx_model.path)
     if external_tensors(model):
-        bring_inside(model, onnx_model.path.parent, where=onnx_model.path)
+        load_external_data(model, onnx_model.path.parent, where=onnx_model.path)
         data = model.SerializeToString()
     OrtEngine(onnx_model.path).close()
     sha256 = write_atomically(out, data)

@@ -1,4 +1,4 @@
-"""The 2:4 check: is every weight that should be N:M really so, in the file that the engine is built from?"""
+"""The 2:4 check: whether the weights that should be N:M are, in the file that the engine is built from."""
 
 from __future__ import annotations
 
@@ -12,14 +12,23 @@ import numpy as np
 import onnx
 
 from maskplan.exporters.counting import GroupCounts, count_groups
-from maskplan.exporters.lazy_load import load_mapped
+from maskplan.exporters.lazy_load import load_lazily
 from maskplan.exporters.metadata import read_provenance
 from maskplan.exporters.tensors import Array, StoredValues, TensorError, dtype_name, is_numeric, read_values
 from maskplan.exporters.weight_ops import LIKELY_SPEEDUP_CHANNELS
 from maskplan.exporters.weights import WeightUse, weight_uses
 from maskplan.pipeline.core.artifacts import Pattern
-from maskplan.pipeline.core.choices import CONFORMING, DENSE_BY_CHOICE, FAIL, INELIGIBLE, PASS, VIOLATING
-from maskplan.pipeline.core.errors import InputError, PipelineError, listed
+from maskplan.pipeline.core.choices import (
+    CONFORMING,
+    DENSE_BY_CHOICE,
+    FAIL,
+    INELIGIBLE,
+    PASS,
+    VIOLATING,
+    GateVerdict,
+    WeightState,
+)
+from maskplan.pipeline.core.errors import InputError, listed
 from maskplan.pipeline.core.reports import ConformanceReport, Violation, WeightVerdict
 from maskplan.pipeline.masking.eligibility import DTYPE
 from maskplan.pipeline.masking.patterns import parse_pattern
@@ -32,8 +41,8 @@ class CheckOptions:
     Attributes:
         pattern: N:M.
         masked: Names of the weights that must conform; None takes them from the file's metadata.
-        strict: Every eligible weight must conform, whatever the list says.
-        allow_dense: Patterns of names that may stay dense.
+        strict: Every eligible weight must conform, whether it is listed or not.
+        allow_dense: Patterns (globs) of names of weights that may stay dense.
     """
 
     pattern: str = "2:4"
@@ -42,48 +51,50 @@ class CheckOptions:
     allow_dense: tuple[str, ...] = ()
 
 
-class NotConformingError(PipelineError):
-    """`require_2to4` met a file that does not conform; `report` says where."""
+class ConformanceError(Exception):
+    """The 2:4 check of a file failed. A failed gate (exit code 1), not bad input: hence no `PipelineError`.
 
-    def __init__(self, report: ConformanceReport, where: object) -> None:
+    Attributes:
+        report: The verdict of every weight.
+    """
+
+    def __init__(self, report: ConformanceReport, file: str) -> None:
         self.report = report
-        offenders = [w for w in report.weights if w.verdict == VIOLATING]
-        super().__init__(
-            f"not {report.pattern}: {report.reason}",
-            where=where,
-            found=listed((f"{w.name} {w.shape}: {w.violating_groups} of {w.groups} groups" for w in offenders), 3)
-            or None,
-            fix="bake the masks after the last update of the weights, and export again",
-        )
+        violating = (w for w in report.weights if w.verdict == VIOLATING)
+        found = listed((f"{w.name} {w.shape}: {w.violating_groups} of {w.groups} groups" for w in violating), 3)
+        lines = [f"{file} is not {report.pattern}: {report.reason}"]
+        lines += [f"  found: {found}"] if found else []
+        lines.append("  fix:   bake the masks after the last update of the weights, and export again")
+        super().__init__("\n".join(lines))
 
 
 def check_2to4(model: onnx.ModelProto | Path | str, options: CheckOptions | None = None) -> ConformanceReport:
     """Check every weight of Conv, Gemm and MatMul against N:M along its reduction axis.
 
-    The masked weights, as the file's metadata or `options.masked` lists them, must conform; the other eligible weights are
-    dense by choice. With no list, or with `strict`, every eligible weight must conform. Zero is `== 0`, so -0.0 is zero and
-    NaN is not; in quantized weights zero is the zero point.
+    The weights that the file's metadata or `options.masked` lists must conform; the other eligible weights are dense by
+    choice. With no list, or with `strict`, every eligible weight must conform. Zero is `== 0`: -0.0 is zero and NaN is not.
+    In quantized weights the zero point is zero.
 
     Args:
         model: An ONNX file, or a parsed model without external data.
         options: The pattern, and which weights.
 
     Raises:
-        InputError: The file is not ONNX, or weights in it cannot be read; all of these are counted.
+        InputError: The file is not ONNX, or weights in it cannot be read; the message counts them.
     """
     options = options or CheckOptions()
     pattern = parse_pattern(options.pattern)
     path = None if isinstance(model, onnx.ModelProto) else Path(model)
-    proto = model if isinstance(model, onnx.ModelProto) else load_mapped(Path(model))
+    proto = model if isinstance(model, onnx.ModelProto) else load_lazily(Path(model))
     masked = options.masked
     if masked is None:
         provenance = read_provenance(proto, path or "the model")
         masked = provenance.masked if provenance else ()
-    demanded = None if options.strict or not masked else frozenset(masked)
+    required = None if options.strict or not masked else frozenset(masked)
     verdicts, unreadable = [], []
     for use in weight_uses(proto, pattern.m):
         try:
-            verdicts.append(_judge(use, pattern, demanded, options, path.parent if path else None))
+            verdicts.append(_check_weight(use, pattern, required, options, path.parent if path else None))
         except TensorError as error:
             unreadable.append(f"{use.name}: {error}")
     if unreadable:
@@ -95,7 +106,7 @@ def check_2to4(model: onnx.ModelProto | Path | str, options: CheckOptions | None
         )
     counts = Counter(v.verdict for v in verdicts)
     return ConformanceReport(
-        *_verdict(verdicts, [name for name in masked if not _allowed(name, options)], counts),
+        *_verdict(verdicts, [name for name in masked if not _may_be_dense(name, options)], counts),
         pattern=str(pattern),
         eligible=counts[CONFORMING] + counts[VIOLATING] + counts[DENSE_BY_CHOICE],
         conforming=counts[CONFORMING],
@@ -107,42 +118,42 @@ def check_2to4(model: onnx.ModelProto | Path | str, options: CheckOptions | None
 
 
 def conforming_nodes(model: Path) -> frozenset[str]:
-    """Names of the nodes whose weights are 2:4, whatever the file says of its own pattern."""
+    """Names of the nodes whose weights are 2:4, even if the file was pruned to another pattern."""
     report = check_2to4(model, CheckOptions(pattern="2:4"))
     return frozenset(weight.node for weight in report.weights if weight.verdict == CONFORMING)
 
 
 def require_2to4(model: onnx.ModelProto | Path | str, options: CheckOptions | None = None) -> ConformanceReport:
-    """As `check_2to4`, for callers who cannot go on without.
+    """Run `check_2to4` and raise unless it passes.
 
     Raises:
-        NotConformingError: The check failed; its `report` has the details.
+        ConformanceError: The check failed; its `report` has the details.
         InputError: As `check_2to4`.
     """
     report = check_2to4(model, options)
     if not report.passed:
-        raise NotConformingError(report, None if isinstance(model, onnx.ModelProto) else model)
+        raise ConformanceError(report, "the model" if isinstance(model, onnx.ModelProto) else Path(model).name)
     return report
 
 
 def _verdict(
-    verdicts: Collection[WeightVerdict], masked: Collection[str], counts: Counter[str]
-) -> tuple[str, str | None]:
+    verdicts: Collection[WeightVerdict], masked: Collection[str], counts: Counter[WeightState]
+) -> tuple[GateVerdict, str | None]:
     if counts[VIOLATING]:
         return FAIL, f"{counts[VIOLATING]} weights have groups with too many non-zeros"
     usable = {v.name for v in verdicts if v.verdict == CONFORMING}
-    lost = [name for name in masked if name not in usable]
-    if lost:
-        return FAIL, f"{len(lost)} masked weights are not among the file's eligible weights, first {lost[0]}"
+    missing = [name for name in masked if name not in usable]
+    if missing:
+        return FAIL, f"{len(missing)} masked weights are not among the file's eligible weights, first {missing[0]}"
     if not counts[CONFORMING]:
         return FAIL, "no eligible weight conforms" if counts[DENSE_BY_CHOICE] else "no weight is eligible"
     return PASS, None
 
 
-def _judge(
+def _check_weight(
     use: WeightUse,
     pattern: Pattern,
-    demanded: Collection[str] | None,
+    required: Collection[str] | None,
     options: CheckOptions,
     folder: Path | None,
 ) -> WeightVerdict:
@@ -151,16 +162,17 @@ def _judge(
     if reason is None and tensor is not None:
         if is_numeric(tensor):
             values = read_values(tensor, folder)
-            zero = _zero(use, values, folder)
+            zero = _zero_values(use, values, folder)
             counts = count_groups(values.array, use.axis, pattern.n, pattern.m, zero, values.negative_zero)
             if counts.first is not None:
                 first = _violation(values, counts.first, use.axis, pattern.m)
                 hint = hint or _other_layout(values, use, pattern, zero)
         else:
             reason = DTYPE
+    verdict: WeightState
     if reason is not None:
         verdict = INELIGIBLE
-    elif (demanded is not None and use.name not in demanded) or (counts.violating and _allowed(use.name, options)):
+    elif (required is not None and use.name not in required) or (counts.violating and _may_be_dense(use.name, options)):
         verdict = DENSE_BY_CHOICE
     else:
         verdict = VIOLATING if counts.violating else CONFORMING
@@ -184,20 +196,20 @@ def _judge(
     )
 
 
-def _allowed(name: str, options: CheckOptions) -> bool:
+def _may_be_dense(name: str, options: CheckOptions) -> bool:
     return any(fnmatch.fnmatchcase(name, glob) for glob in options.allow_dense)
 
 
-def _zero(use: WeightUse, values: StoredValues, folder: Path | None) -> Array | None:
-    """What means zero, shaped to broadcast against the values; None for plain zero."""
+def _zero_values(use: WeightUse, values: StoredValues, folder: Path | None) -> Array | None:
+    """The value that represents zero, in a shape that broadcasts against the weight's; None for plain zero."""
     if use.zero_point is None:
         return None
     shape = values.array.shape
-    found = read_values(use.zero_point.tensor, folder)
-    zero = found.array
-    if found.negative_zero is not None:
-        # A float's zero point can only be zero.
-        zero = np.where(zero == found.negative_zero, 0, zero)
+    stored = read_values(use.zero_point.tensor, folder)
+    zero = stored.array
+    if stored.negative_zero is not None:
+        # Zero points of float8 can only be zero, of either sign.
+        zero = np.where(zero == stored.negative_zero, 0, zero)
     if not zero.any():
         return None
     if zero.size == 1:
@@ -205,6 +217,7 @@ def _zero(use: WeightUse, values: StoredValues, folder: Path | None) -> Array | 
     axis = use.zero_point.axis % len(shape)
     if zero.ndim == 1 and zero.size == shape[axis]:
         return zero.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    # Blocked quantization: one zero point for each block along `axis`.
     if zero.ndim == len(shape) and shape[axis] % zero.shape[axis] == 0:
         repeated = np.repeat(zero, shape[axis] // zero.shape[axis], axis)
         if repeated.shape == shape:
@@ -218,20 +231,19 @@ def _violation(values: StoredValues, index: tuple[int, ...], axis: int, m: int) 
 
 
 def _other_layout(values: StoredValues, use: WeightUse, pattern: Pattern, zero: Array | None) -> str | None:
-    """Whether a violating weight is N:M in a layout that TensorRT does not accept."""
+    """A hint if a violating weight is N:M in a layout that TensorRT does not accept; else None."""
     array = values.array
     if zero is not None and zero.ndim:
         return None
 
     def conforms(candidate: Array, axis: int) -> bool:
-        fits = candidate.shape[axis] % pattern.m == 0
-        if not fits:
+        if candidate.shape[axis] % pattern.m:
             return False
         n, m, negative_zero = pattern.n, pattern.m, values.negative_zero
         return not count_groups(candidate, axis, n, m, zero, negative_zero, until_violation=True).violating
 
     if use.op == "Conv" and array[0, 0].size > 1 and conforms(array.reshape(array.shape[0], -1), 1):
-        return f"{pattern} along the flattened C*R*S axis, which TensorRT does not accept: make the masks along C"
+        return f"{pattern} along the flattened C*R*S axis, which TensorRT does not accept: compute the masks along C"
     if array.ndim in (2, 4) and use.axis in (0, 1) and conforms(array, 1 - use.axis):
-        return f"{pattern} along the output axis, where TensorRT wants the reduction axis"
+        return f"{pattern} along the output axis; TensorRT needs it along the reduction axis"
     return None

@@ -1,4 +1,4 @@
-"""Counting non-zeros by group at the speed of memory: what the check does to every weight."""
+"""Counts of non-zeros in each group of a weight, at memory bandwidth."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-# Elements a block: its bytes and its counts stay in the cache between the passes over them.
+# Elements of a block, which stays in the CPU cache over the passes below.
 _BLOCK = 1 << 18
 
 
 @dataclass(frozen=True)
 class GroupCounts:
-    """Groups of one weight; `first` is the index of the first element of the violating group that is stored first."""
+    """Counts of one weight.
+
+    Attributes:
+        groups: Groups of M.
+        violating: Groups with more than N non-zeros.
+        negative_zeros: Elements that are -0.0.
+        first: Index of the first element of the violating group that is stored first; None without one.
+    """
 
     groups: int
     violating: int
@@ -36,13 +43,13 @@ def count_groups(
     """Count the groups of `m` along `axis` that have more than `n` non-zeros.
 
     Args:
-        values: Of any numeric type; floats that NumPy lacks as unsigned integers of their bits.
-        axis: Its length is a multiple of `m`.
+        values: Of any shape and numeric type; floats that NumPy lacks as unsigned integers of their bits.
+        axis: Reduction axis, not negative; its length is a multiple of `m`.
         n: Non-zeros allowed in a group.
         m: Elements of a group.
-        zero: What means zero, broadcast against `values`; 0 by default. NaN is never zero, -0.0 always.
-        negative_zero: The bits of -0.0, where `values` holds bits.
-        until_violation: Stop at the first block with a violation, for callers who only ask whether there is one.
+        zero: The value that represents zero, broadcast against `values`; 0 by default. NaN is never zero, -0.0 always.
+        negative_zero: The bits of -0.0, if `values` holds bits.
+        until_violation: Stop at the first block with a violation, for callers that need no counts.
     """
     shape = values.shape
     outer, length, inner = int(np.prod(shape[:axis])), shape[axis], int(np.prod(shape[axis + 1 :]))
@@ -73,7 +80,7 @@ def count_groups(
 
 
 def _blocks(outer: int, length: int, inner: int, m: int) -> Iterator[tuple[slice, slice]]:
-    """Cut (outer, length, inner) into blocks of about `_BLOCK` elements, in storage order, groups kept whole."""
+    """Slices that cut (outer, length, inner) into blocks of whole groups, of about `_BLOCK` elements, in storage order."""
     if length * inner <= _BLOCK:
         step = max(_BLOCK // max(length * inner, 1), 1)
         for start in range(0, outer, step):
@@ -86,11 +93,11 @@ def _blocks(outer: int, length: int, inner: int, m: int) -> Iterator[tuple[slice
 
 
 def _group_sums(nonzero: npt.NDArray[np.bool_], m: int) -> npt.NDArray[np.uint8]:
-    """Non-zeros a group, (rows, groups, inner)."""
+    """Non-zeros of each group: (rows, length, inner) to (rows, length / m, inner)."""
     rows, length, inner = nonzero.shape
     bits = nonzero.view(np.uint8)
     if inner == 1 and m in (2, 4, 8) and bits.flags.c_contiguous:
-        # A group's flags are neighbors in memory: count the set bits of one word.
+        # The m flags of a group are adjacent bytes of 0 or 1: count the set bits of one word.
         words = bits.reshape(rows, length).view(f"u{m}")
         counts: npt.NDArray[np.uint8] = np.bitwise_count(words)[..., None]
         return counts

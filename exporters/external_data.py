@@ -1,4 +1,4 @@
-"""Tensors that an ONNX file keeps in other files, and how they come back into it."""
+"""External data: tensors that an ONNX file stores in other files, and loading them into the model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from maskplan.exporters.subgraphs import model_nodes, subgraphs
 from maskplan.exporters.tensors import TensorError, external_path
 from maskplan.pipeline.core.errors import InputError
 
-# Protobuf's own limit for one message.
-_LARGEST_BYTES = 2**31 - 1
+# Protobuf's limit for one message.
+_MAX_BYTES = 2**31 - 1
 
 
 def stored_tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
-    """Every tensor of a model: initializers and attributes, in subgraphs and functions too."""
+    """Every tensor of a model: initializers and attributes, including those in subgraphs and functions."""
     yield from model.graph.initializer
     for node in model_nodes(model):
         for attribute in node.attribute:
@@ -29,15 +29,15 @@ def stored_tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
 
 
 def external_tensors(model: onnx.ModelProto) -> list[TensorProto]:
-    """Those of `stored_tensors` whose values lie in another file."""
+    """Those of `stored_tensors` whose values are stored in another file."""
     return [tensor for tensor in stored_tensors(model) if tensor.data_location == TensorProto.EXTERNAL]
 
 
-def place_of(tensor: TensorProto, folder: Path) -> tuple[Path, int, int]:
+def locate_external(tensor: TensorProto, folder: Path) -> tuple[Path, int, int]:
     """File, offset and length in bytes of an external tensor.
 
     Raises:
-        InputError: It lies outside `folder`, or its file is missing or too short.
+        InputError: The file is outside `folder`, missing, or too short.
     """
     entries = {entry.key: entry.value for entry in tensor.external_data}
     try:
@@ -46,26 +46,26 @@ def place_of(tensor: TensorProto, folder: Path) -> tuple[Path, int, int]:
         offset = int(entries.get("offset", 0))
         length = int(entries.get("length", available - offset))
         if offset < 0 or length < 0 or offset + length > available:
-            raise TensorError(f"it ends at byte {offset + length} of {path.name}, which has {available}")
+            raise TensorError(f"the tensor ends at byte {offset + length} of {path.name}, which has {available}")
     except (TensorError, ValueError) as error:
         raise InputError("external data cannot be read", where=tensor.name, found=error) from error
     return path, offset, length
 
 
-def bring_inside(model: onnx.ModelProto, folder: Path, *, where: object) -> None:
+def load_external_data(model: onnx.ModelProto, folder: Path, *, where: object) -> None:
     """Read all external data into the model, in place.
 
     Raises:
-        InputError: Data cannot be read, or is more than one ONNX file can hold.
+        InputError: Data cannot be read, or does not fit into one ONNX file.
     """
-    places = [(tensor, *place_of(tensor, folder)) for tensor in external_tensors(model)]
+    places = [(tensor, *locate_external(tensor, folder)) for tensor in external_tensors(model)]
     total = model.ByteSize() + sum(length for *_, length in places)
-    if total > _LARGEST_BYTES:
+    if total > _MAX_BYTES:
         raise InputError(
             "the weights do not fit into one ONNX file",
             where=where,
-            found=f"{total / 1e9:.1f} GB; the format ends at 2 GB",
-            fix="build with --backend tensorrt, whose plans hold any size",
+            found=f"{total / 1e9:.1f} GB; the format allows 2 GB",
+            fix="build with --backend tensorrt, whose engines have no such limit",
         )
     for tensor, path, offset, length in places:
         with path.open("rb") as file:

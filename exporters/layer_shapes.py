@@ -1,4 +1,4 @@
-"""What a layer multiplies: its weight as (K, C, R, S) and the sizes of its input, read from an ONNX graph."""
+"""Shapes of a layer's operands, read from an ONNX graph: its weight as (K, C, R, S), and the size of its input."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _NO_PADDING = ("", "NOTSET", "VALID")
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One image's share of a convolution without groups; a product of matrices is one with a 1 x 1 kernel.
+    """A convolution without groups, for one image; a product of matrices counts as one with a 1 x 1 kernel.
 
     Attributes:
         k: Output channels.
         c: Input channels.
-        r: Rows of the kernel.
-        s: Columns of the kernel.
-        height: Of the input; the rows of a product.
+        r: Height of the kernel.
+        s: Width of the kernel.
+        height: Of the input; the number of rows of a product.
         width: Of the input; 1 for a product.
-        strides: Down and across.
+        strides: Vertical and horizontal.
         pads: Top, left, bottom, right.
-        dilations: Down and across.
+        dilations: Vertical and horizontal.
     """
 
     k: int
@@ -47,33 +47,39 @@ class LayerShape:
 
     @property
     def output(self) -> tuple[int, int]:
-        """Rows and columns of the output."""
+        """Height and width of the output."""
         top, left, bottom, right = self.pads
-        high = (self.height + top + bottom - self.dilations[0] * (self.r - 1) - 1) // self.strides[0] + 1
-        wide = (self.width + left + right - self.dilations[1] * (self.s - 1) - 1) // self.strides[1] + 1
-        return high, wide
+        height = (self.height + top + bottom - self.dilations[0] * (self.r - 1) - 1) // self.strides[0] + 1
+        width = (self.width + left + right - self.dilations[1] * (self.s - 1) - 1) // self.strides[1] + 1
+        return height, width
 
 
 @dataclass(frozen=True)
 class ShapedWeights:
-    """Weights by name, (K, C, R, S) of float32, their layers' shapes, and why the others are left out."""
+    """Weights with the shapes of their layers.
+
+    Attributes:
+        weights: By name, float32 (K, C, R, S).
+        shapes: Of their layers, by the same names.
+        skipped: Of the other weights, the reasons.
+    """
 
     weights: Mapping[str, npt.NDArray[np.float32]]
     shapes: Mapping[str, LayerShape]
-    left_out: Mapping[str, str]
+    skipped: Mapping[str, str]
 
 
 class _UnknownError(ValueError):
-    """The shape cannot be told; the message says why."""
+    """The shape is not known; the message says why."""
 
 
 def shaped_weights(model: onnx.ModelProto, names: Collection[str], folder: Path | None = None) -> ShapedWeights:
-    """The named weights of a graph with their layers' shapes; of a weight used twice, the first use counts.
+    """The named weights of a graph with their layers' shapes; for a weight that is used twice, the first use counts.
 
     Args:
-        model: Parsed; its weights may be external data below `folder`.
-        names: As `check_2to4` tells them.
-        folder: Of the file.
+        model: Parsed; its weights may be external data inside `folder`.
+        names: Of weights, as in the report of `check_2to4`.
+        folder: Of the ONNX file.
     """
     inferred = shape_inference.infer_shapes(model)
     known = (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output)
@@ -81,18 +87,18 @@ def shaped_weights(model: onnx.ModelProto, names: Collection[str], folder: Path 
     nodes = {node.name or node.output[0]: node for node in model.graph.node if node.output}
     weights: dict[str, npt.NDArray[np.float32]] = {}
     shapes: dict[str, LayerShape] = {}
-    left_out: dict[str, str] = {}
+    skipped: dict[str, str] = {}
     for use in weight_uses(model):
         if use.name not in names or use.name in shapes:
             continue
         try:
             weights[use.name] = weight = _weight(use, folder)
             shapes[use.name] = _shape(use, weight.shape, nodes.get(use.node), sizes)
-            left_out.pop(use.name, None)
+            skipped.pop(use.name, None)
         except (_UnknownError, TensorError) as error:
             weights.pop(use.name, None)
-            left_out[use.name] = str(error)
-    return ShapedWeights(weights, shapes, left_out)
+            skipped[use.name] = str(error)
+    return ShapedWeights(weights, shapes, skipped)
 
 
 def _weight(use: WeightUse, folder: Path | None) -> npt.NDArray[np.float32]:
@@ -101,7 +107,7 @@ def _weight(use: WeightUse, folder: Path | None) -> npt.NDArray[np.float32]:
     if use.zero_point is not None and read_values(use.zero_point.tensor, folder).array.any():
         raise _UnknownError("quantized around a zero point that is not 0")
     stored = read_values(use.tensor, folder)
-    # Each value is one of the stored type, which float32 holds.
+    # Exact: float32 represents every value of the stored type.
     values = stored.to_floats(stored.array).astype(np.float32)
     if use.op == "Conv":
         if values.ndim != 4 or use.axis != 1:
@@ -122,15 +128,17 @@ def _shape(
     if use.op != "Conv":
         # The first dimension is the batch, which may be dynamic.
         if len(size) < 2 or size[-1] != c or not all(size[1:]):
-            raise _UnknownError("the sizes of its input are not known")
+            raise _UnknownError("the shape of its input is not known")
         return LayerShape(k, c, r, s, math.prod(size[1:-1]), 1)
     if len(size) != 4 or not all(size[1:]):
-        raise _UnknownError("the sizes of its input are not known")
+        raise _UnknownError("the shape of its input is not known")
     attributes: dict[str, Any] = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     automatic = attributes.get("auto_pad", b"").decode()
     if automatic not in _NO_PADDING:
         raise _UnknownError(f"auto_pad {automatic}")
-    down, across = attributes.get("strides", (1, 1))
+    vertical, horizontal = attributes.get("strides", (1, 1))
     top, left, bottom, right = (0, 0, 0, 0) if automatic == "VALID" else attributes.get("pads", (0, 0, 0, 0))
-    tall, broad = attributes.get("dilations", (1, 1))
-    return LayerShape(k, c, r, s, size[2], size[3], (down, across), (top, left, bottom, right), (tall, broad))
+    dilations = attributes.get("dilations", (1, 1))
+    return LayerShape(
+        k, c, r, s, size[2], size[3], (vertical, horizontal), (top, left, bottom, right), (dilations[0], dilations[1])
+    )

@@ -1,7 +1,8 @@
-"""Parse an ONNX file without reading its weights: large inline tensors become references into the file itself.
+"""Lazy loading: parse an ONNX file without reading its weights.
 
-Protobuf copies every byte of a file twice. Here only the bytes that describe the graph go through it; weights are mapped
-when somebody looks at them, as external data of the file's own. (Field numbers: onnx.proto3.)
+Protobuf copies every byte of a file twice. Here it parses only the bytes that describe the graph: each large inline tensor
+is replaced by a reference to external data whose file is the ONNX file itself, and `tensors.read_values` maps that into
+memory when the values are needed. The field numbers below are those of onnx.proto3.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ from maskplan.pipeline.core.files import readable
 _MODEL_GRAPH, _GRAPH_INITIALIZER = 7, 5
 _TENSOR_RAW_DATA, _TENSOR_EXTERNAL_DATA, _TENSOR_DATA_LOCATION = 9, 13, 14
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
-# Below this a reference costs more than the bytes.
-_SMALLEST = 4096
+# In bytes; a reference to a smaller tensor costs more than the tensor.
+_MIN_LAZY_BYTES = 4096
 
 _Field = tuple[int, int, int, int]
 
 
 class _NotProtobufError(Exception):
-    """The bytes do not have the form of a message."""
+    """The bytes are not a protobuf message."""
 
 
-def load_mapped(path: Path) -> onnx.ModelProto:
-    """Parse an ONNX file; its large weights stay on disk, referred to as external data in the file itself.
+def load_lazily(path: Path) -> onnx.ModelProto:
+    """Parse an ONNX file; its large weights stay on disk, as external data in the file itself.
 
-    The references hold for as long as the file does not change.
+    The references are valid as long as the file does not change.
 
     Raises:
         InputError: The file is missing or is not ONNX.
@@ -41,10 +42,10 @@ def load_mapped(path: Path) -> onnx.ModelProto:
         try:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
                 data = bytes(_slim_model(view, path.name))
-        except ValueError as error:  # an empty file cannot be mapped
+        except ValueError as error:  # mmap refuses an empty file
             raise InputError("not an ONNX file", where=path, found="an empty file", fix="give a .onnx file") from error
         except _NotProtobufError as error:
-            raise InputError("not an ONNX file", where=path, found=error, fix="give a whole .onnx file") from error
+            raise InputError("not an ONNX file", where=path, found=error, fix="give a complete .onnx file") from error
     return parse_onnx(data, path)
 
 
@@ -61,7 +62,7 @@ def _slim_model(view: mmap.mmap, name: str) -> bytearray:
 def _slim_graph(view: mmap.mmap, start: int, end: int, name: str) -> bytearray:
     slim = bytearray()
     for number, first, content, last in _fields(view, start, end):
-        if number == _GRAPH_INITIALIZER and last - content >= _SMALLEST:
+        if number == _GRAPH_INITIALIZER and last - content >= _MIN_LAZY_BYTES:
             _append(slim, _GRAPH_INITIALIZER, _slim_tensor(view, content, last, name))
         else:
             slim += view[first:last]
@@ -71,8 +72,8 @@ def _slim_graph(view: mmap.mmap, start: int, end: int, name: str) -> bytearray:
 def _slim_tensor(view: mmap.mmap, start: int, end: int, name: str) -> bytes | bytearray:
     fields = list(_fields(view, start, end))
     raw = [(content, last) for number, _, content, last in fields if number == _TENSOR_RAW_DATA]
-    placed = any(abs(number) in (_TENSOR_EXTERNAL_DATA, _TENSOR_DATA_LOCATION) for number, *_ in fields)
-    if placed or len(raw) != 1 or raw[0][1] - raw[0][0] < _SMALLEST:
+    is_external = any(abs(number) in (_TENSOR_EXTERNAL_DATA, _TENSOR_DATA_LOCATION) for number, *_ in fields)
+    if is_external or len(raw) != 1 or raw[0][1] - raw[0][0] < _MIN_LAZY_BYTES:
         whole: bytes = view[start:end]
         return whole
     slim = bytearray()
@@ -84,13 +85,13 @@ def _slim_tensor(view: mmap.mmap, start: int, end: int, name: str) -> bytes | by
     for key, value in (("location", name), ("offset", str(content)), ("length", str(last - content))):
         entry = reference.external_data.add()
         entry.key, entry.value = key, value
-    # Messages that follow each other merge.
+    # Protobuf merges concatenated messages: the reference adds its fields to the tensor.
     merged: bytearray = slim + reference.SerializeToString()
     return merged
 
 
 def _fields(view: mmap.mmap, start: int, end: int) -> Iterator[_Field]:
-    """(number, first byte, first byte of the content, end) of each field of a message."""
+    """Yield (number, first byte, first byte of the content, end) for each field of a message."""
     at = start
     while at < end:
         first = at
@@ -108,7 +109,7 @@ def _fields(view: mmap.mmap, start: int, end: int) -> Iterator[_Field]:
             raise _NotProtobufError(f"wire type {kind} at byte {first}")
         if at > end:
             raise _NotProtobufError(f"the field at byte {first} ends after its message")
-        # Numbers of fields that are not length-delimited are negative: no graph, tensor or data of ours.
+        # Only length-delimited fields hold graphs, tensors or data; the numbers of all others are negated.
         yield (tag >> 3 if kind == _LENGTH else -(tag >> 3)), first, content, at
 
 
@@ -121,7 +122,7 @@ def _varint(view: mmap.mmap, at: int, end: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, at
         shift += 7
-    raise _NotProtobufError(f"a number without an end at byte {at}")
+    raise _NotProtobufError(f"an unterminated number at byte {at}")
 
 
 def _append(slim: bytearray, number: int, content: bytes | bytearray) -> None:

@@ -1,4 +1,4 @@
-"""maskplan's record inside an ONNX file, and the description of a file on disk."""
+"""Provenance in the metadata of an ONNX file, and the record of an ONNX file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import onnx
 
 from maskplan.exporters.weights import weight_uses
 from maskplan.pipeline.core.artifacts import OnnxModel, Provenance, TensorSpec
-from maskplan.pipeline.core.choices import FP16, FP32, INT8
+from maskplan.pipeline.core.choices import BF16, FP16, FP32, INT8, OnnxPrecision
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.files import read_bytes, sha256_of
 from maskplan.pipeline.core.serialization import decode, encode
@@ -28,12 +28,15 @@ _DTYPES = {
     onnx.TensorProto.INT64: "int64",
     onnx.TensorProto.BOOL: "bool",
 }
-BF16 = "bf16"
-_PRECISIONS = {onnx.TensorProto.FLOAT: FP32, onnx.TensorProto.FLOAT16: FP16, onnx.TensorProto.BFLOAT16: BF16}
+_PRECISIONS: dict[int, OnnxPrecision] = {
+    onnx.TensorProto.FLOAT: FP32,
+    onnx.TensorProto.FLOAT16: FP16,
+    onnx.TensorProto.BFLOAT16: BF16,
+}
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:
-    """Parse an ONNX file; tensors in external files stay there.
+    """Parse an ONNX file without loading external data.
 
     Raises:
         InputError: The file is missing or is not ONNX.
@@ -49,19 +52,19 @@ def parse_onnx(data: bytes, path: Path) -> onnx.ModelProto:
     """
     try:
         model = onnx.load_model_from_string(data)
-    except Exception as error:  # protobuf's own errors differ between its implementations
+    except Exception as error:  # the types of errors differ between implementations of protobuf
         raise InputError(
             "not an ONNX file", where=path, found=str(error).partition("\n")[0], fix="give a .onnx file"
         ) from error
     if not model.graph.node:
-        raise InputError("not an ONNX file", where=path, found="no nodes", fix="give a whole .onnx file")
+        raise InputError("not an ONNX file", where=path, found="no nodes", fix="give a complete .onnx file")
     if not model.opset_import:
-        raise InputError("not a whole ONNX file", where=path, found="no opset", fix="export or copy it again")
+        raise InputError("not a complete ONNX file", where=path, found="no opset", fix="export or copy it again")
     return model
 
 
 def describe_onnx(path: Path, model: onnx.ModelProto | None = None) -> OnnxModel:
-    """The record of an ONNX file, ours or another tool's.
+    """The record of an ONNX file of any tool.
 
     Raises:
         InputError: The file is missing or is not ONNX.
@@ -79,11 +82,16 @@ def describe_onnx(path: Path, model: onnx.ModelProto | None = None) -> OnnxModel
     )
 
 
-def precision_of(model: onnx.ModelProto) -> str:
-    """`int8` with Q/DQ, else what most nodes multiply by: `fp32`, `fp16` or `bf16`.
+def opset_of(model: onnx.ModelProto) -> int:
+    """The version of ONNX's own operators that a model imports; 0 if it imports none."""
+    return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
 
-    Convolutions and matrix products are counted, not their elements, for a few that were kept in FP32 may hold most of them;
-    of two as frequent the narrower. A file without such nodes is what most elements of its tensors are.
+
+def precision_of(model: onnx.ModelProto) -> OnnxPrecision:
+    """`int8` with Q/DQ, else the type of most nodes' weights: `fp32`, `fp16` or `bf16`.
+
+    Counts convolutions and matrix products, not elements, because a few layers kept in FP32 may hold most elements; of two
+    types that are equally frequent, the narrower one wins. In a file without such nodes, the elements of its tensors count.
     """
     if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
         return INT8
@@ -91,12 +99,13 @@ def precision_of(model: onnx.ModelProto) -> str:
     if not any(counts[name] for name in _PRECISIONS.values()):
         for tensor in model.graph.initializer:
             counts[_PRECISIONS.get(tensor.data_type)] += math.prod(tensor.dims)
-    narrow = max((FP16, BF16), key=lambda name: counts[name])
-    return narrow if counts[narrow] and counts[narrow] >= counts[FP32] else FP32
+    halves: tuple[OnnxPrecision, ...] = (FP16, BF16)
+    half = max(halves, key=lambda name: counts[name])
+    return half if counts[half] and counts[half] >= counts[FP32] else FP32
 
 
 def write_provenance(model: onnx.ModelProto, provenance: Provenance) -> None:
-    """Put the record into the file's metadata, in place of one that is there."""
+    """Write the provenance into a model's metadata, in place; replaces one that exists."""
     others = [entry for entry in model.metadata_props if entry.key != METADATA_KEY]
     del model.metadata_props[:]
     model.metadata_props.extend(others)
@@ -105,10 +114,10 @@ def write_provenance(model: onnx.ModelProto, provenance: Provenance) -> None:
 
 
 def read_provenance(model: onnx.ModelProto, where: object) -> Provenance | None:
-    """The record that maskplan wrote, or None.
+    """The provenance in a model's metadata; None in files of other tools.
 
     Raises:
-        InputError: There is one, and it cannot be read.
+        InputError: It cannot be read.
     """
     for entry in model.metadata_props:
         if entry.key == METADATA_KEY:

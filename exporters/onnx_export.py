@@ -1,4 +1,4 @@
-"""The export stage: PyTorch to ONNX, checked against the eager module, with names and bytes that can be relied on."""
+"""The export stage: PyTorch to ONNX, verified against the eager module, with reproducible names and bytes."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
-from maskplan.exporters.half_range import MARGIN, beyond_half
+from maskplan.exporters.half_range import MARGIN, fp16_overflows
 from maskplan.exporters.metadata import describe_onnx, write_provenance
 from maskplan.exporters.precision import to_fp16
 from maskplan.exporters.subgraphs import subgraphs
 from maskplan.exporters.weight_ops import WEIGHT_OPS
 from maskplan.pipeline import __version__
 from maskplan.pipeline.core.artifacts import OnnxModel, Preprocessing, Provenance
+from maskplan.pipeline.core.choices import FP32, FloatPrecision
 from maskplan.pipeline.core.errors import InputError, listed
 from maskplan.pipeline.core.files import write_atomically
+from maskplan.pipeline.core.ort_session import open_session
 from maskplan.pipeline.core.validation import above
 from maskplan.pipeline.models.layers import sample_input, trace_layers
 
@@ -38,7 +40,7 @@ log = logging.getLogger(__name__)
 
 OPSET = 20
 INPUT, OUTPUT = "input", "logits"
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS: tuple[FloatPrecision, ...] = get_args(FloatPrecision)
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class ExportOptions:
     """How closely the exported files must agree with PyTorch.
 
     Attributes:
-        tolerance_fp32: Largest difference from the eager outputs, as a share of their largest value.
+        tolerance_fp32: Largest allowed difference from the eager outputs, relative to their largest magnitude.
         tolerance_fp16: The same for FP16.
     """
 
@@ -66,38 +68,38 @@ def export_onnx(
         module: In evaluation mode, with the weights to export.
         provenance: Of these weights; goes into the file's metadata.
         options: How closely ONNX Runtime must agree with the eager module.
-        outs: The file to write for each precision; the inputs and outputs of FP16 files stay FP32, and so do layers whose
-            activations FP16 cannot hold: a warning names them.
+        outs: The file to write for each precision. Inputs and outputs of FP16 files stay FP32, and so do layers whose
+            activations overflow FP16; a warning names them.
 
     Returns:
         The files' records, in the order of `outs`.
 
     Raises:
-        InputError: PyTorch cannot export the module, or a file computes something else.
+        InputError: PyTorch cannot export the module, or the outputs of an exported file differ from the module's.
     """
     model = trace(module, provenance)
     contents = {}
     for precision, path in outs.items():
-        proto = model if precision == "fp32" else to_fp16(model, _beyond_half(model, provenance, path))
+        proto = model if precision == FP32 else to_fp16(model, _overflowing_activations(model, provenance, path))
         data = proto.SerializeToString(deterministic=True)
-        tolerance = options.tolerance_fp32 if precision == "fp32" else options.tolerance_fp16
-        _require_same(module, provenance, data, tolerance, path)
+        tolerance = options.tolerance_fp32 if precision == FP32 else options.tolerance_fp16
+        _require_same_outputs(module, provenance, data, tolerance, path)
         contents[path] = data
-    # Written last and together: a model that fails in one precision leaves no file of the other.
+    # Written only after all precisions passed: a failure in one of them leaves no file of the others.
     for path, data in contents.items():
         write_atomically(path, data)
     return tuple(describe_onnx(path) for path in contents)
 
 
 def trace(module: nn.Module, provenance: Provenance) -> onnx.ModelProto:
-    """The module as an ONNX graph in FP32, cleaned of everything that is not the model.
+    """Trace a module to an ONNX graph in FP32 that contains nothing but the model: no stack traces, no paths.
 
     Raises:
         InputError: PyTorch cannot export the module.
     """
     import torch
 
-    # Two images: with one, the exporter would take the batch for a constant.
+    # Two images: with one, the exporter would treat the batch size as a constant.
     example = sample_input(provenance.preprocessing, 2)
     try:
         with _quiet(), torch.no_grad():
@@ -111,26 +113,26 @@ def trace(module: nn.Module, provenance: Provenance) -> onnx.ModelProto:
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 verbose=False,
             )
-    except Exception as error:  # the exporter raises whatever its passes meet
+    except Exception as error:  # the passes of the exporter raise errors of any type
         raise InputError(
             "PyTorch cannot export the model to ONNX",
             where=provenance.model,
-            found=f"{type(error).__name__}: {_gist(error)}",
-            fix="make the forward pass free of data-dependent Python, with any batch size",
+            found=f"{type(error).__name__}: {_root_cause(error)}",
+            fix="remove Python control flow that depends on the data from the forward pass, and allow any batch size",
         ) from error
     assert program is not None
     model: onnx.ModelProto = program.model_proto
-    _strip(model)
-    _rename(model, module, provenance.preprocessing)
-    _positive_zeros(model)
+    _remove_exporter_notes(model)
+    _rename_weights_and_nodes(model, module, provenance.preprocessing)
+    _normalize_zeros(model)
     model.producer_name, model.producer_version = "maskplan", __version__
     write_provenance(model, provenance)
     onnx.checker.check_model(model)
     return model
 
 
-def _strip(model: onnx.ModelProto) -> None:
-    """Remove the exporter's notes: stack traces with this host's paths, scopes, versions."""
+def _remove_exporter_notes(model: onnx.ModelProto) -> None:
+    """Remove the exporter's metadata: stack traces with paths of this host, scopes, versions."""
     del model.metadata_props[:]
     model.doc_string = ""
     for function in model.functions:
@@ -146,7 +148,7 @@ def _strip_graph(graph: onnx.GraphProto) -> None:
     for described in (graph, *graph.input, *graph.output, *graph.initializer):
         del described.metadata_props[:]
         described.doc_string = ""
-    # Shapes of inner tensors follow from the graph; the exporter's hold names of symbols.
+    # Shapes of inner tensors follow from the graph; the exporter's contain names of symbols.
     del graph.value_info[:]
     _strip_nodes(graph.node)
 
@@ -159,25 +161,27 @@ def _strip_nodes(nodes: Sequence[onnx.NodeProto]) -> None:
             _strip_graph(graph)
 
 
-def _rename(model: onnx.ModelProto, module: nn.Module, preprocessing: Preprocessing) -> None:
-    """Name weights after their parameter and weight-bearing nodes after their module.
+def _rename_weights_and_nodes(model: onnx.ModelProto, module: nn.Module, preprocessing: Preprocessing) -> None:
+    """Name weights after their parameter, and nodes with weights after their module.
 
-    The exporter stores a linear layer's weight transposed under a name of its own, and equal weights once.
+    The exporter stores the weight of some linear layers transposed under a generated name, and stores equal weights only
+    once. So parameters are matched to initializers by content, and shared initializers are split again.
     """
+    # Parameters by the content of their weight; a list, since layers may have equal weights.
     names: dict[tuple[tuple[int, ...], bytes], list[str]] = {}
     for name, parameter in module.named_parameters():
         weight = parameter.detach().cpu()
         if weight.ndim > 1 and weight.is_floating_point():
-            for form in (weight, weight.T) if weight.ndim == 2 else (weight,):
-                group = names.setdefault(_content(form.contiguous().numpy()), [])
+            for stored_form in (weight, weight.T) if weight.ndim == 2 else (weight,):
+                group = names.setdefault(_content_key(stored_form.contiguous().numpy()), [])
                 if name not in group:
                     group.append(name)
     if any(len(group) > 1 for group in names.values()):
-        # Equal weights are told apart by the order in which the model, and so the graph, uses them.
+        # Equal weights are assigned in the order in which the model, and therefore the graph, uses them.
         order = {layer.name: layer.position or 0 for layer in trace_layers(module, preprocessing)[0]}
         for group in names.values():
             group.sort(key=lambda name: order.get(name, 0))
-    twins = {name: group for group in names.values() for name in group}
+    equal_weights = {name: group for group in names.values() for name in group}
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     users: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
     for node in model.graph.node:
@@ -186,7 +190,8 @@ def _rename(model: onnx.ModelProto, module: nn.Module, preprocessing: Preprocess
                 if name in stored and len(stored[name].dims) > 1:
                     users.setdefault(name, []).append((node, i))
     for name, nodes in users.items():
-        group = twins.get(name) or names.get(_content(numpy_helper.to_array(stored[name])), [])
+        group = equal_weights.get(name) or names.get(_content_key(numpy_helper.to_array(stored[name])), [])
+        # Only if every parameter has exactly one node; a layer that is called twice keeps its one initializer.
         if len(group) == len(nodes) and group != [name]:
             tensors = [stored[name], *(model.graph.initializer.add() for _ in group[1:])]
             for tensor, own, (node, i) in zip(tensors, group, nodes, strict=True):
@@ -194,19 +199,19 @@ def _rename(model: onnx.ModelProto, module: nn.Module, preprocessing: Preprocess
                 tensor.name = node.input[i] = own
     count: Counter[str] = Counter()
     for node in model.graph.node:
-        weight_name = next((name for name in node.input[:2] if name in twins), None)
+        weight_name = next((name for name in node.input[:2] if name in equal_weights), None)
         if node.op_type in WEIGHT_OPS and weight_name is not None:
             path = weight_name.removesuffix(".weight")
             count[path] += 1
             node.name = path if count[path] == 1 else f"{path}_{count[path]}"
 
 
-def _content(values: npt.NDArray[Any]) -> tuple[tuple[int, ...], bytes]:
+def _content_key(values: npt.NDArray[Any]) -> tuple[tuple[int, ...], bytes]:
     return values.shape, hashlib.sha256(values.tobytes()).digest()
 
 
-def _positive_zeros(model: onnx.ModelProto) -> None:
-    """Folding BatchNorm with a negative gamma makes -0.0 of a pruned 0.0; adding +0.0 undoes that."""
+def _normalize_zeros(model: onnx.ModelProto) -> None:
+    """Turn -0.0, which folding BatchNorm with a negative gamma produces from a pruned 0.0, back into +0.0."""
     for tensor in model.graph.initializer:
         if tensor.data_type == onnx.TensorProto.FLOAT:
             values = numpy_helper.to_array(tensor)
@@ -214,8 +219,8 @@ def _positive_zeros(model: onnx.ModelProto) -> None:
                 tensor.CopyFrom(numpy_helper.from_array(values + np.float32(0), tensor.name))
 
 
-def _require_same(module: nn.Module, provenance: Provenance, data: bytes, tolerance: float, path: Path) -> None:
-    """Run one image and three through ONNX Runtime and the eager module; the traced batch was two."""
+def _require_same_outputs(module: nn.Module, provenance: Provenance, data: bytes, tolerance: float, path: Path) -> None:
+    """Compare ONNX Runtime with the eager module at batch sizes 1 and 3; the traced batch size is 2."""
     import torch
 
     session = _session(data, path)
@@ -223,22 +228,25 @@ def _require_same(module: nn.Module, provenance: Provenance, data: bytes, tolera
         x = sample_input(provenance.preprocessing, batch, seed=batch)
         with torch.no_grad():
             expected = module(x).float().numpy()
-        (found,) = session.run([OUTPUT], {INPUT: x.numpy()})
+        (outputs,) = session.run([OUTPUT], {INPUT: x.numpy()})
         scale = max(float(np.abs(expected).max()), 1e-6)
-        # NaN and infinity fail the comparison below; NumPy need not warn of them as well.
+        # NaN and infinity fail the comparison below; no further warning from NumPy is needed.
         with np.errstate(all="ignore"):
-            difference = float(np.abs(found - expected).max()) / scale
+            difference = float(np.abs(outputs - expected).max()) / scale
         if not difference <= tolerance:
             raise InputError(
-                "the exported model computes something else than the module",
+                "the outputs of the exported model differ from the module's",
                 where=f"{path.name}, batch of {batch}",
                 found=f"outputs differ by {difference:.2g} of their largest value; {tolerance:g} is allowed",
-                fix="if FP16 alone fails, it is too coarse for this model: keep FP32",
+                fix="if only FP16 fails, its precision is too low for this model: export FP32",
             )
 
 
-def _beyond_half(model: onnx.ModelProto, provenance: Provenance, path: Path) -> dict[str, float]:
-    """The activations that exceed FP16 on a sample, told in a warning; a CPU computes FP16 in FP32 and does not show it."""
+def _overflowing_activations(model: onnx.ModelProto, provenance: Provenance, path: Path) -> dict[str, float]:
+    """The activations that overflow FP16 on a sample image; logs a warning with their layers.
+
+    Measured in FP32, because the CPU kernels for FP16 compute in FP32 and never overflow.
+    """
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
     del probe.graph.output[:]
@@ -247,46 +255,40 @@ def _beyond_half(model: onnx.ModelProto, provenance: Provenance, path: Path) -> 
     )
     x = sample_input(provenance.preprocessing, 1)
     values = _session(probe.SerializeToString(), path).run(None, {INPUT: x.numpy()})
-    # Infinity itself fits into FP16; where it is an overflow of FP32, the comparison with the module fails.
+    # Infinite values are ignored: as a mask they exist in FP16 too, and an overflow of FP32 fails the comparison above.
     ranges = {
         output.name: float(np.abs(value).max(initial=0, where=np.isfinite(value)))
         for output, value in zip(probe.graph.output, values, strict=True)
         if value.dtype == np.float32
     }
-    beyond = beyond_half(model, ranges)
-    if beyond:
-        makers = {name: node for node in model.graph.node for name in node.output}
+    overflows = fp16_overflows(model, ranges)
+    if overflows:
+        producers = {name: node for node in model.graph.node for name in node.output}
         log.warning(
-            "%s: these layers stay FP32 between casts, for FP16 ends at 65504 and a margin of %g is kept: %s",
+            "%s: these layers stay FP32, because activations exceed the range of FP16 (65504, with a margin of %g): %s",
             path.name,
             MARGIN,
             listed(
-                f"{makers[name].name} ({makers[name].op_type}) makes {name} up to {value:.4g}"
-                for name, value in beyond.items()
+                f"{producers[name].name} ({producers[name].op_type}), whose output {name} reaches {value:.4g}"
+                for name, value in overflows.items()
             ),
         )
-    return beyond
+    return overflows
 
 
 def _session(data: bytes, path: Path) -> onnxruntime.InferenceSession:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    try:
-        return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions have no common base but this
-        raise InputError(
-            "ONNX Runtime does not run the exported model",
-            where=path.name,
-            found=str(error).partition("\n")[0],
-            fix="use operators and types that ONNX Runtime has; float32 is always one",
-        ) from error
+    return open_session(
+        data,
+        path.name,
+        quiet=True,
+        what="ONNX Runtime cannot load the exported model",
+        fix="use only operators and types that ONNX Runtime supports, such as float32",
+    )
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter prints progress and warns of its own internals; neither is for our users."""
+    """Suppress the exporter's progress output and its warnings about its own internals."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -301,7 +303,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _gist(error: BaseException) -> str:
+def _root_cause(error: BaseException) -> str:
     """The first line of the innermost cause."""
     while error.__cause__ is not None:
         error = error.__cause__

@@ -1,4 +1,4 @@
-"""The repair: magnitude N:M on an ONNX file itself. Weights change; names, metadata, opsets and functions do not."""
+"""Magnitude pruning of an ONNX file to N:M. Weights change; names, metadata, opsets and functions do not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from maskplan.exporters.external_data import external_tensors, place_of
+from maskplan.exporters.external_data import external_tensors, locate_external
 from maskplan.exporters.metadata import load_onnx
 from maskplan.exporters.tensors import Array, StoredValues, TensorError, is_addressable, read_values
 from maskplan.exporters.weights import WeightUse, weight_uses
@@ -22,14 +22,22 @@ from maskplan.pipeline.core.errors import InputError, host_error, listed
 from maskplan.pipeline.core.files import TEMPORARY_SUFFIX, sha256_of, write_atomically
 from maskplan.pipeline.masking.magnitude import keep_largest
 
-# Alignment of tensors in an external data file; what ONNX recommends for mapping them.
+# Alignment in bytes of tensors in an external data file, as ONNX recommends for memory mapping.
 _ALIGNMENT = 4096
+# Bytes copied at once.
 _CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What `prune` did: weights made N:M (`changed` of them were not before), and elements set to zero."""
+    """The result of `prune_onnx`.
+
+    Attributes:
+        path: The file written.
+        weights: Weights that are N:M now.
+        changed: Those of them that were not before.
+        zeroed: Elements set to zero.
+    """
 
     path: Path
     weights: int
@@ -40,23 +48,23 @@ class Pruned:
 def prune_onnx(path: Path, out: Path, pattern: Pattern, allow_dense: tuple[str, ...] = ()) -> Pruned:
     """Make every eligible weight of an ONNX file N:M by magnitude.
 
-    Inline weights are written inline; external ones into one data file beside `out`, whatever files they came from.
+    Inline weights are written inline, external ones to a single data file in the folder of `out`.
 
     Args:
         path: The file to read.
         out: The file to write; may be `path` itself.
         pattern: N:M.
-        allow_dense: Patterns of names of weights to leave alone.
+        allow_dense: Patterns (globs) of names of weights to leave unchanged.
 
     Raises:
-        InputError: Not ONNX, weights that cannot be read, or one weight that is used along two axes.
+        InputError: Not ONNX, weights that cannot be read, or a weight that is used along two axes.
         HostError: `out` cannot be written.
     """
     model = load_onnx(path)
-    chosen = _choose(model, pattern, allow_dense, path)
+    selected = _select(model, pattern, allow_dense, path)
     external = external_tensors(model)
     if external:
-        return _prune_external(model, chosen, external, path, out, pattern)
+        return _prune_external(model, selected, external, path, out, pattern)
     pruned = prune_model(model, pattern, allow_dense, where=path)
     write_atomically(out, model.SerializeToString())
     return Pruned(out, *pruned)
@@ -71,28 +79,28 @@ def prune_model(
         Weights, weights changed, elements set to zero.
     """
     changed = zeroed = 0
-    chosen = _choose(model, pattern, allow_dense, where)
-    for use in chosen.values():
+    selected = _select(model, pattern, allow_dense, where)
+    for use in selected.values():
         assert use.tensor is not None
         values, count = _pruned_values(use, pattern, None)
         if count:
             _store(use.tensor, values)
         changed, zeroed = changed + bool(count), zeroed + count
-    return len(chosen), changed, zeroed
+    return len(selected), changed, zeroed
 
 
-def _choose(
+def _select(
     model: onnx.ModelProto, pattern: Pattern, allow_dense: tuple[str, ...], where: object
 ) -> dict[int, WeightUse]:
-    """One use of every weight that can be N:M, by the tensor's identity; weights of 4 bits are left alone."""
-    chosen: dict[int, WeightUse] = {}
+    """One use of every weight that can be N:M, by the `id` of its tensor; 4-bit weights are skipped."""
+    selected: dict[int, WeightUse] = {}
     conflicts = []
     for use in weight_uses(model, pattern.m):
         if use.reason is not None or use.tensor is None or not is_addressable(use.tensor):
             continue
         if any(fnmatch.fnmatchcase(use.name, glob) for glob in allow_dense):
             continue
-        known = chosen.setdefault(id(use.tensor), use)
+        known = selected.setdefault(id(use.tensor), use)
         if known.axis != use.axis:
             conflicts.append(f"{use.name}: axis {known.axis} for {known.node}, {use.axis} for {use.node}")
     if conflicts:
@@ -100,19 +108,19 @@ def _choose(
             "weights are used along two axes, and pruning along one may break the other",
             where=where,
             found=listed(conflicts),
-            fix="leave them dense, or store them twice",
+            fix="leave them dense with --allow-dense, or store them twice",
         )
-    if not chosen:
-        raise InputError("no weight is eligible", where=where, fix="`maskplan check` shows why")
-    return chosen
+    if not selected:
+        raise InputError("no weight is eligible", where=where, fix="`maskplan check` shows the reasons")
+    return selected
 
 
 def _pruned_values(use: WeightUse, pattern: Pattern, folder: Path | None) -> tuple[Array, int]:
-    """A weight's values with the smallest of each group at zero, and how many that changed."""
+    """A weight's values with the smallest of each group set to zero, and how many elements changed."""
     assert use.tensor is not None
     try:
         stored = read_values(use.tensor, folder)
-        zero = _zero(use, stored, folder)
+        zero = _zero_value(use, stored, folder)
     except TensorError as error:
         raise InputError("a weight cannot be read", where=use.name, found=error) from error
     kept = keep_largest(_magnitude(stored, zero), use.axis, pattern)
@@ -123,20 +131,20 @@ def _pruned_values(use: WeightUse, pattern: Pattern, folder: Path | None) -> tup
     return values, count
 
 
-def _zero(use: WeightUse, stored: StoredValues, folder: Path | None) -> int:
+def _zero_value(use: WeightUse, stored: StoredValues, folder: Path | None) -> int:
     if use.zero_point is None or stored.negative_zero is not None:
         return 0
     points = np.unique(read_values(use.zero_point.tensor, folder).array)
     if points.size != 1:
-        raise TensorError("zero points differ from channel to channel: quantize symmetrically")
+        raise TensorError("zero points differ between channels: quantize symmetrically")
     return int(points[0])
 
 
 def _magnitude(stored: StoredValues, zero: int) -> Array:
-    """Something that orders elements as their magnitudes do."""
+    """Numbers in the order of the elements' magnitudes."""
     array = stored.array
     if stored.negative_zero is not None:
-        # Without its sign bit, a float's bits order it.
+        # The bits of a float without its sign bit are in the order of its magnitude.
         bits: Array = array & np.array(stored.negative_zero - 1, array.dtype)
         return bits
     if array.dtype.kind == "f":
@@ -152,22 +160,22 @@ def _store(tensor: TensorProto, values: Array) -> None:
 
 def _prune_external(
     model: onnx.ModelProto,
-    chosen: dict[int, WeightUse],
+    selected: dict[int, WeightUse],
     external: list[TensorProto],
     path: Path,
     out: Path,
     pattern: Pattern,
 ) -> Pruned:
-    """Stream all external tensors into one new file, then point the model to it; one tensor is in memory at a time."""
+    """Stream all external tensors to one new file, one tensor in memory at a time, then let the model refer to it."""
     staged = out.with_name(f".{out.name}.{os.getpid()}.data{TEMPORARY_SUFFIX}")
-    weights, changed, zeroed = len(chosen), 0, 0
+    weights, changed, zeroed = len(selected), 0, 0
     places: list[tuple[TensorProto, int, int]] = []
     try:
         with staged.open("wb") as file:
             for tensor in external:
                 file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT)
                 start = file.tell()
-                use = chosen.pop(id(tensor), None)
+                use = selected.pop(id(tensor), None)
                 if use is None:
                     _copy(tensor, path.parent, file)
                 else:
@@ -177,7 +185,7 @@ def _prune_external(
                 places.append((tensor, start, file.tell() - start))
             file.flush()
             os.fsync(file.fileno())
-        # Named by its content: until the model is replaced, an older one still finds its own data.
+        # Named by its content, so that the previous model file, until it is replaced, keeps its own data.
         data = out.with_name(f"{out.stem}.{sha256_of(staged)[:12]}.data")
         staged.replace(data)
     except OSError as error:
@@ -185,7 +193,7 @@ def _prune_external(
     finally:
         with contextlib.suppress(OSError):
             staged.unlink(missing_ok=True)
-    for use in chosen.values():
+    for use in selected.values():
         assert use.tensor is not None
         values, count = _pruned_values(use, pattern, None)
         _store(use.tensor, values)
@@ -200,7 +208,7 @@ def _prune_external(
 
 
 def _copy(tensor: TensorProto, folder: Path, file: BinaryIO) -> None:
-    source, offset, left = place_of(tensor, folder)
+    source, offset, left = locate_external(tensor, folder)
     with source.open("rb") as stream:
         stream.seek(offset)
         while left > 0 and (chunk := stream.read(min(_CHUNK, left))):

@@ -1,4 +1,4 @@
-"""Stored ONNX tensors as arrays, without copies where that is possible and without trust in what the file says."""
+"""Stored ONNX tensors as arrays: without copies where possible, and with every size and path in the file verified."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from onnx import TensorProto, numpy_helper
 
 Array = npt.NDArray[Any]
 
-# Floats that NumPy lacks or is slow with: read as unsigned integers, with the bits of -0.0 (None where there is none).
+# Floats that NumPy lacks or handles slowly: read as unsigned integers, with the bits of -0.0 (None if it does not exist).
 _AS_BITS: dict[int, tuple[str, int | None, Any]] = {
     TensorProto.FLOAT16: ("<u2", 0x8000, np.float16),
     TensorProto.BFLOAT16: ("<u2", 0x8000, ml_dtypes.bfloat16),
@@ -36,13 +36,13 @@ _PLAIN: dict[int, str] = {
     TensorProto.INT64: "<i8",
     TensorProto.UINT64: "<u8",
 }
-# Two or more elements a byte; onnx unpacks them.
+# Two or more elements in each byte; onnx unpacks them.
 _PACKED_BITS = {
     getattr(TensorProto, name): bits
     for name, bits in (("INT4", 4), ("UINT4", 4), ("FLOAT4E2M1", 4), ("INT2", 2), ("UINT2", 2))
     if hasattr(TensorProto, name)
 }
-_LARGEST_RANK = 32
+_MAX_RANK = 32
 _TYPED_FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
 
 
@@ -66,7 +66,7 @@ class StoredValues:
 
 
 def dtype_name(data_type: int) -> str:
-    """`float16` for `TensorProto.FLOAT16`; unknown numbers stay numbers."""
+    """`float16` for `TensorProto.FLOAT16`; unknown types are returned by number."""
     try:
         return str(TensorProto.DataType.Name(data_type)).lower()
     except ValueError:
@@ -74,7 +74,7 @@ def dtype_name(data_type: int) -> str:
 
 
 def is_numeric(tensor: TensorProto) -> bool:
-    """Whether zero means something in this type and we can read it."""
+    """Whether the type is numeric and supported by `read_values`."""
     return tensor.data_type in _PLAIN or tensor.data_type in _AS_BITS or tensor.data_type in _PACKED_BITS
 
 
@@ -84,13 +84,14 @@ def is_addressable(tensor: TensorProto) -> bool:
 
 
 def read_values(tensor: TensorProto, folder: Path | None) -> StoredValues:
-    """A tensor's values; external data is mapped, not read, and only from below `folder`.
+    """A tensor's values; external data is memory-mapped, and only files inside `folder` are opened.
 
     Raises:
-        TensorError: The size does not match the data, external data lies elsewhere or is too short, or it is not numeric.
+        TensorError: The size does not match the data, external data is outside `folder` or too short, or the type is not
+            numeric.
     """
     shape = tuple(tensor.dims)
-    if len(shape) > _LARGEST_RANK:
+    if len(shape) > _MAX_RANK:
         raise TensorError(f"{len(shape)} dimensions")
     if any(d < 0 for d in shape):
         raise TensorError(f"negative dimensions {shape}")
@@ -114,12 +115,12 @@ def _flat(tensor: TensorProto, dtype: np.dtype[Any], size: int, folder: Path | N
     if tensor.HasField("raw_data"):
         data = tensor.raw_data
         if len(data) != size * dtype.itemsize:
-            raise TensorError(f"{tuple(tensor.dims)} needs {size * dtype.itemsize} bytes, the file has {len(data)}")
+            raise TensorError(f"{tuple(tensor.dims)} needs {size * dtype.itemsize} bytes, but the file has {len(data)}")
         return np.frombuffer(data, dtype)
     field = _typed_field(tensor, size)
     values = np.fromiter(field, np.dtype(type(field[0])) if size else np.float32, size)
     if tensor.data_type in _AS_BITS:
-        # Small floats lie in int32_data as their bits.
+        # int32_data holds the bits of small floats.
         return values.astype(np.int64).astype(dtype)
     return values.astype(dtype)
 
@@ -128,7 +129,7 @@ def _typed_field(tensor: TensorProto, size: int) -> Any:
     lengths = {name: len(getattr(tensor, name)) for name in _TYPED_FIELDS}
     name = max(lengths, key=lambda n: lengths[n])
     if lengths[name] != size:
-        raise TensorError(f"{tuple(tensor.dims)} needs {size} elements, the file has {lengths[name]}")
+        raise TensorError(f"{tuple(tensor.dims)} needs {size} elements, but the file has {lengths[name]}")
     return getattr(tensor, name)
 
 
@@ -142,9 +143,9 @@ def _packed(tensor: TensorProto, shape: tuple[int, ...], size: int, folder: Path
     else:
         inline = tensor
         if tensor.HasField("raw_data") and len(tensor.raw_data) != needed:
-            raise TensorError(f"{shape} needs {needed} bytes, the file has {len(tensor.raw_data)}")
+            raise TensorError(f"{shape} needs {needed} bytes, but the file has {len(tensor.raw_data)}")
         if not tensor.HasField("raw_data") and len(tensor.int32_data) != needed:
-            raise TensorError(f"{shape} needs {needed} packed elements, the file has {len(tensor.int32_data)}")
+            raise TensorError(f"{shape} needs {needed} packed elements, but the file has {len(tensor.int32_data)}")
     try:
         unpacked = numpy_helper.to_array(inline)
     except (ValueError, TypeError, KeyError) as error:
@@ -163,14 +164,14 @@ def _external(tensor: TensorProto, dtype: np.dtype[Any], size: int, folder: Path
         ) from error
     needed = size * dtype.itemsize
     if length != needed:
-        raise TensorError(f"{tuple(tensor.dims)} needs {needed} bytes, the file gives it {length}")
+        raise TensorError(f"{tuple(tensor.dims)} needs {needed} bytes, but the file declares {length}")
     available = path.stat().st_size
     if offset < 0 or offset + needed > available:
         raise TensorError(f"external data ends at byte {offset + needed} of {path.name}, which has {available}")
     if size == 0:
         return np.empty(0, dtype)
     mapped = np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=(needed,))
-    # A plain array over the same bytes: every slice of a memmap costs a call into Python.
+    # A plain array over the same bytes: each slice of a memmap calls into Python.
     return mapped.view(np.ndarray).view(dtype)
 
 
@@ -178,10 +179,10 @@ def external_path(location: str, folder: Path | None) -> Path:
     """The file of external data.
 
     Raises:
-        TensorError: It lies outside the model's folder, links included, or is missing.
+        TensorError: The file is missing or outside the model's folder, also by a symbolic link.
     """
     if folder is None:
-        raise TensorError("external data, and no folder to find it in: give the path, not the parsed model")
+        raise TensorError("external data without a folder to find it in: give the path, not the parsed model")
     root = folder.resolve()
     try:
         path = (root / location).resolve()

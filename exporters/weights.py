@@ -1,4 +1,8 @@
-"""The walk from an ONNX op back to its constant weight, with the reduction axis carried through what lies between."""
+"""The walk from an ONNX op back to its constant weight, through Q/DQ, casts, transposes and reshapes.
+
+It has two passes: from the op to the stored tensor, collecting the nodes in between; then, as the tensor's shape is known,
+over the same nodes to translate the op's reduction axis into an axis of the tensor as stored.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +23,16 @@ _DEQUANTIZE = {"DequantizeLinear", "TRT_FP8DequantizeLinear", "TRT_INT4Dequantiz
 _QUANTIZE = {"QuantizeLinear", "TRT_FP8QuantizeLinear"}
 _SAME_SHAPE = {"Identity", "Cast", *_DEQUANTIZE, *_QUANTIZE}
 _RESHAPING = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
-_DEEPEST = 32
-_LARGEST_RANK = 32
+# Limits on hostile files: nodes in a chain or nested graphs, and dimensions.
+_MAX_DEPTH = 32
+_MAX_RANK = 32
 
 UNBAKED = "the weight is multiplied by a mask in the graph: bake the mask into the weight"
 
 
 @dataclass(frozen=True)
 class ZeroPoint:
-    """What means zero in a quantized tensor: a stored tensor, and the axis along which its values lie."""
+    """The zero point of a quantized weight: a stored tensor, and the axis of the weight that its values run along."""
 
     tensor: onnx.TensorProto
     axis: int
@@ -38,15 +43,15 @@ class WeightUse:
     """One use of a weight by one node.
 
     Attributes:
-        name: Of the initializer or Constant; of the node's input when not constant.
-        node: Of the node that uses it.
+        name: Of the initializer or Constant; of the node's input if that is not constant.
+        node: Name of the node that uses it.
         op: The node's type.
-        tensor: The stored tensor, or None.
-        axis: Its reduction axis, as stored.
+        tensor: The stored tensor; None if it is not constant.
+        axis: Reduction axis of the tensor as stored.
         groups: Of a convolution; 1 otherwise.
-        zero_point: What means zero in a quantized tensor; None for plain zero.
-        reason: Why it can never be N:M, or None.
-        hint: What a reader may want to know about it, or None.
+        zero_point: Of a quantized tensor; None for plain zero.
+        reason: Why it can never be N:M; None if it can.
+        hint: An explanation for the reader of the report, or None.
     """
 
     name: str
@@ -63,7 +68,7 @@ class WeightUse:
 def weight_uses(model: onnx.ModelProto, m: int = 4) -> Iterator[WeightUse]:
     """Every use of a weight by Conv, ConvTranspose, Gemm and MatMul, in the order of the graph.
 
-    Subgraphs and the model's local functions are entered. A MatMul or Gemm of two activations has no weight and is left out.
+    Includes those in subgraphs and local functions. A MatMul or Gemm of two activations has no weight and is omitted.
     """
     functions = {(f.domain, f.name): f for f in model.functions}
     yield from _walk(_Scope.of(model.graph, None), model.graph.node, functions, m, 0)
@@ -71,33 +76,33 @@ def weight_uses(model: onnx.ModelProto, m: int = 4) -> Iterator[WeightUse]:
 
 @dataclass(frozen=True)
 class _Scope:
-    """The names that nodes of one graph can see."""
+    """The names that are visible to the nodes of one graph."""
 
     constants: Mapping[str, onnx.TensorProto]
-    makers: Mapping[str, onnx.NodeProto]
+    producers: Mapping[str, onnx.NodeProto]
     outer: _Scope | None
-    # A function's formal inputs, and what its caller passes for them.
+    # The formal inputs of a function, with the name that the caller passes and the scope of that name.
     passed: Mapping[str, tuple[str, _Scope]] = field(default_factory=dict)
-    # Attributes that the caller gives, for nodes of the function that refer to them.
+    # Attributes of the call, to which nodes of the function refer by name.
     given: Mapping[str, onnx.AttributeProto] = field(default_factory=dict)
 
     @staticmethod
     def of(graph: onnx.GraphProto, outer: _Scope | None) -> _Scope:
-        makers = {name: node for node in graph.node for name in node.output}
+        producers = {name: node for node in graph.node for name in node.output}
         given = outer.given if outer is not None else {}
-        return _Scope({t.name: t for t in graph.initializer}, makers, outer, given=given)
+        return _Scope({t.name: t for t in graph.initializer}, producers, outer, given=given)
 
     def find(self, name: str) -> tuple[onnx.TensorProto | onnx.NodeProto | None, _Scope]:
-        """The tensor or node behind a name, and the scope that it lies in."""
+        """The tensor or node that a name refers to, and the scope that contains it."""
         scope: _Scope | None = self
-        # A function that passes its own input on would lead in circles.
-        for _ in range(_DEEPEST * _DEEPEST):
+        # Bounded: a function that passes its own input to itself would never end.
+        for _ in range(_MAX_DEPTH * _MAX_DEPTH):
             if scope is None:
                 break
             if name in scope.constants:
                 return scope.constants[name], scope
-            if name in scope.makers:
-                return scope.makers[name], scope
+            if name in scope.producers:
+                return scope.producers[name], scope
             if name in scope.passed:
                 name, scope = scope.passed[name]
             else:
@@ -114,7 +119,7 @@ def _walk(
     for node in nodes:
         if node.op_type in WEIGHT_OPS and node.domain in ("", "ai.onnx"):
             yield from _uses_of(node, scope, m)
-        if depth >= _DEEPEST:
+        if depth >= _MAX_DEPTH:
             continue
         for graph in subgraphs(node):
             yield from _walk(_Scope.of(graph, scope), graph.node, functions, m, depth + 1)
@@ -127,7 +132,7 @@ def _inside(function: onnx.FunctionProto, call: onnx.NodeProto, caller: _Scope) 
     defaults = {a.name: a for a in function.attribute_proto}
     return _Scope(
         constants={},
-        makers={name: node for node in function.node for name in node.output},
+        producers={name: node for node in function.node for name in node.output},
         outer=None,
         passed={formal: (actual, caller) for formal, actual in zip(function.input, call.input, strict=False)},
         given={**defaults, **{a.name: a for a in call.attribute}},
@@ -166,17 +171,17 @@ _Traced = tuple[str, onnx.TensorProto, int, ZeroPoint | None]
 
 
 def _trace(name: str, axis: int, scope: _Scope) -> _Traced | None:
-    """Follow `name` to a stored tensor; None when something computes it, or when no stored axis is the reduction axis."""
+    """Follow `name` to a stored tensor; None if it is computed, or if the reduction axis is not one stored axis."""
     between: list[tuple[onnx.NodeProto, _Scope]] = []
-    for _ in range(_DEEPEST):
+    for _ in range(_MAX_DEPTH):
         found, scope = scope.find(name)
         if isinstance(found, onnx.TensorProto):
-            return _settle(found.name or name, found, axis, between)
+            return _translate_axis(found.name or name, found, axis, between)
         if found is None:
             return None
         if found.op_type == "Constant":
             value = _attributes(found, scope).get("value")
-            return _settle(name, value, axis, between) if isinstance(value, onnx.TensorProto) else None
+            return _translate_axis(name, value, axis, between) if isinstance(value, onnx.TensorProto) else None
         if found.op_type not in _SAME_SHAPE | _RESHAPING or not found.input:
             return None
         between.append((found, scope))
@@ -184,9 +189,11 @@ def _trace(name: str, axis: int, scope: _Scope) -> _Traced | None:
     return None
 
 
-def _settle(
+def _translate_axis(
     name: str, tensor: onnx.TensorProto, axis: int, between: Sequence[tuple[onnx.NodeProto, _Scope]]
 ) -> _Traced | None:
+    """The traced weight, its axis translated from the op's operand to the stored tensor; None if that is impossible."""
+    # Forward, from the tensor to the op: the shape after each node.
     shapes = [tuple(tensor.dims)]
     for node, scope in reversed(between):
         shape = _output_shape(node, scope, shapes[-1])
@@ -197,14 +204,14 @@ def _settle(
         return None
     axis %= len(shapes[-1])
     zero_point: ZeroPoint | None = None
-    # Now from the op back to the tensor: shapes[i] goes into reversed(between)[i].
+    # Backward, from the op to the tensor: the axis before each node.
     for (node, scope), before, after in zip(between, shapes[-2::-1], shapes[:0:-1], strict=True):
-        found = _axis_before(node, scope, axis, before, after)
-        if found is None:
+        previous = _axis_before(node, scope, axis, before, after)
+        if previous is None:
             return None
-        axis = found
+        axis = previous
         if node.op_type in _QUANTIZE:
-            # What is stored is not quantized yet: its zero is 0.
+            # The stored tensor is a float that this node quantizes: its zero is 0.
             zero_point = None
         elif node.op_type in _DEQUANTIZE and len(node.input) > 2 and node.input[2]:
             stored = _constant(node.input[2], scope)
@@ -218,7 +225,7 @@ def _settle(
 
 
 def _output_shape(node: onnx.NodeProto, scope: _Scope, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape that a node between tensor and op makes of `shape`; None when it cannot be told or does not fit."""
+    """The output shape of a node for an input of `shape`; None if it is unknown or does not fit."""
     if node.op_type in _SAME_SHAPE:
         return shape
     attributes = _attributes(node, scope)
@@ -261,12 +268,12 @@ def _reshaped(shape: tuple[int, ...], target: list[int], allowzero: bool) -> tup
 def _axis_before(
     node: onnx.NodeProto, scope: _Scope, axis: int, before: tuple[int, ...], after: tuple[int, ...]
 ) -> int | None:
-    """Which axis of `before` is `axis` of `after`; None when a reshape split or merged it."""
+    """The axis of `before` that becomes `axis` of `after`; None if a reshape split or merged it."""
     if node.op_type in _SAME_SHAPE:
         return axis
     if node.op_type == "Transpose":
         return _perm(_attributes(node, scope), len(before))[axis]
-    # What only reshapes keeps the order of elements: the same axis has as many elements before it, and its own length.
+    # Reshapes keep the order of elements: the same axis has the same product of lengths before it, and the same length.
     outer = math.prod(after[:axis])
     for i, length in enumerate(before):
         if math.prod(before[:i]) == outer and length == after[axis]:
@@ -275,12 +282,12 @@ def _axis_before(
 
 
 def _masked_in_graph(name: str, scope: _Scope) -> str | None:
-    """The weight's name, where the operand is a product of two stored tensors: a mask that was not baked."""
-    maker, scope = scope.find(name)
-    if not isinstance(maker, onnx.NodeProto) or maker.op_type not in ("Mul", "Where"):
+    """The weight's name if the operand is a product of two stored tensors: a mask that was not baked."""
+    producer, scope = scope.find(name)
+    if not isinstance(producer, onnx.NodeProto) or producer.op_type not in ("Mul", "Where"):
         return None
-    names = [found[0] for operand in maker.input if (found := _trace(operand, 0, scope)) is not None]
-    return names[0 if maker.op_type == "Mul" else 1] if len(names) >= 2 else None
+    names = [found[0] for operand in producer.input if (found := _trace(operand, 0, scope)) is not None]
+    return names[0 if producer.op_type == "Mul" else 1] if len(names) >= 2 else None
 
 
 def _attributes(node: onnx.NodeProto, scope: _Scope) -> dict[str, Any]:
@@ -311,4 +318,4 @@ def _integers(name: str, scope: _Scope) -> list[int] | None:
         values = read_values(tensor, None).array
     except TensorError:
         return None
-    return [int(v) for v in values.reshape(-1)] if values.size <= _LARGEST_RANK else None
+    return [int(v) for v in values.reshape(-1)] if values.size <= _MAX_RANK else None

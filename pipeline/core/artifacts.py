@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from maskplan.pipeline.core.choices import Backend, LayerState, Layout, Precision
+from maskplan.pipeline.core.choices import Backend, LayerState, Layout, OnnxPrecision
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class OnnxModel:
     path: Path
     sha256: str
     bytes: int
-    precision: Precision
+    precision: OnnxPrecision
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     provenance: Provenance | None
@@ -271,7 +271,7 @@ class EngineFile:
     sha256: str
     bytes: int
     backend: Backend
-    precision: Precision
+    precision: OnnxPrecision
     runtime_version: str
     device: str
     compute_capability: str | None

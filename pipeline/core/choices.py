@@ -8,8 +8,12 @@ FloatPrecision = Literal["fp32", "fp16"]
 Precision = Literal["fp32", "fp16", "int8"]
 """Precision of a model; layers of an INT8 model that are not quantized run in one of the other two."""
 
+OnnxPrecision = Literal["fp32", "fp16", "bf16", "int8"]
+"""Precision of an ONNX file of any tool, and of an engine built from it."""
+
 FP32: Final = "fp32"
 FP16: Final = "fp16"
+BF16: Final = "bf16"
 INT8: Final = "int8"
 
 Backend = Literal["tensorrt", "onnxruntime"]

@@ -14,6 +14,7 @@ from maskplan.exporters.external_data import external_tensors, locate_external
 from maskplan.exporters.metadata import load_onnx
 from maskplan.pipeline.core.artifacts import TensorSpec
 from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.ort_session import open_session
 
 Run = Callable[[npt.NDArray[np.float32]], dict[str, npt.NDArray[Any]]]
 
@@ -110,8 +111,6 @@ class Intermediates:
         return run
 
     def _session(self, names: Sequence[str]) -> Any:
-        import onnxruntime
-
         marked = onnx.ModelProto()
         marked.CopyFrom(self.model)
         # With the images' own size every shape that can be told without a run is told.
@@ -122,19 +121,7 @@ class Intermediates:
         # Only what is asked for is computed; ONNX Runtime infers the types.
         del marked.graph.output[:]
         marked.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        if self._external:
-            folder = str(self.path.parent.resolve())
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-        try:
-            return onnxruntime.InferenceSession(marked.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise InputError(
-                "ONNX Runtime does not accept the file",
-                where=self.path,
-                found=str(error).partition("\n")[0],
-                fix="check it with `maskplan check`",
-            ) from error
+        external_data_dir = self.path.parent if self._external else None
+        return open_session(
+            marked.SerializeToString(), self.path, optimized=False, external_data_dir=external_data_dir
+        )

@@ -21,7 +21,7 @@ from maskplan.exporters.conformance import check_2to4
 from maskplan.pipeline.core.artifacts import MaskSet
 from maskplan.pipeline.core.choices import CONFORMING, DENSE_BY_CHOICE, INELIGIBLE, MAGNITUDE, PASS
 from maskplan.pipeline.core.reports import ConformanceReport
-from maskplan.pipeline.models.checkpoint import ModelOptions, module_of
+from maskplan.pipeline.models.checkpoint import ModelOptions, load_module
 from maskplan.pipeline.recipe import Recipe
 from maskplan.pipeline.stages import model as stages
 from maskplan.pipeline.stages import onnx_files
@@ -141,7 +141,7 @@ def go_through(name: str, folder: Path) -> None:
         checkpoint = stages.load(job)
         how = checkpoint.provenance.preprocessing
         x = torch.randn(2, how.channels, how.height, how.width, generator=torch.Generator().manual_seed(1))
-        dense, masked = expected_reasons(module_of(job.model, checkpoint), x[:1])
+        dense, masked = expected_reasons(load_module(job.model, checkpoint), x[:1])
         masks = stages.mask(job, checkpoint, MAGNITUDE, None)
         assert_masks(name, masks, dense, masked)
         sparse = stages.bake_and_recalibrate(job, checkpoint, masks, "sparse", ws.path("sparse.safetensors"), None)
@@ -154,7 +154,7 @@ def go_through(name: str, folder: Path) -> None:
         record = build_engine(exported.fp32, BuildOptions("onnxruntime"), ws.path("engine.onnx"))
         assert record.provenance is not None
         assert not record.provenance.trained
-        engine, module = open_engine(record), module_of(job.model, sparse)
+        engine, module = open_engine(record), load_module(job.model, sparse)
         for batch in (1, 2):
             with torch.no_grad():
                 expected = module(x[:batch]).numpy()

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from maskplan.exporters.half_range import LARGEST, beyond_half, unfit_scales
+from maskplan.exporters.half_range import MAX_FP16, fp16_overflows, unrepresentable_scales
 
 
 def chain(*nodes: onnx.NodeProto, **tensors: object) -> onnx.ModelProto:
@@ -26,38 +26,38 @@ def step(op: str, inputs: list[str], output: str) -> onnx.NodeProto:
 @pytest.mark.parametrize(
     ("largest", "margin", "over"),
     [
-        (LARGEST, 1.0, False),
-        (math.nextafter(LARGEST, math.inf), 1.0, True),
-        (LARGEST / 2, 2.0, False),
-        (LARGEST / 2 + 1, 2.0, True),
-        (LARGEST / 4, 2.0, False),
+        (MAX_FP16, 1.0, False),
+        (math.nextafter(MAX_FP16, math.inf), 1.0, True),
+        (MAX_FP16 / 2, 2.0, False),
+        (MAX_FP16 / 2 + 1, 2.0, True),
+        (MAX_FP16 / 4, 2.0, False),
         (math.inf, 1.0, True),
         (math.nan, 1.0, True),
     ],
 )
 def test_a_tensor_is_named_when_it_exceeds_half_with_the_margin(largest: float, margin: float, over: bool) -> None:
     model = chain(step("Exp", ["x"], "y"))
-    assert list(beyond_half(model, {"y": largest}, margin)) == (["y"] if over else [])
+    assert list(fp16_overflows(model, {"y": largest}, margin)) == (["y"] if over else [])
 
 
 def test_the_margin_is_two_unless_told() -> None:
     model = chain(step("Exp", ["x"], "y"))
-    assert beyond_half(model, {"y": 32753.0}) == {"y": 32753.0}
-    assert beyond_half(model, {"y": 32752.0}) == {}
+    assert fp16_overflows(model, {"y": 32753.0}) == {"y": 32753.0}
+    assert fp16_overflows(model, {"y": 32752.0}) == {}
 
 
 def test_tensors_are_named_in_the_order_of_the_graph_and_others_passed_over() -> None:
     model = chain(step("Exp", ["x"], "a"), step("Exp", ["a"], "b"), step("Exp", ["b"], "y"))
     ranges = {"y": 1e6, "of another model": 1e9, "a": 1e5, "b": 1.0, "x": 1e7}
-    assert list(beyond_half(model, ranges).items()) == [("x", 1e7), ("a", 1e5), ("y", 1e6)]
+    assert list(fp16_overflows(model, ranges).items()) == [("x", 1e7), ("a", 1e5), ("y", 1e6)]
 
 
 def test_what_nobody_measured_counts_as_large_as_what_it_was_made_from() -> None:
     model = chain(
         step("Exp", ["x"], "a"), step("Relu", ["a"], "r"), step("ReduceMean", ["r"], "f"), step("Exp", ["f"], "y")
     )
-    assert beyond_half(model, {"a": 1e5}) == {"a": 1e5, "r": 1e5, "f": 1e5}
-    assert beyond_half(model, {"a": 1e5, "r": 10.0}) == {"a": 1e5}
+    assert fp16_overflows(model, {"a": 1e5}) == {"a": 1e5, "r": 1e5, "f": 1e5}
+    assert fp16_overflows(model, {"a": 1e5, "r": 10.0}) == {"a": 1e5}
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_scale_fits_where_it_and_what_its_integers_stand_for_do(scale: float, 
         s=np.float32(scale),
         z=np.zeros((), kind),
     )
-    found = unfit_scales(model.graph)
+    found = unrepresentable_scales(model.graph)
     assert len(found) == (2 if unfit else 0)
     assert all(text.startswith(("q (s ", "y (s ")) for text in found)
 
@@ -92,22 +92,22 @@ def test_only_what_overflows_asks_for_the_tensor_before_it() -> None:
     for scale, before in ((1e-6, False), (1e4, True)):
         nodes = step("QuantizeLinear", ["x", "s", "z"], "q"), step("DequantizeLinear", ["q", "s", "z"], "y")
         model = chain(*nodes, s=np.float32(scale), z=np.int8(0))
-        kept = {name for names in unfit_scales(model.graph).values() for name in names}
+        kept = {name for names in unrepresentable_scales(model.graph).values() for name in names}
         assert kept == {"q", "y", *(["x"] if before else [])}
 
 
 def test_without_a_zero_point_the_integers_are_unsigned_and_a_far_one_reaches_farther() -> None:
     plain = chain(step("QuantizeLinear", ["x", "s"], "q"), s=np.float32(300))
-    assert unfit_scales(plain.graph)
+    assert unrepresentable_scales(plain.graph)
     for zero, unfit in ((0, False), (-128, True)):
         model = chain(step("QuantizeLinear", ["x", "s", "z"], "q"), s=np.float32(300), z=np.int8(zero))
-        assert bool(unfit_scales(model.graph)) == unfit
+        assert bool(unrepresentable_scales(model.graph)) == unfit
 
 
 def test_scales_of_constant_nodes_are_found_and_computed_or_half_ones_are_left() -> None:
     scale = helper.make_node("Constant", [], ["s"], value=numpy_helper.from_array(np.float32(1e-7)))
-    assert unfit_scales(chain(scale, step("QuantizeLinear", ["x", "s"], "q")).graph)
+    assert unrepresentable_scales(chain(scale, step("QuantizeLinear", ["x", "s"], "q")).graph)
     computed = chain(step("ReduceMax", ["x"], "s"), step("QuantizeLinear", ["x", "s"], "q"))
-    assert not unfit_scales(computed.graph)
+    assert not unrepresentable_scales(computed.graph)
     half = chain(step("QuantizeLinear", ["x", "s"], "q"), s=np.float16(1e-7))
-    assert not unfit_scales(half.graph)
+    assert not unrepresentable_scales(half.graph)

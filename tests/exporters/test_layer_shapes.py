@@ -55,7 +55,7 @@ def test_a_convolutions_output_is_as_large_as_onnx_runtimes(attributes: dict[str
     assert found.shapes["w"].output == wanted.shape[2:]
     assert (found.shapes["w"].height, found.shapes["w"].width) == (11, 13)
     assert (found.weights["w"] == numpy_helper.to_array(model.graph.initializer[0])).all()
-    assert found.left_out == {}
+    assert found.skipped == {}
 
 
 def test_sizes_behind_other_layers_are_inferred_with_a_dynamic_batch() -> None:
@@ -108,4 +108,4 @@ def test_only_the_named_weights_are_read() -> None:
 def test_what_cannot_be_told_is_left_out_with_the_reason(model: onnx.ModelProto, why: str) -> None:
     found = shaped_weights(model, {"w"})
     assert (dict(found.shapes), dict(found.weights)) == ({}, {})
-    assert why in found.left_out["w"]
+    assert why in found.skipped["w"]

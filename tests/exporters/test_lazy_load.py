@@ -5,7 +5,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from maskplan.exporters.lazy_load import load_mapped
+from maskplan.exporters.lazy_load import load_lazily
 from maskplan.exporters.tensors import read_values
 from maskplan.pipeline.core.errors import InputError
 
@@ -13,7 +13,7 @@ from maskplan.pipeline.core.errors import InputError
 def test_large_weights_are_read_from_where_they_lie(finished_digits: Path) -> None:
     for name in ("sparse.onnx", "dense.fp16.onnx"):
         path = finished_digits / name
-        whole, mapped = onnx.load(path), load_mapped(path)
+        whole, mapped = onnx.load(path), load_lazily(path)
         assert mapped.ByteSize() < path.stat().st_size / 4
         for plain, tensor in zip(whole.graph.initializer, mapped.graph.initializer, strict=True):
             assert (plain.name, list(plain.dims), plain.data_type) == (tensor.name, list(tensor.dims), tensor.data_type)
@@ -35,7 +35,7 @@ def test_tensors_that_are_external_already_keep_their_place(tmp_path: Path) -> N
     model = helper.make_model(helper.make_graph([node], "g", ends[:1], ends[1:], [tensor]))
     path = tmp_path / "m.onnx"
     path.write_bytes(model.SerializeToString())
-    (found,) = load_mapped(path).graph.initializer
+    (found,) = load_lazily(path).graph.initializer
     assert [(e.key, e.value) for e in found.external_data] == [("location", "elsewhere.bin")]
 
 
@@ -44,4 +44,4 @@ def test_what_is_no_message_is_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(data)
     with pytest.raises(InputError, match="not an ONNX file"):
-        load_mapped(path)
+        load_lazily(path)
