@@ -1,18 +1,22 @@
-"""Where Q/DQ pairs go, for TensorRT: read from the graph alone, before any range is known.
+"""Placement of Q/DQ pairs for TensorRT, decided from the graph alone, before any range is known.
 
-The rules, after NVIDIA's placement recommendations for explicit quantization:
+The rules follow NVIDIA's placement recommendations for explicit quantization:
 
 - The data input and the weight of every Conv, and of every Gemm and MatMul with a constant second operand, are quantized;
   biases stay float.
-- The output of a layer is not: between a convolution and its BatchNorm, activation or residual addition nothing may stand,
-  or they no longer fuse. Of a residual addition only the skip is quantized; when both operands come from convolutions, the
-  deeper one is fused and the other is the skip.
-- Operators that only move values (max pooling, reshapes, splits, concatenation, ...) have a pair before them and one after
-  them, of one scale, when all that read their result are quantized: the values go through them as INT8. Rounding twice with
-  one scale changes nothing. If anything else reads the result, it is moved in float, and quantized after.
-- All inputs of a concatenation have one scale, if any is quantized.
-- Averages compute, so they end such a path: their result is quantized where a layer reads it, their input is not.
-- A tensor that many read is quantized once, and dequantized once for each reader.
+- The output of a layer is not quantized by default: a Q/DQ pair between a convolution and its BatchNorm, activation or
+  residual addition would prevent their fusion. Of a residual addition only the skip connection is quantized; if both operands
+  come from convolutions, the deeper one is fused and the other one is the skip connection.
+- Operators that only move values (max pooling, reshapes, splits, concatenation, ...) have a pair before and a pair after them,
+  with the same scale, if all readers of their output are quantized: the values pass through as INT8. Rounding twice with the
+  same scale changes nothing. If there is another reader, the values are moved in float and quantized afterwards.
+- All inputs of a concatenation share one scale if any of them is quantized.
+- Average pooling computes, so it ends such a path: its output is quantized if a layer reads it, its input is not.
+- A tensor with several readers is quantized once, and dequantized once for each reader.
+
+Throughout, a place for a pair is an edge: a reader of a tensor, as (node index, input index). `place` builds the set of edges
+in three steps: the data inputs of the layers and the skip connections; with `quantize_outputs`, the readers of what the layers
+return; then it pushes edges from behind moving operators to before them.
 """
 
 from __future__ import annotations
@@ -25,13 +29,14 @@ import onnx
 from onnx import TensorProto
 
 from maskplan.calibration.graph import STANDARD, Graph, attributes_of
+from maskplan.exporters.metadata import opset_of
 from maskplan.exporters.subgraphs import model_nodes
 from maskplan.exporters.tensors import dtype_name
-from maskplan.exporters.weight_ops import QUANTIZABLE_OPS, WEIGHT_OPS
 from maskplan.pipeline.core.errors import InputError, listed
+from maskplan.pipeline.core.weight_ops import QUANTIZABLE_OPS, WEIGHT_OPS
 
-OLDEST_OPSET = 13
-"""The first opset whose DequantizeLinear has a scale for each channel."""
+MIN_OPSET = 13
+"""The first opset whose DequantizeLinear has per-channel scales."""
 
 _QUANTIZED_OPS = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"}
 _ADDITIONS = {"Add", "Sum"}
@@ -49,8 +54,8 @@ _ACTIVATIONS = {
 }
 _ACTIVATIONS |= {"HardSwish", "Tanh", "Softplus", "Softsign", "Mish", "Gelu", "Swish"}
 _ARITHMETIC = {"Add", "Sub", "Mul", "Div"}
-# Nodes between a tensor and the product that makes a gate of them: x * clip(x + 3, 0, 6) / 6 has three.
-_LONGEST_GATE = 4
+# Nodes between a tensor and the product that gates it: x * clip(x + 3, 0, 6) / 6 has three.
+_MAX_GATE_NODES = 4
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,9 @@ class PlaceOptions:
     """What to quantize.
 
     Attributes:
-        exclude: Patterns of names of nodes or weights; these layers stay in float.
-        quantize_outputs: Quantize also what a layer hands on, after the activation and addition that fuse with it, so
-            that INT8-in/INT8-out kernels can be chosen. What the graph returns stays float.
+        exclude: Patterns (globs) of names of nodes or weights; these layers stay in float.
+        quantize_outputs: Also quantize the output of a layer, behind the activation and addition that fuse with it, to
+            allow kernels with INT8 inputs and outputs. Outputs of the graph stay float.
     """
 
     exclude: tuple[str, ...] = ()
@@ -73,8 +78,8 @@ class Activation:
 
     Attributes:
         tensor: Its name.
-        uses: Who reads the dequantized values: a node, as `graph.node_names` calls it, and the index of its input. All other
-            readers keep the float tensor.
+        uses: The readers of the dequantized values: a node's name from `graph.node_names`, and the index of its input. All
+            other readers keep the float tensor.
     """
 
     tensor: str
@@ -96,10 +101,10 @@ class Placement:
     """Where Q/DQ pairs go.
 
     Attributes:
-        activations: In the order in which the graph makes them.
+        activations: In the order in which the graph produces them.
         weights: One for each quantized layer, in the order of the graph.
-        tied: Groups of `activations` that must have one scale.
-        in_float: Layers that stay in float, and why.
+        tied: Groups of `activations` that must share one scale.
+        in_float: Layers that stay in float, with the reason.
     """
 
     activations: tuple[Activation, ...]
@@ -118,44 +123,45 @@ def place(model: onnx.ModelProto, options: PlaceOptions | None = None) -> Placem
     options = options or PlaceOptions()
     require_float_graph(model)
     graph = Graph(model.graph)
-    layers = _choose(list(_layers(graph)), options.exclude)
-    chosen = {layer.node: layer for layer in layers if layer.reason is None}
-    fused = _fused_additions(graph, chosen)
-    # An edge is a node and the index of its input.
-    edges = {(node, 0) for node in chosen} | {(node, 1 - main) for node, main in fused.items()}
+    layers = _with_exclusions(list(_layers(graph)), options.exclude)
+    quantized = {layer.node: layer for layer in layers if layer.reason is None}
+    fused = _fused_additions(graph, quantized)
+    edges = {(node, 0) for node in quantized} | {(node, 1 - main) for node, main in fused.items()}
     if options.quantize_outputs:
         in_float = {layer.node for layer in layers if layer.reason is not None}
-        edges |= _output_edges(graph, chosen, fused, in_float)
+        edges |= _output_edges(graph, quantized, fused, in_float)
     moves = _quantized_moves(graph, edges)
     return Placement(
         tuple(_activations(graph, edges)),
-        tuple(QuantizedWeight(layer.weight, graph.names[layer.node], 1, layer.axis) for layer in chosen.values()),
+        tuple(QuantizedWeight(layer.weight, graph.names[layer.node], 1, layer.axis) for layer in quantized.values()),
         tuple(_tied(graph, edges, moves)),
         tuple((graph.names[layer.node], layer.reason) for layer in layers if layer.reason is not None),
     )
 
 
 def require_float_graph(model: onnx.ModelProto) -> None:
-    """See that a model can be given Q/DQ.
+    """Raise unless Q/DQ can be inserted into a model.
 
     Raises:
-        InputError: It has some already, or its opset is too old.
+        InputError: It has Q/DQ already, or its opset is too old.
     """
-    found = [
+    quantized_nodes = [
         f"{node.op_type} {node.name or node.output[0]}"
         for node in model_nodes(model)
         if node.op_type in _QUANTIZED_OPS or node.op_type.startswith("QLinear")
     ]
-    if found:
+    if quantized_nodes:
         raise InputError(
-            "the model is already quantized", found=listed(found, 3), fix="calibrate the FP32 model it was made from"
+            "the model is already quantized",
+            found=listed(quantized_nodes, 3),
+            fix="calibrate the FP32 model from which it was created",
         )
-    opset = next((o.version for o in model.opset_import if o.domain in STANDARD), 0)
-    if opset < OLDEST_OPSET:
+    opset = opset_of(model)
+    if opset < MIN_OPSET:
         raise InputError(
             "the model's opset is too old for Q/DQ",
             found=f"opset {opset}",
-            fix=f"export it again with opset {OLDEST_OPSET} or later; for FP16 beside INT8, 19 or later",
+            fix=f"export it again with opset {MIN_OPSET} or later; INT8 with FP16 needs 19 or later",
         )
 
 
@@ -169,7 +175,7 @@ class _Layer:
 
 
 def _layers(graph: Graph) -> Iterator[_Layer]:
-    """Every Conv, Gemm and MatMul; those of two activations are left out."""
+    """Every Conv, Gemm and MatMul, without products of two activations; `reason` is set if it cannot be quantized."""
     axes: dict[str, int] = {}
     for n, node in enumerate(graph.nodes):
         if node.op_type not in QUANTIZABLE_OPS or node.domain not in STANDARD:
@@ -188,42 +194,43 @@ def _layers(graph: Graph) -> Iterator[_Layer]:
             reason = f"its weight is {dtype_name(tensor.data_type)}, not float32"
         elif not op.is_convolution and len(tensor.dims) != 2:
             reason = f"its weight has {len(tensor.dims)} dimensions"
-        elif weight in graph.seen_outside:
-            reason = "its weight is also read elsewhere"
+        elif weight in graph.read_elsewhere:
+            reason = "its weight is also an output or read by a subgraph"
         elif axes.setdefault(weight, axis) != axis:
             reason = "its weight is quantized along another axis for another layer"
         yield _Layer(n, graph.names[n], weight, axis, reason)
 
 
-def _choose(layers: list[_Layer], exclude: tuple[str, ...]) -> list[_Layer]:
+def _with_exclusions(layers: list[_Layer], exclude: tuple[str, ...]) -> list[_Layer]:
     """The same layers, with a reason for those that the user excludes."""
-    idle = [g for g in exclude if not any(_matches(layer, g) for layer in layers)]
-    if idle:
+    unmatched = [g for g in exclude if not any(_matches(layer, g) for layer in layers)]
+    if unmatched:
         raise InputError(
-            "no layer matches what is to be excluded",
-            found=listed(idle),
-            fix=f"choose from: {', '.join(layer.name for layer in layers) or 'no layers at all'}",
+            "patterns of layers to exclude match no layer",
+            found=listed(unmatched),
+            fix=f"choose from: {', '.join(layer.name for layer in layers) or 'the model has no layers'}",
         )
-    chosen = []
+    marked = []
     for layer in layers:
         glob = next((g for g in exclude if _matches(layer, g)), None)
         reason = layer.reason if glob is None else f"excluded by {glob!r}"
-        chosen.append(_Layer(layer.node, layer.name, layer.weight, layer.axis, reason))
-    if all(layer.reason is not None for layer in chosen):
+        marked.append(_Layer(layer.node, layer.name, layer.weight, layer.axis, reason))
+    if all(layer.reason is not None for layer in marked):
         raise InputError(
             "no layer can be quantized",
-            found=listed((f"{layer.name}: {layer.reason}" for layer in chosen), 3) or "no Conv, Gemm or MatMul",
-            fix="give an FP32 model, and exclude fewer layers",
+            found=listed((f"{layer.name}: {layer.reason}" for layer in marked), 3) or "no Conv, Gemm or MatMul",
+            fix="give an FP32 model, or exclude fewer layers",
         )
-    return chosen
+    return marked
 
 
 def _matches(layer: _Layer, glob: str) -> bool:
     return fnmatch.fnmatchcase(layer.name, glob) or fnmatch.fnmatchcase(layer.weight, glob)
 
 
-def _fused_additions(graph: Graph, chosen: Mapping[int, _Layer]) -> dict[int, int]:
-    """Additions that fuse with a quantized convolution, and which of the two inputs comes from it."""
+def _fused_additions(graph: Graph, quantized: Mapping[int, _Layer]) -> dict[int, int]:
+    """Residual additions that fuse with a quantized convolution, with the index of the input that comes from it."""
+    # Layers on the longest path to a tensor.
     depth: dict[str, int] = {}
     fused = {}
     for n, node in enumerate(graph.nodes):
@@ -233,17 +240,17 @@ def _fused_additions(graph: Graph, chosen: Mapping[int, _Layer]) -> dict[int, in
             continue
         if any(name in graph.constants for name in node.input):
             continue
-        mains = [i for i, name in enumerate(node.input) if _convolution_behind(graph, name) in chosen]
+        mains = [i for i, name in enumerate(node.input) if _convolution_behind(graph, name) in quantized]
         if mains:
-            # Of two equally deep ones the later: when it runs, the other is done.
-            fused[n] = max(mains, key=lambda i: (depth[node.input[i]], graph.makers[node.input[i]]))
+            # Of two at the same depth the later one: when it runs, the other result exists.
+            fused[n] = max(mains, key=lambda i: (depth[node.input[i]], graph.producers[node.input[i]]))
     return fused
 
 
 def _convolution_behind(graph: Graph, tensor: str) -> int | None:
-    """The convolution that makes a tensor which only one node reads, itself or with what folds into it."""
-    while tensor in graph.makers and graph.only_reader(tensor):
-        n = graph.makers[tensor]
+    """The convolution that produces a tensor, directly or through nodes that fold into it; None if others read a value between."""
+    while tensor in graph.producers and graph.only_reader(tensor):
+        n = graph.producers[tensor]
         if graph.nodes[n].op_type == "Conv":
             return n
         if not _folds(graph, n):
@@ -253,7 +260,7 @@ def _convolution_behind(graph: Graph, tensor: str) -> int | None:
 
 
 def _folds(graph: Graph, n: int) -> bool:
-    """Whether a node is BatchNorm, or arithmetic with a constant: what an engine folds into the layer before."""
+    """Whether an engine folds a node into the layer before: BatchNorm, or arithmetic with a constant."""
     node = graph.nodes[n]
     if node.op_type == "BatchNormalization":
         return True
@@ -261,33 +268,35 @@ def _folds(graph: Graph, n: int) -> bool:
 
 
 def _output_edges(
-    graph: Graph, chosen: Iterable[int], fused: Mapping[int, int], in_float: set[int]
+    graph: Graph, quantized: Iterable[int], fused: Mapping[int, int], in_float: set[int]
 ) -> set[tuple[int, int]]:
-    """Who reads what the layers hand on: all but layers in float, the graph's outputs, and moves that lead there."""
+    """The edges that read the layers' outputs, except those of layers in float and of moves towards float readers."""
+    # Edges that must not be quantized. Backward, so that a chain of moves that ends in float is found as a whole.
     closed = {(n, 0) for n in in_float}
     for n in reversed(range(len(graph.nodes))):
         node = graph.nodes[n]
-        leads_there = any(
-            name in graph.seen_outside or any(edge in closed for edge in graph.readers.get(name, ()))
+        reaches_float = any(
+            name in graph.read_elsewhere or any(edge in closed for edge in graph.readers.get(name, ()))
             for name in node.output
         )
-        constant = node.op_type == "Concat" and not graph.moves(n)
-        if constant or (leads_there and graph.moves(n)):
+        joins_constant = node.op_type == "Concat" and not graph.moves(n)
+        if joins_constant or (reaches_float and graph.moves(n)):
             closed.update((n, i) for i in range(len(node.input)))
     edges = set()
-    for layer in chosen:
+    for layer in quantized:
         for n, i in graph.readers.get(_end_of_fusion(graph, layer, fused), ()):
+            # An activation or addition that could not fuse with this layer computes in float.
             unfused = graph.nodes[n].op_type in _ACTIVATIONS or n in fused
             if (n, i) not in closed and not unfused and graph.nodes[n].op_type not in ("Shape", "Size"):
                 edges.add((n, i))
-    # What is joined has one scale, so all of it is quantized.
+    # Inputs of a concatenation share one scale, so all of them are quantized.
     for n in {n for n, _ in edges if graph.nodes[n].op_type == "Concat"}:
         edges.update((n, i) for i in graph.moved_inputs(n))
     return edges
 
 
 def _end_of_fusion(graph: Graph, layer: int, fused: Mapping[int, int]) -> str:
-    """What a layer hands on after all that fuses with it: BatchNorm, a residual addition, an activation."""
+    """The output of a layer with all that fuses into it: BatchNorm, a residual addition, an activation."""
     tensor: str = graph.nodes[layer].output[0]
     while (reader := graph.only_reader(tensor)) and _folds(graph, reader[0]):
         tensor = graph.nodes[reader[0]].output[0]
@@ -300,14 +309,14 @@ def _end_of_fusion(graph: Graph, layer: int, fused: Mapping[int, int]) -> str:
 
 
 def _gated(graph: Graph, tensor: str) -> str | None:
-    """The product of a tensor and a function of itself (SiLU, hard swish in parts), if that is all that reads it."""
+    """The product of a tensor and a function of itself (SiLU, decomposed hard swish), if nothing else reads the tensor."""
     readers = {n for n, _ in graph.readers.get(tensor, ())}
-    if len(readers) != 2 or tensor in graph.seen_outside:
+    if len(readers) != 2 or tensor in graph.read_elsewhere:
         return None
     for first in readers:
         (product,) = readers - {first}
         n = first
-        for _ in range(_LONGEST_GATE):
+        for _ in range(_MAX_GATE_NODES):
             if graph.nodes[n].op_type not in _ACTIVATIONS and not _folds(graph, n):
                 break
             reader = graph.only_reader(graph.nodes[n].output[0])
@@ -317,26 +326,27 @@ def _gated(graph: Graph, tensor: str) -> str | None:
             if n == product and graph.nodes[n].op_type == "Mul":
                 gated: str = graph.nodes[n].output[0]
                 after = graph.only_reader(gated)
-                # The division by 6.
+                # The division by 6 of hard swish.
                 divides = after is not None and graph.nodes[after[0]].op_type in ("Mul", "Div")
                 return graph.nodes[after[0]].output[0] if after and divides and _folds(graph, after[0]) else gated
     return None
 
 
 def _quantized_moves(graph: Graph, edges: set[tuple[int, int]]) -> set[int]:
-    """Nodes that move INT8 values; adds the edges where such paths begin to `edges`."""
+    """Nodes that move INT8 values; adds the edges at the beginning of such paths to `edges`."""
+    # Backward: whether a node can move INT8 depends on its readers.
     moves: set[int] = set()
     for n in reversed(range(len(graph.nodes))):
         outputs = [name for name in graph.nodes[n].output if name]
         readers = [edge for name in outputs for edge in graph.readers.get(name, ())]
-        if not graph.moves(n) or not readers or graph.seen_outside.intersection(outputs):
+        if not graph.moves(n) or not readers or graph.read_elsewhere.intersection(outputs):
             continue
         if all((r, i) in edges or (r in moves and i in graph.moved_inputs(r)) for r, i in readers):
             moves.add(n)
             if graph.nodes[n].op_type == "Concat":
                 edges.update((n, i) for i in graph.moved_inputs(n))
     for n in moves:
-        if graph.makers.get(graph.nodes[n].input[0]) not in moves:
+        if graph.producers.get(graph.nodes[n].input[0]) not in moves:
             edges.add((n, 0))
     return moves
 
@@ -350,9 +360,10 @@ def _activations(graph: Graph, edges: set[tuple[int, int]]) -> Iterator[Activati
 
 
 def _tied(graph: Graph, edges: set[tuple[int, int]], moves: set[int]) -> Iterator[tuple[str, ...]]:
-    """Groups of quantized tensors with one scale, in the order in which the graph makes them."""
+    """Groups of quantized tensors with one scale, in the order in which the graph produces them."""
     group_of: dict[str, set[str]] = {}
 
+    # Union of overlapping groups: a tensor may belong to a concatenation and to a pooling behind it.
     def tie(tensors: Iterable[str]) -> None:
         merged = set[str]().union(*(group_of.get(tensor, {tensor}) for tensor in tensors))
         group_of.update((tensor, merged) for tensor in merged)

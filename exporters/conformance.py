@@ -15,7 +15,6 @@ from maskplan.exporters.counting import GroupCounts, count_groups
 from maskplan.exporters.lazy_load import load_lazily
 from maskplan.exporters.metadata import read_provenance
 from maskplan.exporters.tensors import Array, StoredValues, TensorError, dtype_name, is_numeric, read_values
-from maskplan.exporters.weight_ops import LIKELY_SPEEDUP_CHANNELS
 from maskplan.exporters.weights import WeightUse, weight_uses
 from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.core.choices import (
@@ -30,6 +29,7 @@ from maskplan.pipeline.core.choices import (
 )
 from maskplan.pipeline.core.errors import InputError, listed
 from maskplan.pipeline.core.reports import ConformanceReport, Violation, WeightVerdict
+from maskplan.pipeline.core.weight_ops import LIKELY_SPEEDUP_CHANNELS
 from maskplan.pipeline.masking.eligibility import DTYPE
 from maskplan.pipeline.masking.patterns import parse_pattern
 

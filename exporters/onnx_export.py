@@ -22,7 +22,6 @@ from maskplan.exporters.half_range import MARGIN, fp16_overflows
 from maskplan.exporters.metadata import describe_onnx, write_provenance
 from maskplan.exporters.precision import to_fp16
 from maskplan.exporters.subgraphs import subgraphs
-from maskplan.exporters.weight_ops import WEIGHT_OPS
 from maskplan.pipeline import __version__
 from maskplan.pipeline.core.artifacts import OnnxModel, Preprocessing, Provenance
 from maskplan.pipeline.core.choices import FP32, FloatPrecision
@@ -30,6 +29,7 @@ from maskplan.pipeline.core.errors import InputError, listed
 from maskplan.pipeline.core.files import write_atomically
 from maskplan.pipeline.core.ort_session import open_session
 from maskplan.pipeline.core.validation import above
+from maskplan.pipeline.core.weight_ops import WEIGHT_OPS
 from maskplan.pipeline.models.layers import sample_input, trace_layers
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from onnx import helper
 
 from maskplan.exporters.subgraphs import subgraphs
 from maskplan.exporters.tensors import TensorError, read_values
-from maskplan.exporters.weight_ops import WEIGHT_OPS
+from maskplan.pipeline.core.weight_ops import WEIGHT_OPS
 from maskplan.pipeline.masking.eligibility import NOT_CONSTANT, ineligible_reason
 
 _DEQUANTIZE = {"DequantizeLinear", "TRT_FP8DequantizeLinear", "TRT_INT4DequantizeLinear"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from maskplan.exporters.weight_ops import SPARSE_OPS
+from maskplan.pipeline.core.weight_ops import SPARSE_OPS
 
 GROUPED, CHANNELS, NOT_CONSTANT, UNSUPPORTED, DTYPE = (
     "grouped",
