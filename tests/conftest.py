@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from PIL import Image
+from report_schema import validate_report
 
 # The same examples every time: what fails in CI fails at home.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -118,6 +119,7 @@ def finished_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("line") / "digits_resnet"
     ran = spawn("engine", "digits_resnet", "--out", out)
     assert ran.code == 0, ran.err
+    validate_report(out / "report.json")
     return out
 
 

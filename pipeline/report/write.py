@@ -18,7 +18,8 @@ from maskplan.pipeline.core.serialization import encode
 from maskplan.pipeline.permutation.record import Permuted
 from maskplan.pipeline.report.record import ReportFile, ReportFiles, RunReport
 
-SCHEMA = 1
+SCHEMA = 2
+"""Version of the keys of report.json; raised when a key is renamed, removed or changes its meaning."""
 
 
 def write_report(report: RunReport, json_path: Path, html_path: Path) -> ReportFiles:

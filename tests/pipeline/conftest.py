@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from report_schema import validate_report
 from small_line import MODEL, RECIPE, Line
 
 from maskplan.pipeline.cli.app import main
@@ -27,6 +28,7 @@ def line(tmp_path_factory: pytest.TempPathFactory, toy_data: Path) -> Line:
     options += ("--recipe", f"{folder}/recipe.toml")
     out = tmp_path_factory.mktemp("first") / "out"
     assert main(["engine", *options, "--out", str(out)]) == 0
+    validate_report(out / "report.json")
     return Line(out, options)
 
 

@@ -264,7 +264,7 @@ def test_an_artifact_that_is_gone_or_changed_is_made_again(
         assert (again.out / timed).is_file()
     for engine in ("engine.onnx", "dense_engine.onnx"):
         assert read_json(again.out / f"{engine}.json")["sha256"] == digests(again.out, [engine])[engine]
-    assert read_json(again.out / "report.json")["schema"] == 1
+    assert read_json(again.out / "report.json")["schema"] == 2
 
 
 def test_the_files_between_two_stages_are_made_again_too(again: Line, line: Line, cli: Callable[..., Any]) -> None:

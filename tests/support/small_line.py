@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from report_schema import validate_values
+
 MODEL = """
 import torch
 from torch import nn
@@ -137,4 +139,8 @@ def digests(folder: Path, names: Sequence[str] = VISIBLE) -> dict[str, str]:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
+    """A file's JSON values; the report of a run must conform to its published schema."""
+    values = json.loads(path.read_text())
+    if path.name == "report.json" and "schema" in values:
+        validate_values(values)
+    return values

@@ -17,6 +17,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 from PIL import Image
+from report_schema import validate_values
 
 from maskplan.engines.ort import OrtEngine
 from maskplan.pipeline.core.reports import ParityReport
@@ -45,7 +46,9 @@ def corrupted(source: Path, out: Path, value: float) -> Path:
 
 
 def report_of(path: Path) -> ParityReport:
-    return decode(ParityReport, json.loads(path.read_text(), parse_constant=pytest.fail))
+    values = json.loads(path.read_text(), parse_constant=pytest.fail)
+    validate_values(values, "ParityReport")
+    return decode(ParityReport, values)
 
 
 def test_equal_models_pass_without_a_flip(cli: Cli, dense: Path, tmp_path: Path) -> None:

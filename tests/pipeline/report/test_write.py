@@ -17,6 +17,7 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import numpy_helper
+from report_schema import validate_report, validate_values
 from safetensors.numpy import load_file
 
 from maskplan.pipeline.core.artifacts import (
@@ -50,7 +51,7 @@ from maskplan.pipeline.masking.statistics import mask_statistics
 from maskplan.pipeline.permutation.record import ChannelGroup, Permutation, Permuted
 from maskplan.pipeline.recipe import Recipe
 from maskplan.pipeline.report.record import RunReport
-from maskplan.pipeline.report.write import as_typed, report_values, weighted_mean, write_report
+from maskplan.pipeline.report.write import SCHEMA, as_typed, report_values, weighted_mean, write_report
 
 # From the design's section on report.json, word for word.
 CONFORMANCE = "verdict eligible conforming violating dense_by_choice ineligible weights"
@@ -89,7 +90,7 @@ def read(path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def values(finished_digits: Path) -> dict[str, Any]:
-    return read(finished_digits / "report.json")
+    return validate_report(finished_digits / "report.json")
 
 
 def keys(text: str) -> set[str]:
@@ -109,7 +110,7 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def test_it_has_every_key_of_the_contract(values: dict[str, Any]) -> None:
-    assert values["schema"] == 1
+    assert values["schema"] == SCHEMA == 2
     assert keys("schema model masks conformance engine parity timing") <= set(values)
     assert values["model"]["trained"] is True
     assert keys(CONFORMANCE) <= set(values["conformance"])
@@ -279,7 +280,9 @@ def small(folder: Path, states: tuple[str, ...] = (), number: float = 0.5) -> Ru
 
 def test_layers_are_counted_by_what_is_known_of_them(tmp_path: Path) -> None:
     states = ("sparse", "dense", "unknown", "sparse", "unknown", "sparse")
-    sparsity = report_values(small(tmp_path, states))["engine"]["sparsity"]
+    values = report_values(small(tmp_path, states))
+    validate_values(values)
+    sparsity = values["engine"]["sparsity"]
     assert sparsity["requested"] is True
     assert [sparsity[f"{s}_layers"] for s in ("sparse", "dense", "unknown")] == [3, 1, 2]
     assert [layer["state"] for layer in sparsity["layers"]] == list(states)
@@ -321,6 +324,7 @@ def test_depth_and_statistics_stand_as_their_records_have_them(tmp_path: Path) -
         {"w": mask}, {"w": np.array([[4.0, 3.0, 2.0, 1.0]] * 7 + [[1.0, 2.0, 3.0, 4.0]])}, Pattern(2, 4)
     )
     values = report_values(replace(small(tmp_path), depth=depth, mask_statistics=found))
+    validate_values(values)
     (layer,) = values["depth"].pop("layers")
     assert values["depth"] == {"images": 4, "tolerance": 0.5, "first": "conv", "unmatched": ["other"]}
     assert {k: layer[k] for k in ("node", "op", "relative")} == {"node": "conv", "op": "Conv", "relative": None}
@@ -341,7 +345,9 @@ def test_a_permutation_is_told_with_its_groups_and_without_places_on_the_host(be
     groups = (ChannelGroup("a", 8, "moved", None, 4, ("w",), 1.0, 1.5, 80.0), ChannelGroup("b", 16, "fixed", "why"))
     made = Checkpoint(tmp_path / "permuted.safetensors", "1" * 64, 10, report.model)
     done = Permuted(made, Permutation(path, "2" * 64, "net", "2:4", "3" * 64, groups), 200.0, 230.0, 260.0)
-    found = report_values(replace(report, permutation=done))["permutation"]
+    values = report_values(replace(report, permutation=done))
+    validate_values(values)
+    found = values["permutation"]
     assert found["path"] == ("sub/p.safetensors" if beside else "p.safetensors")
     assert {
         k: found[k] for k in ("sha256", "pattern", "kept_before", "kept_after", "kept_bound", "efficacy", "reason")
@@ -363,6 +369,7 @@ def test_a_permutation_is_told_with_its_groups_and_without_places_on_the_host(be
 
 def test_why_no_permutation_was_done_stands_alone(tmp_path: Path) -> None:
     values = report_values(replace(small(tmp_path), permutation_reason="no layer reads them"))
+    validate_values(values)
     assert values["permutation"] == {"reason": "no layer reads them"}
 
 
@@ -395,4 +402,4 @@ def test_both_forms_are_written_with_their_digests(tmp_path: Path) -> None:
     for file in (files.json, files.html):
         assert file.sha256 == hashlib.sha256(file.path.read_bytes()).hexdigest()
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["r.html", "r.json"]
-    assert read(files.json.path) == report_values(small(tmp_path))
+    assert validate_report(files.json.path) == report_values(small(tmp_path))
