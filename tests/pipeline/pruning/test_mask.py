@@ -145,7 +145,7 @@ def test_a_gpu_that_is_not_there_is_told(cli: Callable[..., Any], tmp_path: Path
         pytest.skip("there is a GPU")
     ran = cli("mask", "digits_resnet", "--device", "cuda", "-o", tmp_path / "m.safetensors")
     assert ran.code == 3
-    assert "error: PyTorch sees no GPU" in ran.err
+    assert "error: PyTorch finds no GPU" in ran.err
 
 
 @pytest.fixture(scope="module")
