@@ -1,4 +1,4 @@
-"""What learning and recalibration may do to images beyond their preprocessing; the seed of the step decides."""
+"""Random shifts and mirroring of preprocessed images, for learning and recalibration; repeatable by seed."""
 
 from __future__ import annotations
 
@@ -9,54 +9,55 @@ from maskplan.pipeline.core.artifacts import Preprocessing
 from maskplan.pipeline.core.errors import InputError
 
 AUGMENTATIONS = ("none", "shift", "shift+flip", "crop", "crop+flip")
-_SHARE = 8
+_MAX_SHIFT_DIVISOR = 8
 
 
 def require_augmentation(name: str) -> None:
-    """Raise unless there is such an augmentation.
+    """Raise unless an augmentation has this name.
 
     Raises:
-        InputError: There is none.
+        InputError: None has.
     """
     if name not in AUGMENTATIONS:
         raise InputError(f"augment is {name!r}", fix=f"choose one of {', '.join(AUGMENTATIONS)}")
 
 
-def augmented(
+def augment_images(
     images: npt.NDArray[np.float32], kind: str, preprocessing: Preprocessing, seed: int
 ) -> npt.NDArray[np.float32]:
-    """Move each image by up to an eighth of its size, and mirror half of them if asked.
+    """Shift each image by up to an eighth of its size, and mirror half of the images if `kind` says so.
 
     Args:
         images: (N, channels, H, W), preprocessed.
-        kind: `none`; `shift` repeats the edge, `crop` is black beyond it; `+flip` mirrors.
-        preprocessing: What black is after preprocessing.
-        seed: Of the draw.
+        kind: `none`; `shift` repeats the edge pixels, `crop` fills with black; `+flip` also mirrors.
+        preprocessing: Determines what black is after normalization.
+        seed: For the random choices.
     """
     if kind == "none":
         return images
-    moves, _, flips = kind.partition("+")
+    shift, _, flip = kind.partition("+")
     count, _, height, width = images.shape
     generator = np.random.default_rng(seed)
-    rows, beyond_rows = _moved(height, count, generator)
-    columns, beyond_columns = _moved(width, count, generator)
-    if flips:
+    rows, rows_outside = _shifted(height, count, generator)
+    columns, columns_outside = _shifted(width, count, generator)
+    if flip:
         mirrored = generator.random(count) < 0.5
         columns[mirrored] = columns[mirrored, ::-1]
-        beyond_columns[mirrored] = beyond_columns[mirrored, ::-1]
-    picked = images[np.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    if moves == "crop":
+        columns_outside[mirrored] = columns_outside[mirrored, ::-1]
+    # Advanced indices around a slice put the channels last.
+    result = images[np.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    if shift == "crop":
         black = -np.asarray(preprocessing.mean, np.float32) / np.asarray(preprocessing.std, np.float32)
-        picked[beyond_rows[:, :, None] | beyond_columns[:, None, :]] = black
-    return np.ascontiguousarray(picked.transpose(0, 3, 1, 2))
+        result[rows_outside[:, :, None] | columns_outside[:, None, :]] = black
+    return np.ascontiguousarray(result.transpose(0, 3, 1, 2))
 
 
-def _moved(
+def _shifted(
     size: int, count: int, generator: np.random.Generator
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Where each pixel comes from, and whether that is beyond the edge."""
-    most = size // _SHARE
-    offsets = generator.integers(-most, most + 1, count)
-    wanted = np.arange(size) + offsets[:, None]
-    moved: npt.NDArray[np.int64] = np.clip(wanted, 0, size - 1)
-    return moved, wanted != moved
+    """Source position of each pixel along one axis, (count, size), and whether it lies outside the image."""
+    max_shift = size // _MAX_SHIFT_DIVISOR
+    offsets = generator.integers(-max_shift, max_shift + 1, count)
+    source = np.arange(size) + offsets[:, None]
+    clipped: npt.NDArray[np.int64] = np.clip(source, 0, size - 1)
+    return clipped, source != clipped

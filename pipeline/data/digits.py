@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from maskplan.pipeline.core.artifacts import Preprocessing
 from maskplan.pipeline.core.errors import HostError
-from maskplan.pipeline.data.dataset import Dataset, split_arrays
+from maskplan.pipeline.data.dataset import Dataset, split_collection
 
 BUNDLED_MODEL = "digits_resnet"
 """The model that comes with maskplan, trained on these images."""
@@ -35,16 +35,16 @@ class _Digits:
 
 @cache
 def load_digits() -> Dataset:
-    """A fifth of each class is held out as `val`; the cut is fixed, so that the shipped checkpoint never saw it.
+    """The digits, with a fifth of each class as `val`; the split is fixed, so that the bundled weights never saw `val`.
 
     Raises:
-        HostError: scikit-learn, which carries the images, is not installed.
+        HostError: scikit-learn, which contains the images, is not installed.
     """
     try:
         from sklearn.datasets import load_digits as load
     except ImportError as error:
         raise HostError(
-            "the bundled digits come with scikit-learn, which is not installed",
+            "the bundled digits are part of scikit-learn, which is not installed",
             fix="pip install scikit-learn, or give your own images with --data",
         ) from error
     from PIL import Image
@@ -55,4 +55,4 @@ def load_digits() -> Dataset:
         buffer = io.BytesIO()
         Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8)).save(buffer, "PPM")
         files.append(buffer.getvalue())
-    return split_arrays(_Digits(tuple(files), source.target.astype(np.int64)), CLASSES, VAL_SHARE, SPLIT_SEED)
+    return split_collection(_Digits(tuple(files), source.target.astype(np.int64)), CLASSES, VAL_SHARE, SPLIT_SEED)

@@ -1,4 +1,4 @@
-"""Image files to input tensors as the checkpoint's record says, with the arithmetic of torchvision's transforms."""
+"""From image files to input tensors by a `Preprocessing` record, with the arithmetic of torchvision's transforms."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from maskplan.pipeline.core.artifacts import Preprocessing
 
 IMAGENET = Preprocessing(3, 224, 224, 256, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-"""What Pillow raises for the many ways in which a file is not an image."""
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises for bytes that are not an image."""
 
 _RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -32,16 +32,16 @@ def decode(data: bytes, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
         (height, width, channels), uint8.
 
     Raises:
-        One of `UNREADABLE`: The bytes are not a whole image.
+        One of `DECODE_ERRORS`: The bytes are not a complete image.
     """
     with Image.open(io.BytesIO(data)) as opened:
-        # Pillow warns of transparency in a palette unless it is made a channel first; the colors are the same.
-        whole = opened.convert("RGBA") if opened.mode == "P" and "transparency" in opened.info else opened
-        image = whole.convert("RGB" if preprocessing.channels == 3 else "L")
-    return fit(image, preprocessing)
+        # Pillow warns about transparency in a palette unless it becomes a channel first; the colors are the same.
+        opaque = opened.convert("RGBA") if opened.mode == "P" and "transparency" in opened.info else opened
+        image = opaque.convert("RGB" if preprocessing.channels == 3 else "L")
+    return resize_and_crop(image, preprocessing)
 
 
-def fit(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
     """Resize and crop a decoded image to (height, width, channels), uint8."""
     resampling = _RESAMPLING[preprocessing.interpolation]
     if preprocessing.resize == 0:
@@ -61,7 +61,7 @@ def fit(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint
 
 
 def _margin(size: int, crop: int) -> int:
-    """Where a centered crop starts; beyond the border it is black. Rounded as torchvision's CenterCrop does."""
+    """Start of a centered crop, negative for one that is padded with black; rounded as in torchvision's CenterCrop."""
     return -((crop - size) // 2) if crop > size else round((size - crop) / 2)
 
 
@@ -74,18 +74,18 @@ def normalize(images: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> np
     return np.ascontiguousarray(scaled)
 
 
-def is_whole(data: bytes) -> bool:
-    """Whether an image file decodes to its end; JPEGs are decoded at an eighth of their size, which is enough to tell."""
+def is_complete(data: bytes) -> bool:
+    """Whether an image file decodes to its end; a JPEG is decoded at an eighth of its size, which is faster and suffices."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.draft("RGB", (max(image.width // 8, 1), max(image.height // 8, 1)))
             image.load()
-    except UNREADABLE:
+    except DECODE_ERRORS:
         return False
     return True
 
 
-def from_transforms(transforms: Any, channels: int = 3) -> Preprocessing:
+def preprocessing_from_transforms(transforms: Any, channels: int = 3) -> Preprocessing:
     """The record of a torchvision weights enum's `transforms()`."""
     crop, resize = transforms.crop_size[0], transforms.resize_size[0]
     return Preprocessing(

@@ -1,4 +1,4 @@
-"""A module's operators, read off by `torch.export`."""
+"""A module's operators, as `torch.export` records them."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
-IMAGES = 2
-"""Images in the sample: one could be taken for a dimension of length 1."""
+SAMPLE_BATCH = 2
+"""Images in the sample input; with one image, the batch axis could be mistaken for a dimension of length 1."""
 
 
 def export_aten(module: nn.Module, preprocessing: Preprocessing, *, whole_layers: bool = False) -> ExportedProgram:
-    """Export a module in evaluation mode for `IMAGES` images.
+    """Export a module in evaluation mode for `SAMPLE_BATCH` images.
 
     Args:
-        module: Its weights stay as they are.
-        preprocessing: Preprocessing, for the size of an image.
-        whole_layers: Leave operators such as `linear` as they are; by default they are taken apart.
+        module: Its weights do not change.
+        preprocessing: Gives the size of an image.
+        whole_layers: Keep operators such as `linear`; by default they are decomposed.
 
     Raises:
-        Exception: Whatever the model's code leads the exporter to.
+        Exception: Any that the exporter raises for the model's code.
     """
     import torch
 
-    sample = sample_input(preprocessing, IMAGES)
-    for parameter in module.parameters():
-        sample = sample.to(parameter)
-        break
+    sample = sample_input(preprocessing, SAMPLE_BATCH)
+    first = next(module.parameters(), None)
+    if first is not None:
+        sample = sample.to(first)
     with _quiet(), torch.no_grad():
         program = torch.export.export(module.eval(), (sample,))
-        # An empty table leaves operators as they are, and takes out changes in place.
-        taken_apart: ExportedProgram = program.run_decompositions({} if whole_layers else None)
-        return taken_apart
+        # An empty table keeps the operators but still replaces in-place changes by functional ones.
+        decomposed: ExportedProgram = program.run_decompositions({} if whole_layers else None)
+        return decomposed
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter logs and prints what it raises anyway."""
+    """Suppress the output of the exporter, which logs and prints what it also raises."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -1,4 +1,4 @@
-"""The recalibrate stage: BatchNorm statistics of the pruned model from training images. Parameters stay as they are."""
+"""The recalibrate stage: BatchNorm statistics of the pruned model from training images. Parameters do not change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from maskplan.pipeline.core.artifacts import Checkpoint, ImageSet, Preprocessing, Provenance
 from maskplan.pipeline.core.validation import at_least
-from maskplan.pipeline.data.augmentation import augmented, require_augmentation
+from maskplan.pipeline.data.augmentation import augment_images, require_augmentation
 from maskplan.pipeline.data.dataset import Split, batches
 from maskplan.pipeline.models.checkpoint import save_checkpoint
 
@@ -27,10 +27,11 @@ class RecalibrateOptions:
     """How to recalibrate.
 
     Attributes:
-        images: Training images to average over; 0 leaves the statistics alone.
-        batch: Images a batch.
-        seed: Which images, and their order.
-        augment: As of learning. A network whose own training saw black borders may lose points by statistics without them.
+        images: Training images to average over; 0 keeps the statistics.
+        batch: Images per batch.
+        seed: Selects the images and their order.
+        augment: An augmentation as in learning. A network that was trained on images with black borders may lose accuracy
+            with statistics of images without them.
     """
 
     images: int = 10_000
@@ -41,7 +42,7 @@ class RecalibrateOptions:
     def __post_init__(self) -> None:
         at_least(0, images=self.images, seed=self.seed)
         require_augmentation(self.augment)
-        # Statistics of one image are none.
+        # One value per channel has no variance.
         at_least(2, batch=self.batch)
 
 
@@ -53,20 +54,28 @@ def recalibrate(
     out: Path,
     image_sets: tuple[ImageSet, ...] = (),
 ) -> Checkpoint:
-    """Estimate running means and variances anew and write the checkpoint; only these buffers change.
+    """Re-estimate running means and variances and write the checkpoint; only these buffers change.
 
-    A model without BatchNorm is written as it is, with 0 recalibrated images in its record.
+    A model without BatchNorm is written unchanged, with 0 recalibrated images in its provenance.
+
+    Args:
+        module: The pruned model; changed in place.
+        provenance: Of its weights.
+        train: Training images.
+        options: How many of them, and how.
+        out: The checkpoint to write.
+        image_sets: Digests of `train`, added to the provenance if its images are used.
     """
     images = update_statistics(module, train, provenance.preprocessing, options)
     if images == 0:
-        why = "there are fewer than two images" if norms(module) else "the model has no BatchNorm"
-        log.info("recalibration is not applicable: %s", why)
+        reason = "there are fewer than two images" if batchnorm_layers(module) else "the model has no BatchNorm"
+        log.info("recalibration is not applicable: %s", reason)
     added = tuple(s for s in image_sets if images and s not in provenance.image_sets)
-    changed = replace(provenance, recalibrated_images=images, image_sets=(*provenance.image_sets, *added))
-    return save_checkpoint(module.state_dict(), changed, out)
+    recalibrated = replace(provenance, recalibrated_images=images, image_sets=(*provenance.image_sets, *added))
+    return save_checkpoint(module.state_dict(), recalibrated, out)
 
 
-def norms(module: nn.Module) -> list[nn.Module]:
+def batchnorm_layers(module: nn.Module) -> list[nn.Module]:
     """The BatchNorm layers that keep running statistics."""
     from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -78,16 +87,16 @@ def update_statistics(
 ) -> int:
     """Replace a module's BatchNorm statistics, in place, by the average over batches of training images.
 
-    The average is cumulative (every batch counts the same); all else stays in evaluation mode. A last
-    batch that is not full is left out, for its statistics would count too much.
+    The average is cumulative (every batch has the same weight), and only the BatchNorm layers run in training mode. An
+    incomplete last batch is left out: its statistics are noisier but would have the same weight.
 
     Returns:
-        Images used; 0 when there is nothing to do.
+        Number of images used; 0 without BatchNorm layers or with fewer than two images.
     """
     import torch
     from torch.nn.modules.batchnorm import _BatchNorm
 
-    layers = norms(module)
+    layers = batchnorm_layers(module)
     images = min(options.images, len(train))
     if not layers or images < 2:
         return 0
@@ -97,6 +106,7 @@ def update_statistics(
         assert isinstance(layer, _BatchNorm)
         before.append((layer.momentum, copy.deepcopy(layer.state_dict())))
         layer.reset_running_stats()
+        # In PyTorch, no momentum means the cumulative average.
         layer.momentum = None
         layer.train()
     order = np.random.default_rng(options.seed).permutation(len(train))[:images]
@@ -107,12 +117,12 @@ def update_statistics(
     try:
         with torch.no_grad():
             for i, (x, _) in enumerate(batches(train, preprocessing, size, order)):
-                module(torch.from_numpy(augmented(x, options.augment, preprocessing, options.seed + i)).to(device))
+                module(torch.from_numpy(augment_images(x, options.augment, preprocessing, options.seed + i)).to(device))
     finally:
         for layer, (momentum, state) in zip(layers, before, strict=True):
             assert isinstance(layer, _BatchNorm)
             layer.momentum = momentum
-            # Heads that run only in training see no image here.
+            # Auxiliary heads that run only in training mode have seen no image.
             if layer.num_batches_tracked == 0:
                 layer.load_state_dict(state)
         module.eval()

@@ -1,4 +1,4 @@
-"""The load stage: a model's name and a choice of weights to a dense `Checkpoint`; and back from a checkpoint to a module."""
+"""The load stage: from a model's name and a choice of weights to a dense `Checkpoint`, and from a checkpoint to a module."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class ModelOptions:
     Attributes:
         model: `resnet50`, `timm/NAME`, `path/to/file.py:factory` or `digits_resnet`.
         weights: `auto`, `pretrained`, `random` or a file.
-        classes: Number of outputs, where it is not the model's own.
-        seed: Of random weights.
+        classes: Number of outputs; None keeps the model's own.
+        seed: For random weights.
     """
 
     model: str
@@ -47,18 +47,18 @@ class ModelOptions:
 
 
 def load_checkpoint(options: ModelOptions, out: Path) -> Checkpoint:
-    """Bring a model's dense weights into one safetensors file.
+    """Write a model's dense weights to one safetensors file.
 
     Raises:
         InputError: Unknown model, or weights that cannot be read or do not fit.
-        HostError: Pretrained weights were asked for and cannot be had.
+        HostError: Pretrained weights are requested and not available.
     """
     architecture, provenance = _load(options)
     return save_checkpoint(architecture.module.state_dict(), provenance, out)
 
 
 def open_checkpoint(options: ModelOptions) -> tuple[nn.Module, Provenance]:
-    """As `load_checkpoint`, without writing: the module with its weights and what they are."""
+    """As `load_checkpoint`, without writing: the module with its weights, and their provenance."""
     architecture, provenance = _load(options)
     return architecture.module, provenance
 
@@ -73,59 +73,59 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """The record of a checkpoint that maskplan wrote.
 
     Raises:
-        InputError: The file cannot be read or was written by something else.
+        InputError: The file cannot be read or was written by another tool.
     """
-    provenance = _written_provenance(path)
+    provenance = _read_provenance(path)
     if provenance is None:
-        raise InputError("not a checkpoint of maskplan", where=path, fix="pass it with --weights beside its MODEL")
+        raise InputError("not a checkpoint of maskplan", where=path, fix="give its MODEL, and this file with --weights")
     return Checkpoint(path, sha256_of(path), path.stat().st_size, provenance)
 
 
-def module_of(options: ModelOptions, checkpoint: Checkpoint) -> nn.Module:
+def load_module(options: ModelOptions, checkpoint: Checkpoint) -> nn.Module:
     """The model with a checkpoint's weights, in evaluation mode."""
     module = build_model(options.model, seed=options.seed, classes=options.classes).module
     fit_weights(module, read_weights(checkpoint.path), where=checkpoint.path)
     return module
 
 
-def rebuilt(checkpoint: Checkpoint) -> nn.Module:
-    """The model that a checkpoint's record names, with its weights.
+def rebuild_module(checkpoint: Checkpoint) -> nn.Module:
+    """The model that a checkpoint's provenance names, with its weights, in evaluation mode.
 
     Raises:
-        InputError: It cannot be built: the record of a model in a file names no folder.
+        InputError: It cannot be built: the provenance of a model in a Python file does not contain the folder.
     """
-    made = checkpoint.provenance
+    provenance = checkpoint.provenance
     try:
-        return module_of(ModelOptions(made.model, classes=made.classes), checkpoint)
+        return load_module(ModelOptions(provenance.model, classes=provenance.classes), checkpoint)
     except InputError as error:
         raise InputError(
             "the checkpoint's model cannot be built",
             where=checkpoint.path,
-            found=f"{made.model}: {error.what}",
-            fix="of a model in a file of yours, give the ONNX: maskplan export FILE.py:factory --weights ...",
+            found=f"{provenance.model}: {error.what}",
+            fix="for a model in your own file, give an ONNX file: maskplan export FILE.py:factory --weights ...",
         ) from error
 
 
 def _load(options: ModelOptions) -> tuple[Architecture, Provenance]:
     file = weights_file(options)
-    architecture, origin, trained = _weigh(options, file)
-    written = None if file is None else _written_provenance(file)
-    if written is not None:
-        return architecture, written
+    architecture, origin, trained = _build_with_weights(options, file)
+    recorded = None if file is None else _read_provenance(file)
+    if recorded is not None:
+        return architecture, recorded
     _, outputs = trace_layers(architecture.module, architecture.preprocessing)
     if options.classes not in (None, outputs):
         raise InputError(
             "the model has another number of classes",
             where=options.model,
             found=f"{outputs} outputs, --classes {options.classes}",
-            fix="leave --classes out, and make the change where the model is built",
+            fix="omit --classes, and set the number of classes where the model is built",
         )
     if architecture.labels and len(architecture.labels) != outputs:
         raise InputError(
             "LABELS does not name the model's classes",
             where=options.model,
             found=f"{len(architecture.labels)} names, {outputs} outputs",
-            fix="name each class once, in the order of the outputs",
+            fix="list each class once, in the order of the outputs",
         )
     provenance = Provenance(
         model=architecture.name,
@@ -140,7 +140,7 @@ def _load(options: ModelOptions) -> tuple[Architecture, Provenance]:
 
 
 def weights_file(options: ModelOptions) -> Path | None:
-    """The file that holds the weights asked for, if they are in one and not a library's to fetch."""
+    """The file with the requested weights; None for random weights and those that a library downloads."""
     if options.weights not in ("auto", "pretrained", "random"):
         return Path(options.weights)
     if options.model == BUNDLED_MODEL and options.classes is None and options.weights != "random":
@@ -148,8 +148,8 @@ def weights_file(options: ModelOptions) -> Path | None:
     return None
 
 
-def _weigh(options: ModelOptions, file: Path | None) -> tuple[Architecture, str, bool]:
-    """The module with the weights asked for, where they came from, and whether they are trained."""
+def _build_with_weights(options: ModelOptions, file: Path | None) -> tuple[Architecture, str, bool]:
+    """The module with the requested weights, their origin, and whether they are trained."""
 
     def build(pretrained: bool = False) -> Architecture:
         return build_model(options.model, seed=options.seed, classes=options.classes, pretrained=pretrained)
@@ -164,14 +164,14 @@ def _weigh(options: ModelOptions, file: Path | None) -> tuple[Architecture, str,
     if options.weights == "auto":
         try:
             if options.classes is not None:
-                raise HostError("pretrained weights come with their own classes")
+                raise HostError("pretrained weights have their own classes")
             return build(pretrained=True), "pretrained", True
         except HostError as error:
-            log.warning("%s; using random weights: good for timing only, not for accuracy", error.what)
+            log.warning("%s; using random weights: suitable for timing only, not for accuracy", error.what)
     return build(), f"random, seed {options.seed}", False
 
 
-def _written_provenance(path: Path) -> Provenance | None:
+def _read_provenance(path: Path) -> Provenance | None:
     if path.suffix != ".safetensors":
         return None
     metadata = read_metadata(path)

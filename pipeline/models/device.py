@@ -1,4 +1,4 @@
-"""Where PyTorch computes."""
+"""Which device PyTorch uses."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
 DEVICES = ("auto", "cpu", "cuda")
 
 
-def choose_device(asked: str) -> torch.device:
-    """A device by its name; `auto` is a GPU where PyTorch sees one.
+def choose_device(requested: str) -> torch.device:
+    """A device by its name; `auto` is a GPU if PyTorch finds one.
 
     Raises:
-        InputError: No such device.
-        HostError: A GPU is asked for, and there is none.
+        InputError: Unknown device.
+        HostError: A GPU is requested, and PyTorch finds none.
     """
     import torch
 
-    if asked not in DEVICES:
-        raise InputError(f"unknown device {asked!r}", fix=f"choose one of {', '.join(DEVICES)}")
-    found = torch.cuda.is_available() if asked != "cpu" else False
-    if asked == "cuda" and not found:
-        raise HostError("PyTorch sees no GPU", fix="choose --device cpu")
-    return torch.device("cuda" if found else "cpu")
+    if requested not in DEVICES:
+        raise InputError(f"unknown device {requested!r}", fix=f"choose one of {', '.join(DEVICES)}")
+    has_gpu = requested != "cpu" and torch.cuda.is_available()
+    if requested == "cuda" and not has_gpu:
+        raise HostError("PyTorch finds no GPU", fix="choose --device cpu")
+    return torch.device("cuda" if has_gpu else "cpu")

@@ -26,7 +26,7 @@ class Block(nn.Module):
 
 
 class DigitsResNet(nn.Module):
-    """Stem and three blocks of 16, 32 and 64 channels; 78 thousand parameters."""
+    """A stem and three blocks with 16, 32 and 64 channels; 78,000 parameters."""
 
     def __init__(self, classes: int = 10) -> None:
         super().__init__()

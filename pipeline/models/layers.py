@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def sample_input(preprocessing: Preprocessing, batch: int, seed: int = 0) -> torch.Tensor:
-    """Seeded normal noise of the input's shape: what normalized images look like to shapes and timings."""
+    """Seeded normal noise of shape (batch, channels, height, width), in place of normalized images."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -21,7 +21,7 @@ def sample_input(preprocessing: Preprocessing, batch: int, seed: int = 0) -> tor
 
 
 def trace_layers(module: nn.Module, preprocessing: Preprocessing) -> tuple[tuple[Layer, ...], int]:
-    """Run one image through a module in evaluation mode and note its layers.
+    """Run one image through a module in evaluation mode and record its layers.
 
     Returns:
         All layers in the order of their names in the module, and the number of outputs.
@@ -35,10 +35,10 @@ def trace_layers(module: nn.Module, preprocessing: Preprocessing) -> tuple[tuple
 
     used: dict[nn.Module, tuple[int, int]] = {}
 
-    def note(layer: nn.Module, inputs: Any, output: Any) -> None:
+    def record(layer: nn.Module, inputs: Any, output: Any) -> None:
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
-        # Every output element of a layer costs one filter's weights; of a transposed one, every input element.
+        # Each output element costs the weights of one filter; in a transposed convolution, each input element does.
         elements = inputs[0] if isinstance(layer, _ConvTransposeNd) else output
         macs = elements.numel() * weight[0].numel()
         position, before = used.get(layer, (len(used), 0))
@@ -46,11 +46,11 @@ def trace_layers(module: nn.Module, preprocessing: Preprocessing) -> tuple[tuple
 
     kinds = (_ConvNd, nn.Linear)
     layers = [(name, m) for name, m in module.named_modules() if isinstance(m, kinds)]
-    hooks = [m.register_forward_hook(note) for _, m in layers]
+    hooks = [m.register_forward_hook(record) for _, m in layers]
     try:
         with torch.no_grad():
             output = module.eval()(sample_input(preprocessing, 1))
-    except Exception as error:  # the model's own code, which may raise anything
+    except Exception as error:  # the model's own code may raise anything
         raise InputError(
             "the model cannot run on its own input",
             where=f"input (1, {preprocessing.channels}, {preprocessing.height}, {preprocessing.width})",

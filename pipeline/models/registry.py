@@ -1,4 +1,4 @@
-"""A model's name to its module: torchvision, timm, a Python file of one's own, or the bundled digits_resnet."""
+"""From a model's name to its module: torchvision, timm, the user's own Python file, or the bundled digits_resnet."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from maskplan.pipeline.core.files import sha256_of
 from maskplan.pipeline.core.serialization import decode, encode
 from maskplan.pipeline.data.digits import BUNDLED_MODEL, CLASSES
 from maskplan.pipeline.data.digits import PREPROCESSING as DIGITS_PREPROCESSING
-from maskplan.pipeline.data.preprocessing import IMAGENET, INTERPOLATIONS, from_transforms
+from maskplan.pipeline.data.preprocessing import IMAGENET, INTERPOLATIONS, preprocessing_from_transforms
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,7 +36,7 @@ BUNDLED_WEIGHTS = Path(__file__).with_name("digits_resnet.safetensors")
 
 @dataclass(frozen=True)
 class Architecture:
-    """A built module, in evaluation mode, and what its inputs and outputs are."""
+    """A module in evaluation mode, the preprocessing for its inputs, and labels of its outputs (empty if unknown)."""
 
     name: str
     module: nn.Module
@@ -45,7 +45,7 @@ class Architecture:
 
 
 def model_identity(spec: str) -> tuple[str, str]:
-    """A model's name without folders and a digest that changes when its code (of a file) does.
+    """A model's name without folders, and a digest; for a Python file, of its content and the factory's name.
 
     Raises:
         InputError: The file of `file.py:factory` is missing.
@@ -57,7 +57,7 @@ def model_identity(spec: str) -> tuple[str, str]:
 
 
 def folder_name(spec: str) -> str:
-    """A name for the output folder: `timm/x` becomes `timm_x`, `a/b.py:net` becomes `b_net`."""
+    """The default name of the output folder: `timm_x` for `timm/x`, `b_net` for `a/b.py:net`."""
     file, factory = _split_file(spec)
     return f"{file.stem}_{factory}" if file is not None else spec.replace("/", "_").replace(":", "_")
 
@@ -67,19 +67,19 @@ def build_model(spec: str, *, seed: int, classes: int | None = None, pretrained:
 
     Args:
         spec: `resnet50`, `timm/NAME`, `path/to/file.py:factory` or `digits_resnet`.
-        seed: Of the random weights.
-        classes: Number of outputs; the model's own by default.
-        pretrained: Ask the model's library for weights; this may download.
+        seed: For the random weights.
+        classes: Number of outputs; None keeps the model's own.
+        pretrained: Load the weights of the model's library, which may download them.
 
     Raises:
         InputError: Unknown model, or one that fails to build.
-        HostError: The library is not installed, or the weights cannot be had.
+        HostError: The library is not installed, or the weights are not available.
     """
     try:
         import torch
     except ImportError as error:
         raise HostError(
-            "PyTorch is not installed, and everything up to export needs it",
+            "PyTorch is not installed, and all stages up to export need it",
             fix="pip install 'maskplan[learn]', or copy a finished folder from a host that has it",
         ) from error
     torch.manual_seed(seed)
@@ -88,7 +88,7 @@ def build_model(spec: str, *, seed: int, classes: int | None = None, pretrained:
         architecture = _bundled(classes, pretrained)
     elif file is not None:
         if pretrained:
-            raise HostError(f"{file.name} names no pretrained weights", fix="give --weights FILE, or --weights random")
+            raise HostError(f"{file.name} has no pretrained weights", fix="give --weights FILE, or --weights random")
         architecture = _from_file(file, factory)
     elif spec.startswith("timm/"):
         architecture = _timm(spec.removeprefix("timm/"), classes, pretrained)
@@ -130,19 +130,20 @@ def _torchvision(name: str, classes: int | None, pretrained: bool) -> Architectu
         hint = did_you_mean(name, [*names, BUNDLED_MODEL])
         raise InputError(
             f"unknown model {name!r}",
-            found=f"it is none of torchvision's {len(names)} classification models",
+            found=f"not one of torchvision's {len(names)} classification models",
             fix=hint or "give a torchvision name (resnet50), timm/NAME, path/to/file.py:factory or digits_resnet",
         )
-    best = torchvision.models.get_model_weights(name).DEFAULT
+    weights = torchvision.models.get_model_weights(name).DEFAULT
     options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     if name in ("inception_v3", "googlenet"):
-        # Their own initialization draws from scipy for minutes; torch's default does for untrained weights.
+        # Their own initialization takes minutes in scipy; torch's default suffices for untrained weights.
         options["init_weights"] = False
     module = torchvision.models.get_model(name, weights=None, **options)
     if pretrained:
-        _load_torchvision(module, best)
-    own = classes in (None, len(best.meta["categories"]))
-    return Architecture("", module, from_transforms(best.transforms()), tuple(best.meta["categories"]) if own else ())
+        _load_torchvision(module, weights)
+    categories = tuple(weights.meta["categories"])
+    labels = categories if classes in (None, len(categories)) else ()
+    return Architecture("", module, preprocessing_from_transforms(weights.transforms()), labels)
 
 
 def _load_torchvision(module: nn.Module, weights: Any) -> None:
@@ -160,7 +161,7 @@ def _load_torchvision(module: nn.Module, weights: Any) -> None:
         )
     except (URLError, OSError, RuntimeError) as error:
         raise HostError(
-            f"the pretrained weights {weights} cannot be had",
+            f"the pretrained weights {weights} cannot be downloaded",
             where=weights.url,
             found=str(error),
             fix="check the network, or give --weights FILE",
@@ -172,7 +173,7 @@ def _load_torchvision(module: nn.Module, weights: Any) -> None:
 
 def _timm(name: str, classes: int | None, pretrained: bool) -> Architecture:
     if pretrained and not _reachable("huggingface.co"):
-        # Its client would retry for most of a minute; offline, it looks into its cache only.
+        # Its client would retry for most of a minute; in offline mode it only reads its cache.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         import timm
@@ -192,7 +193,7 @@ def _timm(name: str, classes: int | None, pretrained: bool) -> Architecture:
                 f"timm has no model {name!r}", found=error, fix=f"see timm.list_pretrained({base!r}) for its tags"
             ) from error
         raise HostError(
-            f"timm cannot make {name}" + (" with pretrained weights" if pretrained else ""),
+            f"timm cannot build {name}" + (" with pretrained weights" if pretrained else ""),
             found=str(error).partition("\n")[0],
             fix="check the network, or give --weights FILE or --weights random",
         ) from error
@@ -205,9 +206,12 @@ def _timm(name: str, classes: int | None, pretrained: bool) -> Architecture:
     else:
         resize = 0
         if (mode, crop) != ("squash", 1.0):
-            log.warning("timm crops for %s in a way (%s, %g) that is not ours: images are squashed", name, mode, crop)
-    how = Preprocessing(channels, height, width, resize, interpolation, tuple(data["mean"]), tuple(data["std"]))
-    return Architecture("", module, how, ())
+            log.warning(
+                "timm's crop for %s (%s, %g) is not supported: images are resized without a crop", name, mode, crop
+            )
+    mean, std = tuple(data["mean"]), tuple(data["std"])
+    preprocessing = Preprocessing(channels, height, width, resize, interpolation, mean, std)
+    return Architecture("", module, preprocessing, ())
 
 
 def _reachable(host: str) -> bool:
@@ -221,7 +225,7 @@ def _reachable(host: str) -> bool:
 
 
 def _from_file(file: Path, factory: str) -> Architecture:
-    """Run a user's own file. It may set PREPROCESSING (a table of `Preprocessing`'s fields) and LABELS."""
+    """Run a user's own file. It may define PREPROCESSING (a dict with fields of `Preprocessing`) and LABELS."""
     from torch import nn
 
     if not file.is_file():
@@ -230,17 +234,17 @@ def _from_file(file: Path, factory: str) -> Architecture:
     if imported is None or imported.loader is None:
         raise InputError("not a Python file", where=file)
     source = importlib.util.module_from_spec(imported)
-    # Data classes look for their own module while they are made.
+    # Data classes look up their own module while they are created.
     sys.modules[imported.name] = source
     try:
-        with warnings.catch_warnings(), _beside(file):
+        with warnings.catch_warnings(), _folder_on_path(file):
             warnings.simplefilter("ignore")
             imported.loader.exec_module(source)
             build = getattr(source, factory, None)
             module = build() if callable(build) else None
     except (Exception, SystemExit) as error:
         raise InputError(
-            "the model's file fails",
+            "the model's file raises an exception",
             where=f"{file}:{factory}",
             found=f"{type(error).__name__}: {error}",
             fix="run it in Python to see the traceback",
@@ -248,17 +252,17 @@ def _from_file(file: Path, factory: str) -> Architecture:
     if not isinstance(module, nn.Module):
         functions = [name for name, value in vars(source).items() if callable(value) and not name.startswith("_")]
         raise InputError(
-            f"{factory!r} does not make a torch module",
+            f"{factory!r} does not return a torch module",
             where=file,
-            found=f"{type(module).__name__}; the file offers {listed(functions) or 'nothing'}",
+            found=f"{type(module).__name__}; the file defines {listed(functions) or 'no functions'}",
             fix="name a function without arguments that returns a torch.nn.Module",
         )
     return Architecture("", module, _own_preprocessing(source, file), _own_labels(source, file))
 
 
 @contextmanager
-def _beside(file: Path) -> Iterator[None]:
-    """A model's file may import its neighbors, as it can where Python runs it."""
+def _folder_on_path(file: Path) -> Iterator[None]:
+    """Let a model's file import modules of its folder, as when Python runs it as a script."""
     sys.path.insert(0, str(file.resolve().parent))
     try:
         yield
@@ -271,7 +275,7 @@ def _own_labels(source: Any, file: Path) -> tuple[str, ...]:
     labels = getattr(source, "LABELS", ())
     if not isinstance(labels, list | tuple) or not all(isinstance(label, str) for label in labels):
         raise InputError(
-            "LABELS is no list of names", where=file, found=repr(labels)[:200], fix="list the classes' names"
+            "LABELS is not a list of names", where=file, found=repr(labels)[:200], fix="list the names of the classes"
         )
     return tuple(labels)
 
@@ -280,28 +284,28 @@ def _own_preprocessing(source: Any, file: Path) -> Preprocessing:
     given = getattr(source, "PREPROCESSING", {})
     try:
         own = {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
-        how = decode(Preprocessing, encode(IMAGENET) | own)
+        preprocessing = decode(Preprocessing, encode(IMAGENET) | own)
     except (AttributeError, ValueError) as error:
         raise InputError(
             "PREPROCESSING cannot be read",
             where=file,
             found=error if isinstance(given, dict) else repr(given)[:200],
-            fix=f"give a table; its keys are {', '.join(Preprocessing.__dataclass_fields__)}",
+            fix=f"give a dict; its keys are {', '.join(Preprocessing.__dataclass_fields__)}",
         ) from error
     if (
-        how.channels not in (1, 3)
-        or not len(how.mean) == len(how.std) == how.channels
-        or min(how.height, how.width) < 1
-        or how.resize < 0
-        or not all(map(math.isfinite, (*how.mean, *how.std)))
-        or min(how.std) <= 0
-        or how.interpolation not in INTERPOLATIONS
+        preprocessing.channels not in (1, 3)
+        or not len(preprocessing.mean) == len(preprocessing.std) == preprocessing.channels
+        or min(preprocessing.height, preprocessing.width) < 1
+        or preprocessing.resize < 0
+        or not all(map(math.isfinite, (*preprocessing.mean, *preprocessing.std)))
+        or min(preprocessing.std) <= 0
+        or preprocessing.interpolation not in INTERPOLATIONS
     ):
         raise InputError(
-            "PREPROCESSING does not fit together",
+            "PREPROCESSING is not valid",
             where=file,
-            found=how,
+            found=preprocessing,
             fix="give 1 or 3 channels, with a mean and a std above zero for each, height and width above zero, and an"
             f" interpolation out of {', '.join(INTERPOLATIONS)}",
         )
-    return how
+    return preprocessing

@@ -8,7 +8,7 @@ import pytest
 
 from maskplan.pipeline.core.artifacts import Preprocessing
 from maskplan.pipeline.core.errors import InputError
-from maskplan.pipeline.data.augmentation import AUGMENTATIONS, augmented, require_augmentation
+from maskplan.pipeline.data.augmentation import AUGMENTATIONS, augment_images, require_augmentation
 
 HOW = Preprocessing(3, 16, 24, 0, "bilinear", (0.5, 0.25, 0.1), (0.5, 0.5, 0.2))
 BLACK = np.array([-1.0, -0.5, -0.5], np.float32)
@@ -33,7 +33,7 @@ def candidates(image: npt.NDArray[np.float32], kind: str) -> list[npt.NDArray[np
 @pytest.mark.parametrize("kind", [k for k in AUGMENTATIONS if k != "none"])
 def test_each_image_is_one_of_its_moves_and_all_moves_come(kind: str) -> None:
     x = images(200)
-    found = augmented(x, kind, HOW, 3)
+    found = augment_images(x, kind, HOW, 3)
     assert found.dtype == np.float32
     assert found.flags["C_CONTIGUOUS"]
     drawn = []
@@ -46,9 +46,9 @@ def test_each_image_is_one_of_its_moves_and_all_moves_come(kind: str) -> None:
 
 def test_none_is_nothing_and_the_seed_decides() -> None:
     x = images()
-    assert augmented(x, "none", HOW, 1) is x
-    assert np.array_equal(augmented(x, "crop+flip", HOW, 1), augmented(x, "crop+flip", HOW, 1))
-    assert not np.array_equal(augmented(x, "crop+flip", HOW, 1), augmented(x, "crop+flip", HOW, 2))
+    assert augment_images(x, "none", HOW, 1) is x
+    assert np.array_equal(augment_images(x, "crop+flip", HOW, 1), augment_images(x, "crop+flip", HOW, 1))
+    assert not np.array_equal(augment_images(x, "crop+flip", HOW, 1), augment_images(x, "crop+flip", HOW, 2))
     assert np.array_equal(x, images())
 
 

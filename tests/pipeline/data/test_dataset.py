@@ -21,19 +21,19 @@ from torchvision.datasets import ImageFolder
 from maskplan.pipeline.core.artifacts import ImageSet, Preprocessing
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.data.dataset import (
-    SELECT_MOST,
+    SELECT_MAX_IMAGES,
     SKETCH_SIZE,
     Dataset,
     ImageFiles,
     Split,
     batches,
-    dataset_of,
+    dataset_from_train_val,
     identify,
     listing_sha256,
     open_folder,
     open_val,
     require_disjoint,
-    split_arrays,
+    split_collection,
 )
 from maskplan.pipeline.data.preprocessing import decode, normalize
 
@@ -128,10 +128,10 @@ def test_select_keeps_the_share_of_each_class_and_leaves_each_an_image(
 def test_select_is_a_few_thousand_images_of_a_large_set() -> None:
     labels = np.repeat(np.arange(100), 1300)
     images = ImageFiles(Path(), tuple(map(str, range(len(labels)))), labels)
-    data = dataset_of(images, images, tuple(map(str, range(100))), 0)
+    data = dataset_from_train_val(images, images, tuple(map(str, range(100))), 0)
     select, rest = data.select.indices, data.train.indices
-    assert len(select) == SELECT_MOST
-    assert np.bincount(labels[select]).tolist() == [SELECT_MOST // 100] * 100
+    assert len(select) == SELECT_MAX_IMAGES
+    assert np.bincount(labels[select]).tolist() == [SELECT_MAX_IMAGES // 100] * 100
     assert len(np.union1d(select, rest)) == len(labels) == len(select) + len(rest)
 
 
@@ -139,7 +139,7 @@ def test_select_is_a_few_thousand_images_of_a_large_set() -> None:
 @settings(max_examples=60, deadline=None)
 def test_split_arrays_cuts_into_three_parts_without_loss(labels: list[int], seed: int) -> None:
     images = InMemory((b"",) * len(labels), np.array(labels))
-    data = split_arrays(images, ("a", "b", "c", "d", "e"), 0.2, seed)
+    data = split_collection(images, ("a", "b", "c", "d", "e"), 0.2, seed)
     parts = [data.train.indices, data.select.indices, data.val.indices]
     assert sorted(np.concatenate(parts).tolist()) == list(range(len(labels)))
     assert all(np.array_equal(part, np.sort(part)) for part in parts)
@@ -195,7 +195,7 @@ def test_an_empty_folder_holds_nothing(tmp_path: Path) -> None:
 
 def test_loose_images_are_counted(tree: Callable[[Mapping[str, int]], Path]) -> None:
     root = tree({"train": 5, "val/a": 1})
-    with pytest.raises(InputError, match="train/ holds no images in class folders") as raised:
+    with pytest.raises(InputError, match="train/ contains no images in class folders") as raised:
         open_folder(root, (), 1, seed=0)
     assert "no class folders and 5 loose images" in str(raised.value.found)
 
@@ -209,7 +209,7 @@ def test_empty_classes_are_named(tree: Callable[[Mapping[str, int]], Path]) -> N
 
 def test_only_empty_classes_are_no_images(tree: Callable[[Mapping[str, int]], Path]) -> None:
     root = tree({"train/a": 0, "val/a": 1})
-    with pytest.raises(InputError, match="train/ holds no images"):
+    with pytest.raises(InputError, match="train/ contains no images"):
         open_folder(root, (), 1, seed=0)
 
 
@@ -223,7 +223,7 @@ def test_classes_of_one_part_only_are_named(tree: Callable[[Mapping[str, int]], 
 @pytest.mark.parametrize("outputs", [2, 1000])
 def test_a_count_that_does_not_match_the_outputs_is_an_error(toy_data: Path, outputs: int) -> None:
     for opened in (lambda: open_folder(toy_data, (), outputs, seed=0), lambda: open_val(toy_data, (), outputs)):
-        with pytest.raises(InputError, match="differ in classes") as raised:
+        with pytest.raises(InputError, match="different numbers of classes") as raised:
             opened()
         assert raised.value.found == f"3 class folders, {outputs} model outputs"
         assert "--classes 3" in str(raised.value.fix)
@@ -357,7 +357,7 @@ def test_one_shared_image_is_found_and_told(copied: Path) -> None:
     shutil.copy(copied / "train" / "red" / "00.png", copied / "val" / "red" / "renamed.png")
     data = open_folder(copied, (), 3, seed=0)
     shaped = [identify(data.train), identify(data.select)]
-    with pytest.raises(InputError, match="val images also shaped the model") as raised:
+    with pytest.raises(InputError, match="val images were also used to make the model") as raised:
         require_disjoint(identify(data.val), shaped)
     assert "at least 1 of 25" in str(raised.value.found)
 
@@ -366,7 +366,7 @@ def test_every_set_that_shaped_the_model_is_looked_at() -> None:
     judged = identify(whole(in_memory(5), "val"))
     strangers = identify(whole(in_memory(5, first=100)))
     require_disjoint(judged, [strangers])
-    with pytest.raises(InputError, match="also shaped"):
+    with pytest.raises(InputError, match="also used"):
         require_disjoint(judged, [strangers, dataclasses.replace(judged, role="select")])
 
 
@@ -376,7 +376,7 @@ def test_an_overlap_of_large_sets_is_seen_through_their_sketches() -> None:
     first, second = np.arange(0, 1000), np.arange(500, 1500)
     judged, shaped = (identify(Split(r, images, i)) for r, i in (("val", first), ("train", second)))
     assert len(judged.sketch) == len(shaped.sketch) == SKETCH_SIZE
-    with pytest.raises(InputError, match="also shaped"):
+    with pytest.raises(InputError, match="also used"):
         require_disjoint(judged, [shaped])
 
 
@@ -423,14 +423,14 @@ def test_batches_may_be_left_early(toy_data: Path) -> None:
 
 def test_first_draws_seeded_images_in_order(toy_data: Path) -> None:
     val = open_val(toy_data, (), 3)
-    drawn = val.first(10, seed=1)
+    drawn = val.sample(10, seed=1)
     assert len(drawn) == 10
-    assert drawn.indices.tolist() == sorted(set(drawn.indices.tolist())) == val.first(10, seed=1).indices.tolist()
-    assert drawn.indices.tolist() != val.first(10, seed=2).indices.tolist()
+    assert drawn.indices.tolist() == sorted(set(drawn.indices.tolist())) == val.sample(10, seed=1).indices.tolist()
+    assert drawn.indices.tolist() != val.sample(10, seed=2).indices.tolist()
     assert set(drawn.indices) <= set(val.indices)
     assert drawn.role == "val"
 
 
 def test_first_of_more_than_there_are_is_all_of_them(toy_data: Path) -> None:
     val = open_val(toy_data, (), 3)
-    assert val.first(24, seed=0).indices.tolist() == val.first(999, seed=5).indices.tolist() == list(range(24))
+    assert val.sample(24, seed=0).indices.tolist() == val.sample(999, seed=5).indices.tolist() == list(range(24))

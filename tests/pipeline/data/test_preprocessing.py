@@ -19,10 +19,10 @@ from maskplan.pipeline.core.artifacts import Preprocessing
 from maskplan.pipeline.data.preprocessing import (
     IMAGENET,
     INTERPOLATIONS,
-    UNREADABLE,
+    DECODE_ERRORS,
     decode,
-    from_transforms,
-    is_whole,
+    preprocessing_from_transforms,
+    is_complete,
     normalize,
 )
 
@@ -110,7 +110,7 @@ def test_every_torchvision_preset_is_reproduced() -> None:
     seen = set()
     for name in torchvision.models.list_models(module=torchvision.models):
         preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
-        how = from_transforms(preset)
+        how = preprocessing_from_transforms(preset)
         if how in seen:
             continue
         seen.add(how)
@@ -153,16 +153,16 @@ def test_normalizing_a_batch_is_normalizing_each_image() -> None:
 )
 def test_a_file_is_whole_only_if_it_decodes(kind: str, options: dict[str, Any]) -> None:
     data = file_of(picture(4, 33, 47), kind, **options)
-    assert is_whole(data)
+    assert is_complete(data)
     for length in range(0, len(data), len(data) // 150):
-        if is_whole(data[:length]):
+        if is_complete(data[:length]):
             decode(data[:length], IMAGENET)
     for share in (0.2, 0.5, 0.9):
-        assert not is_whole(data[: int(share * len(data))])
+        assert not is_complete(data[: int(share * len(data))])
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"P6 4 4 255\n12"])
 def test_what_is_no_image_is_not_whole_and_does_not_decode(data: bytes) -> None:
-    assert not is_whole(data)
-    with pytest.raises(UNREADABLE):
+    assert not is_complete(data)
+    with pytest.raises(DECODE_ERRORS):
         decode(data, IMAGENET)

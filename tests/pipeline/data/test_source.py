@@ -14,9 +14,7 @@ from maskplan.pipeline.data.source import find_dataset, find_val
 
 def test_a_folder_is_opened_with_the_models_labels_and_seed(toy_data: Path) -> None:
     labels = ("red", "blue", "green")
-    first, second = (
-        find_dataset(toy_data, model="resnet18", labels=labels, outputs=3, seed=seed) for seed in (1, 2)
-    )
+    first, second = (find_dataset(toy_data, model="resnet18", labels=labels, outputs=3, seed=seed) for seed in (1, 2))
     assert first is not None
     assert second is not None
     assert first.classes == labels
@@ -29,7 +27,7 @@ def test_a_folder_is_opened_with_the_models_labels_and_seed(toy_data: Path) -> N
 def test_a_folder_takes_precedence_over_the_digits(toy_data: Path) -> None:
     """It has three classes, so that the bundled model does not fit; the digits would."""
     for find in (find_val, lambda *a, **k: find_dataset(*a, **k, seed=0)):
-        with pytest.raises(InputError, match="differ in classes"):
+        with pytest.raises(InputError, match="different numbers of classes"):
             find(toy_data, model=BUNDLED_MODEL, labels=CLASSES, outputs=10)
 
 

@@ -24,7 +24,7 @@ from maskplan.pipeline.core.serialization import encode
 from maskplan.pipeline.models.checkpoint import (
     ModelOptions,
     load_checkpoint,
-    module_of,
+    load_module,
     open_checkpoint,
     read_checkpoint,
     save_checkpoint,
@@ -101,11 +101,11 @@ def test_auto_falls_back_to_random_weights_and_says_so_loudly(
     assert not written.provenance.trained
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert len(warnings) == 1
-    assert "random weights: good for timing only" in warnings[0]
+    assert "random weights: suitable for timing only" in warnings[0]
 
 
 def test_pretrained_weights_that_nobody_has_are_an_error(tiny_spec: str, out: Path) -> None:
-    with pytest.raises(HostError, match="names no pretrained weights"):
+    with pytest.raises(HostError, match="has no pretrained weights"):
         load_checkpoint(ModelOptions(tiny_spec, "pretrained"), out)
     assert not out.exists()
 
@@ -207,7 +207,7 @@ def test_what_is_written_is_read_back(out: Path, weights: str) -> None:
     assert written.bytes == out.stat().st_size
     assert written.sha256 == hashlib.sha256(out.read_bytes()).hexdigest()
     # Built from another seed, so that weights that were not loaded would show.
-    module = module_of(dataclasses.replace(options, seed=3), written)
+    module = load_module(dataclasses.replace(options, seed=3), written)
     assert same(dict(module.state_dict()), on_disk(out))
     assert not any(m.training for m in module.modules())
 

@@ -316,7 +316,7 @@ class Remembering:
 
     inputs = (TensorSpec("x", "float32", (None, 3, 4, 4)),)
     outputs = (TensorSpec("y", "float32", (None, 3)),)
-    spent = None
+    last_timing = None
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -544,7 +544,7 @@ def test_images_that_made_either_model_may_not_judge_it(
     report = tmp_path / "report.json"
     ran = cli("compare", *pair, "--data", toy_data, "--report", report)
     assert (ran.code, ran.out) == (3, "")
-    assert ran.err.startswith("error: val images also shaped the model")
+    assert ran.err.startswith("error: val images were also used to make the model")
     assert not report.exists()
 
 

@@ -36,7 +36,7 @@ class Weighing:
     """An engine in NumPy whose logits are weighted mean colors; it counts the images that it is shown."""
 
     inputs = (TensorSpec("x", "float32", (None, 3, 4, 4)),)
-    spent = None
+    last_timing = None
 
     def __init__(self, classes: int, seed: int, bias: float = 0.0) -> None:
         self.outputs = (TensorSpec("y", "float32", (None, classes)),)
