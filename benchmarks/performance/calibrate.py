@@ -23,7 +23,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 
-from maskplan.calibration.activations import collect
+from maskplan.calibration.activations import collect_histograms
 from maskplan.calibration.histogram import Histogram, union
 from maskplan.calibration.ranges import METHODS, RangeOptions, amax_of
 from maskplan.pipeline.core.files import write_json
@@ -80,7 +80,7 @@ def compare(path: Path, images: int, batch: int, chunks: int) -> dict[str, Any]:
             if key == "plain":
                 plain(path, batches)
             else:
-                parts.append(collect(model, names, batches))
+                parts.append(collect_histograms(model, names, batches))
             if chunk >= 0:
                 seconds[key].append(time.perf_counter() - started)
     whole = {name: union(part[name] for part in parts[1:]) for name in names}
@@ -116,7 +116,7 @@ def measure_peak(path: Path, images: int, batch: int) -> None:
     """Print what this process held before the pass, and at most."""
     model = onnx.load(path)
     before = high_water_bytes()
-    histograms = collect(model, data_inputs(model), noise(model, 0, images, batch))
+    histograms = collect_histograms(model, data_inputs(model), noise(model, 0, images, batch))
     for histogram in histograms.values():
         amax_of(histogram, RangeOptions("entropy"))
     print(before, high_water_bytes())

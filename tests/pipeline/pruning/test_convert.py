@@ -1,8 +1,9 @@
-"""Conversion of checkpoints with zeros anywhere: what is written, what is kept, what is told."""
+"""Conversion of unstructured sparse checkpoints: what is written, kept and reported."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +42,7 @@ def data() -> Dataset:
 
 @pytest.fixture(scope="module")
 def source() -> tuple[nn.Module, Provenance]:
-    """The digits network without the smaller half of its weights."""
+    """The digits network with the smaller half of each maskable weight set to zero."""
     module, provenance = open_checkpoint(ModelOptions("digits_resnet"))
     with torch.no_grad():
         for layer in select_layers(trace_layers(module, provenance.preprocessing)[0], TWO_FOUR).masked:
@@ -58,12 +59,40 @@ def converted(
     return safetensors.torch.load_file(out), report
 
 
-def test_without_update_what_is_not_dropped_stays_to_the_bit(
-    source: tuple[nn.Module, Provenance], data: Dataset, tmp_path: Path
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """A conversion that tests share; do not change it."""
+
+    state: dict[str, torch.Tensor]
+    report: ConversionReport
+    provenance: Provenance
+    source_unchanged: bool
+
+
+def shared(source: tuple[nn.Module, Provenance], data: Dataset, out: Path, **options: Any) -> Converted:
     before = tensors_sha256(source[0].state_dict())
-    state, report = converted(source, data, tmp_path / "c.safetensors", update=False)
-    assert tensors_sha256(source[0].state_dict()) == before
+    state, report = converted(source, data, out, **options)
+    unchanged = tensors_sha256(source[0].state_dict()) == before
+    return Converted(state, report, read_checkpoint(out).provenance, unchanged)
+
+
+@pytest.fixture(scope="module")
+def updated(source: tuple[nn.Module, Provenance], data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Converted:
+    return shared(source, data, tmp_path_factory.mktemp("updated") / "c.safetensors")
+
+
+@pytest.fixture(scope="module")
+def not_updated(
+    source: tuple[nn.Module, Provenance], data: Dataset, tmp_path_factory: pytest.TempPathFactory
+) -> Converted:
+    return shared(source, data, tmp_path_factory.mktemp("not_updated") / "c.safetensors", update=False)
+
+
+def test_without_update_kept_weights_are_bit_identical(
+    source: tuple[nn.Module, Provenance], not_updated: Converted
+) -> None:
+    state, report = not_updated.state, not_updated.report
+    assert not_updated.source_unchanged
     own = source[0].state_dict()
     names = {layer.name for layer in report.layers}
     assert len(names) == 8
@@ -73,7 +102,7 @@ def test_without_update_what_is_not_dropped_stays_to_the_bit(
         assert np.array_equal(new[new != 0], old[new != 0])
         assert layer.zeros == pytest.approx(50, abs=0.5)
         assert layer.dropped == pytest.approx(100 * ((old != 0) & (new == 0)).sum() / (old != 0).sum())
-        # Of independent zeros, groups of four have 3/8 of a weight too many: 18.75% of those that are left.
+        # With independent zeros, a group of four has 3/8 of a non-zero too many on average: 18.75% of the non-zeros.
         assert 10 < layer.dropped < 30
         assert layer.updated_error is None
     same = [name for name in own if name not in names and "running" not in name and "num_batches" not in name]
@@ -81,52 +110,56 @@ def test_without_update_what_is_not_dropped_stays_to_the_bit(
     assert not torch.equal(own["bn.running_mean"], state["bn.running_mean"])
 
 
-def test_the_update_gives_outputs_back(source: tuple[nn.Module, Provenance], data: Dataset, tmp_path: Path) -> None:
-    state, report = converted(source, data, tmp_path / "c.safetensors")
+def test_the_update_reduces_the_change_of_outputs(
+    source: tuple[nn.Module, Provenance], data: Dataset, updated: Converted
+) -> None:
+    state, report = updated.state, updated.report
+    assert updated.source_unchanged
     module, provenance = source
     layers = [x for x in trace_layers(module, provenance.preprocessing)[0] if x.name in {y.name for y in report.layers}]
-    told = {layer.name: layer for layer in report.layers}
+    reported = {layer.name: layer for layer in report.layers}
     # On images that nothing was fitted to.
-    for layer, found in second_moments(module, layers, provenance.preprocessing, data.select, MomentOptions()):
+    for layer, moment in second_moments(module, layers, provenance.preprocessing, data.select, MomentOptions()):
         old, new = module.state_dict()[layer.name].numpy(), state[layer.name].numpy()
         assert count_violations(new != 0, TWO_FOUR) == 0
-        fitted = output_error(old - new, found.effective).sum()
-        pruned = output_error(np.where(new != 0, 0, old), found.effective).sum()
+        fitted = output_error(old - new, moment.effective).sum()
+        pruned = output_error(np.where(new != 0, 0, old), moment.effective).sum()
         assert fitted < pruned, layer.name
-        updated = told[layer.name].updated_error
-        assert updated is not None
-        assert updated < told[layer.name].error
+        updated_error = reported[layer.name].updated_error
+        assert updated_error is not None
+        assert updated_error < reported[layer.name].error
     assert report.select_top1_converted > 80
     assert report.select_top1_source > 80
 
 
 def test_a_checkpoint_that_is_2to4_already_is_not_changed(
-    source: tuple[nn.Module, Provenance], data: Dataset, tmp_path: Path
+    source: tuple[nn.Module, Provenance], data: Dataset, not_updated: Converted, tmp_path: Path
 ) -> None:
-    once, _ = converted(source, data, tmp_path / "once.safetensors", update=False)
+    once = not_updated.state
     module = copy.deepcopy(source[0])
     module.load_state_dict(once)
     twice, report = converted((module, source[1]), data, tmp_path / "twice.safetensors")
     for layer in report.layers:
-        # A zero may be dropped, or kept and then fitted; nothing that is there may go.
+        # A zero may be dropped, or kept and then fitted; no non-zero may be dropped.
         assert layer.dropped == 0
         assert layer.error == 0
         assert torch.allclose(once[layer.name], twice[layer.name], atol=1e-5)
 
 
-def test_the_record_says_what_was_done(source: tuple[nn.Module, Provenance], data: Dataset, tmp_path: Path) -> None:
-    _, report = converted(source, data, tmp_path / "a.safetensors")
-    made = read_checkpoint(tmp_path / "a.safetensors").provenance
-    assert (made.pattern, made.layout, made.method) == ("2:4", "channel", "converted, updated")
-    assert set(made.masked) == {layer.name for layer in report.layers}
-    assert made.recalibrated_images == report.recalibrated_images > 0
+def test_provenance_and_report_record_the_conversion(
+    source: tuple[nn.Module, Provenance], data: Dataset, updated: Converted, tmp_path: Path
+) -> None:
+    record, report = updated.provenance, updated.report
+    assert (record.pattern, record.layout, record.method) == ("2:4", "channel", "converted, updated")
+    assert set(record.masked) == {layer.name for layer in report.layers}
+    assert record.recalibrated_images == report.recalibrated_images > 0
     assert report.select_images == len(data.select)
     converted(source, data, tmp_path / "b.safetensors", update=False, pattern="1:4", layers=("blocks.2.*",))
-    made = read_checkpoint(tmp_path / "b.safetensors").provenance
-    assert (made.pattern, made.method, len(made.masked)) == ("1:4", "converted", 3)
+    record = read_checkpoint(tmp_path / "b.safetensors").provenance
+    assert (record.pattern, record.method, len(record.masked)) == ("1:4", "converted", 3)
 
 
-def test_without_a_norm_a_bias_takes_the_mean_error_up(data: Dataset, tmp_path: Path) -> None:
+def test_without_batchnorm_a_bias_absorbs_the_mean_error(data: Dataset, tmp_path: Path) -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -142,7 +175,7 @@ def test_without_a_norm_a_bias_takes_the_mean_error_up(data: Dataset, tmp_path: 
     how = Preprocessing(1, 8, 8, 0, "bilinear", (0.5,), (0.5,))
     provenance = Provenance("plain", True, "w", "ab", 10, (), how)
     outputs = []
-    # Those that it is converted on.
+    # The images of the conversion.
     ((x, _),) = batches(data.train.sample(300, 0), how, 300)
     images = torch.from_numpy(x)
     for update in (False, True):
@@ -157,7 +190,7 @@ def test_without_a_norm_a_bias_takes_the_mean_error_up(data: Dataset, tmp_path: 
     assert outputs[1] < 1e-3 * outputs[0]
 
 
-def test_nothing_is_written_for_weights_that_are_not_numbers(
+def test_nothing_is_written_if_weights_are_not_finite(
     source: tuple[nn.Module, Provenance], data: Dataset, tmp_path: Path
 ) -> None:
     module = copy.deepcopy(source[0])
@@ -172,12 +205,12 @@ def test_nothing_is_written_for_weights_that_are_not_numbers(
     ("options", "message"),
     [({"pattern": "5:4"}, "not an N:M pattern"), ({"images": 0}, "images is 0"), ({"damping": -1.0}, "damping is -1")],
 )
-def test_options_that_mean_nothing_are_told(options: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         ConvertOptions(**options)
 
 
-def test_the_command_converts_and_what_it_writes_conforms(
+def test_the_command_writes_a_conforming_checkpoint(
     source: tuple[nn.Module, Provenance], cli: Callable[..., Any], tmp_path: Path
 ) -> None:
     torch.save(source[0].state_dict(), tmp_path / "half.pth")
@@ -186,14 +219,25 @@ def test_the_command_converts_and_what_it_writes_conforms(
     assert ran.code == 0, ran.err
     assert "2:4 on 8 layers" in ran.out
     assert "after the update" in ran.out
-    told = json.loads(report.read_text())
-    assert told["updated"]
-    assert len(told["layers"]) == 8
+    values = json.loads(report.read_text())
+    assert values["updated"]
+    assert len(values["layers"]) == 8
     assert cli("export", "digits_resnet", "--weights", out, "-o", model).code == 0
     verdict = check_2to4(model, CheckOptions())
     assert verdict.passed
     assert verdict.conforming == 8
-    bare = cli("convert", "digits_resnet", "--weights", tmp_path / "half.pth", "--no-update", "-o", out)
+    bare = cli(
+        "convert",
+        "digits_resnet",
+        "--weights",
+        tmp_path / "half.pth",
+        "--no-update",
+        "--layers",
+        "head*",
+        "--include-linear",
+        "-o",
+        out,
+    )
     assert bare.code == 0
     assert "after the update" not in bare.out
 

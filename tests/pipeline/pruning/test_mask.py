@@ -1,4 +1,4 @@
-"""The mask stage: which layers, by which method, from where; by the command and by the function."""
+"""The mask stage, by the command and by the function: layers, methods, start masks and interruptions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import safetensors.numpy
 from torch import nn
 
 from maskplan.pipeline.core.artifacts import Pattern
-from maskplan.pipeline.core.choices import AUTO, LAYERWISE, LEARNED, MAGNITUDE, TRANSPOSABLE
+from maskplan.pipeline.core.choices import LAYERWISE, LEARNED, MAGNITUDE, TRANSPOSABLE
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.data.digits import load_digits
 from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions
@@ -46,13 +46,6 @@ def masked(net: tuple[nn.Module, Any], out: Path, **options: Any) -> dict[str, n
     return dict(safetensors.numpy.load_file(out))
 
 
-def test_auto_learns_where_there_are_images() -> None:
-    assert method_for(AUTO, True) == LEARNED
-    assert method_for(AUTO, False) == MAGNITUDE
-    for method in (LEARNED, MAGNITUDE):
-        assert method_for(method, True) == method_for(method, False) == method
-
-
 def test_magnitude_masks_are_those_of_every_eligible_convolution(net: tuple[nn.Module, Any], tmp_path: Path) -> None:
     found = masked(net, tmp_path / "m.safetensors")
     assert len(found) == 8
@@ -69,7 +62,7 @@ def test_magnitude_masks_are_those_of_every_eligible_convolution(net: tuple[nn.M
         ({"min_channels": 32}, 4),
     ],
 )
-def test_the_policy_says_which_layers(
+def test_options_select_the_layers(
     options: dict[str, Any], expected: int, net: tuple[nn.Module, Any], tmp_path: Path
 ) -> None:
     found = masked(net, tmp_path / "m.safetensors", **options)
@@ -77,7 +70,7 @@ def test_the_policy_says_which_layers(
     assert ("head.weight" in found) == ("include_linear" in options)
 
 
-def test_names_that_match_nothing_are_an_error(net: tuple[nn.Module, Any], tmp_path: Path) -> None:
+def test_layer_patterns_without_a_match_are_an_error(net: tuple[nn.Module, Any], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no layer of the model can be masked") as raised:
         masked(net, tmp_path / "m.safetensors", layers=("nothing*",))
     assert "not_named" in str(raised.value)
@@ -97,7 +90,7 @@ def test_a_budget_leaves_the_costliest_layers_dense(net: tuple[nn.Module, Any], 
 
 
 def test_learning_starts_from_given_masks(net: tuple[nn.Module, Any], tmp_path: Path) -> None:
-    """At no rate to speak of, what comes out is what was given, on the layers that were given."""
+    """At a learning rate near zero, the result is the given masks, for the given layers only."""
     weights = net[0].state_dict()
     given = {}
     for name in ("blocks.1.conv1.weight", "blocks.2.conv2.weight"):
@@ -112,8 +105,8 @@ def test_learning_starts_from_given_masks(net: tuple[nn.Module, Any], tmp_path: 
     assert all(np.array_equal(found[name], given[name]) for name in given)
 
 
-def test_masks_to_start_from_must_fit(net: tuple[nn.Module, Any], tmp_path: Path) -> None:
-    safetensors.numpy.save_file({"stranger": np.ones((4, 4), np.bool_)}, tmp_path / "init.safetensors")
+def test_given_masks_of_another_model_are_refused(net: tuple[nn.Module, Any], tmp_path: Path) -> None:
+    safetensors.numpy.save_file({"unknown.weight": np.ones((4, 4), np.bool_)}, tmp_path / "init.safetensors")
     with pytest.raises(InputError, match="another model"):
         choose_masks(
             *net,
@@ -124,7 +117,9 @@ def test_masks_to_start_from_must_fit(net: tuple[nn.Module, Any], tmp_path: Path
         )
 
 
-def test_the_learners_checkpoint_goes_when_the_masks_are_there(net: tuple[nn.Module, Any], tmp_path: Path) -> None:
+def test_the_learners_checkpoint_is_deleted_once_the_masks_are_written(
+    net: tuple[nn.Module, Any], tmp_path: Path
+) -> None:
     files = LearnerFiles(tmp_path / "state", log_dir=tmp_path / "log")
     choose_masks(*net, MaskOptions(method=LEARNED, learn=QUICK), tmp_path / "m.safetensors", load_digits(), files=files)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "m.safetensors"]
@@ -138,7 +133,7 @@ def test_an_unknown_device_is_refused(device: str, cli: Callable[..., Any], tmp_
     assert f"unknown device {device!r}" in ran.err
 
 
-def test_a_gpu_that_is_not_there_is_told(cli: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_missing_gpu_is_an_error(cli: Callable[..., Any], tmp_path: Path) -> None:
     import torch
 
     if torch.cuda.is_available():
@@ -159,21 +154,21 @@ def test_layerwise_masks_change_every_layers_outputs_less_than_magnitude_masks(
     module, provenance = net
     layers = [layer for layer in trace_layers(module, provenance.preprocessing)[0] if layer.name in layerwise]
     assert len(layers) == 8
-    # On images that the masks were not chosen on.
+    # On images that were not used to choose the masks.
     select = load_digits().select
-    for layer, found in second_moments(module, layers, provenance.preprocessing, select, MomentOptions()):
+    for layer, moment in second_moments(module, layers, provenance.preprocessing, select, MomentOptions()):
         weight = module.state_dict()[layer.name].numpy()
-        ours, theirs = (
-            output_error(np.where(mask, 0, weight), found.effective).sum()
+        layerwise_error, magnitude_error = (
+            output_error(np.where(mask, 0, weight), moment.effective).sum()
             for mask in (layerwise[layer.name], magnitude_mask(weight, TWO_FOUR))
         )
-        assert ours < theirs, layer.name
+        assert layerwise_error < magnitude_error, layer.name
 
 
 def test_learned_masks_may_start_from_layerwise_ones(
     net: tuple[nn.Module, Any], layerwise: dict[str, np.ndarray[Any, Any]], tmp_path: Path
 ) -> None:
-    """At no rate to speak of, what comes out is what it started from, and the gates never were for anything else."""
+    """At a learning rate near zero, the result is the start masks, and the gates prefer them from the first step."""
     learn = dataclasses.replace(QUICK, lr=1e-12, noise_start=0.0, init_margin=1000.0)
     options = MaskOptions(method=LEARNED, init_method=LAYERWISE, images=200, learn=learn)
     out = tmp_path / "m.safetensors"
@@ -188,13 +183,13 @@ def test_learned_masks_may_start_from_layerwise_ones(
 
 def test_transposable_masks_hold_along_both_axes(net: tuple[nn.Module, Any], tmp_path: Path) -> None:
     found = masked(net, tmp_path / "m.safetensors", method=TRANSPOSABLE, include_linear=True)
-    assert "head.weight" not in found, "ten outputs are no multiple of four"
+    assert "head.weight" not in found, "ten outputs are not a multiple of four"
     assert len(found) == 8
     assert all(transposed_violations(mask, TWO_FOUR) == (0, 0) for mask in found.values())
 
 
 @pytest.mark.parametrize("method", ["layerwise", "transposable"])
-def test_masks_of_every_method_are_conforming_once_baked_and_exported(
+def test_masks_of_every_method_conform_after_bake_and_export(
     method: str, cli: Callable[..., Any], tmp_path: Path
 ) -> None:
     masks, sparse, model = (tmp_path / name for name in ("m.safetensors", "s.safetensors", "s.onnx"))
@@ -212,17 +207,19 @@ def test_masks_of_every_method_are_conforming_once_baked_and_exported(
     assert bool(wrong) == (method == "layerwise")
 
 
-def test_the_images_are_named_where_they_were_looked_at(cli: Callable[..., Any], tmp_path: Path) -> None:
+def test_images_are_recorded_if_the_method_used_them(cli: Callable[..., Any], tmp_path: Path) -> None:
     for method, roles in (("layerwise", ["train", "select"]), ("transposable", []), ("magnitude", [])):
         out, report = tmp_path / f"{method}.safetensors", tmp_path / f"{method}.json"
         assert cli("mask", "digits_resnet", "--method", method, "-o", out, "--report", report).code == 0
-        told = json.loads(report.read_text())
-        assert told["method"] == method
-        assert [images["role"] for images in told["image_sets"]] == roles
+        values = json.loads(report.read_text())
+        assert values["method"] == method
+        assert [images["role"] for images in values["image_sets"]] == roles
 
 
 @pytest.mark.parametrize("options", [{"method": LAYERWISE}, {"method": LEARNED, "init_method": LAYERWISE}])
-def test_masks_that_need_images_say_so(options: dict[str, Any], net: tuple[nn.Module, Any], tmp_path: Path) -> None:
+def test_methods_that_need_images_are_refused_without(
+    options: dict[str, Any], net: tuple[nn.Module, Any], tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match="masks need images"):
         choose_masks(*net, MaskOptions(**options), tmp_path / "m.safetensors")
     assert not list(tmp_path.iterdir())
@@ -235,17 +232,17 @@ def test_masks_along_c_refuse_the_flat_layout(method: str, net: tuple[nn.Module,
     assert not list(tmp_path.iterdir())
 
 
-def test_options_that_mean_nothing_are_told() -> None:
+def test_invalid_options_are_refused() -> None:
     with pytest.raises(InputError, match="unknown init_method"):
         MaskOptions(init_method="random")
     with pytest.raises(InputError, match="images is 0"):
         MaskOptions(images=0)
 
 
-def test_an_interrupted_command_goes_on_with_resume(
+def test_an_interrupted_command_continues_with_resume(
     cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "r.toml").write_text("[learn]\nepochs = 3\nbatch = 256\n")
+    (tmp_path / "r.toml").write_text("[learn]\nepochs = 2\nbatch = 256\n")
     command = ("mask", "digits_resnet", "--recipe", tmp_path / "r.toml", "-o")
     assert cli(*command, tmp_path / "whole.safetensors").code == 0
     from maskplan.pipeline.learning import trainer
@@ -272,7 +269,8 @@ def test_an_interrupted_command_goes_on_with_resume(
     assert not (tmp_path / "m.safetensors.learning").exists()
 
 
-def test_several_processes_write_one_mask_file_and_one_of_them_speaks(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_processes_of_torchrun_write_one_mask_file_and_one_of_them_logs(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text("[learn]\nepochs = 1\nbatch = 128\n")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [
