@@ -1,1 +1,1 @@
-"""Calibration: activation ranges to an ONNX file with explicit Q/DQ that is still 2:4."""
+"""Calibration: from activation ranges to an ONNX file with explicit Q/DQ whose weights are still 2:4."""

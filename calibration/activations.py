@@ -1,4 +1,4 @@
-"""Activations of an FP32 graph on ONNX Runtime, as histograms: one pass over the images, nothing kept but counts."""
+"""Histograms of the activations of an FP32 graph, collected with ONNX Runtime in one pass over the images."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from maskplan.pipeline.core.ort_session import open_session
 if TYPE_CHECKING:
     import onnxruntime
 
-# Activations of about this many bytes are counted while as many more are computed.
+# Activations of about this size are counted while the next ones, of the same size, are computed.
 _SLICE_BYTES = 128 << 20
 
 _Images = npt.NDArray[np.float32]
 _Values = Mapping[str, npt.NDArray[Any]]
 
 
-def collect(
+def collect_histograms(
     model: onnx.ModelProto,
     tensors: Sequence[str],
     batches: Iterable[_Images],
@@ -35,14 +35,14 @@ def collect(
 ) -> dict[str, Histogram]:
     """Run images through a graph and count the values of some of its tensors.
 
-    Batches are run in slices whose activations take about 128 MB, or of as many images as the graph is fixed to, so memory
-    does not depend on their size. A thread counts one slice while ONNX Runtime computes the next.
+    Batches run in slices whose activations take about 128 MB, or in the graph's batch size if that is fixed, so memory does
+    not depend on the size of a batch. A thread counts one slice while ONNX Runtime computes the next.
 
     Args:
-        model: Of one input, with its weights inside; left as it is.
+        model: With one input and without external data. Not changed.
         tensors: Names of float tensors: outputs of nodes, or the graph's input.
-        batches: Images (N, channels, H, W), float32, each batch an array of its own; iterated once.
-        where: What to call the model in messages.
+        batches: Images (N, channels, H, W), float32; iterated once. The arrays must not be reused for the next batch.
+        where: Name of the model in messages.
 
     Returns:
         A histogram for each tensor, in the order given.
@@ -53,13 +53,13 @@ def collect(
     """
     graph = Graph(model.graph)
     (source,) = [value for value in model.graph.input if value.name not in graph.constants]
-    if unknown := [name for name in tensors if name not in graph.makers and name != source.name]:
+    if unknown := [name for name in tensors if name not in graph.producers and name != source.name]:
         raise ValueError(f"no such tensors: {unknown}")
-    # In the order of the graph, so that the first that is not finite comes first.
-    names = sorted(dict.fromkeys(tensors), key=lambda name: graph.makers.get(name, -1))
+    # In the order of the graph, so that the first tensor that is not finite is reported.
+    names = sorted(dict.fromkeys(tensors), key=lambda name: graph.producers.get(name, -1))
     histograms = {name: Histogram() for name in names}
-    made = [name for name in names if name in graph.makers]
-    session = open_session(_with_outputs(model, made).SerializeToString(), where)
+    computed = [name for name in names if name in graph.producers]
+    session = open_session(_with_outputs(model, computed).SerializeToString(), where)
     batch_dim = source.type.tensor_type.shape.dim[0]
     fixed = batch_dim.dim_value if batch_dim.HasField("dim_value") else 0
 
@@ -70,7 +70,7 @@ def collect(
                 raise _not_finite(model, graph, source.name, name, images, where)
 
     step = fixed or 1
-    # One thread, since counting holds the interpreter's lock; ONNX Runtime does not.
+    # A single thread: counting holds the interpreter lock, while ONNX Runtime releases it.
     with ThreadPoolExecutor(1) as pool:
         counted: Future[None] | None = None
         for batch in batches:
@@ -78,12 +78,13 @@ def collect(
             while start < len(batch):
                 images = batch[start : start + step]
                 start += len(images)
-                values = {source.name: images, **_run(session, made, source.name, _filled(images, fixed), where)}
+                values = {source.name: images, **_run(session, computed, source.name, _padded(images, fixed), where)}
                 if len(images) < fixed:
                     values = {name: v[: len(images)] if v.shape[:1] == (fixed,) else v for name, v in values.items()}
                 if counted is not None:
                     counted.result()
                 elif not fixed:
+                    # The first slice, of one image, shows how much memory an image takes.
                     step = max(1, _SLICE_BYTES * len(images) // max(sum(v.nbytes for v in values.values()), 1))
                 counted = pool.submit(count, values, images)
                 del values
@@ -93,8 +94,8 @@ def collect(
     return {name: histograms[name] for name in tensors}
 
 
-def _filled(images: _Images, fixed: int) -> _Images:
-    """The images, the last repeated up to the batch that the graph takes."""
+def _padded(images: _Images, fixed: int) -> _Images:
+    """The images, the last one repeated up to the fixed batch size of the graph."""
     return (
         images
         if len(images) >= fixed
@@ -130,43 +131,44 @@ def _run(
 def _not_finite(
     model: onnx.ModelProto, graph: Graph, source: str, name: str, images: _Images, where: object
 ) -> InputError:
-    """What made a tensor NaN or infinite: the graph runs once more, and the search goes back to finite inputs."""
+    """The error that names the first node with a NaN or infinite output; runs the graph once more to find it."""
     if not np.isfinite(images).all():
         return InputError(
             "the images are NaN or infinite",
             where=f"input {source} of {where}",
             fix="check the images and their scaling",
         )
-    behind = _behind(graph, name)
-    session = open_session(_with_outputs(model, behind).SerializeToString(), where)
-    values = _run(session, behind, source, images, where)
+    ancestors = _with_ancestors(graph, name)
+    session = open_session(_with_outputs(model, ancestors).SerializeToString(), where)
+    values = _run(session, ancestors, source, images, where)
     broken = {n for n, value in values.items() if _is_broken(value)}
+    # Go back from the tensor to a node whose inputs are all finite.
     culprit, back = name, True
     while back:
-        inputs = [n for n in graph.nodes[graph.makers[culprit]].input if n in broken]
+        inputs = [n for n in graph.nodes[graph.producers[culprit]].input if n in broken]
         culprit, back = (inputs[0], True) if inputs else (culprit, False)
-    node = graph.nodes[graph.makers[culprit]]
+    node = graph.nodes[graph.producers[culprit]]
     value = values[culprit] if culprit in broken else np.array([np.inf])
     weights = [n for n in node.input if n in graph.constants and _is_broken(numpy_helper.to_array(graph.constants[n]))]
-    made_by = f"made by {node.op_type} {graph.names[graph.makers[culprit]]}"
+    produced_by = f"output of {node.op_type} {graph.names[graph.producers[culprit]]}"
     return InputError(
         "an activation is NaN or infinite",
-        where=f"tensor {culprit}, {made_by}, of {where}",
+        where=f"tensor {culprit}, {produced_by}, of {where}",
         found=f"{'NaN' if np.isnan(value).any() else 'infinity'}"
-        + (f"; so is its constant {weights[0]}" if weights else ""),
-        fix="check the weights and the images' scaling: a model that does this has no ranges",
+        + (f"; its constant {weights[0]} is not finite either" if weights else ""),
+        fix="check the weights and the scaling of the images",
     )
 
 
-def _behind(graph: Graph, name: str) -> list[str]:
-    """A tensor and all from which it is computed, constants and inputs left out, in the order of the graph."""
+def _with_ancestors(graph: Graph, name: str) -> list[str]:
+    """A tensor and all tensors from which it is computed, without constants and inputs, in the order of the graph."""
     wanted, found = [name], set[str]()
     while wanted:
         tensor = wanted.pop()
-        if tensor in graph.makers and tensor not in found and tensor not in graph.constants:
+        if tensor in graph.producers and tensor not in found and tensor not in graph.constants:
             found.add(tensor)
-            wanted.extend(graph.nodes[graph.makers[tensor]].input)
-    return sorted(found, key=lambda tensor: graph.makers[tensor])
+            wanted.extend(graph.nodes[graph.producers[tensor]].input)
+    return sorted(found, key=lambda tensor: graph.producers[tensor])
 
 
 def _is_broken(value: Any) -> bool:

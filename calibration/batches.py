@@ -1,4 +1,4 @@
-"""Which images ranges are measured on: as many of each class, drawn with a seed, prepared as the checkpoint wants them."""
+"""The images on which ranges are measured: balanced over classes, drawn with a seed, preprocessed for the checkpoint."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ log = logging.getLogger(__name__)
 
 
 def choose_images(train: Split, count: int, seed: int) -> Split:
-    """At most `count` images, as many of each class as there are, drawn with `seed`.
+    """Draw at most `count` images, equally many of each class as far as there are enough.
 
-    Classes give one image a round until there are enough, so that a class that runs out leaves its share to the others.
+    Each class contributes one image per round until there are enough images; a class without further images is skipped.
 
     Args:
-        train: Training images; those of `val` must not shape what is judged on them.
-        count: How many.
-        seed: For the draw.
+        train: Training images. Not images of `val`, which must not influence a model that is evaluated on them.
+        count: Number of images.
+        seed: Of the draw.
 
     Raises:
         InputError: There are no images.
@@ -39,8 +39,8 @@ def choose_images(train: Split, count: int, seed: int) -> Split:
     labels = train.labels[order]
     classes = np.unique(labels)
     if len(classes) == 1:
-        log.warning("all images are of one class: ranges may be too narrow for others")
-    # The round in which an image would be taken: how many of its class come before it in the drawn order.
+        log.warning("all calibration images are of one class: ranges may be too narrow for other classes")
+    # The round in which each image is taken: the number of images of its class before it in the drawn order.
     rounds = np.empty(len(order), np.int64)
     for label in classes:
         members = np.flatnonzero(labels == label)
@@ -50,6 +50,6 @@ def choose_images(train: Split, count: int, seed: int) -> Split:
 
 
 def calibration_batches(split: Split, preprocessing: Preprocessing, size: int) -> Iterator[npt.NDArray[np.float32]]:
-    """Batches (N, channels, H, W), float32, in the split's order; progress is shown as they are taken."""
+    """Batches (N, channels, H, W), float32, in the order of the split; shows progress."""
     for images, _ in track(batches(split, preprocessing, size), "calibrate", -(-len(split) // size)):
         yield images

@@ -1,4 +1,4 @@
-"""Ranges on disk: our cache, tied to the model and images it was measured on, and TensorRT's text table."""
+"""Ranges on disk: the range cache (JSON, keyed by model, images and options) and TensorRT's calibration cache (text)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from maskplan.calibration.ranges import RangeOptions, Ranges
-from maskplan.calibration.scales import LARGEST_INTEGER
+from maskplan.calibration.scales import MAX_INT8
 from maskplan.pipeline.core.errors import InputError, listed
 from maskplan.pipeline.core.files import read_bytes, write_atomically, write_json
 
 FORMAT = "maskplan ranges 1"
 
 TENSORRT_HEADER = "TRT-101600-EntropyCalibration2"
-"""Of tables that are written without having been read: TensorRT 10.16's entropy calibrator."""
+"""The header that is written by default: that of TensorRT 10.16's entropy calibrator."""
 
 _HEADER = re.compile(r"TRT-\d+-\w+")
 _ENTRY = re.compile(r"(.+): ?([0-9a-fA-F]{1,8})", re.DOTALL)
@@ -31,7 +31,7 @@ class CacheKey:
 
     Attributes:
         model: Digest of the FP32 model.
-        data: Digest of the images, as they were fed.
+        data: Digest of the preprocessed images.
         options: How the ranges were chosen.
     """
 
@@ -41,7 +41,7 @@ class CacheKey:
 
 
 def write_cache(path: Path, key: CacheKey, ranges: Ranges) -> str:
-    """Write the ranges as JSON, sorted, one tensor a line.
+    """Write the ranges as JSON: sorted, one tensor per line.
 
     Returns:
         The sha256 digest of the file.
@@ -67,51 +67,53 @@ def read_cache(path: Path, key: CacheKey) -> Ranges:
     """The ranges that `write_cache` wrote for the same key.
 
     Raises:
-        InputError: The file is missing, is no such cache, or is of another model, other images or other options.
+        InputError: The file is missing, is not a range cache, or belongs to another model, other images or other options.
     """
     try:
         content = json.loads(read_bytes(path), object_pairs_hook=_without_repeats)
     except ValueError as error:  # of JSON, of UTF-8, and of repeated names
-        raise _no_cache(path, error) from error
+        raise _not_a_cache(path, error) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise _no_cache(path, f"no format {FORMAT!r}")
-    wanted = {"model": key.model, "data": key.data, "options": asdict(key.options)}
-    differing = [what for what, value in wanted.items() if content.get(what) != value]
+        raise _not_a_cache(path, f"no format {FORMAT!r}")
+    expected = {"model": key.model, "data": key.data, "options": asdict(key.options)}
+    differing = [name for name, value in expected.items() if content.get(name) != value]
     if differing:
-        names = {"model": "another model", "data": "other images", "options": "other options"}
+        other = {"model": "another model", "data": "other images", "options": "other options"}
         raise InputError(
-            f"the range cache is of {' and '.join(names[what] for what in differing)}",
+            f"the range cache belongs to {' and '.join(other[name] for name in differing)}",
             where=path,
-            found="; ".join(f"{what} {_shown(content.get(what))}, not {_shown(wanted[what])}" for what in differing),
-            fix="delete it to measure the ranges again, or name another file",
+            found="; ".join(
+                f"{n} {_format_value(content.get(n))}, expected {_format_value(expected[n])}" for n in differing
+            ),
+            fix="delete the file to measure the ranges again, or give another file",
         )
     tables = [table for title in ("amax", "largest") if isinstance(table := content.get(title), dict)]
     if len(tables) < 2:
-        raise _no_cache(path, "no ranges")
+        raise _not_a_cache(path, "no ranges")
     if bad := [f"{name}: {value!r}" for table in tables for name, value in table.items() if not _is_range(value)]:
-        raise _no_cache(path, f"not ranges: {listed(bad)}")
+        raise _not_a_cache(path, f"not ranges: {listed(bad)}")
     return Ranges(*({name: float(value) for name, value in table.items()} for table in tables))
 
 
 def write_tensorrt_cache(path: Path, amax: Mapping[str, float], header: str = TENSORRT_HEADER) -> str:
-    """Write a calibration cache as TensorRT 10's calibrators keep it: a tensor and its scale a line, in the order given.
+    """Write a calibration cache in the format of TensorRT 10: one tensor and its scale per line, in the given order.
 
-    The scale is amax / 127 as a float32, big-endian, in hexadecimal. A tensor of nothing but zeros gets the scale 1.
+    The scale is amax / 127 as a big-endian float32 in hexadecimal. A tensor whose values are all zero gets the scale 1.
 
     Returns:
         The sha256 digest of the file.
 
     Raises:
         HostError: The folder cannot be written.
-        ValueError: A name has no line of its own, or a range no positive float32 scale.
+        ValueError: A name is empty or contains a line break, or a range has no positive float32 scale.
     """
     if not _HEADER.fullmatch(header):
-        raise ValueError(f"no header of TensorRT's: {header!r}")
+        raise ValueError(f"not a header of TensorRT: {header!r}")
     lines = [header]
     for name, value in amax.items():
-        scale = value / LARGEST_INTEGER if value else 1.0
+        scale = value / MAX_INT8 if value else 1.0
         if not name or "\n" in name:
-            raise ValueError(f"no name for a line: {name!r}")
+            raise ValueError(f"not a name for one line: {name!r}")
         try:
             bits = struct.pack(">f", scale)
         except OverflowError as error:
@@ -123,10 +125,10 @@ def write_tensorrt_cache(path: Path, amax: Mapping[str, float], header: str = TE
 
 
 def read_tensorrt_cache(path: Path) -> tuple[str, dict[str, float]]:
-    """Header and ranges of a calibration cache of TensorRT; writing both again gives the same scales.
+    """Read the header and the ranges of a TensorRT calibration cache; writing both again gives the same scales.
 
     Raises:
-        InputError: The file is missing or no such cache; every line that cannot be read is named.
+        InputError: The file is missing or is not a calibration cache; the message names every line that cannot be read.
     """
     try:
         text = read_bytes(path).decode()
@@ -137,10 +139,12 @@ def read_tensorrt_cache(path: Path) -> tuple[str, dict[str, float]]:
             found=error,
             fix="give the text file that a calibrator wrote",
         ) from error
-    # Not splitlines: names may hold what Unicode takes for an end of line.
+    # Not splitlines: names may contain characters that Unicode treats as line breaks.
     header, *lines = text.split("\n")
     header = header.removesuffix("\r")
-    problems = [] if _HEADER.fullmatch(header) else [f"line 1: {header[:80]!r} is no header like {TENSORRT_HEADER}"]
+    problems = (
+        [] if _HEADER.fullmatch(header) else [f"line 1: {header[:80]!r} is not a header such as {TENSORRT_HEADER}"]
+    )
     amax: dict[str, float] = {}
     for number, line in enumerate(lines, 2):
         entry = line.removesuffix("\r")
@@ -153,17 +157,17 @@ def read_tensorrt_cache(path: Path) -> tuple[str, dict[str, float]]:
         name, digits = match.groups()
         (scale,) = struct.unpack(">f", bytes.fromhex(digits.zfill(8)))
         if name in amax:
-            problems.append(f"line {number}: {name!r} for the second time")
+            problems.append(f"line {number}: {name!r} is repeated")
         elif not (math.isfinite(scale) and scale >= 0):
             problems.append(f"line {number}: the scale of {name!r} is {scale:g}")
         else:
-            amax[name] = scale * LARGEST_INTEGER
+            amax[name] = scale * MAX_INT8
     if problems:
         raise InputError(
             "the calibration cache cannot be read",
             where=path,
             found=listed(problems),
-            fix="correct these lines, or calibrate anew",
+            fix="correct these lines, or calibrate again",
         )
     return header, amax
 
@@ -177,15 +181,15 @@ def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _is_range(value: object) -> bool:
-    # Compared, not converted: JSON's whole numbers have no end.
+    # Compared, not converted to float: integers in JSON may be too large.
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
 
-def _shown(value: object) -> str:
+def _format_value(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name}={value[name]}" for name in sorted(value))
     return str(value)
 
 
-def _no_cache(path: Path, found: object) -> InputError:
-    return InputError("not a range cache", where=path, found=found, fix="delete it to measure the ranges again")
+def _not_a_cache(path: Path, found: object) -> InputError:
+    return InputError("not a range cache", where=path, found=found, fix="delete the file to measure the ranges again")

@@ -1,4 +1,4 @@
-"""How the values of one tensor are spread: a histogram that takes any number of batches in memory that does not grow."""
+"""A histogram of the values of one tensor, updated batch by batch in constant memory."""
 
 from __future__ import annotations
 
@@ -10,57 +10,57 @@ import numpy as np
 import numpy.typing as npt
 
 HALF_BINS = 1 << 15
-"""Bins on either side of 0. The largest magnitude always lies in the outer half of them."""
+"""Bins on either side of 0. The largest magnitude is always in the outer half of them."""
 
-# In this many values the scratch arrays stay in a core's cache.
+# Values that are counted at once: the scratch arrays stay in the cache of a core.
 _BLOCK = 1 << 15
 # The scale 2**-exponent must be a float32 number.
-_SMALLEST_EXPONENT = -126
+_MIN_EXPONENT = -126
 
 
 class Histogram:
     """Counts of values in bins of one width, a power of two; bin i holds [i * width, (i + 1) * width).
 
-    The width follows from the largest magnitude seen: when a larger one comes, neighboring bins merge. Widths that are
-    powers of two make scaling and merging exact, so the order of the values and how they came in batches change nothing.
+    The width follows from the largest magnitude so far: for a larger one, neighboring bins merge. As widths are powers of
+    two, scaling and merging are exact, and the result does not depend on the order of the values or their batches.
 
     Attributes:
         counts: Bins -HALF_BINS to HALF_BINS - 1, int64.
         exponent: The width is 2**exponent.
-        count: How many values were seen.
-        lowest: The smallest of them, exactly; infinity before the first.
-        highest: The largest; -infinity before the first.
-        finite: False once NaN or infinity came; nothing is counted from then on.
+        count: Number of values.
+        lowest: The smallest value, exactly; infinity before the first.
+        highest: The largest value, exactly; -infinity before the first.
+        finite: False after a NaN or infinity; nothing is counted from then on.
     """
 
     def __init__(self) -> None:
         self.counts: npt.NDArray[np.int64] = np.zeros(2 * HALF_BINS, np.int64)
-        self.exponent = _SMALLEST_EXPONENT
+        self.exponent = _MIN_EXPONENT
         self.count = 0
         self.lowest, self.highest = math.inf, -math.inf
         self.finite = True
 
     @property
     def width(self) -> float:
-        """Of a bin."""
+        """The width of a bin."""
         return 2.0**self.exponent
 
     @property
     def amax(self) -> float:
         """The largest magnitude, exactly; 0 before the first value."""
-        # Zeros may be negative; a range is not.
+        # abs, because the result may be -0.0.
         return abs(max(self.highest, -self.lowest, 0.0))
 
     def update(self, values: npt.NDArray[Any]) -> None:
         """Count float32 or FP16 values of any shape.
 
-        What underflows in float32 when it is divided by the width counts as 0.
+        Values that underflow in float32 when divided by the width count as 0.
         """
         flat = np.ascontiguousarray(values).reshape(-1)
         scaled, bins = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.intp)
         for start in range(0, flat.size, _BLOCK):
             block = flat[start : start + _BLOCK]
-            # NaN goes through both.
+            # NaN propagates through min and max.
             lowest, highest = float(block.min()), float(block.max())
             if not (self.finite and math.isfinite(lowest) and math.isfinite(highest)):
                 self.finite = False
@@ -71,20 +71,20 @@ class Histogram:
             places = scaled[: block.size]
             np.multiply(block, np.float32(2.0**-self.exponent), out=places)
             np.floor(places, out=places)
-            # Whole numbers below 2**24: still exact.
+            # Integers below 2**24 are exact in float32.
             np.add(places, np.float32(HALF_BINS), out=places)
             np.copyto(bins[: block.size], places, casting="unsafe")
             np.add.at(self.counts, bins[: block.size], 1)
 
     def magnitudes(self) -> npt.NDArray[np.int64]:
-        """Counts of absolute values: bin i of the HALF_BINS holds those from i * width to (i + 1) * width."""
+        """Counts of absolute values, (HALF_BINS,): bin i counts those from i * width to (i + 1) * width."""
         counts: npt.NDArray[np.int64] = self.counts[HALF_BINS:] + self.counts[HALF_BINS - 1 :: -1]
         return counts
 
     def spread(self, bins: int) -> npt.NDArray[np.int64]:
-        """The same values in `bins` bins of one width from -amax to amax.
+        """The same values in `bins` equal bins from -amax to amax, (bins,).
 
-        A bin that an edge of the new ones cuts is shared out in proportion. The end bins end at the exact extremes.
+        A bin that contains an edge of the new ones is divided in proportion. The outermost bins end at the exact extremes.
 
         Args:
             bins: An even number, so that 0 is an edge.
@@ -100,7 +100,7 @@ class Histogram:
         return counts
 
     def _widen(self, exponent: int) -> None:
-        # Bin i goes into bin i >> steps; 15 steps leave one bin on either side.
+        # Bin i becomes part of bin i >> steps; 15 steps leave one bin on either side.
         steps = min(exponent - self.exponent, HALF_BINS.bit_length() - 1)
         if steps <= 0:
             return
@@ -112,7 +112,7 @@ class Histogram:
 
 
 def union(histograms: Iterable[Histogram]) -> Histogram:
-    """The histogram of all their values together, for tensors that must have one scale."""
+    """The histogram of the values of all histograms, for tensors that must share one scale."""
     parts = list(histograms)
     whole = Histogram()
     for part in parts:
@@ -129,5 +129,5 @@ def union(histograms: Iterable[Histogram]) -> Histogram:
 
 
 def _exponent_of(amax: float) -> int:
-    # amax < 2**e, which must be at most HALF_BINS widths.
-    return max(math.frexp(amax)[1] - (HALF_BINS.bit_length() - 1), _SMALLEST_EXPONENT)
+    # frexp gives amax < 2**e; 2**e must be at most HALF_BINS widths.
+    return max(math.frexp(amax)[1] - (HALF_BINS.bit_length() - 1), _MIN_EXPONENT)

@@ -5,18 +5,19 @@ The rules follow NVIDIA's placement recommendations for explicit quantization:
 - The data input and the weight of every Conv, and of every Gemm and MatMul with a constant second operand, are quantized;
   biases stay float.
 - The output of a layer is not quantized by default: a Q/DQ pair between a convolution and its BatchNorm, activation or
-  residual addition would prevent their fusion. Of a residual addition only the skip connection is quantized; if both operands
-  come from convolutions, the deeper one is fused and the other one is the skip connection.
-- Operators that only move values (max pooling, reshapes, splits, concatenation, ...) have a pair before and a pair after them,
-  with the same scale, if all readers of their output are quantized: the values pass through as INT8. Rounding twice with the
-  same scale changes nothing. If there is another reader, the values are moved in float and quantized afterwards.
+  residual addition would prevent their fusion. Of a residual addition only the skip connection is quantized; if both
+  operands come from convolutions, the deeper one is fused and the other one is the skip connection.
+- Operators that only move values (max pooling, reshapes, splits, concatenation, ...) have a pair before and a pair
+  after them, with the same scale, if all readers of their output are quantized: the values pass through as INT8.
+  Rounding twice with the same scale changes nothing. If there is another reader, the values are moved in float and
+  quantized afterwards.
 - All inputs of a concatenation share one scale if any of them is quantized.
 - Average pooling computes, so it ends such a path: its output is quantized if a layer reads it, its input is not.
 - A tensor with several readers is quantized once, and dequantized once for each reader.
 
-Throughout, a place for a pair is an edge: a reader of a tensor, as (node index, input index). `place` builds the set of edges
-in three steps: the data inputs of the layers and the skip connections; with `quantize_outputs`, the readers of what the layers
-return; then it pushes edges from behind moving operators to before them.
+Throughout, a place for a pair is an edge: a reader of a tensor, as (node index, input index). `place` builds the set of
+edges in three steps: the data inputs of the layers and the skip connections; with `quantize_outputs`, the readers of
+what the layers return; then it pushes edges from behind moving operators to before them.
 """
 
 from __future__ import annotations
@@ -248,7 +249,7 @@ def _fused_additions(graph: Graph, quantized: Mapping[int, _Layer]) -> dict[int,
 
 
 def _convolution_behind(graph: Graph, tensor: str) -> int | None:
-    """The convolution that produces a tensor, directly or through nodes that fold into it; None if others read a value between."""
+    """The convolution that produces a tensor, directly or through foldable nodes, without other readers."""
     while tensor in graph.producers and graph.only_reader(tensor):
         n = graph.producers[tensor]
         if graph.nodes[n].op_type == "Conv":

@@ -1,4 +1,4 @@
-"""Scales and integers: symmetric INT8 with the zero point at 0, so that zeros stay zeros."""
+"""Symmetric INT8 quantization with zero point 0, so that zeros stay zeros."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-LARGEST_INTEGER = 127
-"""Of either sign; -128 is left out, so that a weight and its negative are equally far from 0."""
+MAX_INT8 = 127
+"""The largest magnitude used; -128 is not, so that the range is symmetric."""
 
-SMALLEST_SCALE = float(np.finfo(np.float16).smallest_normal)
-LARGEST_SCALE = float(np.finfo(np.float16).max)
+MIN_SCALE = float(np.finfo(np.float16).smallest_normal)
+MAX_SCALE = float(np.finfo(np.float16).max)
 
 
 def scale_of(amax: float) -> float:
-    """The scale at which `amax` becomes 127, as a float32 that FP16 holds too.
+    """The scale that maps `amax` to 127, as a float32 that FP16 can represent too.
 
     Never 0, infinite or subnormal, even when stored as FP16: ranges below 127 * 2**-14 get the smallest normal FP16 number,
-    and a range of nothing but zeros gets 1.
+    and the range 0 gets the scale 1.
 
     Args:
         amax: The largest magnitude to represent.
 
     Raises:
-        ValueError: `amax` is negative, NaN or infinite, or beyond 127 * 65504.
+        ValueError: `amax` is negative, NaN, infinite, or above 127 * 65504.
     """
     if not (math.isfinite(amax) and amax >= 0):
         raise ValueError(f"{amax:g} is not a range")
     if amax == 0:
         return 1.0
-    scale = float(np.float32(amax / LARGEST_INTEGER))
-    if scale > LARGEST_SCALE:
-        raise ValueError(f"{amax:.4g} is beyond the range of an FP16 scale, {LARGEST_INTEGER * LARGEST_SCALE:.4g}")
-    return max(scale, SMALLEST_SCALE)
+    scale = float(np.float32(amax / MAX_INT8))
+    if scale > MAX_SCALE:
+        raise ValueError(f"{amax:.4g} exceeds the range of an FP16 scale, {MAX_INT8 * MAX_SCALE:.4g}")
+    return max(scale, MIN_SCALE)
 
 
 def quantize_weight(values: npt.NDArray[Any], axis: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """A weight as integers of [-127, 127], with a scale for each channel along `axis`.
+    """Quantize a weight to integers in [-127, 127], with one scale per channel along `axis`.
 
-    Rounds half to even in float32, as ONNX's QuantizeLinear does. What is 0 becomes 0.
+    Rounds half to even in float32, as QuantizeLinear of ONNX does. Zeros stay 0.
 
     Args:
         values: Float32, of any shape.
@@ -58,4 +58,4 @@ def quantize_weight(values: npt.NDArray[Any], axis: int) -> tuple[npt.NDArray[np
     amax = np.abs(values).max(axis=others, initial=0)
     scales = np.array([scale_of(float(a)) for a in amax], np.float32)
     rounded = np.rint(values / np.expand_dims(scales, others))
-    return np.clip(rounded, -LARGEST_INTEGER, LARGEST_INTEGER).astype(np.int8), scales
+    return np.clip(rounded, -MAX_INT8, MAX_INT8).astype(np.int8), scales

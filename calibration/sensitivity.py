@@ -1,4 +1,4 @@
-"""Which layers to leave in higher precision, so that quantizing the rest costs no more than a budget."""
+"""Selection of the layers that stay in higher precision, so that quantizing the others keeps an accuracy budget."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LayerCost:
-    """How far the outputs depart from the model's own when one layer alone is quantized: mean KL divergence, in nats."""
+    """The mean KL divergence, in nats, of the outputs with only this layer quantized from those of the FP32 model."""
 
     name: str
     divergence: float
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What the budget came to.
+class BudgetSelection:
+    """The layers that a budget leaves in higher precision.
 
     Attributes:
-        options: What to place by: those given, with the layers to leave excluded.
-        layers: Names of those left in higher precision, the worst first; empty where none need be.
-        costs: Of every layer, the worst first; empty where quantizing all of them holds the budget.
-        drop: Points of top-1 on the images judged by, against the model before.
-        images: How many these are.
+        options: The given options, with these layers excluded.
+        layers: Names of the layers, the most sensitive first; empty if all can be quantized.
+        costs: Of every layer, the most sensitive first; empty if all can be quantized.
+        drop: Points of top-1 that quantization costs on the images.
+        images: Number of images.
     """
 
     options: PlaceOptions
@@ -47,46 +47,47 @@ class Kept:
     images: int
 
 
-def hold_budget(
+def select_by_budget(
     model: onnx.ModelProto,
     options: PlaceOptions,
     amax: Mapping[str, float],
     budget: float,
     images: npt.NDArray[np.float32],
     labels: npt.NDArray[np.int64],
-) -> Kept:
-    """Leave the fewest layers in higher precision, the most sensitive ones first, that hold a budget.
+) -> BudgetSelection:
+    """Select layers to leave in higher precision, the most sensitive ones first, until a budget holds.
 
-    A layer's cost is what quantizing it alone does to the outputs. How many of the costliest to leave is found by halving:
-    the drop need not fall with every layer that is left, so fewer might do, but those that are named do.
+    A layer's cost is the divergence of the outputs when it alone is quantized. A binary search finds the number of
+    layers. As the drop need not fall with every layer, a smaller number might do as well; the budget holds for the
+    number returned.
 
     Args:
         model: FP32.
         options: What may be quantized.
-        amax: Range of each tensor, also of those that only other placements quantize.
-        budget: Points of top-1 that may be lost.
-        images: Prepared images (N, channels, H, W) of the `select` part: they choose, so they must not be `val`.
-        labels: Theirs (N,).
+        amax: Range of each tensor, including those that only other placements quantize (`placements_of`).
+        budget: Allowed drop of top-1, in points.
+        images: Preprocessed images (N, channels, H, W) of the `select` split; not of `val`, because they select.
+        labels: Of the images, (N,).
 
     Raises:
-        InputError: With a single layer quantized the budget does not hold.
+        InputError: The budget does not hold even with a single layer quantized.
     """
-    own = logits_of(model, images)
+    float_logits = logits_of(model, images)
 
     def drop(left: tuple[str, ...]) -> float:
         quantized = insert_qdq(model, place(model, _without(options, left)), amax)
-        found = logits_of(quantized, images)
-        return 100 * float((own.argmax(1) == labels).mean() - (found.argmax(1) == labels).mean())
+        logits = logits_of(quantized, images)
+        return 100 * float((float_logits.argmax(1) == labels).mean() - (logits.argmax(1) == labels).mean())
 
     first = drop(())
     if first <= budget:
-        return Kept(options, (), (), first, len(images))
+        return BudgetSelection(options, (), (), first, len(images))
     names = [weight.node for weight in place(model, options).weights]
     costs = []
     for name in track(names, "sensitivity", len(names)):
         alone = tuple(other for other in names if other != name)
         quantized = insert_qdq(model, place(model, _without(options, alone)), amax)
-        costs.append(LayerCost(name, divergence(own, logits_of(quantized, images))))
+        costs.append(LayerCost(name, divergence(float_logits, logits_of(quantized, images))))
     costs.sort(key=lambda cost: -cost.divergence)
     worst = [cost.name for cost in costs]
     drops = {0: first}
@@ -96,7 +97,7 @@ def hold_budget(
         raise InputError(
             "the budget does not hold even with one layer quantized",
             found=f"{drops[high]:.2f} points of top-1 on {len(images)} images; {budget:g} are allowed",
-            fix="allow more, or stay with fp16",
+            fix="allow a larger drop, or use fp16",
         )
     while high - low > 1:
         middle = (low + high) // 2
@@ -104,14 +105,14 @@ def hold_budget(
         low, high = (low, middle) if drops[middle] <= budget else (middle, high)
     log.info("int8: %d of %d layers stay in higher precision: %s", high, len(names), ", ".join(worst[:high]))
     left = tuple(worst[:high])
-    return Kept(_without(options, left), left, tuple(costs), drops[high], len(images))
+    return BudgetSelection(_without(options, left), left, tuple(costs), drops[high], len(images))
 
 
 def placements_of(model: onnx.ModelProto, options: PlaceOptions) -> Iterator[Placement]:
-    """Placements whose tensors, together, are all that any choice of layers quantizes.
+    """Placements whose tensors together include every tensor that any selection of layers quantizes.
 
-    Which of two branches an addition quantizes, and where a path of moved values begins, follows from the layers next to
-    it: each layer left out, and each one alone, show every case.
+    Which branch of an addition is quantized, and where a path of moved values begins, depends only on the adjacent layers.
+    So excluding each layer, and quantizing each layer alone, covers every case.
     """
     names = [weight.node for weight in place(model, options).weights]
     for name in names if len(names) > 1 else ():
@@ -119,9 +120,9 @@ def placements_of(model: onnx.ModelProto, options: PlaceOptions) -> Iterator[Pla
         yield place(model, _without(options, tuple(other for other in names if other != name)))
 
 
-def divergence(own: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> float:
-    """Mean KL divergence of the classes' probabilities, own against other, in nats; logits (N, classes) of both."""
-    p, q = _log_softmax(own), _log_softmax(other)
+def divergence(reference: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> float:
+    """Mean KL divergence D(reference || other) of the class probabilities, in nats, from logits (N, classes)."""
+    p, q = _log_softmax(reference), _log_softmax(other)
     return float((np.exp(p) * (p - q)).sum(axis=1).mean())
 
 
@@ -132,5 +133,5 @@ def _log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
 
 
 def _without(options: PlaceOptions, names: tuple[str, ...]) -> PlaceOptions:
-    """The same options, these layers left out as well, whatever characters their names hold."""
+    """The same options with these layers excluded too; special characters in their names are escaped."""
     return replace(options, exclude=(*options.exclude, *map(glob.escape, names)))

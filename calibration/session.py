@@ -1,4 +1,4 @@
-"""ONNX Runtime on a graph in memory."""
+"""ONNX Runtime on an ONNX graph in memory."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def logits_of(model: onnx.ModelProto, images: npt.NDArray[np.float32]) -> npt.ND
     parts = []
     for start in range(0, len(images), step):
         part = images[start : start + step]
-        # A graph of a fixed batch takes no less; what fills it up is not looked at.
+        # A fixed batch must be full; the outputs of the padding are dropped.
         missing = step - len(part) if isinstance(fixed, int) else 0
-        filled = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
-        parts.append(session.run(None, {name: filled})[0][: len(part)])
+        padded = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
+        parts.append(session.run(None, {name: padded})[0][: len(part)])
     return np.concatenate(parts).astype(np.float32, copy=False)

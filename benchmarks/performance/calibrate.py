@@ -1,9 +1,11 @@
-"""What measuring ranges costs: beside plain inference of the same images by ONNX Runtime, and in memory.
+"""Cost of measuring calibration ranges: compared with plain ONNX Runtime inference of the same images, and in memory.
 
-`python benchmarks/performance/calibrate.py` writes calibrate.json beside this script. Both sides take turns, a chunk of the images
-each, so that a host that slows down slows both; a turn opens a session and runs its chunk through. Plain inference has ONNX
-Runtime's own settings. To our side's time the ranges are added, chosen once for all chunks by the slowest method. Peak
-memory is of a process of its own that measures ranges on all images in one pass.
+    python benchmarks/performance/calibrate.py
+
+writes calibrate.json next to this script. Both sides alternate on chunks of the images, so that a slowdown of the host affects
+both; each turn opens a session and runs one chunk. Plain inference uses ONNX Runtime's default settings. Our time includes
+choosing the ranges once for all chunks, by the slowest method. Peak memory is that of a separate process that measures ranges
+on all images in one pass.
 """
 
 from __future__ import annotations
@@ -32,10 +34,10 @@ from maskplan.pipeline.timing.compare_latency import cpu_name
 
 
 def exported(name: str, folder: Path) -> Path:
-    """A network with random weights, as the export stage writes it: through a process, since PyTorch takes memory."""
+    """A network with random weights, exported in a separate process to keep PyTorch out of this one's memory."""
     program = (
         "import sys; from pathlib import Path\n"
-        "from exporters.onnx_export import trace\n"
+        "from maskplan.exporters.onnx_export import trace\n"
         "from maskplan.pipeline.core.artifacts import Provenance\n"
         "from maskplan.pipeline.models.registry import build_model\n"
         "made = build_model(sys.argv[1], seed=0)\n"
@@ -48,7 +50,7 @@ def exported(name: str, folder: Path) -> Path:
 
 
 def data_inputs(model: onnx.ModelProto) -> list[str]:
-    """What every Conv and Gemm reads beside its weight and bias."""
+    """The data inputs of every Conv and Gemm."""
     return list(dict.fromkeys(n.input[0] for n in model.graph.node if n.op_type in ("Conv", "Gemm")))
 
 
@@ -68,12 +70,12 @@ def plain(path: Path, batches: list[npt.NDArray[np.float32]]) -> None:
 
 
 def compare(path: Path, images: int, batch: int, chunks: int) -> dict[str, Any]:
-    """Both sides in turn, and every method's ranges at the end."""
+    """Both sides alternately, then the ranges by every method."""
     model = onnx.load(path)
     names = data_inputs(model)
     seconds: dict[str, list[float]] = {"plain": [], "ours": []}
     parts: list[dict[str, Histogram]] = []
-    for chunk in range(-1, chunks):  # the first is to warm up
+    for chunk in range(-1, chunks):  # the first one warms up
         batches = list(noise(model, chunk + 1, batch if chunk < 0 else images // chunks, batch))
         for key in list(seconds)[:: 1 if chunk % 2 else -1]:
             started = time.perf_counter()
@@ -105,7 +107,7 @@ def compare(path: Path, images: int, batch: int, chunks: int) -> dict[str, Any]:
 
 
 def peak(path: Path, images: int, batch: int) -> dict[str, int]:
-    """Peak memory of one pass over all images, in a process of its own."""
+    """Peak memory of one pass over all images, in a separate process."""
     arguments = ["--peak", str(path), "--images", str(images), "--batch", str(batch)]
     done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True)
     loaded, high = map(int, done.stdout.split()[-2:])
@@ -113,7 +115,7 @@ def peak(path: Path, images: int, batch: int) -> dict[str, int]:
 
 
 def measure_peak(path: Path, images: int, batch: int) -> None:
-    """Print what this process held before the pass, and at most."""
+    """Print the memory of this process before the pass, and its peak."""
     model = onnx.load(path)
     before = high_water_bytes()
     histograms = collect_histograms(model, data_inputs(model), noise(model, 0, images, batch))
@@ -129,7 +131,7 @@ def high_water_bytes() -> int:
 
 
 def main() -> None:
-    """Measure, or do one part of it in a process of its own."""
+    """Measure everything, or one part in a separate process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--images", type=int, default=512)

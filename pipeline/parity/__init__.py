@@ -1,1 +1,1 @@
-"""What the gate holds against each other: answers, counts, thresholds, and where two models begin to differ."""
+"""The parity gate: model outputs, paired counts, thresholds, and the first layer where two models differ."""

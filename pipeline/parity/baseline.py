@@ -1,4 +1,4 @@
-"""The gate's numbers beside those of an earlier report: what has changed since the last release."""
+"""Compare the gate's numbers with those of an earlier report: what has changed since the last release."""
 
 from __future__ import annotations
 
@@ -25,28 +25,30 @@ _NUMBERS = (
 
 
 def read_baseline(path: Path) -> Mapping[str, Any]:
-    """An earlier report of `compare`, or the part of the line's report.json that is one.
+    """Read an earlier report of `compare`, or the `parity` section of a report.json of `maskplan engine`.
 
     Raises:
-        InputError: Neither.
+        InputError: The file is missing or is neither.
     """
     try:
-        found = json.loads(read_bytes(path))
+        values = json.loads(read_bytes(path))
     except ValueError as error:
-        raise InputError("the baseline is not JSON", where=path, found=error, fix="give a file of --report") from error
-    told = found.get("parity", found) if isinstance(found, dict) else None
-    if not isinstance(told, dict) or not {"verdict", "top1_drop"} <= set(told):
         raise InputError(
-            "the baseline is no report of compare",
+            "the baseline is not JSON", where=path, found=error, fix="give a file that --report wrote"
+        ) from error
+    parity = values.get("parity", values) if isinstance(values, dict) else None
+    if not isinstance(parity, dict) or not {"verdict", "top1_drop"} <= set(parity):
+        raise InputError(
+            "the baseline is not a report of `maskplan compare`",
             where=path,
-            found=sorted(found)[:8] if isinstance(found, dict) else type(found).__name__,
-            fix="give a file that `maskplan compare --report` or the line wrote",
+            found=sorted(values)[:8] if isinstance(values, dict) else type(values).__name__,
+            fix="give a file that `maskplan compare --report` or `maskplan engine` wrote",
         )
-    return told
+    return parity
 
 
 def with_drift(report: ParityReport, baseline: Mapping[str, Any]) -> ParityReport:
-    """The report with its numbers beside the baseline's; a number that either lacks has no change."""
+    """Add a row for each number with its change since the baseline; None if either report lacks the number."""
     rows = []
     for name in _NUMBERS:
         before, now = _number(baseline.get(name)), _number(getattr(report, name))
@@ -57,7 +59,7 @@ def with_drift(report: ParityReport, baseline: Mapping[str, Any]) -> ParityRepor
     if then != report.images:
         notes = (*notes, f"the baseline was measured on {then} labeled images, this report on {report.images}")
     elif digest is not None and report.images_sha256 is not None and digest != report.images_sha256:
-        notes = (*notes, "the baseline was measured on other images")
+        notes = (*notes, "the baseline was measured on different images")
     return replace(report, drift=tuple(rows), notes=notes)
 
 

@@ -1,4 +1,4 @@
-"""Counts of one model beside the dense one, image by image: hits, agreement, flips in each direction, classes."""
+"""Count a model's predictions against the dense model's, image by image: hits, agreement, flips by direction, classes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from maskplan.pipeline.parity.model_outputs import UNLABELED, ModelOutputs
 
 @dataclass(frozen=True)
 class OutcomeCounts:
-    """What two models' answers to the same images come to.
+    """Paired counts of two models' predictions on the same images.
 
     Attributes:
-        images: All of them.
-        labeled: Those with a label; the others count for `flips` alone.
-        top1: Of the labeled ones, by who got them right: the dense model, this one, both, neither.
-        top5: The same for the five highest classes.
-        flips: Changed first choices.
-        classes: Hits by class, of the classes that occur, in the order of the outputs.
+        images: Number of images.
+        labeled: Number of images with a label; the others count for `flips` only.
+        top1: Labeled images by which model is right: both, only the dense one, only this one, neither.
+        top5: The same for the label among the five highest classes.
+        flips: Changed top-1 predictions.
+        classes: Accuracy by class, for the classes that occur, in the order of the outputs.
     """
 
     images: int
@@ -35,50 +35,51 @@ class OutcomeCounts:
 
 
 def count_outcomes(
-    dense: ModelOutputs, own: ModelOutputs, labels: npt.NDArray[np.int64], names: Sequence[str] = ()
+    dense: ModelOutputs, other: ModelOutputs, labels: npt.NDArray[np.int64], names: Sequence[str] = ()
 ) -> OutcomeCounts:
-    """Count two models' answers.
+    """Count two models' predictions.
 
     Args:
-        dense: Of the reference.
-        own: Of the model beside it.
+        dense: Outputs of the reference.
+        other: Outputs of the model that is compared with it.
         labels: (N,), `UNLABELED` where there is none.
-        names: Of the classes, in the order of the outputs; their numbers where there are no more.
+        names: Class names in the order of the outputs; a class without a name is called by its number.
     """
     known = labels != UNLABELED
-    hits, dense_hits = (a.first == labels for a in (own, dense))
-    changed = own.first != dense.first
+    hits, dense_hits = (outputs.top1 == labels for outputs in (other, dense))
+    changed = other.top1 != dense.top1
     lost, gained = dense_hits & ~hits & known, hits & ~dense_hits & known
     return OutcomeCounts(
         images=len(labels),
         labeled=int(known.sum()),
         top1=_paired(dense_hits[known], hits[known]),
-        top5=_paired(dense.in_top5[known], own.in_top5[known]),
+        top5=_paired(dense.in_top5[known], other.in_top5[known]),
         flips=Flips(
             changed=int(changed.sum()),
             right_to_wrong=int(lost.sum()),
             wrong_to_right=int(gained.sum()),
             wrong_to_wrong=int((changed & known & ~lost & ~gained).sum()),
         ),
-        classes=_classes(labels[known], dense_hits[known], hits[known], names),
+        classes=_class_drops(labels[known], dense_hits[known], hits[known], names),
     )
 
 
-def _paired(dense: npt.NDArray[np.bool_], own: npt.NDArray[np.bool_]) -> PairedCounts:
+def _paired(dense: npt.NDArray[np.bool_], other: npt.NDArray[np.bool_]) -> PairedCounts:
     return PairedCounts(
-        both=int((dense & own).sum()),
-        only_first=int((dense & ~own).sum()),
-        only_second=int((own & ~dense).sum()),
-        neither=int((~dense & ~own).sum()),
+        both=int((dense & other).sum()),
+        only_first=int((dense & ~other).sum()),
+        only_second=int((other & ~dense).sum()),
+        neither=int((~dense & ~other).sum()),
     )
 
 
-def _classes(
-    labels: npt.NDArray[np.int64], dense: npt.NDArray[np.bool_], own: npt.NDArray[np.bool_], names: Sequence[str]
+def _class_drops(
+    labels: npt.NDArray[np.int64], dense: npt.NDArray[np.bool_], other: npt.NDArray[np.bool_], names: Sequence[str]
 ) -> tuple[ClassDrop, ...]:
     if not len(labels):
         return ()
-    images, dense_right, right = (np.bincount(labels[w], minlength=labels.max() + 1) for w in (labels >= 0, dense, own))
+    masks = (labels >= 0, dense, other)
+    images, dense_right, right = (np.bincount(labels[mask], minlength=labels.max() + 1) for mask in masks)
     return tuple(
         ClassDrop(
             name=names[c] if c < len(names) else str(c),

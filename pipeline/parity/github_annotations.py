@@ -1,4 +1,4 @@
-"""The gate's verdict where GitHub Actions shows it: annotations on stdout, and a table for the job's summary."""
+"""Show the gate's verdict in GitHub Actions: annotations on stdout, and a table for the job's summary."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ def summary(report: ParityReport, title: str) -> str:
     lines = [f"### {_cell(title)}: {report.verdict.replace('_', ' ')}", ""]
     if report.reason is not None:
         lines += [_cell(report.reason), ""]
-    lines += ["| threshold | limit | judged | |", "|---|---:|---:|---|"]
+    lines += ["| threshold | limit | measured | |", "|---|---:|---:|---|"]
     for check in report.checks:
-        state = {None: "not judged", True: PASS, False: "**fail**"}[check.passed]
-        judged = "" if check.judged is None else f"{check.judged:.6g}"
-        lines.append(f"| {_cell(check.name)} | {check.limit:g} | {judged} | {state} |")
+        state = {None: "not evaluated", True: PASS, False: "**fail**"}[check.passed]
+        measured = "" if check.judged is None else f"{check.judged:.6g}"
+        lines.append(f"| {_cell(check.name)} | {check.limit:g} | {measured} | {state} |")
     if report.drift:
-        lines += ["", "| since the baseline | then | now | change |", "|---|---:|---:|---:|"]
+        lines += ["", "| since the baseline | before | now | change |", "|---|---:|---:|---:|"]
         for row in report.drift:
-            then, now = ("" if v is None else f"{v:.6g}" for v in (row.before, row.now))
+            before, now = ("" if v is None else f"{v:.6g}" for v in (row.before, row.now))
             change = "" if row.change is None else f"{row.change:+.6g}"
-            lines.append(f"| {_cell(row.name)} | {then} | {now} | {change} |")
+            lines.append(f"| {_cell(row.name)} | {before} | {now} | {change} |")
     lines += ["", *(f"* {_cell(note)}" for note in report.notes)]
     return "\n".join(lines).rstrip() + "\n\n"
 
 
 def append_summary(text: str) -> None:
-    """Add to the job's summary page, where the environment names its file.
+    """Append to the job's summary page; does nothing if GITHUB_STEP_SUMMARY is not set.
 
     Raises:
-        HostError: It cannot be written.
+        HostError: The file cannot be written.
     """
     name = os.environ.get("GITHUB_STEP_SUMMARY")
     if not name:
@@ -64,7 +64,7 @@ def _command(kind: str, title: str, text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """What GitHub's own toolkit escapes; the percent sign first, or it would be escaped twice."""
+    """Escape as GitHub's own toolkit does; the percent sign first, or it would be escaped twice."""
     return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 

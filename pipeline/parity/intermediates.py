@@ -122,6 +122,4 @@ class Intermediates:
         del marked.graph.output[:]
         marked.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
         external_data_dir = self.path.parent if self._external else None
-        return open_session(
-            marked.SerializeToString(), self.path, optimized=False, external_data_dir=external_data_dir
-        )
+        return open_session(marked.SerializeToString(), self.path, optimized=False, external_data_dir=external_data_dir)

@@ -243,6 +243,6 @@ def _computing(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
 
 def _source(graph: Graph, tensor: str) -> str:
     """The tensor that conversions made this one of."""
-    while tensor in graph.makers and _converts(graph.nodes[graph.makers[tensor]]):
-        tensor = graph.nodes[graph.makers[tensor]].input[0]
-    return tensor if tensor in graph.makers else IMAGE
+    while tensor in graph.producers and _converts(graph.nodes[graph.producers[tensor]]):
+        tensor = graph.nodes[graph.producers[tensor]].input[0]
+    return tensor if tensor in graph.producers else IMAGE

@@ -1,4 +1,4 @@
-"""How far apart two models' outputs on the fixed images are, by Polygraphy's comparators."""
+"""Differences between two models' outputs on the fixed images, by Polygraphy's comparators."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from maskplan.pipeline.core.reports import OutputCloseness
 _QUANTILE = 0.99
 
 
-def output_metrics(
+def compare_outputs(
     reference: npt.NDArray[np.float32], other: npt.NDArray[np.float32], name: str = "logits"
 ) -> OutputCloseness:
     """Compare outputs that were computed before; no model runs.
 
-    Differences are told over all elements at once, relative ones as shares of the reference's element; cosine similarity
-    and PSNR are those of single images.
+    Absolute and relative differences are over all elements, relative to the reference's element. Cosine similarity and
+    PSNR are per image.
 
     Args:
-        reference: (F, classes), the dense model's.
-        other: (F, classes).
-        name: Of the output.
+        reference: Outputs of the dense model, (F, classes).
+        other: Outputs of the other model, (F, classes).
+        name: Name of the output.
     """
     from polygraphy.comparator import CosineSimilarityCompareFunc, IterationResult, PsnrCompareFunc, SimpleCompareFunc
 
     quiet_polygraphy()
 
-    def compared(how: Any, mine: npt.NDArray[np.float32], theirs: npt.NDArray[np.float32]) -> Any:
+    def run(compare: Any, first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) -> Any:
         # Polygraphy takes relative errors against the second result, and the peak of the PSNR from the first.
-        return how(IterationResult({name: mine}), IterationResult({name: theirs}))[name]
+        return compare(IterationResult({name: first}), IterationResult({name: second}))[name]
 
     simple = SimpleCompareFunc(check_error_stat="quantile", error_quantile=_QUANTILE)
     cosine, psnr = CosineSimilarityCompareFunc(), PsnrCompareFunc()
     images = range(len(reference))
-    # Overflow in a diverged model shows as None in the report; NumPy need not warn of it as well.
+    # Overflow of a diverged model is None in the report; a warning of NumPy adds nothing.
     with np.errstate(all="ignore"):
-        whole = compared(simple, other, reference)
-        cosines = [compared(cosine, reference[i : i + 1], other[i : i + 1]).cosine_similarity for i in images]
-        psnrs = [compared(psnr, reference[i : i + 1], other[i : i + 1]).psnr for i in images]
+        whole = run(simple, other, reference)
+        cosines = [run(cosine, reference[i : i + 1], other[i : i + 1]).cosine_similarity for i in images]
+        psnrs = [run(psnr, reference[i : i + 1], other[i : i + 1]).psnr for i in images]
     return OutputCloseness(
         name=name,
         images=len(reference),
@@ -54,14 +54,14 @@ def output_metrics(
         mean_rel=_finite(whole.mean_reldiff),
         median_rel=_finite(whole.median_reldiff),
         p99_rel=_finite(whole.quantile_reldiff),
-        cosine_min=_least(cosines),
+        cosine_min=_min_finite(cosines),
         cosine_mean=_finite(float(np.mean(cosines))),
-        psnr_min_db=_least(psnrs),
+        psnr_min_db=_min_finite(psnrs),
     )
 
 
-def _least(values: list[float]) -> float | None:
-    """The smallest; None where it is not finite, or any is NaN."""
+def _min_finite(values: list[float]) -> float | None:
+    """The smallest value; None if it is not finite or any value is NaN."""
     return _finite(float(np.min(values)))
 
 

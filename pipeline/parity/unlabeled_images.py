@@ -1,4 +1,4 @@
-"""A folder of images without classes: models can be held against each other on it, not against the truth."""
+"""A folder of images without classes: it shows how far two models agree, not how accurate they are."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from maskplan.pipeline.parity.model_outputs import UNLABELED
 
 
 def open_unlabeled(folder: Path) -> Split | None:
-    """The images that lie in a folder, or in its `val/`, without class folders; None where there are none such.
+    """The images directly in a folder, or in its `val/`; None if there are none or there are class folders.
 
-    Images next to folders are left to `open_val`, which says what is wrong with the layout.
+    A mix of images and folders is left to `open_val`, which reports what is wrong with the layout.
     """
     from PIL import Image
 

@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from maskplan.calibration import activations
-from maskplan.calibration.activations import collect
+from maskplan.calibration.activations import collect_histograms
 from maskplan.calibration.histogram import Histogram
 from maskplan.pipeline.core.errors import InputError
 
@@ -55,7 +55,7 @@ def same(one: Histogram, other: Histogram) -> bool:
 
 def test_histograms_are_those_of_a_plain_run() -> None:
     model, batch = network(), images(8)
-    found = collect(model, TENSORS, [batch])
+    found = collect_histograms(model, TENSORS, [batch])
     assert list(found) == list(TENSORS)
     exposed = network()
     exposed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in ("relu", "pooled"))
@@ -75,20 +75,20 @@ def test_histograms_are_those_of_a_plain_run() -> None:
 
 def test_sizes_of_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     everything = images(13)
-    whole = collect(network(), TENSORS, [everything])
+    whole = collect_histograms(network(), TENSORS, [everything])
     # One activation fits, then a few.
     for slice_bytes in (1, 50_000):
         monkeypatch.setattr(activations, "_SLICE_BYTES", slice_bytes)
         for cuts in ([5], [1, 2, 12], []):
-            parts = collect(network(), TENSORS, np.split(everything, cuts))
+            parts = collect_histograms(network(), TENSORS, np.split(everything, cuts))
             for name in TENSORS:
                 assert parts[name].count == whole[name].count
                 assert parts[name].amax == pytest.approx(whole[name].amax, rel=1e-5)
 
 
 def test_a_fixed_batch_is_filled_up_and_the_filling_not_counted() -> None:
-    free = collect(network(), TENSORS, [images(11)])
-    fixed = collect(network(batch=4), TENSORS, [images(11)])
+    free = collect_histograms(network(), TENSORS, [images(11)])
+    fixed = collect_histograms(network(batch=4), TENSORS, [images(11)])
     for name in TENSORS:
         assert fixed[name].count == free[name].count
         assert fixed[name].amax == pytest.approx(free[name].amax, rel=1e-5)
@@ -102,14 +102,14 @@ def test_batches_are_taken_one_at_a_time_and_once() -> None:
             taken.append(seed)
             yield images(2, seed)
 
-    assert collect(network(), ["relu"], stream())["relu"].count == 8 * 4 * 14 * 14
+    assert collect_histograms(network(), ["relu"], stream())["relu"].count == 8 * 4 * 14 * 14
     assert taken == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("batches", [[], [images(0)], [images(0), images(0)]])
 def test_no_images_are_one_clear_error(batches: list[Images]) -> None:
     with pytest.raises(InputError, match="no images to calibrate on"):
-        collect(network(), TENSORS, batches)
+        collect_histograms(network(), TENSORS, batches)
 
 
 def broken(shape: tuple[int, ...], value: float) -> Images:
@@ -121,24 +121,24 @@ def broken(shape: tuple[int, ...], value: float) -> Images:
 def test_a_weight_that_is_nan_is_traced_to_its_layer() -> None:
     # Relu hands NaN on, and the second convolution too.
     with pytest.raises(InputError) as caught:
-        collect(network(first=broken((4, 3, 3, 3), np.nan)), ["pooled", "relu"], [images(2)], where="net.onnx")
-    assert "tensor conv, made by Conv conv_1, of net.onnx" in str(caught.value)
-    assert "NaN; so is its constant first" in str(caught.value)
+        collect_histograms(network(first=broken((4, 3, 3, 3), np.nan)), ["pooled", "relu"], [images(2)], where="net.onnx")
+    assert "tensor conv, output of Conv conv_1, of net.onnx" in str(caught.value)
+    assert "NaN; its constant first is not finite either" in str(caught.value)
 
 
 def test_an_overflow_is_traced_to_the_first_node_that_makes_it() -> None:
     huge = np.full((4, 4, 3, 3), 1e38, np.float32)
     with pytest.raises(InputError) as caught:
-        collect(network(second=huge, last=broken((4, 5), np.nan)), TENSORS, [images(3)])
-    assert "tensor conv2, made by Conv conv_2" in str(caught.value)
+        collect_histograms(network(second=huge, last=broken((4, 5), np.nan)), TENSORS, [images(3)])
+    assert "tensor conv2, output of Conv conv_2" in str(caught.value)
     assert "infinity" in str(caught.value)
 
 
 def test_what_comes_late_in_the_stream_is_seen() -> None:
     calm, wild = images(2), images(2)
     wild[1] *= 1e30
-    with pytest.raises(InputError, match="made by Conv conv_2"):
-        collect(network(second=np.full((4, 4, 3, 3), 1e10)), TENSORS, [calm] * 3 + [wild])
+    with pytest.raises(InputError, match="output of Conv conv_2"):
+        collect_histograms(network(second=np.full((4, 4, 3, 3), 1e10)), TENSORS, [calm] * 3 + [wild])
 
 
 @pytest.mark.parametrize("tensors", [["images"], ["pooled"]])
@@ -146,14 +146,14 @@ def test_images_that_are_nan_are_told_as_such(tensors: list[str]) -> None:
     bad = images(3)
     bad[2, 1, 5, 5] = np.nan
     with pytest.raises(InputError, match="the images are NaN or infinite"):
-        collect(network(), tensors, [images(2), bad])
+        collect_histograms(network(), tensors, [images(2), bad])
 
 
 def test_images_of_another_shape_are_one_clear_error() -> None:
     with pytest.raises(InputError, match="cannot run the model"):
-        collect(network(), TENSORS, [np.zeros((2, 1, 16, 16), np.float32)])
+        collect_histograms(network(), TENSORS, [np.zeros((2, 1, 16, 16), np.float32)])
 
 
 def test_a_tensor_that_is_not_in_the_graph_is_a_mistake_of_the_caller() -> None:
     with pytest.raises(ValueError, match="nowhere"):
-        collect(network(), ["relu", "nowhere"], [images(1)])
+        collect_histograms(network(), ["relu", "nowhere"], [images(1)])

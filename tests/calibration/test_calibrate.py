@@ -251,7 +251,7 @@ def test_a_cache_that_lacks_tensors_of_other_layers_is_measured_again(
     folder.run(images_of()[0], CalibrateOptions(method="minmax", exclude=("head",)), cache="ranges.json")
     found = folder.run(images_of()[0], cache="ranges.json")
     assert found.report.ranges_from == "images"
-    assert "ranges.json lacks tensors of these options: measured again" in caplog.text
+    assert "ranges.json lacks tensors that these options need" in caplog.text
     assert '"f"' in (folder.path / "ranges.json").read_text()
 
 
@@ -259,7 +259,7 @@ def test_a_cache_of_another_model_is_refused_with_both_digests(folder: Folder) -
     folder.run(images_of()[0], cache="ranges.json")
     other = folder.save(net(scale=2.0), "other.onnx")
     before = folder.files
-    with pytest.raises(InputError, match="range cache is of another model") as error:
+    with pytest.raises(InputError, match="range cache belongs to another model") as error:
         folder.run(images_of()[0], model="other.onnx", cache="ranges.json")
     for path in (folder.path / "net.onnx", other):
         assert describe_onnx(path).sha256 in str(error.value)
@@ -278,7 +278,7 @@ def test_a_cache_of_other_images_or_options_is_refused(
     folder: Folder, seed: int, options: CalibrateOptions, what: str
 ) -> None:
     folder.run(images_of()[0], cache="ranges.json")
-    with pytest.raises(InputError, match=f"range cache is of {what}$|range cache is of {what}\n"):
+    with pytest.raises(InputError, match=f"range cache belongs to {what}$|range cache belongs to {what}\n"):
         folder.run(images_of(seed=seed)[0], options, cache="ranges.json")
 
 
@@ -324,7 +324,7 @@ def test_layers_that_the_budget_leaves_are_told_apart_from_those_the_user_exclud
 
     assert dict(done.report.in_float) == {
         "stem": "excluded by 'stem'",
-        "wide": "left for the budget, being the most sensitive",
+        "wide": "among the most sensitive layers, excluded to keep the budget",
     }
     assert (done.report.quantized_layers, done.report.select_images) == (1, 8)
     assert done.report.select_drop == 0
@@ -351,7 +351,7 @@ def test_no_images_are_refused(folder: Folder) -> None:
 def test_activations_that_are_nan_are_refused_with_the_layer_and_the_file(folder: Folder, odd: str) -> None:
     folder.save(net(odd=odd))
     error = refused(folder, "activation is NaN or infinite", images_of()[0], cache="ranges.json")
-    assert f"tensor b, made by {odd} odd, of {folder.path / 'net.onnx'}" in str(error.where)
+    assert f"tensor b, output of {odd} odd, of {folder.path / 'net.onnx'}" in str(error.where)
     assert "NaN" in str(error.found)
 
 
@@ -405,7 +405,7 @@ def test_files_are_written_together_or_not_at_all(folder: Folder) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"method": "median"}, "no such method"),
+        ({"method": "median"}, "unknown calibration method"),
         ({"images": 0}, "images is 0"),
         ({"batch": 0}, "batch is 0"),
         ({"percentile": 101.0}, "percentile is 101"),

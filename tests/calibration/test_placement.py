@@ -428,5 +428,5 @@ def test_weights_and_values_that_a_subgraph_reads_stay_float() -> None:
     del model.graph.node[-1]
     model.graph.node.append(onnx.helper.make_node("If", ["yes"], ["z"], "branch", then_branch=inner, else_branch=inner))
     found = place(model)
-    assert found.in_float == (("conv1", "its weight is also read elsewhere"),)
+    assert found.in_float == (("conv1", "its weight is also an output or read by a subgraph"),)
     assert "b" not in uses(found)

@@ -17,7 +17,7 @@ from onnx import numpy_helper, parser
 
 from maskplan.calibration.placement import PlaceOptions, place
 from maskplan.calibration.qdq import insert_qdq
-from maskplan.calibration.sensitivity import Kept, divergence, hold_budget, placements_of
+from maskplan.calibration.sensitivity import BudgetSelection, divergence, select_by_budget, placements_of
 from maskplan.pipeline.core.errors import InputError
 
 OUTLIER = 1000.0
@@ -62,9 +62,9 @@ def minmax(run: Callable[..., dict[str, Any]], model: onnx.ModelProto, images: A
     return {name: float(np.abs(v).max()) for name, v in {"x": images, **run(model, images, tensors)}.items()}
 
 
-def held(run: Callable[..., dict[str, Any]], model: onnx.ModelProto, budget: float, **options: Any) -> Kept:
+def held(run: Callable[..., dict[str, Any]], model: onnx.ModelProto, budget: float, **options: Any) -> BudgetSelection:
     images, labels = signals()
-    return hold_budget(model, PlaceOptions(**options), minmax(run, model, images), budget, images, labels)
+    return select_by_budget(model, PlaceOptions(**options), minmax(run, model, images), budget, images, labels)
 
 
 @pytest.mark.parametrize("name", ["middle", "m[*]", "*", "a[b]?", "[!x]", "seco*"])

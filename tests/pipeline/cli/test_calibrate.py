@@ -147,12 +147,12 @@ def test_weights_that_are_not_2_to_4_end_with_exit_code_1(
         model = onnx.load(sparse)
         spoil(model, name, 0.5)
         save(sparse, model)
-        ran = cli("calibrate", sparse, "-o", "int8.onnx")
+        ran = cli("calibrate", sparse, "--images", 32, "-o", "int8.onnx")
         assert ran.code == 1
         assert "conformance fail" in ran.out
         assert ran.err.startswith("failed: ") or "\nfailed: " in ran.err
     else:
-        assert cli("calibrate", sparse, "-o", "int8.onnx").code == 0
+        assert cli("calibrate", sparse, "--images", 32, "-o", "int8.onnx").code == 0
         assert cli("check", "int8.onnx").code == 0
         model = onnx.load("int8.onnx")
         spoil(model, f"{name}_zero_point", 1)
@@ -179,18 +179,18 @@ def test_images_of_one_class_cause_a_warning(cli: Callable[..., Any], here: Path
     save(here / "m.onnx", net(outputs=1))
     ran = cli("calibrate", "m.onnx", "--data", "one")
     assert ran.code == 0, ran.err
-    assert "warning: all images are of one class" in ran.err
+    assert "warning: all calibration images are of one class" in ran.err
 
 
 # --- caches
 
 
 def test_a_cache_is_written_then_read(sparse: Path, cli: Callable[..., Any], here: Path) -> None:
-    first = cli("calibrate", sparse, "--cache", "c.json", "-o", "1.onnx")
+    first = cli("calibrate", sparse, "--images", 32, "--cache", "c.json", "-o", "1.onnx")
     before = (here / "c.json").read_bytes()
-    again = cli("calibrate", sparse, "--cache", "c.json", "-o", "2.onnx")
+    again = cli("calibrate", sparse, "--images", 32, "--cache", "c.json", "-o", "2.onnx")
     assert (first.code, again.code) == (0, 0)
-    assert "ranges by mse on 512 images" in first.out
+    assert "ranges by mse on 32 images" in first.out
     assert "ranges by the cache" in again.out
     assert (here / "1.onnx").read_bytes() == (here / "2.onnx").read_bytes()
     assert (here / "c.json").read_bytes() == before
@@ -206,7 +206,7 @@ def test_tensorrts_cache_is_exported_and_imported(
     assert (here / "t.txt").read_text().startswith("TRT-")
     assert (here / "1.onnx").read_bytes() == (here / "2.onnx").read_bytes()
     # In a maskplan model the record differs: it names the images that were used.
-    assert cli("calibrate", sparse, "--export-trt-cache", "s.txt", "-o", "3.onnx").code == 0
+    assert cli("calibrate", sparse, "--images", 32, "--export-trt-cache", "s.txt", "-o", "3.onnx").code == 0
     assert cli("calibrate", sparse, "--import-trt-cache", "s.txt", "-o", "4.onnx").code == 0
     assert graph(here / "3.onnx") == graph(here / "4.onnx")
 
@@ -241,10 +241,10 @@ def test_a_model_without_images_is_refused(foreign: Path, refused: Callable[...,
     ("options", "says"),
     [
         (("--float-dtype", "banana"), "unknown --float-dtype 'banana'"),
-        (("--method", "median"), "no such method"),
+        (("--method", "median"), "unknown calibration method"),
         (("--method", "percentile", "--percentile", "0"), "percentile is 0"),
         (("--max-drop", "nan"), "max_drop is nan"),
-        (("--exclude", "nothing*"), "no layer matches what is to be excluded"),
+        (("--exclude", "nothing*"), "patterns of layers to exclude match no layer"),
         (("--exclude", "*"), "no layer can be quantized"),
         (("-o", "foreign.onnx"), "would overwrite the model"),
         (("-o", "data/../foreign.onnx"), "would overwrite the model"),
@@ -279,7 +279,7 @@ def test_a_budget_without_held_out_images_is_refused(foreign: Path, refused: Cal
     [
         (net(opset=12), (), "opset 12"),
         (net(opset=18), ("--float-dtype", "fp16", "--cache", "c.json"), "opset 18"),
-        (net(odd="Log"), ("--cache", "c.json"), "tensor b, made by Log odd, of m.onnx"),
+        (net(odd="Log"), ("--cache", "c.json"), "tensor b, output of Log odd, of m.onnx"),
     ],
     ids=["opset 12", "opset 18 for FP16", "NaN"],
 )
@@ -293,7 +293,7 @@ def test_models_that_cannot_be_quantized_are_refused(
 def test_what_is_int8_or_fp16_already_is_refused(
     sparse: Path, finished_digits: Path, refused: Callable[..., str], cli: Callable[..., Any]
 ) -> None:
-    assert cli("calibrate", sparse).code == 0
+    assert cli("calibrate", sparse, "--images", 32).code == 0
     assert "already quantized" in refused("sparse.int8.onnx")
     assert "its weight is float16" in refused(finished_digits / "sparse.fp16.onnx", "-o", "x.onnx")
 
@@ -301,10 +301,10 @@ def test_what_is_int8_or_fp16_already_is_refused(
 def test_a_cache_of_another_model_is_refused_with_both_digests(
     sparse: Path, finished_digits: Path, refused: Callable[..., str], cli: Callable[..., Any]
 ) -> None:
-    assert cli("calibrate", sparse, "--cache", "c.json").code == 0
+    assert cli("calibrate", sparse, "--images", 32, "--cache", "c.json").code == 0
     dense = finished_digits / "dense.onnx"
     message = refused(dense, "--cache", "c.json", "-o", "x.onnx")
-    assert "the range cache is of another model" in message
+    assert "the range cache belongs to another model" in message
     assert describe_onnx(sparse).sha256 in message
     assert describe_onnx(dense).sha256 in message
 
