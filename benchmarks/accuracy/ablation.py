@@ -1,7 +1,9 @@
-"""What each part of the recipe buys: one part changed at a time, judged on the `select` part; `val` is never read.
+"""Ablation of the recipe: one part changed at a time, evaluated on the `select` part; `val` is never read.
 
-`python benchmarks/accuracy/ablation.py resnet20 --weights resnet20.safetensors --data DIR --epochs 2` adds rows to ablation.json
-beside this script, after each of them, and rewrites docs/results.md; rows that are there already are not run again.
+    python benchmarks/accuracy/ablation.py resnet20 --weights resnet20.safetensors --data DIR --epochs 2
+
+adds each row to ablation.json next to this script as soon as it is done, and rewrites docs/results.md. Existing rows
+are not run again.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.report.write import versions
 from maskplan.pipeline.timing.compare_latency import cpu_name
 
-# What is changed of our recipe, by the name of its row.
+# The options that each row changes.
 CHANGES: dict[str, dict[str, Any]] = {
     "maskplan": {},
     "soft samples, tau to 0.1": {"hard": False, "tau_end": 0.1},
-    "no magnitude init_std": {"init_std": 0.0},
+    "no magnitude prior": {"init_std": 0.0},
     "labels, no distillation": {"distill": 0.0},
     "full noise to the end": {"noise_start": 1.0, "noise_end": 1.0},
     "no noise": {"noise_start": 0.0},
@@ -38,7 +40,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Run the rows that are missing."""
+    """Run the missing rows."""
     parser = network_parser(__doc__, epochs=2)
     parser.add_argument("--rows", nargs="+", choices=list(CHANGES), default=list(CHANGES))
     args = parser.parse_args()
@@ -46,12 +48,12 @@ def main() -> None:
     module = dense_network(args.model, args.weights, args.data)
     layers, _ = trace_layers(module, HOW)
     magnitude = by_magnitude(module, select_layers(layers, PATTERN).masked)
-    usual = LearnOptions(epochs=args.epochs, batch=128, augment="shift+flip", seed=args.seed)
+    baseline = LearnOptions(epochs=args.epochs, batch=128, augment="shift+flip", seed=args.seed)
     key = {"model": args.model, "epochs": args.epochs, "seed": args.seed}
     for row in args.rows:
         if any(r["row"] == row and {k: r[k] for k in key} == key for r in args.results.read("ablation")):
             continue
-        options = dataclasses.replace(usual, **CHANGES[row])
+        options = dataclasses.replace(baseline, **CHANGES[row])
         _, learning = learn_masks(module, magnitude, PATTERN, HOW, data, options)
         result = key | {
             "row": row,

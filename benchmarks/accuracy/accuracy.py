@@ -1,8 +1,9 @@
 """Accuracy of masks on CIFAR-10: the same layers, images and recalibration for every method; `val` is read once.
 
-`python benchmarks/accuracy/accuracy.py resnet20 --weights resnet20.safetensors --data DIR --epochs 20` adds rows to accuracy.json
-beside this script and writes the table of all of them to docs/results.md. Without --weights the dense network is trained
-first, by dense.py.
+    python benchmarks/accuracy/accuracy.py resnet20 --weights resnet20.safetensors --data DIR --epochs 20
+
+adds a run to accuracy.json next to this script and writes the tables of all runs to docs/results.md. Without --weights,
+dense.py trains the dense network first.
 """
 
 from __future__ import annotations
@@ -47,22 +48,24 @@ Hits = npt.NDArray[np.bool_]
 
 
 def network_parser(description: str | None, epochs: int) -> argparse.ArgumentParser:
-    """The arguments of every benchmark of one network."""
+    """The command-line arguments that all benchmarks of one network share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a function of models.py")
-    parser.add_argument("--weights", type=Path, help="of the dense network; by default dense.py trains it first")
+    parser.add_argument(
+        "--weights", type=Path, help="weights of the dense network; by default dense.py trains it first"
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10 as .npz files")
-    parser.add_argument("--epochs", type=int, default=epochs, help="of learning masks (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=epochs, help="epochs of mask learning (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     results_option(parser)
     return parser
 
 
 def dense_network(name: str, weights: Path | None, data: Path) -> nn.Module:
-    """The network with its dense weights, trained if none are given."""
+    """The network with its dense weights, which are trained if none are given."""
     module: nn.Module = getattr(models, name)()
     if weights is None:
-        weights = HERE.parent / "build" / "dense" / f"{name}.safetensors"
+        weights = HERE.parents[1] / "build" / "dense" / f"{name}.safetensors"
         if not weights.is_file():
             weights.parent.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, str(HERE / "dense.py"), name, "--data", str(data), "--out", str(weights)]
@@ -72,13 +75,13 @@ def dense_network(name: str, weights: Path | None, data: Path) -> nn.Module:
 
 
 def dense_training(weights: Path | None) -> dict[str, Any] | None:
-    """What dense.py wrote beside the weights."""
-    beside = weights.with_suffix(".json") if weights else None
-    return dict(json.loads(beside.read_text())) if beside and beside.is_file() else None
+    """The record that dense.py wrote next to the weights, if there is one."""
+    record = weights.with_suffix(".json") if weights else None
+    return dict(json.loads(record.read_text())) if record and record.is_file() else None
 
 
 def pruned(module: nn.Module, masks: Masks) -> nn.Module:
-    """A copy with the masks baked in."""
+    """A copy with masked weights."""
     sparse = copy.deepcopy(module)
     parameters = dict(sparse.named_parameters())
     with torch.no_grad():
@@ -90,19 +93,19 @@ def pruned(module: nn.Module, masks: Masks) -> nn.Module:
 def recalibrated(
     module: nn.Module, data: Dataset, preprocessing: Preprocessing = HOW, augment: str = "none"
 ) -> nn.Module:
-    """A copy whose statistics are of 10,000 training images."""
+    """A copy with BatchNorm statistics from 10,000 training images."""
     changed = copy.deepcopy(module)
     update_statistics(changed, data.train, preprocessing, RecalibrateOptions(augment=augment))
     return changed
 
 
 def hits(module: nn.Module, split: Split, preprocessing: Preprocessing = HOW) -> Hits:
-    """Which images are right."""
+    """For each image, whether its prediction is correct."""
     return hits_within(module, split, preprocessing, (1,))[1]
 
 
 def hits_within(module: nn.Module, split: Split, preprocessing: Preprocessing, ks: tuple[int, ...]) -> dict[int, Hits]:
-    """Which images have their label among the k likeliest, for several k."""
+    """For each image, whether its label is among the k likeliest classes, for several k."""
     device = next(module.parameters()).device
     ranks = []
     with torch.no_grad():
@@ -116,7 +119,7 @@ def hits_within(module: nn.Module, split: Split, preprocessing: Preprocessing, k
 
 
 def paired(first: Hits, second: Hits) -> dict[str, Any]:
-    """How many points the second loses against the first, with its interval."""
+    """The drop of the second against the first in points, with its paired 95% interval."""
     counts = PairedCounts(
         int((first & second).sum()),
         int((first & ~second).sum()),
@@ -192,15 +195,21 @@ def by_asp(module: nn.Module, layers: Sequence[Layer]) -> Masks:
 
 
 def share_of_macs(chosen: Sequence[Layer], layers: Sequence[Layer]) -> float:
-    """Of all MACs, those in the chosen layers."""
+    """The fraction of all MACs in the chosen layers."""
     return sum(layer.macs for layer in chosen) / sum(layer.macs for layer in layers)
 
 
 def main() -> None:
     """Measure one network and add it to the results."""
     parser = network_parser(__doc__, epochs=30)
-    parser.add_argument("--augment", default="shift+flip", help="of the images that masks are learned from")
-    parser.add_argument("--recalibrate-augment", default="none", help="of those that statistics are of, in every row")
+    parser.add_argument(
+        "--augment", default="shift+flip", help="augmentation of the images that masks are learned from"
+    )
+    parser.add_argument(
+        "--recalibrate-augment",
+        default="none",
+        help="augmentation of the images for BatchNorm statistics, in every row",
+    )
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=LearnOptions().lr)
     args = parser.parse_args()
@@ -220,7 +229,8 @@ def main() -> None:
         / "learning.safetensors"
     )
     command = (
-        f"python benchmarks/accuracy/accuracy.py {args.model} --epochs {args.epochs} --seed {args.seed} --rate {args.rate}"
+        f"python benchmarks/accuracy/accuracy.py {args.model} --epochs {args.epochs} --seed {args.seed}"
+        f" --rate {args.rate}"
         f" --augment {args.augment} --recalibrate-augment {args.recalibrate_augment}"
     )
     found = measure(args.model, module, data, options, state, command)

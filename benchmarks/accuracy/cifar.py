@@ -1,4 +1,4 @@
-"""CIFAR-10 from .npz files of JPEG bytes, as a `Dataset` of ours and as tensors for training."""
+"""CIFAR-10 from .npz files of JPEG bytes, as a `Dataset` and as tensors for training."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def load_cifar10(folder: Path, seed: int = 0, most: int | None = None) -> Datase
     """Read `cifar10_train.npz` and `cifar10_test.npz`.
 
     Args:
-        folder: Where they lie.
-        seed: Of the `select` part.
-        most: Take the first so many images of each file; their order is a fixed shuffle.
+        folder: Folder of the two files.
+        seed: Seed of the `select` part.
+        most: Use only the first images of each file, up to this number; their order is a fixed shuffle.
 
     Raises:
-        InputError: They are not there.
+        InputError: A file is missing.
     """
     parts = []
     for role, name in (("train", "cifar10_train.npz"), ("val", "cifar10_test.npz")):
@@ -64,14 +64,14 @@ def pixels(split: Split) -> torch.Tensor:
 
 
 def normalized(images: torch.Tensor) -> torch.Tensor:
-    """Pixels to what the networks take."""
+    """Normalize pixels (N, 3, H, W), uint8, for the networks."""
     mean = torch.tensor(HOW.mean, device=images.device).view(1, 3, 1, 1)
     std = torch.tensor(HOW.std, device=images.device).view(1, 3, 1, 1)
     return (images.float() / 255 - mean) / std
 
 
 def shifted_and_flipped(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Each image moved by up to 4 pixels along both axes, filled with black, and mirrored half the time."""
+    """Shift each image by up to 4 pixels along both axes, filling with black, and mirror it with probability 1/2."""
     count, _, height, width = images.shape
     padded = F.pad(images, (_PADDING,) * 4)
     top, left = (torch.randint(0, 2 * _PADDING + 1, (count, 1, 1), generator=generator) for _ in range(2))

@@ -1,7 +1,9 @@
 """Train a dense network on CIFAR-10 until more epochs gain nothing.
 
-`python benchmarks/accuracy/dense.py resnet20 --data DIR --out resnet20.safetensors [--epochs 30] [--more 20]` writes the weights and,
-beside them, a JSON of what was reached and what the last further epochs gained; while these gain 0.2 points, they are kept.
+    python benchmarks/accuracy/dense.py resnet20 --data DIR --out resnet20.safetensors [--epochs 30] [--more 20]
+
+writes the weights and, next to them, a JSON file with the accuracy and the gains of further epochs. Further epochs are
+kept while they gain at least 0.2 points.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from maskplan.pipeline.report.write import versions
 from maskplan.pipeline.timing.compare_latency import cpu_name
 
 BATCH, DECAY, SMOOTHING = 128, 5e-4, 0.0
-# Points of top-1; a network that gains less by going on is as good as trained.
+# In points of top-1; a network that gains less from more epochs counts as converged.
 CONVERGED = 0.2
 
 
@@ -45,7 +47,7 @@ def accuracy(net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> floa
 def train(
     net: nn.Module, images: torch.Tensor, labels: torch.Tensor, epochs: int, peak: float, seed: int, name: str
 ) -> None:
-    """SGD with momentum, the rate rising over the first fifth and then falling to zero."""
+    """SGD with momentum; the learning rate rises over the first fifth and then falls to nearly zero."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(net.parameters(), peak, momentum=0.9, weight_decay=DECAY, nesterov=True)
     steps = epochs * (len(images) // BATCH)
@@ -64,21 +66,21 @@ def train(
         schedule.step()
 
 
-def given() -> list[str]:
-    """The command's arguments, without the folders of this machine."""
+def arguments() -> list[str]:
+    """The command's arguments without folders, for the record."""
     return [Path(argument).name if "/" in argument else argument for argument in sys.argv[1:]]
 
 
 def main() -> None:
-    """Train; then go on for `--more` epochs at a time until they gain less than 0.2 points of `select`."""
+    """Train; then continue for `--more` epochs at a time until they gain less than 0.2 points on `select`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a function of models.py")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--weights", type=Path, help="trained already: only go on")
+    parser.add_argument("--weights", type=Path, help="weights to continue from, instead of training from scratch")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--more", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=3, help="go on so many times at most")
+    parser.add_argument("--rounds", type=int, default=3, help="maximum number of continuations")
     parser.add_argument("--rate", type=float, default=0.2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -91,14 +93,14 @@ def main() -> None:
     epochs = 0
     if args.weights:
         fit_weights(net, read_weights(args.weights), where=args.weights)
-        beside = args.weights.with_suffix(".json")
-        epochs = json.loads(beside.read_text())["epochs"] if beside.is_file() else 0
+        record = args.weights.with_suffix(".json")
+        epochs = json.loads(record.read_text())["epochs"] if record.is_file() else 0
     else:
         epochs = args.epochs
         train(net, images, labels, epochs, args.rate, args.seed, f"train {args.model}")
     gains: list[float] = []
     result: dict[str, Any] = {
-        "command": " ".join(["python benchmarks/accuracy/dense.py", *given()]),
+        "command": " ".join(["python benchmarks/accuracy/dense.py", *arguments()]),
         "device": cpu_name(),
         "versions": versions(),
         "epochs": epochs,

@@ -1,9 +1,11 @@
-"""Does the number of masks that a kind of sparsity allows tell what it costs? On CIFAR-10's ResNet-20.
+"""Does the number of masks that a kind of sparsity allows predict its accuracy? On CIFAR-10's ResNet-20.
 
-`python benchmarks/accuracy/diversity.py --weights resnet20.safetensors --data DIR` masks half of the weights of ResNet-20's layers by
-magnitude in several kinds of sparsity, recalibrates each alike and counts the masks that each kind allows, exactly and by
-the formula of Hubara et al. 2021, who hold that more masks cost less accuracy. Their nets are trained under the mask; here
-weights stay as they are. Writes diversity.json beside this script; `val` is read once.
+    python benchmarks/accuracy/diversity.py --weights resnet20.safetensors --data DIR
+
+masks half of the weights of ResNet-20's layers by magnitude in several kinds of sparsity, recalibrates all alike, and
+counts the masks that each kind allows, exactly and by the formula of Hubara et al. (2021), who claim that more masks
+cost less accuracy. Their networks are trained under the mask; here weights do not change. Writes diversity.json next to
+this script; `val` is read once.
 """
 
 from __future__ import annotations
@@ -20,11 +22,11 @@ import numpy as np
 import numpy.typing as npt
 from accuracy import PATTERN, dense_network, hits, paired, pruned, recalibrated
 from cifar import HOW, load_cifar10
+from mask_counts import diversity, tile_masks, tile_masks_by_paper
 from scipy.stats import pearsonr, spearmanr
 
 from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.core.files import write_json
-from maskplan.pipeline.masking.diversity import diversity, tile_masks, tile_masks_by_paper
 from maskplan.pipeline.masking.magnitude import magnitude_mask
 from maskplan.pipeline.masking.patterns import parse_pattern
 from maskplan.pipeline.masking.policy import select_layers
@@ -36,7 +38,7 @@ from maskplan.pipeline.timing.compare_latency import cpu_name
 Weights = Mapping[str, npt.NDArray[np.float32]]
 Masks = dict[str, npt.NDArray[np.bool_]]
 
-# All keep one half. Transposable 8:16 is left out: its exact count takes a minute, its masks by flow much longer.
+# All keep one half. Transposable 8:16 is omitted: its exact count takes a minute, its masks by flow much longer.
 HALVES = tuple(Pattern(n, 2 * n) for n in (1, 2, 4, 8))
 TILES = HALVES[:3]
 
@@ -55,7 +57,7 @@ def masks_by_kind(weights: Weights) -> dict[str, Masks]:
 
 
 def counts(kind: str, sizes: Sequence[int]) -> dict[str, float]:
-    """Decimal logarithms of the number of masks: as it is, and by the paper's formula where that differs."""
+    """Base-10 logarithms of the number of masks: the exact count, and the paper's formula where it differs."""
     if kind == "unstructured":
         exact = paper = diversity(sizes, PATTERN).unstructured
     else:
@@ -69,6 +71,24 @@ def counts(kind: str, sizes: Sequence[int]) -> dict[str, float]:
     return {"exact": exact, "by_paper": paper}
 
 
+def tile_counts() -> dict[str, Any]:
+    """Masks of a tile, and the diversity of the masks of 64 weights as base-10 logarithms."""
+    return {
+        str(pattern): {
+            "tile_exact": tile_masks(pattern),
+            "tile_by_paper": tile_masks_by_paper(pattern),
+            "log10_of_64_weights": {
+                "unstructured": round(counted.unstructured, 3),
+                "one_axis": round(counted.one_axis, 3),
+                "transposable_exact": round(counted.transposable, 3),
+                "transposable_by_paper": round(counted.transposable_by_paper, 3),
+            },
+        }
+        for pattern in (Pattern(2, 4), Pattern(4, 8))
+        for counted in (diversity([64], pattern),)
+    }
+
+
 def correlation(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
     return {
         "pearson": round(float(pearsonr(first, second).statistic), 3),
@@ -79,9 +99,9 @@ def correlation(first: Sequence[float], second: Sequence[float]) -> dict[str, fl
 def main() -> None:
     """Measure all kinds in one run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, required=True, help="of the dense ResNet-20")
+    parser.add_argument("--weights", type=Path, required=True, help="weights of the dense ResNet-20")
     parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10 as .npz files")
-    parser.add_argument("--most", type=int, help="of CIFAR's images, the first so many; all by default")
+    parser.add_argument("--most", type=int, help="use only the first images, up to this number; all by default")
     args = parser.parse_args()
     data = load_cifar10(args.data, most=args.most)
     module = dense_network("resnet20", args.weights, args.data)
@@ -113,6 +133,7 @@ def main() -> None:
         "masked_weights": sum(w.size for w in weights.values()),
         "val_images": len(data.val),
         "top1_dense": 100 * float(dense.mean()),
+        "tiles": tile_counts(),
         "rows": rows,
         "correlation": {
             "exact count and kept magnitude": correlation(exact, magnitude),

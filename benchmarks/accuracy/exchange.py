@@ -1,8 +1,9 @@
-"""Can weights be updated under masks that stay? Old masks on fine-tuned weights, beside masks learned for them.
+"""Can weights be updated under fixed masks? Old masks on fine-tuned weights, compared with masks learned for them.
 
-`python benchmarks/accuracy/exchange.py vgg16_bn_quarter --weights F --data DIR --epochs 2` fine-tunes the dense network at three
-learning rates and writes exchange.json beside this script, row by row, and docs/results.md anew. Masks are chosen on
-`select`; `val` is read once, at the end of each row.
+    python benchmarks/accuracy/exchange.py vgg16_bn_quarter --weights F --data DIR --epochs 2
+
+fine-tunes the dense network at three learning rates, writes exchange.json next to this script row by row, and rewrites
+docs/results.md. Masks are chosen on `select`; `val` is read once, at the end of each row.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.report.write import versions
 from maskplan.pipeline.timing.compare_latency import cpu_name
 
-# From a touch-up to a rate that training itself might use.
+# From light fine-tuning to a learning rate of training.
 RATES = (0.001, 0.01, 0.1)
 
 
@@ -56,7 +57,9 @@ def main() -> None:
     """Fine-tune, learn and compare, one rate after the other."""
     parser = network_parser(__doc__, epochs=5)
     parser.add_argument("--tune-epochs", type=int, default=1)
-    parser.add_argument("--most", type=int, help="of the training images, the first so many; all by default")
+    parser.add_argument(
+        "--most", type=int, help="use only the first training images, up to this number; all by default"
+    )
     args = parser.parse_args()
     data = load_cifar10(args.data, most=args.most)
     old = dense_network(args.model, args.weights, args.data)
@@ -68,8 +71,8 @@ def main() -> None:
     result = {
         "model": args.model,
         "seed": args.seed,
-        "command": f"python benchmarks/accuracy/exchange.py {args.model} --epochs {args.epochs} --tune-epochs {args.tune_epochs}"
-        + (f" --most {args.most}" if args.most else ""),
+        "command": f"python benchmarks/accuracy/exchange.py {args.model} --epochs {args.epochs}"
+        f" --tune-epochs {args.tune_epochs}" + (f" --most {args.most}" if args.most else ""),
         "images": len(data.train),
         "device": cpu_name(),
         "versions": versions(),
@@ -85,17 +88,17 @@ def main() -> None:
         new = copy.deepcopy(old).to(memory_format=torch.channels_last)
         train(new, images, labels, args.tune_epochs, rate, args.seed, f"fine-tune at {rate:g}")
         new = new.eval().to(memory_format=torch.contiguous_format)
-        anew, onward = learned(new, data, options), learned(new, data, options, masks)
+        relearned, from_old = learned(new, data, options), learned(new, data, options, masks)
         rows.append(
             {
                 "rate": rate,
                 "new_dense": round(100 * float(hits(new, data.val).mean()), 3),
                 "old_masks": top1(new, masks, data),
-                "relearned": top1(new, anew, data),
-                "from_old": top1(new, onward, data),
+                "relearned": top1(new, relearned, data),
+                "from_old": top1(new, from_old, data),
                 "magnitude": top1(new, magnitude(new), data),
-                "equal_groups_percent": equal_groups(masks, anew),
-                "from_old_equal_groups_percent": equal_groups(masks, onward),
+                "equal_groups_percent": equal_groups(masks, relearned),
+                "from_old_equal_groups_percent": equal_groups(masks, from_old),
             }
         )
         args.results.add("exchange", result)

@@ -1,9 +1,10 @@
-"""The semester report's three tables on ImageNet, by our means: dense, learned masks, and magnitude under ASP's layer rules.
+"""The three ImageNet tables of Danhofer (2024), measured: dense, learned masks, and magnitude under ASP's layer rules.
 
-`python benchmarks/accuracy/imagenet.py --table 2 --data imagenet` reads `imagenet/train/CLASS/*` and `imagenet/val/CLASS/*` and takes
-torchvision's V1 weights (`--weights DIR` holds them as NAME.pth where there is no network). Each network is added to
-imagenet.json, and to a page of tables, as it is done; `--table 2` goes on from the learner's checkpoint. A GPU is used if
-there is one.
+    python benchmarks/accuracy/imagenet.py --table 2 --data imagenet
+
+reads `imagenet/train/CLASS/*` and `imagenet/val/CLASS/*` and uses torchvision's V1 weights (offline: `--weights DIR`
+with NAME.pth files). Each network is added to imagenet.json and to a page of tables as soon as it is done; `--table 2`
+resumes from the learner's checkpoint. A GPU is used if there is one.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ PAGE = "imagenet.md"
 
 @dataclass(frozen=True)
 class Published:
-    """What the report gives, in percent: its dense network, its sparse one and the epochs of that, and Apex's."""
+    """The report's figures, top-1 and top-5 in percent: dense, sparse (and its epochs), Apex, and Apex with permutation."""
 
     dense: tuple[float, float]
     sparse: tuple[float, float]
@@ -59,7 +60,7 @@ REPORT = {
 
 @dataclass(frozen=True)
 class Bench:
-    """One network with its data, on the device it is measured on."""
+    """One network with its data, on the device of the measurement."""
 
     name: str
     dense: nn.Module
@@ -104,7 +105,7 @@ def measure(table: int, bench: Bench) -> dict[str, Any]:
 
 
 def weights_of(name: str, folder: Path | None) -> Mapping[str, torch.Tensor]:
-    """Those of torchvision called V1, from a folder or by its own loader, which checks their digest."""
+    """Torchvision's V1 weights, from a folder or by torchvision's loader, which checks their digest."""
     if folder is not None:
         files = [folder / f"{name}.{suffix}" for suffix in ("pth", "safetensors")]
         return read_weights(next((path for path in files if path.is_file()), files[0]))
@@ -117,7 +118,7 @@ def weights_of(name: str, folder: Path | None) -> Mapping[str, torch.Tensor]:
 
 
 def page(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown of all runs, with the report's figures beside ours."""
+    """Markdown of all runs, with the report's figures."""
     lines = ["# The report's tables, measured", "", "Written by `benchmarks/accuracy/imagenet.py`."]
     for table in (1, 2, 3):
         mine = [run for run in runs if run["table"] == table]
@@ -142,7 +143,7 @@ def page(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def published(table: int, name: str) -> dict[str, tuple[float, float]]:
-    """The report's rows for a network, none for one that it does not have."""
+    """The report's rows for a network; none if the report does not have it."""
     known = REPORT.get(name)
     if known is None:
         return {}
@@ -154,7 +155,7 @@ def published(table: int, name: str) -> dict[str, tuple[float, float]]:
 
 
 def main() -> None:
-    """Measure what is missing of a table."""
+    """Measure the missing networks of a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", type=int, choices=(1, 2, 3), required=True)
     parser.add_argument("--data", type=Path, required=True)
@@ -163,7 +164,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="default: as many as the report's")
     parser.add_argument("--batch", type=int, default=LearnOptions().batch)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=HERE, metavar="DIR", help="default: beside the script")
+    parser.add_argument("--results", type=Path, default=HERE, metavar="DIR", help="default: the folder of this script")
     args = parser.parse_args()
     results = Results(args.results)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -171,7 +172,7 @@ def main() -> None:
     for name in args.models:
         key = {"table": args.table, "model": name, "seed": args.seed}
         if any({k: run[k] for k in key} == key for run in results.read("imagenet")):
-            print(f"{name}: already there")
+            print(f"{name}: already measured")
             continue
         made = build_model(name, seed=0, classes=None if classes == 1000 else classes)
         fit_weights(made.module, weights_of(name, args.weights), where=args.weights or name)

@@ -1,7 +1,9 @@
-"""What INT8 costs on CIFAR-10: dense and sparse in FP32, FP16 and INT8 on ONNX Runtime; `val` is read once.
+"""Accuracy of INT8 on CIFAR-10: dense and sparse in FP32, FP16 and INT8 on ONNX Runtime; `val` is read once.
 
-`python benchmarks/accuracy/int8.py resnet20 --weights resnet20.safetensors --data DIR` learns masks as accuracy.py does, calibrates
-by every method, judges these on `select`, and measures the best of them on `val`.
+    python benchmarks/accuracy/int8.py resnet20 --weights resnet20.safetensors --data DIR
+
+learns masks as accuracy.py does, calibrates by every method, compares the methods on `select`, and measures the best on
+`val`.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from maskplan.pipeline.timing.compare_latency import cpu_name
 
 
 def hits(model: OnnxModel, split: Split) -> Hits:
-    """Which images an ONNX file gets right."""
+    """For each image, whether an ONNX file predicts it correctly."""
     with Classifier(OrtEngine(model.path), model.path.name) as classifier:
         found = [classifier.logits(x).argmax(axis=1) == labels for x, labels in batches(split, HOW, 250)]
     return np.concatenate(found)

@@ -1,10 +1,14 @@
 """Layer-wise masks and conversion: accuracy on CIFAR-10, time on ResNet-50.
 
-`python benchmarks/accuracy/layerwise.py accuracy --weights resnet20.safetensors --data DIR` takes ResNet-20 from dense to 2:4 by
-layer-wise masks, and a copy with half of its weights zero (the smallest of all masked layers together, recalibrated) to 2:4
-by conversion, without and with update. Every row is recalibrated alike; `val` is read once, at the end.
-`python benchmarks/accuracy/layerwise.py resnet50` times the masks of ResNet-50 at 224x224, of random weights on 256 random images.
-Both write their part of layerwise.json beside this script.
+    python benchmarks/accuracy/layerwise.py accuracy --weights resnet20.safetensors --data DIR
+
+masks ResNet-20 2:4 layer-wise, and converts a copy with half of its weights zero (the smallest over all masked layers,
+recalibrated) to 2:4, without and with update. All rows are recalibrated alike; `val` is read once, at the end.
+
+    python benchmarks/accuracy/layerwise.py resnet50
+
+times the masks of ResNet-50 at 224x224, with random weights on 256 random images. Both write their section of
+layerwise.json next to this script.
 """
 
 from __future__ import annotations
@@ -48,7 +52,7 @@ from maskplan.pipeline.timing.compare_latency import cpu_name
 
 
 def accuracy(weights: Path, folder: Path, out: Path, most: int | None) -> dict[str, Any]:
-    """Layer-wise masks beside magnitude masks; conversions beside their source."""
+    """Layer-wise masks compared with magnitude masks, and conversions with their source."""
     data = load_cifar10(folder, most=most)
     module = dense_network("resnet20", weights, folder)
     chosen = select_layers(trace_layers(module, HOW)[0], PATTERN).masked
@@ -90,7 +94,7 @@ def accuracy(weights: Path, folder: Path, out: Path, most: int | None) -> dict[s
 def masks_of(
     module: nn.Module, layers: Sequence[Layer], data: Dataset, magnitude: Masks
 ) -> tuple[Masks, dict[str, tuple[float, float]]]:
-    """Layer-wise masks, and each layer's error of its outputs, by magnitude and so, of the outputs' mean square."""
+    """Layer-wise masks, and each layer's output error under magnitude and layer-wise masks, relative to the mean square."""
     state, masks, shares = module.state_dict(), {}, {}
     for layer, found in second_moments(module, layers, HOW, data.train, MomentOptions(images=MaskOptions().images)):
         weight, moment = state[layer.name].numpy(), found.effective
@@ -104,7 +108,7 @@ def masks_of(
 
 
 def half_zero(module: nn.Module, layers: Sequence[Layer]) -> nn.Module:
-    """A copy without the smaller half of the weights of these layers taken together."""
+    """A copy with the smaller half of all weights of these layers set to zero."""
     sparse = copy.deepcopy(module)
     weights = [dict(sparse.named_parameters())[layer.name] for layer in layers]
     with torch.no_grad():
@@ -119,7 +123,7 @@ def row_of(right: dict[str, Hits], row: str) -> dict[str, Any]:
 
 
 def resnet50(images: int) -> dict[str, Any]:
-    """Time and memory, with the load that others put on the machine."""
+    """Time and memory, with the load of the machine."""
     built = build_model("resnet50", seed=0)
     chosen = select_layers(trace_layers(built.module, built.preprocessing)[0], PATTERN).masked
     train = Split("train", RandomImages(np.zeros(images, np.int64)), np.arange(images))
@@ -162,9 +166,9 @@ def main() -> None:
     """Measure one section."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("section", choices=("accuracy", "resnet50"))
-    parser.add_argument("--weights", type=Path, help="of the dense ResNet-20")
+    parser.add_argument("--weights", type=Path, help="weights of the dense ResNet-20")
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10 as .npz files")
-    parser.add_argument("--most", type=int, help="of CIFAR's images, the first so many; all by default")
+    parser.add_argument("--most", type=int, help="use only the first CIFAR images, up to this number; all by default")
     parser.add_argument("--images", type=int, default=256, help="for ResNet-50 (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_suffix(".json"), metavar="FILE")
     args = parser.parse_args()
@@ -176,9 +180,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="maskplan-") as folder:
             found = accuracy(args.weights, args.data, Path(folder), args.most)
     command = f"python benchmarks/accuracy/layerwise.py {args.section}" + (f" --most {args.most}" if args.most else "")
-    told = json.loads(args.results.read_text()) if args.results.is_file() else {}
+    results = json.loads(args.results.read_text()) if args.results.is_file() else {}
     head = {"command": command, "device": cpu_name(), "cores": os.cpu_count(), "versions": versions()}
-    write_json(args.results, told | {args.section: head | found})
+    write_json(args.results, results | {args.section: head | found})
     print(json.dumps({k: v for k, v in found.items() if k != "conversions"}, indent=2))
 
 

@@ -1,14 +1,15 @@
 """Mask diversity: how many masks a kind of sparsity allows, by the formula of Hubara et al. (2021) and by exact count.
 
-The paper claims that a kind of sparsity with more masks costs less accuracy. For T weights of which N/M are kept there are
+The paper claims that a kind of sparsity with more masks costs less accuracy. For T weights of which N/M are kept there
+are
 
 - unstructured: T choose T N/M;
 - N:M: (M choose N)^(T/M);
 - transposable N:M: c^(T/M^2), where c is the number of M x M tiles with N in every row and column.
 
-For c the paper gives M! (M-1)! ... (M-N+1)! with N the zeros of a group, which counts tiles more than once: 144 instead of
-90 for 2:4, and 1.76e13 instead of 116,963,796,250 for 4:8. Both counts are computed here and kept separate: by the paper's
-formula transposable 4:8 has more masks than 2:4 along one axis, by the exact count it has fewer.
+For c the paper gives M! (M-1)! ... (M-N+1)! with N the zeros of a group, which counts tiles more than once: 144 instead
+of 90 for 2:4, and 1.76e13 instead of 116,963,796,250 for 4:8. Both counts are computed here and kept separate: by the
+paper's formula transposable 4:8 has more masks than 2:4 along one axis, by the exact count it has fewer.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Networks for 32x32 images, as `benchmarks/accuracy/models.py:resnet20`: CIFAR ResNets, VGG-16 with BatchNorm, ShuffleNetV2.
+"""Networks for 32x32 images: CIFAR ResNets, VGG-16 with BatchNorm, ShuffleNetV2.
 
-Each family in its full width and in one that two CPU cores can train.
+Each family has its full width and a narrow variant that two CPU cores can train. On the command line:
+`benchmarks/accuracy/models.py:resnet20`.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class CifarVGG(nn.Module):
 
 
 def _shufflenet(channels: list[int]) -> ShuffleNetV2:
-    """torchvision's, without the two early reductions that 32x32 images cannot afford."""
+    """torchvision's, without the two early downsamplings, which 32x32 images are too small for."""
     net = ShuffleNetV2([4, 8, 4], channels, num_classes=10)
     net.conv1[0].stride = (1, 1)
     net.maxpool = nn.Identity()
@@ -116,5 +117,5 @@ def shufflenet_v2_x0_5() -> nn.Module:
 
 
 def shufflenet_v2_x1_0() -> nn.Module:
-    """1.3 M parameters; the 58 channels of a branch are no multiple of four."""
+    """1.3 M parameters; the 58 channels of a branch are not a multiple of four."""
     return _shufflenet([24, 116, 232, 464, 1024])

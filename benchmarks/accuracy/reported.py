@@ -1,8 +1,9 @@
-"""The semester report's recipe on CIFAR-10: as written, with its learning rate searched, and what its loss comes from.
+"""Danhofer's recipe (2024) on CIFAR-10: as published, with its learning rate searched, and where its accuracy is lost.
 
-`python benchmarks/accuracy/reported.py shufflenet_v2_x0_5 --weights F --data DIR --epochs 5` adds one network to reported.json beside
-this script and rewrites docs/results.md. Rates are compared after one epoch each, on the `select` part, by the argmax of
-the gates; `val` is read once, at the end.
+    python benchmarks/accuracy/reported.py shufflenet_v2_x0_5 --weights F --data DIR --epochs 5
+
+adds one network to reported.json next to this script and rewrites docs/results.md. Learning rates are compared after
+one epoch each, on the `select` part, by the argmax of the gates; `val` is read once, at the end.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.report.write import versions
 from maskplan.pipeline.timing.compare_latency import cpu_name
 
-# SGD on gates that start within a hundredth of each other: from the report's rate up to where it does learn.
+# SGD on gates that start nearly equal: from the report's learning rate up to one at which the gates change.
 RATES = (0.1, 1.0, 10.0, 100.0)
 
 
@@ -54,7 +55,7 @@ def search(module: nn.Module, data: Dataset, options: DanhoferOptions) -> dict[f
 def rows_of(
     name: str, net: DanhoferNet, module: nn.Module, data: Dataset, parts: Mapping[str, set[str]], augment: str
 ) -> dict[str, list[bool]]:
-    """Hits on `val` of gates as they are, and of their likeliest masks on more and fewer layers, recalibrated."""
+    """Correct predictions on `val` under sampled gates, and under their likeliest masks on several sets of layers."""
     found = {
         f"{name}, sampled": correct_predictions(net, data.val, HOW, sampled=True),
         f"{name}, argmax": correct_predictions(net, data.val, HOW, sampled=False),
@@ -68,7 +69,9 @@ def rows_of(
 def main() -> None:
     """Measure one network."""
     parser = network_parser(__doc__, epochs=30)
-    parser.add_argument("--recalibrate-augment", default="none", help="of the images that statistics are of")
+    parser.add_argument(
+        "--recalibrate-augment", default="none", help="augmentation of the images for BatchNorm statistics"
+    )
     args = parser.parse_args()
     augment = args.recalibrate_augment
     data = load_cifar10(args.data)

@@ -1,11 +1,18 @@
-"""Bounds and certificates: whether they hold on many random networks, and what they are worth on real ones.
+"""Bounds and certificates: whether they hold on many random networks, and how tight they are on real ones.
 
-`python benchmarks/accuracy/stability.py random` holds them against random networks (tests/support/random_nets.py), each with many
-draws of weights, masks, images and updates.
-`python benchmarks/accuracy/stability.py cifar --weights resnet20.safetensors --data DIR` is for ResNet-20 under magnitude and
-layer-wise masks, recalibrated, on images of CIFAR-10's test set, and for a step of training under magnitude masks.
-`python benchmarks/accuracy/stability.py digits` times the command on the bundled model.
-All write their part of stability.json beside this script.
+    python benchmarks/accuracy/stability.py random
+
+checks them on random networks (tests/support/random_nets.py), each with many samples of weights, masks, images and
+updates.
+
+    python benchmarks/accuracy/stability.py cifar --weights resnet20.safetensors --data DIR
+
+analyzes ResNet-20 under recalibrated magnitude and layer-wise masks on images of CIFAR-10's test set, and a training
+step under magnitude masks.
+
+    python benchmarks/accuracy/stability.py digits
+
+times the command on the bundled model. All write their section of stability.json next to this script.
 """
 
 from __future__ import annotations
@@ -49,7 +56,7 @@ from maskplan.pipeline.stability.updates import ball_changes, ball_of, keeps_cla
 from maskplan.pipeline.timing.compare_latency import cpu_name
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests" / "support"))
+sys.path.insert(0, str(HERE.parents[1] / "tests" / "support"))
 
 import random_nets  # noqa: E402 - tests and this script draw the same networks
 
@@ -175,7 +182,7 @@ def a_step_later(module: nn.Module, train: Split) -> nn.Module:
 
 
 def digits() -> dict[str, Any]:
-    """Seconds of the command, and what it says."""
+    """Seconds of the command, its output and its report."""
     with tempfile.TemporaryDirectory(prefix="maskplan-") as folder:
         masks, out, report = (
             Path(folder) / name for name in ("masks.safetensors", "sparse.safetensors", "report.json")
@@ -192,7 +199,7 @@ def digits() -> dict[str, Any]:
 
 def maskplan(*arguments: object) -> str:
     command = [sys.executable, "-m", "maskplan.pipeline", "-q", *map(str, arguments)]
-    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=HERE.parent).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=HERE.parents[1]).stdout
 
 
 def main() -> None:
@@ -202,10 +209,10 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=20_000, help="of random networks (default: %(default)s)")
     parser.add_argument("--architectures", type=int, default=400, help="that they are of (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
-    parser.add_argument("--weights", type=Path, help="of the dense ResNet-20")
+    parser.add_argument("--weights", type=Path, help="weights of the dense ResNet-20")
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10 as .npz files")
     parser.add_argument("--images", type=int, default=1000, help="of CIFAR's test set (default: %(default)s)")
-    parser.add_argument("--most", type=int, help="of CIFAR's images, the first so many; all by default")
+    parser.add_argument("--most", type=int, help="use only the first CIFAR images, up to this number; all by default")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_suffix(".json"), metavar="FILE")
     args = parser.parse_args()
     command = f"python benchmarks/accuracy/stability.py {args.section}"
@@ -219,9 +226,9 @@ def main() -> None:
     else:
         found = cifar(args.weights, args.data, args.images, args.most)
         command += f" --images {args.images}" + (f" --most {args.most}" if args.most else "")
-    told = json.loads(args.results.read_text()) if args.results.is_file() else {}
+    results = json.loads(args.results.read_text()) if args.results.is_file() else {}
     head = {"command": command, "device": cpu_name(), "cores": os.cpu_count(), "versions": versions()}
-    write_json(args.results, told | {args.section: head | found})
+    write_json(args.results, results | {args.section: head | found})
     print(json.dumps({k: v for k, v in found.items() if not isinstance(v, dict)}, indent=2))
 
 

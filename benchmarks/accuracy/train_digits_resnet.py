@@ -1,4 +1,6 @@
-"""Train the bundled digits_resnet and write its checkpoint: `python benchmarks/accuracy/train_digits_resnet.py [DEST]`.
+"""Train the bundled digits_resnet and write its checkpoint.
+
+    python benchmarks/accuracy/train_digits_resnet.py [DESTINATION]
 
 Seeded; the same machine and library versions give the same bytes. The epoch is chosen on `select`; `val` is read once.
 """
@@ -27,7 +29,7 @@ EPOCHS, BATCH, RATE, DECAY, SEED = 40, 64, 3e-3, 5e-2, 0
 
 
 def shifted(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Move each image by up to one pixel along both axes, filling with the edge."""
+    """Shift each image by up to one pixel along both axes, repeating the edge."""
     padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
     height, width = images.shape[2:]
     offsets = torch.randint(0, 3, (len(images), 2), generator=generator).tolist()
@@ -37,15 +39,15 @@ def shifted(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def top1(module: torch.nn.Module, split: Split) -> float:
     """Accuracy over a split, percent."""
     module.eval()
-    right = 0
+    correct = 0
     with torch.no_grad():
         for x, labels in batches(split, PREPROCESSING, 256):
-            right += int((module(torch.from_numpy(x)).argmax(dim=1).numpy() == labels).sum())
-    return 100 * right / len(split)
+            correct += int((module(torch.from_numpy(x)).argmax(dim=1).numpy() == labels).sum())
+    return 100 * correct / len(split)
 
 
 def main(destination: Path) -> None:
-    """Train, keep the epoch that does best on `select`, write checkpoint and figures."""
+    """Train, keep the best epoch on `select`, and write the checkpoint and its figures."""
     data = load_digits()
     torch.manual_seed(SEED)
     torch.use_deterministic_algorithms(True)

@@ -2,10 +2,10 @@
 
     python benchmarks/performance/calibrate.py
 
-writes calibrate.json next to this script. Both sides alternate on chunks of the images, so that a slowdown of the host affects
-both; each turn opens a session and runs one chunk. Plain inference uses ONNX Runtime's default settings. Our time includes
-choosing the ranges once for all chunks, by the slowest method. Peak memory is that of a separate process that measures ranges
-on all images in one pass.
+writes calibrate.json next to this script. Both sides alternate on chunks of the images, so that a slowdown of the host
+affects both; each turn opens a session and runs one chunk. Plain inference uses ONNX Runtime's default settings. Our
+time includes choosing the ranges once for all chunks, by the slowest method. Peak memory is that of a separate process
+that measures ranges on all images in one pass.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""The 2:4 check and the repair beside Polygraphy's, on the same loaded models in one run.
+"""The 2:4 check and pruning compared with Polygraphy's, on the same loaded models in one run.
 
-`python benchmarks/performance/conformance.py` writes conformance.json beside this script. It takes minutes, nearly all of them
-Polygraphy's; `--quick` leaves VGG-16 and the 4 GB model out and writes nothing.
+    python benchmarks/performance/conformance.py
+
+writes conformance.json next to this script. It takes minutes, nearly all of them in Polygraphy; `--quick` omits VGG-16
+and the 4 GB model and writes nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from maskplan.pipeline.timing.compare_latency import cpu_name
 STRICT = CheckOptions(strict=True)
 PATTERN = Pattern(2, 4)
 
-# Runs a check in a process of its own and prints the peak of its anonymous memory, before and during.
+# Runs a check in a separate process and prints its anonymous memory before, and its peak during the check.
 PROBE = """
 import sys, threading, time
 from maskplan.exporters.conformance import CheckOptions, check_2to4
@@ -57,7 +59,7 @@ print(before, peak[0])
 
 
 def best(work: Callable[[], Any], repeats: int = 5) -> tuple[float, Any]:
-    """Fastest of some runs, in seconds, and what the last one returned."""
+    """Seconds of the fastest run, and the result of the last one."""
     seconds = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -96,7 +98,7 @@ def compare_with_polygraphy(name: str, folder: Path) -> dict[str, Any]:
     onnx.save(ours, sparse)
     del model, ours, theirs
 
-    # On a pruned model, for on a dense one Polygraphy stops at the first violation.
+    # On a pruned model: on a dense one Polygraphy stops at the first violation.
     load_s, pruned = best(lambda: onnx.load(sparse))
     model_s, _ = best(lambda: check_2to4(pruned, STRICT))
     path_s, pruned_report = best(lambda: check_2to4(sparse, STRICT))
@@ -120,7 +122,7 @@ def compare_with_polygraphy(name: str, folder: Path) -> dict[str, Any]:
 
 
 def differences(model: onnx.ModelProto, ours: onnx.ModelProto, theirs: onnx.ModelProto) -> dict[str, int]:
-    """Elements that one tool keeps and the other does not, in weights that both pruned, and groups with ties."""
+    """Groups that the tools prune differently, in weights that both pruned, and groups with ties."""
     eligible = {w.name: w.axis for w in check_2to4(model, STRICT).weights if w.axis is not None}
     their_values = {t.name: numpy_helper.to_array(t) for t in theirs.graph.initializer if t.name in eligible}
     originals = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer if t.name in eligible}

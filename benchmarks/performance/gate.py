@@ -1,10 +1,12 @@
-"""What the parity gate costs beside the bare inference of both models, and the memory that ImageNet's 50,000 images take.
+"""Cost of the parity gate compared with bare inference of both models, and its memory for ImageNet's 50,000 images.
 
-`python benchmarks/performance/gate.py` writes gate.json beside this script. Both sides run in one process, in turn, on the same ONNX
-Runtime sessions and batches. `--quick` takes few images and writes nothing.
+    python benchmarks/performance/gate.py
 
-Bare inference is ONNX Runtime alone on batches of float32 that lie in memory. The gate does all that `compare` does, from
-image files in memory (`files`: decoding and normalizing included) and from the same float32 batches (`arrays`).
+writes gate.json next to this script. Both sides alternate in one process, on the same ONNX Runtime sessions and
+batches. `--quick` uses few images and writes nothing.
+
+Bare inference is ONNX Runtime alone on float32 batches in memory. The gate does everything that `compare` does, from
+image files in memory (`files`: with decoding and normalization) and from the same float32 batches (`arrays`).
 """
 
 from __future__ import annotations
@@ -39,14 +41,14 @@ from maskplan.pipeline.parity.options import CompareOptions
 from maskplan.pipeline.report.write import versions
 from maskplan.pipeline.timing.compare_latency import cpu_name
 
-BENCHMARKS = Path(__file__).parent
+MODELS = Path(__file__).parents[1] / "accuracy" / "models.py"
 BATCH = 32
 OPTIONS = CompareOptions(max_top1_drop=100, min_agreement=0)
 
 
 @dataclass(frozen=True)
 class Lazy:
-    """Noise that is made when it is read, the same for the same index: a PPM file of `size` x `size` pixels."""
+    """Noise images that are generated when read, deterministic per index: PPM files of `size` x `size` pixels."""
 
     labels: npt.NDArray[np.int64]
     size: int
@@ -87,13 +89,13 @@ def pair(model: str, folder: Path) -> tuple[Path, Path, Preprocessing]:
 
 
 def cost(model: str, count: int, repeats: int) -> dict[str, Any]:
-    """Wall and CPU seconds of the gate and of bare inference, in turn."""
+    """Wall and CPU seconds of the gate and of bare inference, alternately."""
     with tempfile.TemporaryDirectory() as name:
-        dense, sparse, how = pair(model, Path(name))
+        dense, sparse, preprocessing = pair(model, Path(name))
         labels = np.random.default_rng(0).integers(0, 10, count)
-        lazy = Lazy(labels, how.height)
+        lazy = Lazy(labels, preprocessing.height)
         val = split_of(Loaded(labels, tuple(lazy.read(i) for i in range(count))))
-        loaded = list(batches(val, how, BATCH))
+        loaded = list(batches(val, preprocessing, BATCH))
         engines = [OrtEngine(path) for path in (dense, sparse)]
         first, second = (Classifier(engine, path.name) for engine, path in zip(engines, (dense, sparse), strict=True))
         fixed = fixed_image_positions(val, OPTIONS.fixed_images)
@@ -104,45 +106,50 @@ def cost(model: str, count: int, repeats: int) -> dict[str, Any]:
                     engine.infer({"input": x})
 
         def from_arrays() -> None:
-            said = run_on_batches({"dense": first, "sparse": second}, iter(loaded), count, fixed)
-            parity_report(said, "sparse", [None, None], val, OPTIONS)
+            predictions = run_on_batches({"dense": first, "sparse": second}, iter(loaded), count, fixed)
+            parity_report(predictions, "sparse", [None, None], val, OPTIONS)
 
         def from_files() -> None:
-            compare(first, second, how, [None, None], val, OPTIONS)
+            compare(first, second, preprocessing, [None, None], val, OPTIONS)
 
-        ways: dict[str, Callable[[], None]] = {"bare": bare, "arrays": from_arrays, "files": from_files}
-        spent: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+        variants: dict[str, Callable[[], None]] = {"bare": bare, "arrays": from_arrays, "files": from_files}
+        timings: dict[str, list[tuple[float, float]]] = {variant: [] for variant in variants}
         bare()
         for turn in range(repeats):
-            # Each way goes first as often as any other.
-            for way in [*list(ways)[turn % 3 :], *list(ways)[: turn % 3]]:
+            # Rotated, so that each variant goes first equally often.
+            for variant in [*list(variants)[turn % 3 :], *list(variants)[: turn % 3]]:
                 wall, cpu = time.perf_counter(), time.process_time()
-                ways[way]()
-                spent[way].append((time.perf_counter() - wall, time.process_time() - cpu))
-    medians = {way: [statistics.median(s[i] for s in times) for i in range(2)] for way, times in spent.items()}
+                variants[variant]()
+                timings[variant].append((time.perf_counter() - wall, time.process_time() - cpu))
+    medians = {
+        variant: [statistics.median(s[i] for s in times) for i in range(2)] for variant, times in timings.items()
+    }
     ratios = {
-        way: [statistics.median(a[i] / b[i] for a, b in zip(spent[way], spent["bare"], strict=True)) for i in range(2)]
-        for way in ("arrays", "files")
+        variant: [
+            statistics.median(a[i] / b[i] for a, b in zip(timings[variant], timings["bare"], strict=True))
+            for i in range(2)
+        ]
+        for variant in ("arrays", "files")
     }
     return {
         "model": model,
         "images": count,
         "repeats": repeats,
         "ways": {
-            way: {
-                "wall_s": round(medians[way][0], 3),
-                "cpu_s": round(medians[way][1], 3),
-                "wall_s_each": [round(wall, 3) for wall, _ in spent[way]],
+            variant: {
+                "wall_s": round(medians[variant][0], 3),
+                "cpu_s": round(medians[variant][1], 3),
+                "wall_s_each": [round(wall, 3) for wall, _ in timings[variant]],
             }
-            for way in ways
+            for variant in variants
         },
-        "wall_ratio": {way: round(ratio[0], 3) for way, ratio in ratios.items()},
-        "cpu_ratio": {way: round(ratio[1], 3) for way, ratio in ratios.items()},
+        "wall_ratio": {variant: round(ratio[0], 3) for variant, ratio in ratios.items()},
+        "cpu_ratio": {variant: round(ratio[1], 3) for variant, ratio in ratios.items()},
     }
 
 
 def tiny(path: Path, classes: int = 1000) -> None:
-    """Average pooling and a linear head: a model that costs nothing, so that the gate itself is seen."""
+    """Average pooling and a linear head: a model that costs almost nothing, so that the gate itself dominates."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -162,14 +169,14 @@ def tiny(path: Path, classes: int = 1000) -> None:
 
 
 def probe(dense: Path, sparse: Path, count: int) -> dict[str, Any]:
-    """Run the gate on lazily made 256x256 images, cut to 224x224, in this process: its peak resident memory."""
-    how = Preprocessing(3, 224, 224, 256, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    """Run the gate on lazily generated 256x256 images, cropped to 224x224: peak resident memory of this process."""
+    preprocessing = Preprocessing(3, 224, 224, 256, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     val = split_of(Lazy(np.arange(count) % 1000, 256))
     before = peak_resident()
     started = time.perf_counter()
     identify(val)
     with Classifier(OrtEngine(dense), "dense") as first, Classifier(OrtEngine(sparse), "sparse") as second:
-        report = compare(first, second, how, [None, None], val, OPTIONS)
+        report = compare(first, second, preprocessing, [None, None], val, OPTIONS)
     assert report.images == count
     return {
         "images": count,
@@ -180,13 +187,13 @@ def probe(dense: Path, sparse: Path, count: int) -> dict[str, Any]:
 
 
 def peak_resident() -> int:
-    """Bytes, as the kernel counted them for this program; what it inherited from the one that started it is left out."""
+    """Peak resident bytes of this program, without what it inherited from its parent process."""
     with Path("/proc/self/status").open() as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
 def memory(name: str, make: Callable[[Path], tuple[Path, Path]], count: int) -> dict[str, Any]:
-    """`probe` in a process of its own."""
+    """`probe` in a separate process."""
     with tempfile.TemporaryDirectory() as folder:
         dense, sparse = make(Path(folder))
         command = [sys.executable, __file__, "--probe", str(dense), str(sparse), "--images", str(count)]
@@ -218,14 +225,14 @@ def main() -> None:
     if args.probe:
         print(json.dumps(probe(*args.probe, args.images)))
         return
-    out = BENCHMARKS / "gate.json"
+    out = Path(__file__).with_suffix(".json")
     found: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {}
     found |= {"command": "python benchmarks/performance/gate.py", "device": cpu_name(), "cores": os.cpu_count()}
     found["versions"] = versions()
     if "cost" in args.parts:
         found["load_before_cost"] = round(os.getloadavg()[0], 2)
         count, repeats = (640, 1) if args.quick else (args.images, args.repeats)
-        found["cost"] = cost(f"{BENCHMARKS / 'models.py'}:resnet20", count, repeats)
+        found["cost"] = cost(f"{MODELS}:resnet20", count, repeats)
         found["cost"]["model"] = "benchmarks/accuracy/models.py:resnet20"
     if "memory" in args.parts:
         found["memory"] = [

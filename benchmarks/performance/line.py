@@ -1,6 +1,8 @@
-"""What the line costs: wall time and peak memory of whole commands, each in a process of its own.
+"""Wall time and peak memory of whole commands, each in a separate process.
 
-`python benchmarks/performance/line.py` writes line.json beside this script.
+    python benchmarks/performance/line.py
+
+writes line.json next to this script.
 """
 
 from __future__ import annotations

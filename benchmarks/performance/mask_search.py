@@ -1,9 +1,10 @@
-"""What searches for masks find and cost, each section beside the figures it is to be compared with.
+"""Quality and cost of searches, each section with the published figures that it is compared with.
 
-`python benchmarks/performance/mask_search.py [SECTION ...]` measures the named sections, all by default, and writes them to
-mask_search.json beside this script; the file's other sections stay as they are. A section is a function here that returns
-what goes into the file; each tells its command, device and versions, since sections may be measured apart. Wall time is that
-of the machine as it was, with its load beside it; CPU time is the process's.
+    python benchmarks/performance/mask_search.py [SECTION ...]
+
+measures the named sections, all by default, and writes them to mask_search.json next to this script; other sections of
+the file are kept. Each section records its command, device and versions, because sections may be measured separately.
+Wall time depends on the load of the machine, which is recorded too; CPU time is that of the process.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from maskplan.pipeline.permutation.search import SearchOptions, kept, search, st
 from maskplan.pipeline.report.write import versions
 from maskplan.pipeline.timing.compare_latency import cpu_name
 
-# Efforts on Apex' matrix.
+# Search efforts on Apex's matrix.
 EFFORTS = (0.25, 1.0, 2.0, 4.0, 8.0, 16.0)
 SEEDS = range(2, 22)
-# From the README beside Apex' search: efficacy, seconds and where.
+# From the README of Apex's search: efficacy, seconds and device.
 APEX = (
     ("exhaustive, 12 columns at a time", 36.6, 0.86, "V100"),
     ("exhaustive, 8 columns at a time, 100 escapes", 35.5, 0.152, "V100"),
@@ -43,7 +44,7 @@ APEX = (
 
 
 def permutation() -> dict[str, Any]:
-    """The matrix that Apex publishes figures for, matrices like it, and all of ResNet-50."""
+    """The matrix that Apex publishes figures for, similar matrices, and all of ResNet-50."""
     warm_up()
     return {"apex_matrix": apex_matrix(), "other_seeds": other_seeds(), "resnet50": resnet50()}
 
@@ -55,7 +56,7 @@ def uniform(seed: int) -> npt.NDArray[np.float64]:
 
 
 def warm_up() -> None:
-    """Compile, so that it is timed nowhere."""
+    """Compile before anything is timed."""
     search(uniform(1), SearchOptions(effort=1e-3, restarts=1))
 
 
@@ -77,7 +78,7 @@ def apex_matrix() -> dict[str, Any]:
 
 
 def other_seeds() -> dict[str, Any]:
-    """One search each of matrices that nothing was tuned on."""
+    """One search each of matrices that were not used for tuning."""
     effort = 4.0
     results = [timed(uniform(seed), SearchOptions(effort=effort, restarts=1)) for seed in SEEDS]
     return {"matrices": f"seeds {SEEDS[0]} to {SEEDS[-1]}", "cores": 1, "effort": effort, **summary(results)}
@@ -159,7 +160,7 @@ SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {"permutation": permutation}
 
 
 def main() -> None:
-    """Measure sections, or do one part of one in a process of its own."""
+    """Measure sections, or one part of a section in a separate process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--resnet50", action="store_true", help=argparse.SUPPRESS)

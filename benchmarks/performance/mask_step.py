@@ -1,9 +1,11 @@
-"""What a step of mask learning costs: beside an ordinary step of training, and beside the papers' formulation.
+"""Cost of a step of mask learning, compared with an ordinary training step and with the papers' formulation.
 
-`python benchmarks/performance/mask_step.py` writes mask_step.json beside this script. The ordinary step is forward and backward with
-weight gradients and no optimizer; ours is sampling, forward, backward and Adam on the gates, without the teacher. Both run
-in turn in one process; peak memory is of processes of their own. The papers' formulation (unfold, mask, one matrix product)
-is written here from its description, vectorized over all groups, and compared layer by layer.
+    python benchmarks/performance/mask_step.py
+
+writes mask_step.json next to this script. The ordinary step is forward and backward with weight gradients and no
+optimizer; ours is sampling, forward, backward and Adam on the gates, without the teacher. Both alternate in one
+process; peak memory is measured in separate processes. The papers' formulation (unfold, mask, one matrix product) is
+implemented here from its description, vectorized over all groups, and compared layer by layer.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def finished(work: Callable[[], None]) -> float:
-    """Seconds until the work is done, on the GPU too."""
+def timed(work: Callable[[], None]) -> float:
+    """Seconds until the work is done, including work on the GPU."""
     started = time.perf_counter()
     work()
     if torch.cuda.is_available():
@@ -64,7 +66,7 @@ def ordinary(name: str, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
 
 
 def masked(name: str, x: torch.Tensor, y: torch.Tensor) -> tuple[Callable[[], None], int]:
-    """One step of learning masks, and the bytes of gates, their gradients and Adam's state."""
+    """One step of mask learning, and the bytes of the gates, their gradients and Adam's state."""
     made = build_model(name, seed=0)
     layers, _ = trace_layers(made.module, made.preprocessing)
     names = [layer.name for layer in select_layers(layers, PATTERN).masked]
@@ -82,7 +84,7 @@ def masked(name: str, x: torch.Tensor, y: torch.Tensor) -> tuple[Callable[[], No
 
 
 def compare_steps(name: str, batch: int, repeats: int) -> dict[str, Any]:
-    """Both steps in turn, and each one's peak memory."""
+    """Both steps alternately, and the peak memory of each."""
     x = torch.randn(batch, 3, 224, 224, device=device())
     y = torch.randint(0, 1000, (batch,), device=device())
     dense = ordinary(name, x, y)
@@ -90,7 +92,7 @@ def compare_steps(name: str, batch: int, repeats: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {"ordinary": [], "masks": []}
     for i in range(repeats + 1):
         for key, step in (("ordinary", dense), ("masks", learning)):
-            took = finished(step)
+            took = timed(step)
             if i:
                 seconds[key].append(took)
     peaks = {key: peak_of(key, name, batch) for key in seconds}
@@ -110,18 +112,18 @@ def compare_steps(name: str, batch: int, repeats: int) -> dict[str, Any]:
 
 
 def peak_of(key: str, name: str, batch: int) -> int:
-    """Peak memory of two steps in a process of their own."""
+    """Peak memory of two steps in a separate process."""
     command = [sys.executable, __file__, "--peak", key, "--model", name, "--batch", str(batch)]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
 def peak(key: str, name: str, batch: int) -> int:
-    """Run two steps here."""
+    """Peak memory of two steps in this process."""
     x = torch.randn(batch, 3, 224, 224, device=device())
     y = torch.randint(0, 1000, (batch,), device=device())
     step = ordinary(name, x, y) if key == "ordinary" else masked(name, x, y)[0]
     for _ in range(2):
-        finished(step)
+        timed(step)
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return high_water_bytes()
@@ -138,7 +140,7 @@ def layer_step(kind: str, k: int, c: int, size: int, batch: int) -> Callable[[],
     x = torch.randn(batch, c, size, size, device=device())
     weight = torch.randn(k, c, 3, 3, device=device())
     if kind == "ours":
-        x = x.to(memory_format=torch.channels_last)  # as the learner has its images
+        x = x.to(memory_format=torch.channels_last)  # as in the learner
         gates: nn.Module = Gates(weight, PATTERN, 3.0).to(device())
     else:
         gates = FlatGates(weight, PATTERN, torch.Generator().manual_seed(0)).to(device())
@@ -159,14 +161,14 @@ def layer_step(kind: str, k: int, c: int, size: int, batch: int) -> Callable[[],
 
 
 def compare_layers(batch: int) -> list[dict[str, Any]]:
-    """Time in turn and peak memory of both forms."""
+    """Time and peak memory of both formulations."""
     rows = []
     for k, c, size in LAYERS:
         steps = {kind: layer_step(kind, k, c, size, batch) for kind in ("ours", "papers")}
         seconds: dict[str, list[float]] = {kind: [] for kind in steps}
         for i in range(6):
             for kind, step in steps.items():
-                took = finished(step)
+                took = timed(step)
                 if i:
                     seconds[kind].append(took)
         peaks = {}
@@ -192,20 +194,20 @@ def compare_layers(batch: int) -> list[dict[str, Any]]:
 
 
 def layer_peak(kind: str, shape: str, batch: int) -> int:
-    """Memory that the steps of one layer add to what the process had before its tensors were made."""
+    """Memory that the steps of one layer add to the process, including the layer's tensors."""
     k, c, size = map(int, shape.split(","))
-    layer_step(kind, 8, 8, 4, 1)()  # what libraries and compilers take at their first use is not the layer's
+    layer_step(kind, 8, 8, 4, 1)()  # libraries and compilers allocate at their first use
     before = high_water_bytes()
     step = layer_step(kind, k, c, size, batch)
     for _ in range(2):
-        finished(step)
+        timed(step)
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return high_water_bytes() - before
 
 
 def main() -> None:
-    """Measure, or do one part of it in a process of its own."""
+    """Measure everything, or one part in a separate process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--batch", type=int, default=32)

@@ -1,10 +1,12 @@
-"""What the spectral norms of a network's layers cost, and how tight they are.
+"""Cost and tightness of the spectral norms of a network's layers.
 
-`python benchmarks/performance/norms.py [SECTION ...]` measures the named sections, all by default, and writes them to norms.json beside
-this script; the file's other sections stay as they are. Weights are random, as torchvision makes them; masks are 2:4 by
-magnitude. Each part runs in a process of its own for its memory. Wall time is that of the machine as it was, with its load
-beside it; CPU time is the process's. The layers compared are those whose norm is not exact. Power iteration gives a lower
-bound that has not quite converged, so a bound is at most as far above the norm as its ratio says.
+    python benchmarks/performance/norms.py [SECTION ...]
+
+measures the named sections, all by default, and writes them to norms.json next to this script; other sections of the
+file are kept. Weights are torchvision's random initialization; masks are 2:4 by magnitude. Each part runs in a separate
+process for its memory. Wall time depends on the load of the machine, which is recorded too; CPU time is that of the
+process. Only layers whose norm is not exact are compared. Power iteration gives a lower bound that has not fully
+converged, so each bound exceeds the norm by at most the given ratio.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ GRAM_STEPS = 5
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight and, of a convolution, what `conv_norm` asks for."""
+    """A weight and, for a convolution, the arguments of `conv_norm`."""
 
     name: str
     weight: npt.NDArray[np.float32]
@@ -88,7 +90,7 @@ def measure_norms(network: str, weights: str) -> dict[str, Any]:
     wall, cpu = time.perf_counter() - started, time.process_time() - cpu
     return {
         "layers": len(found),
-        "by": dict(Counter(each.preprocessing for each in found.values())),
+        "by": dict(Counter(each.method for each in found.values())),
         "wall_s": round(wall, 1),
         "cpu_s": round(cpu, 1),
         "load_before": round(load, 2),
@@ -101,7 +103,7 @@ def measure_norms(network: str, weights: str) -> dict[str, Any]:
 
 
 def measure_lower(network: str, weights: str) -> dict[str, Any]:
-    """Power iteration on the convolutions that are more than a matrix."""
+    """Power iteration on the convolutions larger than 1x1."""
     given = wide(network, weights)
     return {layer.name: power_iteration(layer.weight, **layer.options, steps=POWER_STEPS) for layer in given}
 
@@ -130,7 +132,7 @@ def gram_bound(matrices: torch.Tensor, steps: int) -> torch.Tensor:
 
     At most min(P, Q)^(1/2^(T+1)) times too high. Takes (B, P, Q) to (B,).
     """
-    # What has been taken out so far, as the logarithm of the bound.
+    # The factors divided out so far, as the logarithm of the bound.
     logarithm = torch.zeros(len(matrices), dtype=torch.float64)
     current = matrices
     for step in range(steps + 1):
@@ -166,7 +168,7 @@ PARTS = {"norms": measure_norms, "lower": measure_lower, "gram": measure_gram}
 
 
 def part(name: str, network: str, weights: str) -> dict[str, Any]:
-    """One part in a process of its own."""
+    """One part in a separate process."""
     done = subprocess.run(
         [sys.executable, __file__, "--part", name, network, weights], stdout=subprocess.PIPE, text=True, check=True
     )
@@ -175,16 +177,16 @@ def part(name: str, network: str, weights: str) -> dict[str, Any]:
 
 
 def section(network: str) -> dict[str, Any]:
-    """Cost with both kinds of weights, tightness with masked ones."""
+    """Cost with dense and masked weights, tightness with masked ones."""
     results = {weights: part("norms", network, weights) for weights in ("dense", "masked")}
     lower, others = part("lower", network, "masked"), part("gram", network, "masked")
     upper, names = results["masked"]["norms"], results["masked"]["not_exact"]
     raised = [name for name, value in upper.items() if value > results["dense"]["norms"][name]]
     if below := [name for name in lower if not lower[name] <= upper[name] <= others["gram"][name]]:
-        raise AssertionError(f"a bound is below another that it may not be below: {below}")
-    apart = ("norms", "not_exact")
+        raise AssertionError(f"a lower bound exceeds an upper bound: {below}")
+    details = ("norms", "not_exact")
     return {
-        **{weights: {key: each[key] for key in each if key not in apart} for weights, each in results.items()},
+        **{weights: {key: each[key] for key in each if key not in details} for weights, each in results.items()},
         "masked_norm_above_dense": len(raised),
         "compared": {
             "layers": len(names),

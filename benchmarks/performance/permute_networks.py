@@ -1,9 +1,11 @@
-"""What permuting channels does to whole networks: groups moved and fixed, what 2:4 keeps, and that outputs stay.
+"""Channel permutation of whole networks: groups moved and fixed, magnitude kept under 2:4, and unchanged outputs.
 
-`python benchmarks/performance/permute_networks.py [MODEL ...]` measures the named models, all by default, and writes them to
-permute_networks.json beside this script; the file's other models stay as they are. Weights are random, with the norms'
-parameters drawn too and statistics of noise, so that a channel in the wrong place shows. Outputs are compared in float64.
-Wall time is that of the machine as it was, with its load beside it; CPU time is the process's.
+    python benchmarks/performance/permute_networks.py [MODEL ...]
+
+measures the named models, all by default, and writes them to permute_networks.json next to this script; other models in
+the file are kept. Weights are random, including the parameters of norms, whose statistics come from noise, so that a
+misplaced channel changes the outputs. Outputs are compared in float64. Wall time depends on the load of the machine,
+which is recorded too; CPU time is that of the process.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ MODELS = (
     "timm/efficientnet_b0",
 )
 PATTERN = Pattern(2, 4)
-# ConvNeXt is made of linear layers, which masks leave out by default.
+# ConvNeXt consists of linear layers, which are not masked by default.
 ALSO_LINEAR = ("convnext_tiny",)
 
 
@@ -82,7 +84,7 @@ def measure(model: str, effort: float, include_linear: bool) -> dict[str, Any]:
 
 
 def randomize_norms(module: nn.Module, preprocessing: Preprocessing) -> None:
-    """Scales and shifts by chance, then statistics of noise, so that what an image says reaches the outputs."""
+    """Random scales and shifts, then statistics from noise, so that the outputs depend on the image."""
     generator = torch.Generator().manual_seed(1)
     norms = [layer for layer in module.modules() if "norm" in type(layer).__name__.lower()]
     running = [layer for layer in norms if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
@@ -102,7 +104,7 @@ def randomize_norms(module: nn.Module, preprocessing: Preprocessing) -> None:
 
 
 def compare(before: nn.Module, after: nn.Module, preprocessing: Preprocessing) -> float:
-    """The largest difference of the outputs on noise, beside the largest difference between two images."""
+    """The largest change of the outputs on noise, relative to the largest difference between two images."""
     sample = sample_input(preprocessing, 2, seed=5).double()
     with torch.no_grad():
         one, other = (copy.deepcopy(module).double().eval()(sample) for module in (before, after))
@@ -137,12 +139,12 @@ def figures(done: Permuted) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure models, one after another."""
+    """Measure the models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of any kind; by default {', '.join(MODELS)}")
     parser.add_argument("--effort", type=float, default=1.0, help="of the search")
     args = parser.parse_args()
-    # Compile, so that it is timed nowhere.
+    # Compile before anything is timed.
     search(torch.rand(16, 16).numpy(), SearchOptions(effort=1e-3, restarts=1))
     path = Path(__file__).with_suffix(".json")
     result = json.loads(path.read_text()) if path.exists() else {}

@@ -1,8 +1,10 @@
-"""Transposable masks: what each method costs and loses, beside networkx's minimum-cost flow.
+"""Transposable masks: cost and kept magnitude of each solver, compared with networkx's minimum-cost flow.
 
-`python benchmarks/performance/transposable.py` writes transposable.json beside this script. Tiles are normal and seeded; those for
-networkx are whole numbers, of which it finds the optimum exactly. Times of one tile are CPU time of one thread, ours the
-least of several rounds; times of a network are wall and CPU time of all cores. Compilation is apart.
+    python benchmarks/performance/transposable.py
+
+writes transposable.json next to this script. Tiles are normal and seeded; those for networkx are integers, for which it
+finds the optimum exactly. Times of one tile are CPU time of one thread, ours the minimum of several rounds; times of a
+network are wall and CPU time of all cores. Compilation is not included.
 """
 
 from __future__ import annotations
@@ -22,28 +24,20 @@ from typing import Any
 import networkx
 import numpy as np
 import numpy.typing as npt
+from transposable_approximate import approximate_tiles
+from transposable_entropic import entropic_tiles
 
 from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.core.files import write_json
-from maskplan.pipeline.masking.diversity import diversity, tile_masks, tile_masks_by_paper
 from maskplan.pipeline.masking.magnitude import kept_magnitude, magnitude_mask
-from maskplan.pipeline.masking.transposable import (
-    APPROXIMATE,
-    ENTROPIC,
-    EXACT,
-    METHODS,
-    lighter_half,
-    transposable_mask,
-    transposable_masks,
-    transposed_violations,
-)
-from maskplan.pipeline.masking.transposable_entropic import entropic_tiles
+from maskplan.pipeline.masking.transposable import TileSolver, require_tiles, solve_tiles, transposed_violations
 from maskplan.pipeline.masking.transposable_flow import solve_by_flow
 from maskplan.pipeline.masking.transposable_table import solve_by_table
 from maskplan.pipeline.models.registry import build_model
 from maskplan.pipeline.report.write import versions
 from maskplan.pipeline.timing.compare_latency import cpu_name
 
+EXACT, ENTROPIC, APPROXIMATE = METHODS = ("exact", "entropic", "approximate")
 TWO_FOUR, FOUR_EIGHT = Pattern(2, 4), Pattern(4, 8)
 SCALE = 2**20
 ROUNDS = 5
@@ -51,8 +45,20 @@ ROUNDS = 5
 Tiles = npt.NDArray[np.float64]
 
 
+def solver_of(method: str, pattern: Pattern) -> TileSolver:
+    """The solver of tiles by the name of its method."""
+    exact = solve_by_table if pattern.m <= 4 else solve_by_flow
+    return {EXACT: exact, ENTROPIC: entropic_tiles, APPROXIMATE: approximate_tiles}[method]
+
+
+def masks_of(weights: dict[str, Any], pattern: Pattern, method: str, threads: int | None = None) -> dict[str, Any]:
+    """Masks of whole weights by one method."""
+    require_tiles(weights, pattern)
+    return solve_tiles(weights, pattern, solver_of(method, pattern), threads=threads)
+
+
 def random_tiles(count: int, m: int, seed: int) -> Tiles:
-    """Magnitudes of normal weights, as whole numbers."""
+    """Magnitudes of normal weights, as integers."""
     tiles: Tiles = np.rint(np.abs(np.random.default_rng(seed).standard_normal((count, m, m))) * SCALE)
     return tiles
 
@@ -77,14 +83,14 @@ def cpu_seconds(work: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
-def beside_networkx(pattern: Pattern, count: int) -> dict[str, Any]:
-    """The same tiles by networkx and by ours."""
+def compare_with_networkx(pattern: Pattern, count: int) -> dict[str, Any]:
+    """The same tiles by networkx and by our solvers."""
     tiles = random_tiles(count, pattern.m, seed=0)
     best: list[int] = []
     peer_s = cpu_seconds(lambda: best.extend(best_by_networkx(tile, pattern.n) for tile in tiles)) / count
     row: dict[str, Any] = {"pattern": str(pattern), "tiles": count, "networkx_us": round(peer_s * 1e6, 1)}
-    exact = solve_by_table if pattern.m <= 4 else solve_by_flow
-    for name, solve in ((EXACT, exact), (ENTROPIC, entropic_tiles), (APPROXIMATE, lighter_half)):
+    for name in METHODS:
+        solve = solver_of(name, pattern)
         kept = solve(tiles, pattern)
         values = (tiles * kept).sum(axis=(1, 2))
         seconds = min(cpu_seconds(lambda: solve(tiles, pattern)) for _ in range(ROUNDS)) / count  # noqa: B023
@@ -101,7 +107,7 @@ def beside_networkx(pattern: Pattern, count: int) -> dict[str, Any]:
 
 
 def bound(pattern: Pattern, count: int) -> dict[str, Any]:
-    """What the 2-approximation drops, as a multiple of the least that can be dropped."""
+    """What the 2-approximation drops, as a multiple of what the exact mask drops."""
     rng = np.random.default_rng(1)
     m = pattern.m
     kinds = {
@@ -112,13 +118,12 @@ def bound(pattern: Pattern, count: int) -> dict[str, Any]:
     }
     row: dict[str, Any] = {"pattern": str(pattern), "tiles_a_kind": count}
     for name, tiles in kinds.items():
-        exact = solve_by_table if m <= 4 else solve_by_flow
-        least = (tiles * ~exact(tiles, pattern)).sum(axis=(1, 2))
-        dropped = (tiles * ~lighter_half(tiles, pattern)).sum(axis=(1, 2))
-        some = least > 0
-        # Where nothing need be dropped the approximation drops nothing either.
+        optimum = (tiles * ~solver_of(EXACT, pattern)(tiles, pattern)).sum(axis=(1, 2))
+        dropped = (tiles * ~approximate_tiles(tiles, pattern)).sum(axis=(1, 2))
+        some = optimum > 0
+        # Where the optimum drops no magnitude, the approximation drops none either.
         assert not dropped[~some].any()
-        ratios = dropped[some] / least[some]
+        ratios = dropped[some] / optimum[some]
         row[name] = {
             "worst": round(float(ratios.max()), 4),
             "mean": round(float(ratios.mean()), 4),
@@ -135,11 +140,11 @@ def network(name: str, pattern: Pattern, method: str) -> dict[str, Any]:
         for key, value in module.state_dict().items()
         if value.ndim == 4 and value.shape[0] % pattern.m == 0 and value.shape[1] % pattern.m == 0
     }
-    transposable_masks(dict(list(weights.items())[:1]), pattern, method)
+    masks_of(dict(list(weights.items())[:1]), pattern, method)
     walls, cpus = [], []
     for _ in range(ROUNDS):
         wall, cpu = time.perf_counter(), time.process_time()
-        masks = transposable_masks(weights, pattern, method)
+        masks = masks_of(weights, pattern, method)
         walls.append(time.perf_counter() - wall)
         cpus.append(time.process_time() - cpu)
     assert all(transposed_violations(mask, pattern) == (0, 0) for mask in masks.values())
@@ -166,18 +171,18 @@ def network(name: str, pattern: Pattern, method: str) -> dict[str, Any]:
 
 
 def size(weights: int, pattern: Pattern, method: str) -> dict[str, Any]:
-    """One weight of about that many entries, in this process: time for each, and memory beyond weight and mask."""
+    """One weight of about this many entries, in this process: time per entry, and memory beyond weight and mask."""
     side = round(weights**0.5 / pattern.m) * pattern.m
     weight = np.random.default_rng(0).standard_normal((side, side), np.float32)
-    transposable_mask(weight[: 16 * pattern.m, : 16 * pattern.m], pattern, method)
+    masks_of({"small": weight[: 16 * pattern.m, : 16 * pattern.m]}, pattern, method)
     before = memory_bytes("VmRSS")
     wall = time.perf_counter()
-    mask = transposable_mask(weight, pattern, method)
+    mask = masks_of({"weight": weight}, pattern, method)["weight"]
     wall = time.perf_counter() - wall
-    # Not below what is so; above it where loading the libraries took more than they hold.
+    # An upper bound: loading libraries may have taken more memory than it kept.
     extra = memory_bytes("VmHWM") - before - mask.nbytes
     rounds = max(ROUNDS, min(50, 10**7 // weight.size))
-    cpus = [cpu_seconds(lambda: transposable_mask(weight, pattern, method, threads=1)) for _ in range(rounds)]
+    cpus = [cpu_seconds(lambda: masks_of({"weight": weight}, pattern, method, threads=1)) for _ in range(rounds)]
     return {
         "weights": weight.size,
         "cpu_ns_a_weight": round(min(cpus) / weight.size * 1e9, 2),
@@ -188,13 +193,13 @@ def size(weights: int, pattern: Pattern, method: str) -> dict[str, Any]:
 
 
 def memory_bytes(key: str) -> int:
-    """A figure of this process's memory."""
+    """A value of this process's memory in bytes, by its name in /proc/self/status."""
     (line,) = [row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(key)]
     return int(line.split()[1]) * 1024
 
 
 def sizes(pattern: Pattern, method: str) -> dict[str, Any]:
-    """Each size in a process of its own."""
+    """Each size in a separate process."""
     found = []
     for exponent in (5, 6, 7, 8):
         arguments = ["--size", str(10**exponent), "--pattern", str(pattern), "--method", method]
@@ -209,26 +214,8 @@ def sizes(pattern: Pattern, method: str) -> dict[str, Any]:
     }
 
 
-def counts() -> dict[str, Any]:
-    """Masks of a tile, and mask diversity of 64 weights, as logarithms to the base of ten."""
-    return {
-        str(pattern): {
-            "tile_exact": tile_masks(pattern),
-            "tile_by_paper": tile_masks_by_paper(pattern),
-            "log10_of_64_weights": {
-                "unstructured": round(of.unstructured, 3),
-                "one_axis": round(of.one_axis, 3),
-                "transposable_exact": round(of.transposable, 3),
-                "transposable_by_paper": round(of.transposable_by_paper, 3),
-            },
-        }
-        for pattern in (TWO_FOUR, FOUR_EIGHT)
-        for of in (diversity([64], pattern),)
-    }
-
-
 def main() -> None:
-    """Measure, or one size in a process of its own."""
+    """Measure everything, or one size in a separate process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int)
     parser.add_argument("--pattern", default="2:4")
@@ -251,15 +238,14 @@ def main() -> None:
             network("resnet50", TWO_FOUR, APPROXIMATE),
         ],
         "tiles": [
-            beside_networkx(TWO_FOUR, 1000),
-            beside_networkx(FOUR_EIGHT, 1000),
-            beside_networkx(Pattern(8, 16), 200),
+            compare_with_networkx(TWO_FOUR, 1000),
+            compare_with_networkx(FOUR_EIGHT, 1000),
+            compare_with_networkx(Pattern(8, 16), 200),
         ],
         "bound": [bound(TWO_FOUR, 10_000), bound(FOUR_EIGHT, 10_000)],
         "scaling": [sizes(TWO_FOUR, APPROXIMATE), sizes(FOUR_EIGHT, APPROXIMATE), sizes(TWO_FOUR, EXACT)],
-        "diversity": counts(),
     }
-    # Other work on the machine lengthens wall times, and CPU times where threads share a core.
+    # Other load on the machine raises wall times, and CPU times where threads share a core.
     result["load_before_and_after"] = [round(load, 1), round(os.getloadavg()[0], 1)]
     write_json(Path(__file__).with_suffix(".json"), result)
     for part in ("networks", "tiles", "bound", "scaling"):

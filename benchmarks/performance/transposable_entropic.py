@@ -16,9 +16,8 @@ import numpy.typing as npt
 from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.masking.compiled import compiled
 
-# Sharpness of the relaxed problem in units of 1 / (a tile's mean), and rounds of projections: the best of those tried at 4:8
-# and 8:16, for normal and heavy-tailed weights. Exponents are clipped at `_MAX_EXPONENT` so that outliers do not crowd out the
-# other entries.
+# Sharpness of the relaxed problem in units of 1 / (a tile's mean), and rounds of projections: the best of those tried at
+# 4:8 and 8:16, for normal and heavy-tailed weights. Exponents are clipped so that outliers do not crowd out the others.
 _SHARPNESS, _MAX_EXPONENT = 6.0, 20.0
 _ROUNDS = 30
 # Entries per block: two such arrays fit the L1 cache, and inner loops run over tiles.
