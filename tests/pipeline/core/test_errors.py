@@ -1,4 +1,4 @@
-"""One message says what, where, found and fix."""
+"""One message with what failed, where, what was found and how to fix it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_what_is_not_known_has_no_line() -> None:
     assert str(HostError("it broke", fix="mend it")) == "it broke\n  fix:   mend it"
 
 
-def test_something_found_to_be_empty_or_zero_is_still_told() -> None:
+def test_a_found_value_of_zero_is_shown() -> None:
     assert "found: 0" in str(InputError("it broke", found=0))
 
 
@@ -33,17 +33,22 @@ def test_both_kinds_are_caught_as_one() -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-def test_a_full_disk_is_told_as_such(number: int) -> None:
+def test_a_full_disk_is_named(number: int) -> None:
     error = host_error(OSError(number, os.strerror(number)), where="out")
     assert error.what == "the disk is full"
     assert (error.where, error.found) == ("out", os.strerror(number))
     assert "run the same command again" in str(error.fix)
 
 
-def test_any_other_refusal_to_write_asks_for_another_folder() -> None:
+def test_another_write_error_asks_for_another_folder() -> None:
     error = host_error(OSError(errno.EROFS, os.strerror(errno.EROFS)), where="out")
     assert error.what == "cannot write"
-    assert "--out" in str(error.fix)
+    assert "--out or -o" in str(error.fix)
+
+
+def test_the_fix_names_the_option_of_the_file() -> None:
+    error = host_error(OSError(errno.EACCES, os.strerror(errno.EACCES)), where="r.json", option="--report")
+    assert error.fix == "choose a folder that you may write to with --report"
 
 
 def test_an_os_error_without_a_number_keeps_its_text() -> None:
@@ -65,11 +70,11 @@ def test_a_long_list_is_cut_and_counted(items: object, text: str) -> None:
     assert listed(items) == text  # type: ignore[arg-type]
 
 
-def test_the_length_shown_can_be_chosen_and_an_iterator_will_do() -> None:
+def test_the_number_of_items_shown_can_be_chosen() -> None:
     assert listed((c for c in "abcd"), 2) == "a, b and 2 more"
 
 
-def test_a_slip_of_the_finger_is_recognized() -> None:
+def test_a_typo_is_recognized() -> None:
     assert did_you_mean("resnet5", ["resnet50", "vgg16"]) == "did you mean 'resnet50'?"
     assert "'resnet50'" in str(did_you_mean("resnte50", ["resnet50", "vgg16"]))
 

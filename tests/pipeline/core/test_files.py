@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Files appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -79,11 +79,11 @@ def test_a_writer_killed_at_any_moment_leaves_the_old_or_the_new_file(tmp_path: 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 @pytest.mark.parametrize(
-    ("number", "told", "fix"),
+    ("number", "message", "fix"),
     [(errno.ENOSPC, "the disk is full", "free some space"), (errno.EACCES, "cannot write", "--out")],
 )
 def test_a_failed_write_leaves_the_old_file_and_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int, told: str, fix: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int, message: str, fix: str
 ) -> None:
     out = tmp_path / "file"
     write_atomically(out, b"old")
@@ -93,13 +93,24 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(
 
     monkeypatch.setattr(os, call, fail)
     monkeypatch.setattr(Path, "replace", fail) if call == "replace" else None
-    with pytest.raises(HostError, match=told) as raised:
+    with pytest.raises(HostError, match=message) as raised:
         write_atomically(out, b"new")
     monkeypatch.undo()
     assert (raised.value.where, raised.value.found) == (out, os.strerror(number))
     assert fix in str(raised.value.fix)
     assert out.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_error_names_the_option_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"")
+    for write in (
+        lambda p: write_json(p, {}, option="--report"),
+        lambda p: write_atomically(p, b"", option="--report"),
+    ):
+        with pytest.raises(HostError, match="cannot write") as raised:
+            write(tmp_path / "plain" / "below")
+        assert str(raised.value.fix).endswith("with --report")
 
 
 def test_a_destination_that_cannot_be_a_file_is_an_error(tmp_path: Path) -> None:

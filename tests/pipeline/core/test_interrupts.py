@@ -1,4 +1,4 @@
-"""Signals end a command, also where something swallowed what they raised."""
+"""Signals end a command, even where a library swallows the exception that they raise."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def test_a_signal_raises_and_is_remembered(number: int) -> None:
             INTERRUPTS.raise_pending()
 
 
-def test_nothing_is_heeded_where_nothing_came() -> None:
+def test_without_a_signal_nothing_is_raised() -> None:
     with handle_signals():
         INTERRUPTS.raise_pending()
     assert INTERRUPTS.pending is None
 
 
-def test_a_held_signal_waits_and_a_second_does_not() -> None:
+def test_a_first_signal_is_deferred_and_a_second_raises() -> None:
     with handle_signals():
         with INTERRUPTS.deferred():
             os.kill(os.getpid(), signal.SIGTERM)
@@ -38,14 +38,14 @@ def test_a_held_signal_waits_and_a_second_does_not() -> None:
             INTERRUPTS.raise_pending()
 
 
-def test_handlers_are_put_back() -> None:
+def test_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with handle_signals():
         assert signal.getsignal(signal.SIGINT) is INTERRUPTS
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_another_thread_listens_to_nothing_and_does_not_fail() -> None:
+def test_another_thread_sets_no_handlers_and_does_not_fail() -> None:
     errors = []
 
     def work() -> None:

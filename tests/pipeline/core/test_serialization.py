@@ -1,11 +1,12 @@
-"""Records to JSON and back, and what is said of JSON that does not fit."""
+"""Records to JSON and back, and the errors for JSON that does not fit."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import pytest
 from hypothesis import given, settings
@@ -39,6 +40,15 @@ class Outer:
     table: dict[str, int]
     path: Path
     extra: tuple[str, ...] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True)
+class Choices:
+    RENAMED_FIELDS: ClassVar[Mapping[str, str]] = {"kind": "layout", "old_backend": "backend"}
+
+    layout: Literal["channel", "flat"]
+    backend: Literal["tensorrt", "onnxruntime"] | None = None
+    states: tuple[Literal["sparse", "dense"], ...] = ()
 
 
 words = st.text(max_size=10)
@@ -123,7 +133,7 @@ def test_keys_of_a_table_become_text() -> None:
     assert encode({1: (2, 3)}) == {"1": [2, 3]}
 
 
-def test_a_whole_number_will_do_for_a_float_and_nothing_else_for_a_number() -> None:
+def test_an_integer_is_accepted_for_a_float() -> None:
     assert decode(Inner, {"number": 1, "share": 2}) == Inner(1, 2.0)
     assert isinstance(decode(Inner, {"number": 1, "share": 2}).share, float)
 
@@ -133,7 +143,7 @@ def test_fields_with_defaults_may_be_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"name": 5}, "Outer.name: expected str, found 5"),
         ({"name": None}, "Outer.name: expected str, found None"),
@@ -155,10 +165,10 @@ def test_fields_with_defaults_may_be_left_out() -> None:
         ({"surplus": 1}, "found ['surplus']"),
     ],
 )
-def test_a_misfit_is_told_with_its_place(change: dict[str, Any], told: str) -> None:
+def test_an_error_names_the_field_and_what_was_expected(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="expected") as raised:
         decode(Outer, GOOD | change)
-    assert told in str(raised.value)
+    assert message in str(raised.value)
 
 
 @pytest.mark.parametrize("missing", sorted(GOOD))
@@ -168,13 +178,68 @@ def test_a_missing_field_is_named(missing: str) -> None:
     assert f"found ['{missing}']" in str(raised.value)
 
 
-def test_what_is_no_table_is_no_record() -> None:
+def test_a_value_that_is_not_a_table_is_refused() -> None:
     for value in (None, 5, "text", [1]):
         with pytest.raises(ValueError, match="Inner: expected a table"):
             decode(Inner, value)
 
 
-def test_a_long_value_is_not_repeated_whole() -> None:
+def test_a_long_value_is_shortened_in_the_error() -> None:
     with pytest.raises(ValueError, match="expected int") as raised:
         decode(Inner, {"number": "x" * 10_000})
     assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("layout", ["channel", "flat"])
+def test_a_member_of_a_closed_set_is_accepted(layout: str) -> None:
+    assert decode(Choices, {"layout": layout}).layout == layout
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"layout": "rows"}, "Choices.layout: expected one of channel, flat, found 'rows'"),
+        ({"layout": "Channel"}, "Choices.layout: expected one of channel, flat"),
+        ({"layout": None}, "Choices.layout: expected one of channel, flat, found None"),
+        ({"layout": ["flat"]}, "Choices.layout: expected one of channel, flat"),
+        ({"layout": "flat", "backend": "tvm"}, "Choices.backend: expected one of tensorrt, onnxruntime, found 'tvm'"),
+        ({"layout": "flat", "states": ["dense", "unknown"]}, "Choices.states[1]: expected one of sparse, dense"),
+    ],
+)
+def test_a_value_outside_a_closed_set_is_refused(value: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="expected one of") as raised:
+        decode(Choices, value)
+    assert message in str(raised.value)
+
+
+def test_an_optional_choice_may_be_none() -> None:
+    assert decode(Choices, {"layout": "flat", "backend": None}) == Choices("flat")
+
+
+def test_a_renamed_field_is_read_under_its_old_name() -> None:
+    assert decode(Choices, {"kind": "flat", "old_backend": "tensorrt"}) == Choices("flat", "tensorrt")
+
+
+def test_the_new_name_of_a_field_takes_precedence_over_the_old_one() -> None:
+    assert decode(Choices, {"kind": "flat", "layout": "channel"}).layout == "channel"
+
+
+def test_the_value_of_a_renamed_field_is_checked_under_its_new_name() -> None:
+    with pytest.raises(ValueError, match=r"Choices\.layout: expected one of channel, flat, found 'rows'"):
+        decode(Choices, {"kind": "rows"})
+
+
+def test_a_record_is_written_under_the_new_names() -> None:
+    assert encode(Choices("flat")) == {"layout": "flat", "backend": None, "states": []}
+
+
+def test_an_engine_sidecar_from_before_a_rename_is_read() -> None:
+    assert EngineFile.RENAMED_FIELDS == {"stripped": "strip_plan"}
+    spec = [{"name": "input", "dtype": "float32", "shape": [None, 3, 8, 8]}]
+    old = {
+        "path": "e.plan", "sha256": "ee", "bytes": 5, "backend": "tensorrt", "precision": "fp16",
+        "runtime_version": "10.3", "device": "GPU", "compute_capability": "9.0", "device_memory_bytes": None,
+        "sparse_weights": True, "typing": "strong", "profiles": [], "inputs": spec, "outputs": spec,
+        "onnx_sha256": "ff", "build_s": 1.5, "provenance": None, "stripped": True,
+    }  # fmt: skip
+    assert decode(EngineFile, old).strip_plan
