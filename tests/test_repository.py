@@ -28,7 +28,6 @@ OLD_NAMES = {
     "narrator": "stderr_console",
     "speaks": "is_main_process",
     "survey": "trace_layers",
-    "mapped": "lazy_load",
     "fp32_parts": "fp32_islands",
     "set_apart": "fp32_islands",
     "torus": "conv_spectrum",

@@ -1,4 +1,4 @@
-"""Every noun of the line: frozen records of what lies on disk. They hold paths, shapes and digests, never live objects."""
+"""Frozen records of the files that stages exchange. They contain paths, shapes and digests, never live objects."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Preprocessing:
         width: Columns of the input tensor.
         resize: Length of the shorter side before the center crop; 0 resizes straight to (height, width).
         interpolation: `bilinear`, `bicubic` or `nearest`.
-        mean: Subtracted from values in [0, 1], a number a channel.
-        std: Divides afterwards, a number a channel.
+        mean: Subtracted from values in [0, 1], one number per channel.
+        std: Divides the result, one number per channel.
     """
 
     channels: int
@@ -55,7 +55,7 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Which images shaped an artifact.
+    """The images that masks or statistics were made from, or that a comparison used.
 
     Attributes:
         role: `train`, `select` or `val`.
@@ -73,11 +73,11 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a set of weights is and what made it; carried from the checkpoint into the ONNX file and the engine.
+    """What a set of weights is and how it was made; copied from the checkpoint into the ONNX file and the engine.
 
     Attributes:
-        model: As given on the command line, without folders.
-        trained: False when the weights, or those they were made from, are random.
+        model: Its name on the command line, without folders.
+        trained: False if the weights, or the weights that they were made from, are random.
         origin: Where the dense weights came from.
         dense_sha256: Digest of the dense checkpoint's tensors.
         classes: Number of outputs.
@@ -86,10 +86,10 @@ class Provenance:
         masked: Names of the masked weights; empty for a dense model.
         pattern: `2:4`, or None for a dense model.
         layout: `channel` or `flat`, or None for a dense model.
-        method: How the masks were chosen, or None for a dense model.
-        recalibrated_images: Images that BatchNorm statistics were estimated from; 0 if they were not.
-        image_sets: Images that shaped masks or statistics.
-        permutation: Digest of the permutation file by which channels were moved; None where they lie as the model has them.
+        method: How the masks were chosen; None for a dense model.
+        recalibrated_images: Images that BatchNorm statistics were re-estimated from; 0 if they were not.
+        image_sets: Images that masks or statistics were made from.
+        permutation: Digest of the permutation file that reordered the channels; None for the model's own order.
     """
 
     model: str
@@ -153,7 +153,7 @@ class MaskedLayer:
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """A layer left dense, and why."""
+    """A layer that stays dense, and why."""
 
     name: str
     shape: tuple[int, ...]
@@ -163,10 +163,10 @@ class DenseLayer:
 
 @dataclass(frozen=True)
 class Learning:
-    """What learning the masks took, and how it went on the `select` part.
+    """Cost of learning the masks, and its results on the `select` part.
 
-    `start` is the magnitude masks, `end` the masks chosen. Divergence is the distillation loss against the dense network;
-    top-1 is in percent.
+    `start` refers to the magnitude masks, `end` to the chosen masks. Divergence is the distillation loss against the
+    dense network; top-1 is in percent.
     """
 
     recipe: str
@@ -185,7 +185,7 @@ class Learning:
 class MaskSet:
     """A safetensors file with a bool tensor for each masked weight, under the weight's own name and shape.
 
-    `permutation` is that of the weights which the masks were chosen for.
+    `permutation` is that of the weights that the masks were chosen for.
     """
 
     path: Path
@@ -204,7 +204,7 @@ class MaskSet:
 
 @dataclass(frozen=True)
 class OnnxModel:
-    """An ONNX file; `provenance` is None for a file that other tools wrote."""
+    """An ONNX file; `provenance` is None for a file of another tool."""
 
     path: Path
     sha256: str
@@ -232,11 +232,11 @@ class LayerSparsity:
     """Evidence for one engine layer.
 
     Attributes:
-        kernel: The tactic's name; None where the runtime tells none.
+        kernel: The tactic's name; None if the runtime does not report it.
         state: `sparse`, `dense` or `unknown`.
-        c: Input channels, over all groups; None where not told.
-        k: Output channels; None where not told.
-        nodes: The ONNX nodes fused into the layer; empty where not told.
+        c: Input channels of all groups together; None if unknown.
+        k: Output channels; None if unknown.
+        nodes: The ONNX nodes fused into the layer; empty if unknown.
         reason: Why it runs dense, as `engines/evidence.py` lists; None for other states, and where nothing is known.
     """
 
@@ -251,17 +251,17 @@ class LayerSparsity:
 
 @dataclass(frozen=True)
 class EngineFile:
-    """An engine and everything its sidecar says of it.
+    """An engine and the content of its sidecar.
 
     Attributes:
-        onnx_sha256: Digest of the ONNX file it was built from.
+        onnx_sha256: Digest of the ONNX file that it was built from.
         sparse_weights: Whether the builder was allowed sparse kernels.
         typing: `strong` when tensor types come from the ONNX file alone.
-        layers: Evidence of what runs sparse, where the runtime gives any.
-        version_compatible: Loads in later versions of the runtime too.
-        hardware_compatible: Runs on newer GPUs too, not only on the kind that it was built on.
-        refittable: Its weights can be changed.
-        strip_plan: It has no weights, and cannot run until it is refitted.
+        layers: Evidence of what runs sparse, if the runtime provides any.
+        version_compatible: Also loads in later versions of the runtime.
+        hardware_compatible: Also runs on newer GPUs than the kind that it was built on.
+        refittable: Its weights can be replaced.
+        strip_plan: It contains no weights and cannot run until it is refitted.
         notes: What a reader should know, such as a backend without sparse kernels.
     """
 
@@ -294,7 +294,7 @@ class EngineFile:
 
 @dataclass(frozen=True)
 class Deployment:
-    """A model's folder in a Triton model repository and the version just written."""
+    """A model's folder in a Triton model repository and the version that was written."""
 
     folder: Path
     version: int

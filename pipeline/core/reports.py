@@ -1,4 +1,4 @@
-"""Every verdict: frozen records with numbers, which say whether something passed."""
+"""Verdicts and measurements: frozen records with numbers. `passed` says whether a check or gate passed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class WeightVerdict:
         node: The node that uses it.
         op: `Conv`, `ConvTranspose`, `Gemm` or `MatMul`.
         shape: As stored.
-        axis: The stored axis along which groups lie; None when ineligible.
+        axis: The stored axis along which the groups run; None if ineligible.
         dtype: As stored.
         verdict: `conforming`, `violating`, `dense_by_choice` or `ineligible`.
         reason: Why it is ineligible; None otherwise.
@@ -33,7 +33,7 @@ class WeightVerdict:
         negative_zeros: Elements that are -0.0; they count as zero.
         first_violation: In order of storage.
         likely_speedup: A hint, not evidence: C and K are at least 256 and the op is ungrouped.
-        hint: The likely cause of a violation or of ineligibility, where it can be told.
+        hint: The likely cause of a violation or of ineligibility, if one is known.
     """
 
     name: str
@@ -54,7 +54,7 @@ class WeightVerdict:
 
 @dataclass(frozen=True)
 class ConformanceReport:
-    """Whether the weights that should be N:M are; no such weight at all is a failure."""
+    """Whether all weights that must be N:M are; a model without such a weight fails."""
 
     verdict: GateVerdict
     reason: str | None
@@ -122,7 +122,7 @@ class ClassDrop:
 
 @dataclass(frozen=True)
 class OutputCloseness:
-    """One output of two models over the fixed images; a number that is not finite is None.
+    """One output of two models on the fixed images; a number that is not finite is None.
 
     Attributes:
         name: The output, as the dense model calls it.
@@ -151,16 +151,16 @@ class OutputCloseness:
 
 @dataclass(frozen=True)
 class Check:
-    """One threshold of the gate and what was held against it.
+    """One threshold of the gate and its result.
 
     Attributes:
         name: The option: `max_top1_drop`, `min_agreement` and so on.
         limit: Its value.
-        value: What was measured, in the limit's unit; None where it could not be.
-        judged: What the limit is held against: `value`, or with `--use-ci` the bad end of its 95% interval.
-        passed: None where the threshold could not be judged.
-        message: For a reader: why it failed, or what was found.
-        images_needed: Where there were too few images for even equal models to pass: how many would do; None elsewhere.
+        value: The measured value, in the limit's unit; None if it could not be measured.
+        judged: The number compared with the limit: `value`, or with `--use-ci` the worse end of its 95% interval.
+        passed: None if the threshold could not be evaluated.
+        message: Why it failed, or what was found.
+        images_needed: How many images equal models would need to pass, if there were too few; None otherwise.
     """
 
     name: str
@@ -184,16 +184,15 @@ class DriftRow:
 
 @dataclass(frozen=True)
 class LayerDifference:
-    """How far one layer's output departs from the dense model's, over the fixed images.
+    """How much one layer's output differs from the dense model's, on the fixed images.
 
     Attributes:
-        node: The layer that makes it, as both graphs call it.
+        node: The layer's name in both graphs.
         op: Its ONNX op.
         tensor: The output's name in the dense graph.
         relative: Norm of the difference over norm of the dense output, all images together; None where not finite.
         cosine_min: Smallest cosine similarity of one image's output; None where not finite.
-        channel: Largest norm of one channel's difference, over what a channel's dense output measures on average: one bad
-            filter of a wide layer shows here; None where not finite.
+        channel: As `relative`, of the worst channel over an average one: shows one bad filter of a wide layer.
     """
 
     node: str
@@ -206,11 +205,11 @@ class LayerDifference:
 
 @dataclass(frozen=True)
 class DepthReport:
-    """Where two models begin to differ.
+    """Where the outputs of two models start to differ.
 
     Attributes:
         images: How many of the fixed images both ran on.
-        tolerance: The relative difference beyond which an output counts as another.
+        tolerance: The relative difference above which outputs count as different.
         layers: From input to output, those that both graphs have.
         first: Node of the first layer beyond the tolerance; None where there is none.
         unmatched: Layers that only one of the graphs has.
@@ -231,7 +230,7 @@ class ParityReport:
         verdict: `pass`, `fail` or `not_applicable`, the last two with a reason.
         images: Labeled images compared.
         top1_dense: Percent; the four accuracies are None without labeled images.
-        top1_drop: Points; positive when the sparse model is worse.
+        top1_drop: Points; positive if the sparse model is worse.
         drop_ci95: Paired interval of the drop (Newcombe 1998, method 10), points.
         agreement: Percent of images where both models' first choice is the same; None without images.
         max_abs_diff: Of the outputs, over the fixed images; None, as `cosine_min`, when they are not finite.
@@ -246,11 +245,11 @@ class ParityReport:
         classes: By class, those that occur.
         outputs: Differences of the outputs on the fixed images.
         checks: One for each threshold.
-        use_ci: Whether intervals' bad ends were judged.
+        use_ci: Whether thresholds were compared with the worse ends of intervals.
         notes: What a reader should know: unlabeled images, outputs matched by order, few images.
-        images_sha256: Digest of the image set; None where it was not taken.
+        images_sha256: Digest of the image set; None if it was not computed.
         drift: Against an earlier report, where one was given.
-        depth: Where the models begin to differ, where that was asked for.
+        depth: Where the models start to differ, if requested.
     """
 
     verdict: GateVerdict
@@ -293,12 +292,12 @@ class CalibrationReport:
     """How a model was quantized to INT8.
 
     Attributes:
-        method: How ranges followed from what was measured.
-        images: Training images that ranges were measured on; 0 where they were imported.
+        method: How ranges were computed from the measured activations.
+        images: Training images that ranges were measured on; 0 if ranges were imported.
         ranges_from: `images`, `cache` or `imported`.
         quantized_layers: How many.
         in_float: Layers in higher precision, and why.
-        select_drop: Points of top-1 that quantizing costs on the `select` part; None where no budget was asked for.
+        select_drop: Points of top-1 lost by quantization on the `select` part; None without a budget.
         select_images: Images of that part.
     """
 
@@ -316,11 +315,10 @@ class GpuClocks:
     """The GPU's clocks during a measurement.
 
     Attributes:
-        samples: How often they were looked at.
         sm_mhz: Median clock of the multiprocessors.
         sm_lowest_mhz: The lowest seen.
         memory_mhz: Median clock of the memory.
-        throttle_reasons: Why the clocks were lower than they could be: power, heat. Empty is good.
+        throttle_reasons: Why the clocks were reduced, such as power or temperature; empty if they were not.
         celsius: Highest temperature.
         watts: Highest power draw.
     """
@@ -336,14 +334,14 @@ class GpuClocks:
 
 @dataclass(frozen=True)
 class Latency:
-    """One engine at one batch size. Percentiles are of the host's wall clock, copies included: what a caller waits.
+    """One engine at one batch size. Percentiles are of the host's wall clock, including copies, as a caller sees it.
 
     Attributes:
         images_per_s: At the median.
         gpu_ms: Median time on the GPU by events, without copies; None where there is no GPU clock.
         copies_ms: Median time of the copies to the GPU and back, by events.
         host_ms: Mean of the wall clock.
-        polygraphy_host_ms: The same as Polygraphy's runner takes it.
+        polygraphy_host_ms: The same, as measured by Polygraphy's runner.
     """
 
     p50_ms: float
@@ -362,13 +360,12 @@ class BatchTiming:
 
     Attributes:
         pruned: Pruned weights without the sparse flag.
-        sparse: Pruned weights with it; the same file as `pruned` on a runtime that has no such flag.
-        by: Whose time `speedup` compares: `gpu` where every engine tells it, else `host`.
+        sparse: Pruned weights with it; the same file as `pruned` on a runtime without this flag.
+        by: The clock of `speedup`: `gpu` if every engine has GPU times, else `host`.
         speedup: Dense median over sparse median.
         ratio_ci95: Bootstrap interval of `speedup`.
-        build_spread: |pruned median / sparse median - 1| where both are the same file: what two loads of one engine
-            differ by.
-        clocks: The GPU's, while these engines ran; None without one.
+        build_spread: |pruned median / sparse median - 1| if both are the same file: the spread of two loads of one engine.
+        clocks: Of the GPU during the measurement; None without a GPU.
     """
 
     batch: int
@@ -388,9 +385,8 @@ class TimingReport:
     """Interleaved latencies.
 
     Attributes:
-        device: What ran the engines.
-        threads: CPUs that the process may use; ONNX Runtime takes no more threads than these.
-        note: What the figures can and cannot show.
+        threads: CPUs that the process may use, which limits the threads of ONNX Runtime.
+        note: What the times can and cannot show.
         batches: By batch size.
         affinity: Those CPUs by number, as `0-3,8`.
     """
@@ -404,13 +400,13 @@ class TimingReport:
 
 @dataclass(frozen=True)
 class PassFigures:
-    """What one pass of the line came to.
+    """Results of one pass of the pipeline.
 
     Attributes:
         engine_sha256: Of its engine.
         masked_layers: How many weights its masks prune.
-        verdict: Of the parity gate.
-        top1_drop: Points against the dense model; None without labeled images.
+        verdict: Of the parity gate on `select`.
+        top1_drop: Points against the dense model on `select`; None without labeled images.
         batches: Its engine's times; each `speedup` is against the one dense engine of both passes.
     """
 
@@ -423,7 +419,7 @@ class PassFigures:
 
 @dataclass(frozen=True)
 class PassTiming:
-    """One batch size: what the two passes are told apart by. Medians are by the clock of the speedup, GPU or host."""
+    """One batch size of a pass. Medians are by the clock of the speedup, GPU or host."""
 
     batch: int
     p50_ms: float
@@ -435,14 +431,14 @@ class PassTiming:
 
 @dataclass(frozen=True)
 class Refinement:
-    """What giving dense layers their weights back came to.
+    """Result of a second pass in which layers that ran dense get their dense weights back.
 
     Attributes:
-        restored: Names of the weights that lost their masks; empty where the second pass was skipped.
+        restored: Weights without masks in the second pass; empty if it was skipped.
         kept: `first` or `refined`.
         reason: Why that one, or why there was no second pass.
         first: The engine with all masks.
-        refined: The engine without the masks of `restored`; None where the second pass was skipped.
+        refined: The engine without the masks of `restored`; None if the second pass was skipped.
     """
 
     restored: tuple[str, ...]
