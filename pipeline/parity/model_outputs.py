@@ -105,7 +105,7 @@ def in_top_k(logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], k: 
 
 def fixed_image_positions(images: Split, count: int) -> npt.NDArray[np.int64]:
     """Positions of the fixed images in a split, ascending: drawn with a fixed seed, or all if there are no more."""
-    return np.flatnonzero(np.isin(images.indices, images.first(count, _SEED).indices))
+    return np.flatnonzero(np.isin(images.indices, images.sample(count, _SEED).indices))
 
 
 def load_fixed_images(preprocessing: Preprocessing, images: Split | None, count: int) -> npt.NDArray[np.float32]:
