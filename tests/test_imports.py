@@ -11,8 +11,8 @@ from pathlib import Path
 
 from small_line import NO_TORCH
 
-# Runs commands one after the other in one process, where some packages cannot be imported. Prints a line of JSON for each: the
-# command, its exit code, its stderr, and the watched packages that it was the first to ask for.
+# Runs commands one after the other in one process, where some packages cannot be imported. Prints a line of JSON for
+# each: the command, its exit code, its stderr, and the watched packages that it was the first to import.
 WATCH = """
 import contextlib, io, json, sys
 

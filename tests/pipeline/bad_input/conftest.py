@@ -94,7 +94,7 @@ Refused = Callable[..., str]
 
 
 def everything_below(folder: Path) -> dict[str, bytes | None]:
-    """Every file with its bytes and every folder; without Python's own cache, and whatever process a lock names."""
+    """Every folder, and every file with its bytes; without `__pycache__` and the process number in lock files."""
     return {
         str(p.relative_to(folder)): p.read_bytes() if p.is_file() and p.name != "lock" else None
         for p in sorted(folder.rglob("*"))
@@ -115,7 +115,7 @@ def refused(cli: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert "Traceback" not in ran.err
         assert sum(line.startswith("error:") for line in ran.err.splitlines()) == 1, ran.err
         message = ran.err[ran.err.index("error:") :]
-        assert len(message) < 1500, "a message is for reading"
+        assert len(message) < 1500, "the message is too long to read"
         assert everything_below(tmp_path) == before
         return message
 
@@ -153,7 +153,7 @@ def data(toy_data: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def quick(tmp_path: Path) -> Path:
-    """A recipe that keeps a run short should it not be refused."""
+    """A recipe that keeps the run short if the command is not refused."""
     file = tmp_path / "quick.toml"
     file.write_text(QUICK)
     return file

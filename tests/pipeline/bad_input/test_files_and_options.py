@@ -66,19 +66,19 @@ def write_bad_onnx(path: Path, content: str, finished: Path) -> None:
     ],
     ids=lambda c: c[0] if isinstance(c, tuple) else None,
 )
-def test_an_engine_that_is_not_there_is_refused(refused: Refused, command: tuple[str, ...], says: str) -> None:
+def test_a_missing_engine_is_refused(refused: Refused, command: tuple[str, ...], says: str) -> None:
     assert says in refused(*command)
 
 
 @pytest.mark.parametrize("command", [("inspect",), ("deploy", "--repository", "models"), ("time", "engine.onnx")])
-def test_an_engine_that_is_not_what_its_sidecar_says_is_refused(
+def test_an_engine_that_does_not_match_its_sidecar_is_refused(
     refused: Refused, digits: Path, command: tuple[str, ...]
 ) -> None:
     shutil.copy(digits / "dense_engine.onnx", digits / "engine.onnx")
 
     message = refused(command[0], digits / "engine.onnx", *[digits / a if "." in a else a for a in command[1:]])
 
-    assert "not the one that its sidecar describes" in message
+    assert "does not match its sidecar" in message
 
 
 def test_an_engine_without_its_sidecar_is_refused(refused: Refused, digits: Path) -> None:
@@ -87,10 +87,10 @@ def test_an_engine_without_its_sidecar_is_refused(refused: Refused, digits: Path
     assert "no engine.onnx.json" in refused("inspect", digits / "engine.onnx")
 
 
-def test_compare_refuses_what_is_no_model(refused: Refused, tmp_path: Path) -> None:
+def test_compare_refuses_a_text_file(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
 
-    assert "not something to compare" in refused("compare", "notes.txt", "notes.txt")
+    assert "cannot compare this kind of file" in refused("compare", "notes.txt", "notes.txt")
 
 
 # --- options
@@ -104,7 +104,7 @@ def test_compare_refuses_what_is_no_model(refused: Refused, tmp_path: Path) -> N
         (("--weights", "best"), ("best",)),
     ],
 )
-def test_an_unknown_choice_is_answered_with_the_known_ones(
+def test_an_unknown_choice_gets_the_known_ones(
     refused: Refused, tiny_spec: str, out: Path, options: tuple[str, str], says: tuple[str, ...]
 ) -> None:
     message = refused("engine", tiny_spec, *options, "--out", out)
@@ -117,14 +117,14 @@ def test_an_unknown_choice_is_answered_with_the_known_ones(
     ("command", "says"),
     [
         (("build", "sparse.onnx", "--backend", "openvino", "-o", "e.onnx"), "unknown backend"),
-        (("build", "sparse.onnx", "--profile", "8:1:4", "-o", "e.onnx"), "not a profile"),
+        (("build", "sparse.onnx", "--profile", "8:1:4", "-o", "e.onnx"), "invalid profile"),
         (("check", "sparse.onnx", "--pattern", "4"), "not an N:M pattern"),
         (("check", "sparse.onnx", "--masks", "nowhere.safetensors"), "mask file not found"),
         (("time", "engine.onnx", "engine.onnx", "--batch", "1,two"), "not a list of batch sizes"),
         (("compare", "sparse.onnx", "sparse.safetensors", "--max-top1-drop", "nan"), "nan"),
     ],
 )
-def test_an_option_that_makes_no_sense_is_refused(
+def test_an_invalid_option_is_refused(
     refused: Refused, digits: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], says: str
 ) -> None:
     monkeypatch.chdir(digits)
@@ -140,7 +140,7 @@ def test_a_seed_below_zero_is_refused(refused: Refused, tiny_spec: str, toy_data
     assert "seed" in message
 
 
-def test_every_problem_of_a_recipe_is_named_at_once(
+def test_all_problems_of_a_recipe_are_reported_at_once(
     refused: Refused, tiny_spec: str, tmp_path: Path, out: Path
 ) -> None:
     (tmp_path / "r.toml").write_text(
@@ -169,7 +169,7 @@ def test_a_recipe_that_cannot_be_read_is_refused(
     [
         ("learn", "batch = 0"),
         ("learn", "epochs = -1"),
-        ("learn", "rate = nan"),
+        ("learn", "lr = nan"),
         ("learn", "seed = -1"),
         ("learn", "tau_end = 0.0"),
         ("recalibrate", "batch = 0"),
@@ -183,7 +183,7 @@ def test_a_recipe_that_cannot_be_read_is_refused(
         ("mask", "method = 'oracle'"),
     ],
 )
-def test_a_recipe_whose_values_make_no_sense_is_refused(
+def test_a_recipe_with_invalid_values_is_refused(
     refused: Refused, tiny_spec: str, toy_data: Path, tmp_path: Path, quick: Path, out: Path, table: str, line: str
 ) -> None:
     key = line.partition(" =")[0]
@@ -198,7 +198,7 @@ def test_a_recipe_whose_values_make_no_sense_is_refused(
     assert key in message or "pattern" in message
 
 
-def test_a_recipe_with_the_flat_layout_is_refused_before_anything_is_kept(
+def test_a_recipe_with_the_flat_layout_is_refused_before_anything_is_written(
     refused: Refused, tiny_spec: str, tmp_path: Path, quick: Path, out: Path
 ) -> None:
     (tmp_path / "r.toml").write_text(f"{quick.read_text()}\n[mask]\nlayout = 'flat'\n")
@@ -242,7 +242,7 @@ def test_an_output_file_that_cannot_be_written_is_refused(
     assert "cannot write" in message
 
 
-def test_bad_input_leaves_a_finished_folder_as_it_is(refused: Refused, digits: Path) -> None:
+def test_bad_input_does_not_change_a_finished_folder(refused: Refused, digits: Path) -> None:
     message = refused("engine", "digits_resnet", "--out", digits, "--weights", "nowhere.pth")
 
     assert "nowhere.pth" in message

@@ -271,7 +271,7 @@ def test_options_that_cannot_be_used_are_refused(
 
 def test_a_budget_without_held_out_images_is_refused(foreign: Path, refused: Callable[..., str], here: Path) -> None:
     images(here / "single", train=1)
-    assert "none are set aside" in refused(foreign, "--data", "single", "--max-drop", "5", "--cache", "c.json")
+    assert "no images in `select`" in refused(foreign, "--data", "single", "--max-drop", "5", "--cache", "c.json")
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_saved_results_of_another_model_or_other_images_are_refused(
     assert "another file" in ran.err
     ran = cli("compare", dense, dense, "--dense-results", saved, "--fixed-images", 7)
     assert ran.code == 3
-    assert "7 fixed images are asked for, 256 were" in ran.err
+    assert "7 fixed images are requested, 256 are saved" in ran.err
 
 
 def test_a_recipe_gives_thresholds_and_the_command_line_overrides_them(cli: Cli, dense: Path, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_recipe_gives_thresholds_and_the_command_line_overrides_them(cli: Cli,
     found = report_of(out)
     assert {c.name: c.limit for c in found.checks} == {"max_top1_drop": 0.5, "max_class_drop": 2, "min_cosine": 0.999}
     assert found.use_ci
-    assert "too few images to tell: with 359 images" in str(found.reason)
+    assert "too few images to decide: with 359 images" in str(found.reason)
     assert (
         cli("compare", dense, dense, "--recipe", recipe, "--use-point", "--max-top1-drop", 0, "--report", out).code == 0
     )
