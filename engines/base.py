@@ -1,4 +1,4 @@
-"""What every engine can do, and the adapter that makes any of them a Polygraphy runner."""
+"""The Engine protocol, the classifier on top of it, and the adapter to Polygraphy's runner."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FLOATS = ("float32", "float16", "float64")
 
 @dataclass(frozen=True)
 class CallTiming:
-    """Where the time of one call went, in milliseconds: the GPU's part and the copies by events, the whole on the host."""
+    """Durations of one call in milliseconds: GPU work and copies from CUDA events, the whole call from the host's clock."""
 
     gpu_ms: float
     copy_in_ms: float
@@ -41,58 +41,60 @@ class CallTiming:
 
 
 class Engine(Protocol):
-    """A loaded engine. `infer` takes and returns host arrays by name; any batch within the profiles will do.
+    """A loaded engine. `infer` takes and returns host arrays by name, at any batch size within the profiles.
 
-    `spent` tells of the last call, where the engine runs on a device with a clock of its own; it is None elsewhere.
+    `last_timing` holds the durations of the last call of an engine on a GPU; on a CPU it is None.
     """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    spent: CallTiming | None
+    last_timing: CallTiming | None
 
     def infer(self, feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
         """Run once."""
         ...
 
     def close(self) -> None:
-        """Free what the engine holds; it cannot be used afterwards."""
+        """Release the engine's resources; it cannot be used afterwards."""
         ...
 
 
 class Classifier:
-    """An engine with one image input and one output of logits, whatever these are called.
+    """An engine with one image input and one logits output, independent of their names.
 
     Args:
-        engine: The engine; it is closed with the classifier.
-        name: For messages.
-        profiles: Batch sizes that the engine was built for; none where any batch will do.
+        engine: The engine; `close` closes it too.
+        name: Name in messages.
+        profiles: Batch sizes that the engine was built for; empty if it accepts any.
 
     Raises:
-        InputError: The engine has other inputs or outputs.
+        InputError: The engine's inputs or outputs are not those of a classifier.
     """
 
     def __init__(self, engine: Engine, name: str, profiles: tuple[Profile, ...] = ()) -> None:
         self.name = name
         self._profiles = profiles
         self._engine = engine
-        if not (_is_one_of(engine.inputs, ranks=(4,)) and _is_one_of(engine.outputs, ranks=(2, 0))):
-            raise _not_a_classifier(name, f"inputs {_told(engine.inputs)}, outputs {_told(engine.outputs)}")
+        if not (_is_single_float(engine.inputs, ranks=(4,)) and _is_single_float(engine.outputs, ranks=(2, 0))):
+            raise _not_a_classifier(
+                name, f"inputs {_format_specs(engine.inputs)}, outputs {_format_specs(engine.outputs)}"
+            )
         self.input = engine.inputs[0]
         self.output = engine.outputs[0]
-        self.spent: CallTiming | None = None
+        self.last_timing: CallTiming | None = None
 
     @property
     def fixed_batch(self) -> int | None:
-        """The only batch size that the graph accepts, if it is not dynamic."""
+        """The only batch size that the graph accepts; None if the batch is dynamic."""
         return self.input.shape[0]
 
     @property
-    def largest_batch(self) -> int:
-        """The most images that one call of the engine takes; unbounded where it has no profiles."""
+    def max_batch(self) -> int:
+        """The largest batch size of one call; `sys.maxsize` without profiles."""
         return self.fixed_batch or max((p.max for p in self._profiles), default=sys.maxsize)
 
     def batch_for(self, images: int) -> int:
-        """The smallest batch that the engine takes and that holds so many images, at most `largest_batch`."""
+        """The smallest supported batch size of at least `images`, which must not exceed `max_batch`."""
         if self.fixed_batch is not None:
             return self.fixed_batch
         if not self._profiles or any(p.min <= images <= p.max for p in self._profiles):
@@ -100,33 +102,34 @@ class Classifier:
         return min(p.min for p in self._profiles if p.min > images)
 
     def logits(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Images (N, channels, H, W) to logits (N, classes), float32; N > 0, in as many calls as the engine needs.
+        """Compute logits (N, classes) of images (N, channels, H, W), float32, N > 0; in several calls if N > `max_batch`.
 
-        `spent` then is the sum over these calls, or None where the engine tells no times.
+        Sets `last_timing` to the sum over these calls, or to None if the engine does not measure time.
         """
-        self.spent = None
-        step = min(self.largest_batch, len(images))
+        self.last_timing = None
+        step = min(self.max_batch, len(images))
         if step == len(images) == self.batch_for(step):
             return self._infer(images)
-        parts = [self._infer(self._filled(images[i : i + step])) for i in range(0, len(images), step)]
+        parts = [self._infer(self._padded(images[i : i + step])) for i in range(0, len(images), step)]
         return np.concatenate(parts)[: len(images)]
 
-    def _filled(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Repeat the last image up to a batch that the engine takes."""
+    def _padded(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Repeat the last image up to a batch size that the engine accepts."""
         missing = self.batch_for(len(images)) - len(images)
         return np.concatenate([images, np.repeat(images[-1:], missing, axis=0)]) if missing else images
 
     def _infer(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         feeds = {self.input.name: images.astype(np.dtype(self.input.dtype), copy=False)}
         output = self._engine.infer(feeds)[self.output.name]
-        if self._engine.spent is not None:
-            self.spent = self._engine.spent if self.spent is None else self.spent + self._engine.spent
+        timing = self._engine.last_timing
+        if timing is not None:
+            self.last_timing = timing if self.last_timing is None else self.last_timing + timing
         if output.ndim != 2:
-            raise _not_a_classifier(self.name, f"an output of shape {output.shape}")
+            raise _not_a_classifier(self.name, f"output shape {output.shape}")
         return output.astype(np.float32, copy=False)
 
     def close(self) -> None:
-        """Free the engine."""
+        """Close the engine."""
         self._engine.close()
 
     def __enter__(self) -> Classifier:
@@ -136,8 +139,8 @@ class Classifier:
         self.close()
 
 
-def _is_one_of(specs: Sequence[TensorSpec], ranks: Sequence[int]) -> bool:
-    """Whether there is one tensor of floats of such a rank; 0 is that of a shape that the graph does not tell."""
+def _is_single_float(specs: Sequence[TensorSpec], ranks: Sequence[int]) -> bool:
+    """Whether there is exactly one tensor, of floats and of one of these ranks; rank 0 means that its shape is unknown."""
     return len(specs) == 1 and len(specs[0].shape) in ranks and specs[0].dtype in _FLOATS
 
 
@@ -146,16 +149,16 @@ def _not_a_classifier(name: str, found: str) -> InputError:
         "not an image classifier",
         where=name,
         found=found,
-        fix="give a model with one input (N, channels, H, W) and one output (N, classes), both of floats",
+        fix="use a model with one input (N, channels, H, W) and one output (N, classes), both floating point",
     )
 
 
-def _told(specs: Sequence[TensorSpec]) -> str:
+def _format_specs(specs: Sequence[TensorSpec]) -> str:
     return ", ".join(f"{s.name} {s.dtype} {s.shape}" for s in specs) or "none"
 
 
 def polygraphy_runner(classifier: Classifier, name: str) -> BaseRunner:
-    """Wrap a classifier for Polygraphy's comparator under common names; closing it stays with the caller."""
+    """Wrap a classifier for Polygraphy's comparator with the tensor names `input` and `logits`; the caller closes it."""
     from polygraphy.backend.base import BaseRunner
     from polygraphy.common import TensorMetadata
 
@@ -180,7 +183,7 @@ def polygraphy_runner(classifier: Classifier, name: str) -> BaseRunner:
 
 
 def quiet_polygraphy() -> None:
-    """Polygraphy narrates every comparison; our reports do that."""
+    """Silence Polygraphy's log of every comparison; our reports contain the results."""
     from polygraphy.logger import G_LOGGER
 
     G_LOGGER.module_severity = {"": G_LOGGER.CRITICAL}

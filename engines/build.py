@@ -1,4 +1,4 @@
-"""The build stage: an ONNX file to an engine, by the backend asked for or the best one at hand."""
+"""The build stage: ONNX file to engine, with the requested backend or the best available one."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from maskplan.engines.sidecar import read_engine, write_sidecar
 from maskplan.engines.trt.calibrator import ImplicitInt8
 from maskplan.engines.trt.options import TrtOptions
 from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel, Profile
-from maskplan.pipeline.core.choices import AUTO, ONNXRUNTIME, TENSORRT
+from maskplan.pipeline.core.choices import AUTO, ONNXRUNTIME, TENSORRT, Backend
 from maskplan.pipeline.core.errors import InputError
 
 DEFAULT_PROFILES = (Profile(1, 1, 1), Profile(1, 8, 8))
 
 
 def profiles_for(onnx_model: OnnxModel, batches: tuple[int, ...]) -> tuple[Profile, ...]:
-    """A profile for each batch size, tuned for it, for TensorRT tunes at one size; that of a graph with a fixed batch."""
+    """One profile per batch size, since TensorRT tunes for a single size; a graph with a fixed batch has only one."""
     fixed = onnx_model.inputs[0].shape[0]
     if fixed is not None:
         return (Profile(fixed, fixed, fixed),)
@@ -32,14 +32,14 @@ class BuildOptions:
     """How to build.
 
     Attributes:
-        backend: `tensorrt` or `onnxruntime`.
-        profiles: Batch sizes, the range and the tuned one; TensorRT tunes for `opt`.
+        backend: The runtime to build for.
+        profiles: Ranges of batch sizes; TensorRT tunes for `opt`.
         sparse_weights: Let the builder use sparse kernels where weights are 2:4.
-        trt: What only TensorRT has.
-        implicit: Images for TensorRT 10's implicit INT8 mode; None builds in the graph's own types.
+        trt: Options of TensorRT only.
+        implicit: Calibration images for TensorRT 10's implicit INT8 mode; None builds in the types of the graph.
     """
 
-    backend: str
+    backend: Backend
     profiles: tuple[Profile, ...] = DEFAULT_PROFILES
     sparse_weights: bool = True
     trt: TrtOptions = field(default_factory=TrtOptions)
@@ -65,51 +65,55 @@ def _open_tensorrt(engine: EngineFile) -> Engine:
     return TrtEngine(engine)
 
 
-BACKENDS: dict[str, _Builder] = {ONNXRUNTIME: _build_onnxruntime, TENSORRT: _build_tensorrt}
-_OPENERS: dict[str, Callable[[EngineFile], Engine]] = {
+BACKENDS: dict[Backend, _Builder] = {ONNXRUNTIME: _build_onnxruntime, TENSORRT: _build_tensorrt}
+_OPENERS: dict[Backend, Callable[[EngineFile], Engine]] = {
     ONNXRUNTIME: lambda engine: OrtEngine(engine.path),
     TENSORRT: _open_tensorrt,
 }
-SUFFIX = {ONNXRUNTIME: ".onnx", TENSORRT: ".plan"}
+SUFFIX: dict[Backend, str] = {ONNXRUNTIME: ".onnx", TENSORRT: ".plan"}
 
 
-def choose_backend(asked: str) -> tuple[str, str]:
-    """The backend to use, and why; nothing is loaded to find out.
+def choose_backend(requested: str) -> tuple[Backend, str]:
+    """Choose the backend and give the reason, without importing any runtime.
+
+    Args:
+        requested: A backend, or `auto`.
 
     Raises:
-        InputError: No such backend.
+        InputError: `requested` is neither.
     """
-    if asked in BACKENDS:
-        return asked, "asked for"
-    if asked != AUTO:
-        raise InputError(f"unknown backend {asked!r}", fix=f"choose one of {', '.join([AUTO, *BACKENDS])}")
+    for backend in BACKENDS:
+        if requested == backend:
+            return backend, "requested"
+    if requested != AUTO:
+        raise InputError(f"unknown backend {requested!r}", fix=f"choose one of {', '.join([AUTO, *BACKENDS])}")
     if not _is_installed("tensorrt"):
         return ONNXRUNTIME, "TensorRT is not installed"
     if not _is_installed("pycuda"):
-        return ONNXRUNTIME, "TensorRT is installed, but pycuda, which runs its engines, is not"
+        return ONNXRUNTIME, "TensorRT is installed, but pycuda, which is required to run its engines, is not"
     if not _has_gpu():
-        return ONNXRUNTIME, "TensorRT and pycuda are installed, but there is no NVIDIA driver"
-    return TENSORRT, "TensorRT, pycuda and an NVIDIA driver are here"
+        return ONNXRUNTIME, "TensorRT and pycuda are installed, but the NVIDIA driver is not"
+    return TENSORRT, "TensorRT, pycuda and an NVIDIA driver are installed"
 
 
 def _is_installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):  # finders may raise
+    except (ImportError, ValueError):  # import finders may raise these
         return False
 
 
 def _has_gpu() -> bool:
-    # The second is how a driver shows in the Windows subsystem for Linux.
+    # The second path exists under the Windows Subsystem for Linux.
     return Path("/proc/driver/nvidia/version").exists() or Path("/dev/dxg").exists()
 
 
 def build_engine(onnx_model: OnnxModel, options: BuildOptions, out: Path) -> EngineFile:
-    """Build an engine and write it with its sidecar.
+    """Build an engine; write it and its sidecar.
 
     Raises:
-        InputError: The backend does not accept the model.
-        HostError: The backend cannot run here.
+        InputError: The backend rejects the model.
+        HostError: The backend is not available on this host.
     """
     engine = BACKENDS[options.backend](onnx_model, options, out)
     write_sidecar(engine)
@@ -117,11 +121,11 @@ def build_engine(onnx_model: OnnxModel, options: BuildOptions, out: Path) -> Eng
 
 
 def open_engine(engine: EngineFile | Path) -> Engine:
-    """Load an engine whose bytes match its sidecar.
+    """Load an engine after checking its digest against the sidecar.
 
     Raises:
-        InputError: The file is missing, or is not what its sidecar describes.
-        HostError: Its runtime is not here.
+        InputError: The file is missing, or does not match its sidecar.
+        HostError: Its runtime is not installed.
     """
     record = read_engine(engine.path if isinstance(engine, EngineFile) else engine)
     if record.backend not in _OPENERS:
@@ -135,7 +139,7 @@ def open_engine(engine: EngineFile | Path) -> Engine:
 
 
 def is_foreign(engine: EngineFile) -> bool:
-    """Whether an engine surely cannot run on this host; a GPU's engine does not run on another kind."""
+    """Whether an engine was built for another TensorRT version or GPU model; False if this cannot be determined here."""
     if engine.backend != TENSORRT:
         return False
     from maskplan.engines.trt.host import is_foreign as is_foreign_plan
@@ -147,11 +151,11 @@ def parse_profile(text: str) -> Profile:
     """`"1:8:32"` to `Profile(1, 8, 32)`; `"8"` means 8:8:8.
 
     Raises:
-        InputError: Not MIN:OPT:MAX in rising order.
+        InputError: Not MIN:OPT:MAX in ascending order.
     """
     parts = text.split(":")
     if len(parts) in (1, 3) and all(p.isdecimal() for p in parts):
         low, best, high = (int(p) for p in (parts * 3 if len(parts) == 1 else parts))
         if 1 <= low <= best <= high:
             return Profile(low, best, high)
-    raise InputError("not a profile", found=repr(text), fix="write batch sizes as MIN:OPT:MAX, for example 1:8:32")
+    raise InputError("invalid profile", found=repr(text), fix="write batch sizes as MIN:OPT:MAX, for example 1:8:32")

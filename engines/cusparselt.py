@@ -42,13 +42,13 @@ class SparseHost:
     torch_version: str
     cuda_version: str
     cusparselt_version: str
-    place: str
+    torch_device: str
     compress: Callable[[torch.Tensor], Any]
     multiply: Callable[[Any, torch.Tensor], torch.Tensor]
-    clock: Callable[[Mapping[str, Callable[[], object]], int, int], dict[str, float]]
+    time_ms: Callable[[Mapping[str, Callable[[], object]], int, int], dict[str, float]]
 
 
-def cusparselt_host() -> SparseHost:
+def find_cusparselt_host() -> SparseHost:
     """This machine's GPU.
 
     Raises:
@@ -87,10 +87,10 @@ def cusparselt_host() -> SparseHost:
         torch_version=torch.__version__,
         cuda_version=torch.version.cuda,
         cusparselt_version=str(torch.backends.cusparselt.version()),
-        place="cuda",
+        torch_device="cuda",
         compress=_compress,
         multiply=_multiply,
-        clock=_gpu_clock,
+        time_ms=_time_on_gpu,
     )
 
 
@@ -115,7 +115,7 @@ def _multiply(packed: Any, dense: torch.Tensor) -> torch.Tensor:
     return product
 
 
-def _gpu_clock(runs: Mapping[str, Callable[[], object]], warm_up: int, repeats: int) -> dict[str, float]:
+def _time_on_gpu(runs: Mapping[str, Callable[[], object]], warm_up: int, repeats: int) -> dict[str, float]:
     """Events on the GPU, runs in turn. The GPU sleeps while they are queued, so that it never waits for Python."""
     import torch
 

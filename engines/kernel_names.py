@@ -1,33 +1,33 @@
-"""What a kernel's name says: that it multiplies sparse weights, that it multiplies dense ones, or nothing.
+"""Classify kernels by name: sparse weights, dense weights, or unknown.
 
-A name counts only as a whole. Each family's names have their parts in a fixed order, and each part its own short list of
-values; a name with anything else in it, or anything missing, claims nothing:
+Only full names match. Each family of names has a fixed sequence of parts, and each part a short list of values; a name with
+an extra, unknown or missing part is `unknown`:
 
 | family | sparse | dense |
 |---|---|---|
 | convolutions, `smNN_xmma_` | `fprop_sparse_conv`, `fprop_avdt_sparse` | `fprop_implicit_gemm`, `fprop_avdt_dense`, others |
-| products, `smNN_xmma_` | `sparse_gemm` | `gemm` |
+| matrix products, `smNN_xmma_` | `sparse_gemm` | `gemm` |
 | `cutlass_` | `tensorop_...spgemm` | `tensorop_...gemm`, `tensorop_...fprop`, `simt_...gemm` |
-| `trt_ampere_` and its like | none | `cudnn`, `gemm` |
+| `trt_ampere_` and similar | none | `cudnn`, `gemm` |
 
-The parts also have to agree. An instruction for 2:4 weights takes twice the depth of the dense one of the same type (PTX:
-m16n8k32 for FP16 with `mma.sp`, m16n8k16 without), so a name that has lost its `sp` is not a dense kernel's. Sparse
-kernels need compute capability 8.0, the first one with sparse tensor cores.
+The parts must also be consistent. An instruction for 2:4 weights has twice the K of the dense one of the same type (PTX:
+m16n8k32 for FP16 with `mma.sp`, m16n8k16 without), so a sparse name without its `sp` does not match as dense. Sparse kernels
+require compute capability 8.0, the first with sparse tensor cores.
 
-Names are those that NVIDIA's documentation, NVIDIA/TensorRT issues 4020 and 4056 and public traces of TensorRT, cuDNN,
-CUTLASS and cuSPARSELt show.
+Sources of names: NVIDIA's documentation, NVIDIA/TensorRT issues 4020 and 4056, and public traces of TensorRT, cuDNN, CUTLASS
+and cuSPARSELt.
 """
 
 from __future__ import annotations
 
 import re
 
-from maskplan.pipeline.core.choices import DENSE, SPARSE, UNKNOWN
+from maskplan.pipeline.core.choices import DENSE, SPARSE, UNKNOWN, LayerState
 
 _SM_SPARSE = r"sm(?:80|86|87|89|90|100|101|103|110|120|121)"
 _SM = r"sm(?:50|52|53|60|61|62|70|72|75|80|86|87|89|90|100|101|103|110|120|121)"
 
-# Lengths of a tile's sides, in elements: multiples of 8 up to 512.
+# Side lengths of a tile in elements: multiples of 8 up to 512.
 _SIDE = f"(?:{'|'.join(str(8 * n) for n in range(1, 65))})"
 _TILE = rf"_tilesize{_SIDE}x{_SIDE}x{_SIDE}"
 _STAGES = r"_stage[1-9]_warpsize[1248]x[1248]x[1248]"
@@ -38,7 +38,7 @@ _CONV_LAYOUT = (
 )
 _GEMM_LAYOUT = r"_[nt][nt]_[nt]"
 
-# Input and output, weights and accumulator, epilogue; then the instruction.
+# Types of input and output, weights and accumulator, epilogue; then the instruction.
 _F16 = r"(?:f16f16_f16f16_f16|f16f(?:16|32)_f16f32_f32|bf16(?:bf16|f32)_bf16f32_f32)"
 _TF32 = r"(?:f32f32|tf32f32|tf32tf32)_tf32f32_f32"
 _F32 = r"f32f32_f32f32_f32"
@@ -77,7 +77,7 @@ _LEGACY_WORDS = (
 )
 _LEGACY_OP = r"[his](?:884|1688|8816|16816|16832)?"
 
-# Quoted without its end in the one public report of a sparse MatMul that TensorRT chose (onnxsim pull request 1764).
+# Truncated in the only public report of a sparse MatMul chosen by TensorRT (onnxsim pull request 1764).
 _QUOTED_SHORT = r"sm80_xmma_sparse_gemm"
 
 _SPARSE_KERNEL = re.compile(
@@ -100,7 +100,7 @@ _DENSE_KERNEL = re.compile(
         [
             rf"{_SM}_xmma_fprop_avdt_dense{_AVDT}",
             rf"{_SM}_xmma_fprop_conv1x1_i8f32_f32_f32{_CONV_LAYOUT}_simt_small_batch_bias(?:_relu)?",
-            # Kernels of the first layer and of grouped convolutions; their names tell no tile.
+            # Kernels of the first layer and of grouped convolutions; their names have no tile size.
             rf"{_SM}_xmma_fprop_image_first_layer_f16f16_f32_f16{_CONV_LAYOUT}_hmma_k\d\dc\dr\d",
             rf"{_SM}_xmma_fprop_direct_group_(?:f32f32_f32_f32|f16f16_f32_f16){_CONV_LAYOUT}",
         ]
@@ -110,7 +110,7 @@ _DENSE_KERNEL = re.compile(
             for types, instruction in _DENSE_MATHS
         ]
         + [
-            # Hopper's have no word for the instruction; what launches them ends the name.
+            # Names of Hopper kernels have no instruction and end with the launcher.
             rf"sm90_xmma_(?:fprop_implicit_gemm_{types}{_CONV_LAYOUT}{_TILE}_warpgroupsize[124]x1x1_g1"
             rf"|gemm_{types}{_GEMM_LAYOUT}{_TILE}_warpgroupsize[124]x1x1)_execute_segment_k_off_kernel__5x_cu(?:blas|dnn)"
             for types, _ in _DENSE_MATHS
@@ -131,8 +131,8 @@ _DENSE_KERNEL = re.compile(
 )
 
 
-def kernel_state(kernel: str | None) -> str:
-    """`sparse` or `dense` where the whole name is of a known form; else `unknown`."""
+def kernel_state(kernel: str | None) -> LayerState:
+    """Classify a kernel; `unknown` unless its full name has a known form."""
     if kernel is None:
         return UNKNOWN
     if _SPARSE_KERNEL.fullmatch(kernel):

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: the engine file is the ONNX file, which the runtime optimizes for its host at load."""
+"""ONNX Runtime on the CPU: the engine file is the ONNX file itself, which the runtime optimizes when it loads it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from maskplan.engines.base import Arrays, CallTiming
 from maskplan.exporters.external_data import external_tensors, load_external_data
 from maskplan.exporters.metadata import describe_onnx, parse_onnx
 from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel, Profile, TensorSpec
+from maskplan.pipeline.core.choices import ONNXRUNTIME
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.files import read_bytes, write_atomically
+from maskplan.pipeline.core.ort_session import open_session
 
 NO_SPARSE_KERNELS = (
-    "ONNX Runtime on a CPU has no sparse kernels: zeros cost as much as any number, so timing shows no sparsity gain"
+    "ONNX Runtime on a CPU has no sparse kernels: zeros take as long as other weights, so sparsity saves no time"
 )
 
 
@@ -25,7 +27,7 @@ class OrtEngine:
 
     Args:
         path: The file.
-        optimized: False switches graph optimization off, for a reference that shares little with the optimized session.
+        optimized: False disables graph optimization, for a reference that shares little code with the optimized session.
 
     Raises:
         InputError: ONNX Runtime does not accept the file.
@@ -36,23 +38,7 @@ class OrtEngine:
     last_timing: CallTiming | None = None
 
     def __init__(self, path: Path, *, optimized: bool = True) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        # Several sessions take turns in one process; threads that spin would take time from the others.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if not optimized:
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's exceptions have no common base but this
-            raise InputError(
-                "ONNX Runtime does not accept the file",
-                where=path,
-                found=str(error).partition("\n")[0],
-                fix="check it with `maskplan check`",
-            ) from error
+        self._session = open_session(path, optimized=optimized)
         self._path = path
         self.inputs = tuple(_spec(v) for v in self._session.get_inputs())
         self.outputs = tuple(_spec(v) for v in self._session.get_outputs())
@@ -61,12 +47,12 @@ class OrtEngine:
         """Run once.
 
         Raises:
-            InputError: The feeds do not fit the inputs, or the graph fails on them.
+            InputError: The feeds do not match the inputs, or the graph fails on them.
         """
         names = [spec.name for spec in self.outputs]
         try:
             return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
-        except Exception as error:
+        except Exception as error:  # the exceptions of onnxruntime have no other common base class
             raise InputError(
                 "ONNX Runtime cannot run the model",
                 where=self._path,
@@ -75,17 +61,17 @@ class OrtEngine:
             ) from error
 
     def close(self) -> None:
-        """Drop the session."""
+        """Release the session."""
         del self._session
 
 
 def build_ort(onnx_model: OnnxModel, profiles: tuple[Profile, ...], sparse_weights: bool, out: Path) -> EngineFile:
-    """Copy the ONNX file to its place, external weights included, and see that ONNX Runtime loads it.
+    """Copy the ONNX file to `out`, with external weights inlined, and check that ONNX Runtime loads it.
 
-    The copy is not optimized ahead: an optimized graph would be tied to this host's CPU and this release of ONNX Runtime.
+    The copy is not optimized in advance: an optimized graph would depend on this CPU and this release of ONNX Runtime.
 
     Raises:
-        InputError: ONNX Runtime does not accept the file, or its weights do not fit into one file.
+        InputError: ONNX Runtime does not accept the file, or it exceeds the size limit of one ONNX file.
     """
     import onnxruntime
 
@@ -102,7 +88,7 @@ def build_ort(onnx_model: OnnxModel, profiles: tuple[Profile, ...], sparse_weigh
         path=out,
         sha256=sha256,
         bytes=len(data),
-        backend="onnxruntime",
+        backend=ONNXRUNTIME,
         precision=described.precision,
         runtime_version=onnxruntime.__version__,
         device="CPU",
@@ -121,6 +107,6 @@ def build_ort(onnx_model: OnnxModel, profiles: tuple[Profile, ...], sparse_weigh
 
 
 def _spec(value: Any) -> TensorSpec:
-    kinds = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
+    dtypes = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
     shape = tuple(d if isinstance(d, int) else None for d in value.shape)
-    return TensorSpec(value.name, kinds.get(value.type, value.type.removeprefix("tensor(").removesuffix(")")), shape)
+    return TensorSpec(value.name, dtypes.get(value.type, value.type.removeprefix("tensor(").removesuffix(")")), shape)

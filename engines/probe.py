@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from maskplan.engines.cusparselt import SparseHost, cusparselt_host
+from maskplan.engines.cusparselt import SparseHost, find_cusparselt_host
 from maskplan.exporters.counting import count_groups
 from maskplan.exporters.layer_shapes import LayerShape
 from maskplan.pipeline.core.choices import FAIL, PASS
@@ -35,7 +35,7 @@ NOTE = (
 # many rows and columns, the dense one of so many columns.
 MULTIPLES = {"fp16": (16, 16, 8), "bf16": (16, 16, 8), "int8": (32, 32, 16)}
 _CONV, _DENSE, _SPARSE = "conv", "dense", "sparse"
-_INT8_MOST = 127
+_INT8_MAX = 127
 # A normal deviate of 4 is 128.
 _INT8_STEPS = 32.0
 
@@ -137,7 +137,7 @@ def probe(
     Raises:
         HostError: There is no GPU with sparse tensor cores, or PyTorch has no cuSPARSELt.
     """
-    host = host or cusparselt_host()
+    host = host or find_cusparselt_host()
     timed: dict[LayerShape, tuple[ProbeBatch, ...]] = {}
     layers = []
     for name in track(list(weights), "probe", len(weights)):
@@ -190,7 +190,7 @@ def _probe_layer(
     timed: dict[LayerShape, tuple[ProbeBatch, ...]],
 ) -> ProbeLayer:
     rows, columns, _ = MULTIPLES[options.dtype]
-    gemm = _up(shape.k, rows), _up(shape.r * shape.s * shape.c, columns)
+    gemm = _round_up(shape.k, rows), _round_up(shape.r * shape.s * shape.c, columns)
     if weight.shape != (shape.k, shape.c, shape.r, shape.s):
         return ProbeLayer(name, shape, gemm, FAIL, f"the weight {weight.shape} is not the layer's")
     ineligible = ineligible_reason("Conv", shape.c, 1)
@@ -201,14 +201,14 @@ def _probe_layer(
     if violation is not None:
         return ProbeLayer(name, shape, gemm, FAIL, violation)
     try:
-        dense = _padded(_as_dtype(matrix, options.dtype), gemm).to(host.place)
+        dense = _padded(_as_dtype(matrix, options.dtype), gemm).to(host.torch_device)
         packed = host.compress(dense)
         reason = _changed(dense, packed, options.dtype, host)
         error, tolerance = _error(dense, packed, shape, options, host)
         if reason is None and not error <= tolerance:
             reason = f"the sparse product differs by {error:.2g} of |W| |X|, {tolerance:.2g} is allowed"
     except RuntimeError as refused:  # what PyTorch makes of the library's errors
-        return ProbeLayer(name, shape, gemm, FAIL, _told(refused))
+        return ProbeLayer(name, shape, gemm, FAIL, _error_text(refused))
     if shape not in timed:
         timed[shape] = tuple(_time(weight, dense, packed, shape, batch, options, host) for batch in options.batches)
     return ProbeLayer(name, shape, gemm, PASS if reason is None else FAIL, reason, error, tolerance, timed[shape])
@@ -280,9 +280,9 @@ def _time(
         if dense.dtype != torch.int8:
             runs[_CONV] = _convolution(weight, shape, batch, options, host)
         with _best_algorithms():
-            p50_ms = host.clock(runs, options.warm_up, options.repeats)
+            p50_ms = host.time_ms(runs, options.warm_up, options.repeats)
     except RuntimeError as refused:  # out of memory among them
-        return ProbeBatch(batch, None, None, None, _told(refused))
+        return ProbeBatch(batch, None, None, None, _error_text(refused))
     reason = None if _CONV in p50_ms else "PyTorch has no int8 convolution on GPUs"
     return ProbeBatch(batch, p50_ms.get(_CONV), p50_ms[_DENSE], p50_ms[_SPARSE], reason)
 
@@ -298,7 +298,7 @@ def _convolution(
     kind, like = _torch_dtype(options.dtype), torch.channels_last
     images = functional.pad(_images(shape, batch, options, host), (left, right, top, bottom)).to(kind)
     images = images.contiguous(memory_format=like)
-    filters = torch.from_numpy(np.ascontiguousarray(weight, np.float32)).to(host.place, kind)
+    filters = torch.from_numpy(np.ascontiguousarray(weight, np.float32)).to(host.torch_device, kind)
     filters = filters.contiguous(memory_format=like)
     return lambda: functional.conv2d(images, filters, None, shape.strides, 0, shape.dilations)
 
@@ -318,9 +318,9 @@ def _best_algorithms() -> Iterator[None]:
 def _images(shape: LayerShape, batch: int, options: ProbeOptions, host: SparseHost) -> torch.Tensor:
     import torch
 
-    generator = torch.Generator(host.place).manual_seed(options.seed)
+    generator = torch.Generator(host.torch_device).manual_seed(options.seed)
     size = (batch, shape.c, shape.height, shape.width)
-    return torch.randn(size, generator=generator, device=host.place)
+    return torch.randn(size, generator=generator, device=host.torch_device)
 
 
 def _columns(shape: LayerShape, batch: int, width: int, options: ProbeOptions, host: SparseHost) -> torch.Tensor:
@@ -329,11 +329,11 @@ def _columns(shape: LayerShape, batch: int, width: int, options: ProbeOptions, h
 
     images = _images(shape, batch, options, host)
     if options.dtype == "int8":
-        images = (images * _INT8_STEPS).round().clamp(-_INT8_MOST, _INT8_MOST)
+        images = (images * _INT8_STEPS).round().clamp(-_INT8_MAX, _INT8_MAX)
     # Before they become as many as the kernel has places; int8 cannot be unfolded, and float16 holds such numbers.
     halves = images.to(torch.float16 if options.dtype == "int8" else _torch_dtype(options.dtype))
     seen = columns_of(halves, shape).to(_torch_dtype(options.dtype))
-    return _padded(seen, (_up(len(seen), MULTIPLES[options.dtype][2]), width))
+    return _padded(seen, (_round_up(len(seen), MULTIPLES[options.dtype][2]), width))
 
 
 def _as_dtype(matrix: npt.NDArray[Any], dtype: str) -> torch.Tensor:
@@ -342,7 +342,7 @@ def _as_dtype(matrix: npt.NDArray[Any], dtype: str) -> torch.Tensor:
     values = torch.from_numpy(np.ascontiguousarray(matrix, np.float32))
     if dtype == "int8":
         largest = values.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        return (values / largest * _INT8_MOST).round().to(torch.int8)
+        return (values / largest * _INT8_MAX).round().to(torch.int8)
     made = values.to(_torch_dtype(dtype))
     if not bool(made.isfinite().all()):
         raise RuntimeError(f"some values are not finite numbers of {dtype}")
@@ -363,9 +363,9 @@ def _padded(matrix: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return functional.pad(matrix, (0, size[1] - columns, 0, size[0] - rows)).contiguous()
 
 
-def _up(size: int, multiple: int) -> int:
+def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _told(error: RuntimeError) -> str:
+def _error_text(error: RuntimeError) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

@@ -1,4 +1,4 @@
-"""The JSON file beside an engine: what it is, what made it, and the digest that is checked before it is loaded."""
+"""The JSON file next to an engine: its record, its provenance, and the digest that is verified before loading."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from maskplan.pipeline.core.serialization import decode, encode
 
 
 def sidecar_path(engine: Path) -> Path:
-    """`engine.plan` has its sidecar in `engine.plan.json`."""
+    """The sidecar's path: `engine.plan.json` for `engine.plan`."""
     return engine.with_name(engine.name + ".json")
 
 
 def write_sidecar(engine: EngineFile) -> None:
-    """Write the record beside the engine; its path is relative, so that both can be moved together."""
+    """Write the record next to the engine; paths in it are relative, so that both can be moved together."""
     write_json(sidecar_path(engine.path), encode(engine, engine.path.parent))
 
 
 def has_sidecar(engine: EngineFile) -> bool:
-    """Whether the sidecar says what the record does."""
+    """Whether the sidecar on disk equals the record."""
     try:
         stored = decode(EngineFile, json.loads(read_bytes(sidecar_path(engine.path))), engine.path.parent)
     except (InputError, ValueError):
@@ -32,10 +32,10 @@ def has_sidecar(engine: EngineFile) -> bool:
 
 
 def read_engine(path: Path) -> EngineFile:
-    """The record of an engine file, after its bytes have been held against it.
+    """Read the record of an engine and verify the engine's digest against it.
 
     Raises:
-        InputError: There is no engine, no sidecar, or the engine is not the one that the sidecar describes.
+        InputError: The engine or its sidecar is missing or unreadable, or the digests differ.
     """
     if not path.is_file():
         raise InputError("engine not found", where=path, fix="build it first: maskplan build model.onnx -o engine.onnx")
@@ -45,7 +45,7 @@ def read_engine(path: Path) -> EngineFile:
             "the engine has no sidecar",
             where=path,
             found=f"no {sidecar.name}",
-            fix="copy the sidecar with the engine, or build again",
+            fix="copy the sidecar together with the engine, or rebuild the engine",
         )
     try:
         record = decode(EngineFile, json.loads(read_bytes(sidecar)), path.parent)
@@ -53,12 +53,12 @@ def read_engine(path: Path) -> EngineFile:
         raise InputError(
             "the engine's sidecar cannot be read", where=sidecar, found=error, fix="build the engine again"
         ) from error
-    found = sha256_of(path)
-    if found != record.sha256:
+    sha256 = sha256_of(path)
+    if sha256 != record.sha256:
         raise InputError(
-            "the engine is not the one that its sidecar describes",
+            "the engine does not match its sidecar",
             where=path,
-            found=f"sha256 {found[:12]}, the sidecar says {record.sha256[:12]}",
-            fix="build it again; do not load it",
+            found=f"sha256 {sha256[:12]}, expected {record.sha256[:12]}",
+            fix="rebuild the engine; do not load this file",
         )
     return replace(record, path=path)

@@ -70,7 +70,7 @@ def test_the_commands_lead_from_a_folder_to_a_deployed_and_measured_plan(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished_digits, "build/digits_resnet")
     Path("quick.toml").write_text("[time]\nseconds = 0.1\n")
-    monkeypatch.setattr(cusparselt, "cusparselt_host", lambda: fake_cusparselt.HOST)
+    monkeypatch.setattr(cusparselt, "find_cusparselt_host", lambda: fake_cusparselt.HOST)
     arrived = False
     printed: dict[str, str] = {}
     for command in commands():
@@ -109,7 +109,7 @@ def _after(words: list[str], out: str) -> None:
     elif words[1] == "inspect":
         assert f"tensorrt {VERSION}" in out
         assert "layers sparse" in out
-        assert ("as told, not as seen" in out) == (words[2] == "imported.plan")
+        assert ("as stated, not verified" in out) == (words[2] == "imported.plan")
     elif words[1] == "deploy":
         assert "tensorrt_plan" in out
     elif "--three-way" in words and words[1] == "time":

@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from maskplan.engines.evidence import layers_of, sparsity_log
+from maskplan.engines.evidence import parse_layers, parse_sparsity_log
 from maskplan.engines.trt.calibrator import ImplicitInt8, calibrating
 from maskplan.engines.trt.cuda import gpu
-from maskplan.engines.trt.log import TrtLogCapture
-from maskplan.engines.trt.options import LEAST_LEVEL_FOR_SPARSE, TrtOptions
+from maskplan.engines.trt.log_capture import TrtLogCapture
+from maskplan.engines.trt.options import MIN_LEVEL_FOR_SPARSE, TrtOptions
 from maskplan.engines.trt.progress import progress_monitor
-from maskplan.engines.trt.record import plan_record
+from maskplan.engines.trt.record import write_plan
 from maskplan.engines.trt.timing_cache import load_timing_cache, save_timing_cache
 from maskplan.engines.trt.versions import construct, import_tensorrt, member, network_flags
 from maskplan.pipeline.core.artifacts import EngineFile, LayerSparsity, OnnxModel, Profile, TensorSpec
@@ -24,7 +24,7 @@ from maskplan.pipeline.core.errors import HostError, InputError, PipelineError, 
 
 log = logging.getLogger(__name__)
 
-FP32_NOTE = "an FP32 graph: TensorRT documents sparse kernels for FP16 and INT8 only"
+FP32_NOTE = "the graph is FP32: TensorRT documents sparse kernels for FP16 and INT8 only"
 
 
 def build_trt(
@@ -37,11 +37,11 @@ def build_trt(
 ) -> EngineFile:
     """Build a plan with one optimization profile for each of `profiles`; with `implicit`, a weakly typed one in INT8.
 
-    A plan that cannot be inspected is kept all the same, for it took minutes; its record says so.
+    A plan that cannot be inspected is kept, because its build took minutes; a note in its record says so.
 
     Raises:
-        HostError: TensorRT or a GPU is missing, its memory does not suffice, or the timing cache is busy.
-        InputError: TensorRT cannot parse or build the model; its own messages are quoted.
+        HostError: TensorRT or a GPU is missing, its memory is insufficient, or the timing cache is locked.
+        InputError: TensorRT cannot parse or build the model; the message quotes its errors.
     """
     trt = import_tensorrt()
     device = gpu()
@@ -56,7 +56,7 @@ def build_trt(
     warnings += failure
     for note in warnings:
         log.warning("%s", note)
-    return plan_record(
+    return write_plan(
         onnx_model,
         plan,
         profiles,
@@ -69,22 +69,22 @@ def build_trt(
         compute_capability=device.compute_capability,
         device_memory_bytes=device_memory_bytes,
         build_s=build_s,
-        notes=warnings + _told_of_sparsity(log_capture),
+        notes=warnings + _sparsity_notes(log_capture),
         typing="strong" if implicit is None else "weak",
     )
 
 
 def _warnings(onnx_model: OnnxModel, sparse_weights: bool, options: TrtOptions) -> tuple[str, ...]:
-    """What keeps sparse kernels out of a plan that may have them."""
+    """Reasons why a plan that may use sparse kernels probably has none."""
     if not sparse_weights:
         return ()
     notes = []
     if onnx_model.precision == "fp32":
         notes.append(FP32_NOTE)
-    if options.optimization_level < LEAST_LEVEL_FOR_SPARSE:
+    if options.optimization_level < MIN_LEVEL_FOR_SPARSE:
         notes.append(
-            f"optimization level {options.optimization_level}: below {LEAST_LEVEL_FOR_SPARSE} the builder leaves out"
-            " tactics, sparse ones among them"
+            f"optimization level {options.optimization_level}: below {MIN_LEVEL_FOR_SPARSE} the builder skips"
+            " tactics, including sparse ones"
         )
     return tuple(notes)
 
@@ -101,11 +101,11 @@ def _build(
     builder = construct(trt.Builder, log_capture)
     network = builder.create_network(network_flags(trt) if implicit is None else 0)
     if network is None:
-        raise _failed("TensorRT makes no network", onnx_model, log_capture)
+        raise _failed("TensorRT failed to create a network", onnx_model, log_capture)
     _parse(trt, network, onnx_model, log_capture)
     config = builder.create_builder_config()
     if config is None:
-        raise _failed("TensorRT makes no configuration", onnx_model, log_capture)
+        raise _failed("TensorRT failed to create a builder configuration", onnx_model, log_capture)
     _configure(trt, config, sparse_weights, options)
     for profile in profiles:
         _add_profile(builder, config, onnx_model, profile, log_capture)
@@ -133,22 +133,22 @@ def _parse(trt: Any, network: Any, onnx_model: OnnxModel, log_capture: TrtLogCap
         f"TensorRT cannot parse the model: {len(errors)} errors",
         where=onnx_model.path,
         found=listed(f"node {e.node_name() or e.node()} ({e.node_operator() or '?'}): {e.desc()}" for e in errors)
-        or log_capture.why(),
-        fix="export with another opset, or leave these operators out of the graph",
+        or log_capture.reason(),
+        fix="export with another opset, or remove these operators from the graph",
     )
 
 
 def _configure(trt: Any, config: Any, sparse_weights: bool, options: TrtOptions) -> None:
-    wanted = {
+    flags = {
         trt.BuilderFlag.SPARSE_WEIGHTS: sparse_weights,
         trt.BuilderFlag.TF32: options.tf32,
         trt.BuilderFlag.VERSION_COMPATIBLE: options.version_compatible,
         trt.BuilderFlag.REFIT: options.refittable,
         trt.BuilderFlag.STRIP_PLAN: options.strip_plan,
-        # Weights of a stripped plan come back as they were; whoever wants others asks for a refittable one.
+        # A stripped plan is refitted with the same weights; for other weights it must be refittable.
         trt.BuilderFlag.REFIT_IDENTICAL: options.strip_plan and not options.refittable,
     }
-    for flag, on in wanted.items():
+    for flag, on in flags.items():
         if on:
             config.set_flag(flag)
         else:
@@ -171,17 +171,17 @@ def _add_profile(
             shape.set_shape(spec.name, *shapes)
         except (RuntimeError, ValueError) as error:
             raise InputError(
-                "TensorRT refuses a profile",
+                "TensorRT rejects a profile",
                 where=f"{onnx_model.path}: {spec.name}",
                 found=f"{profile}: {error}",
-                fix="give batch sizes that the graph accepts, in rising order",
+                fix="use batch sizes that the graph accepts, in ascending order",
             ) from error
     if config.add_optimization_profile(shape) < 0:
         raise InputError(
-            "TensorRT refuses a profile",
+            "TensorRT rejects a profile",
             where=onnx_model.path,
-            found=f"{profile}; {log_capture.why()}",
-            fix="give batch sizes that the graph accepts; one of a fixed batch takes no other",
+            found=f"{profile}; {log_capture.reason()}",
+            fix="use batch sizes that the graph accepts; a graph with a fixed batch accepts only that one",
         )
 
 
@@ -200,7 +200,7 @@ def _with_batch(spec: TensorSpec, batch: int) -> tuple[int, ...]:
 def _inspect(
     trt: Any, plan: bytes, options: TrtOptions
 ) -> tuple[tuple[LayerSparsity, ...], int | None, tuple[str, ...]]:
-    """What the plan says of its layers, the device memory that one context takes, and a note of why there is neither."""
+    """The plan's layers and the device memory of one context in bytes; if the inspection fails, a note with the reason."""
     log_capture = TrtLogCapture(trt)
     try:
         runtime = construct(trt.Runtime, log_capture)
@@ -208,43 +208,47 @@ def _inspect(
             runtime.engine_host_code_allowed = True
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise RuntimeError(log_capture.why())
+            raise RuntimeError(log_capture.reason())
         inspector = engine.create_engine_inspector()
         if inspector is None:
-            raise RuntimeError(log_capture.why())
-        layers = layers_of(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-    except (PipelineError, RuntimeError, TypeError, ValueError) as error:  # the last three are the bindings'
+            raise RuntimeError(log_capture.reason())
+        layers = parse_layers(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    except (PipelineError, RuntimeError, TypeError, ValueError) as error:  # the last three come from the bindings
         why = f"{error.what}: {error.found}" if isinstance(error, PipelineError) else error
-        return (), None, (f"the plan cannot be inspected here, so nothing shows which layers run sparse: {why}",)
+        return (
+            (),
+            None,
+            (f"the plan cannot be inspected on this host, so it is unknown which layers run sparse: {why}",),
+        )
     memory = member(engine, "device_memory_size_v2")
     return layers, None if memory is None else int(memory), ()
 
 
-def _told_of_sparsity(log_capture: TrtLogCapture) -> tuple[str, ...]:
-    """The builder's own account, as a note; none where it logged nothing of sparsity."""
-    told = sparsity_log(log_capture.sparsity)
-    parts = [f"found {found} layers eligible, chose {chosen}" for found, chosen in told.counts]
+def _sparsity_notes(log_capture: TrtLogCapture) -> tuple[str, ...]:
+    """What the builder logged about sparsity, as at most one note."""
+    parsed = parse_sparsity_log(log_capture.sparsity)
+    parts = [f"found {found} layers eligible, chose {chosen}" for found, chosen in parsed.counts]
     parts += [
         f"{label}: {', '.join(names)}"
-        for label, names in (("eligible", told.eligible), ("chosen", told.chosen))
+        for label, names in (("eligible", parsed.eligible), ("chosen", parsed.chosen))
         if names
     ]
-    if told.unread:
-        parts.append(f"{told.unread} lines not understood")
+    if parsed.unread:
+        parts.append(f"{parsed.unread} lines could not be parsed")
     return (f"TensorRT's log: {'; '.join(parts)}",) if parts else ()
 
 
 def _failed(what: str, onnx_model: OnnxModel, log_capture: TrtLogCapture) -> PipelineError:
     if log_capture.is_out_of_memory():
         return HostError(
-            "the GPU's memory does not suffice for the build",
+            "insufficient GPU memory for the build",
             where=onnx_model.path,
-            found=log_capture.why(),
-            fix="free the GPU, give smaller batches with --profile, or another limit of the workspace",
+            found=log_capture.reason(),
+            fix="free GPU memory, reduce the batch sizes with --profile, or change the workspace limit",
         )
     return InputError(
         what,
         where=onnx_model.path,
-        found=log_capture.why(),
+        found=log_capture.reason(),
         fix="see TensorRT's messages above; `maskplan check` shows whether the weights conform",
     )

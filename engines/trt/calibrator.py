@@ -1,7 +1,7 @@
-"""The entropy calibrator of TensorRT 10's implicit INT8 mode: TensorRT asks for batches, and measures ranges itself.
+"""The entropy calibrator of TensorRT 10's implicit INT8 mode: TensorRT requests batches and measures ranges itself.
 
-TensorRT 11 has neither calibrators nor that mode; there INT8 is Q/DQ in the graph, which 10 takes as well. The implicit mode
-is for those who need its sparse INT8 kernels.
+TensorRT 11 has neither calibrators nor that mode and needs Q/DQ nodes in the graph, which 10 supports as well. Use the
+implicit mode only for its sparse INT8 kernels.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Batches = Callable[[], Iterator[npt.NDArray[np.float32]]]
 
 @dataclass(frozen=True)
 class ImplicitInt8:
-    """What TensorRT calibrates on.
+    """Calibration data for TensorRT.
 
     Attributes:
-        batches: Begins a pass over prepared images (N, channels, H, W), float32.
-        batch: Images of each; what is left over is not used, for TensorRT takes whole batches.
-        cache: TensorRT's text cache: read if it is there, so that no image is looked at, else written.
+        batches: Starts a pass over preprocessed images (N, channels, H, W), float32.
+        batch: Batch size; an incomplete last batch is skipped, because TensorRT accepts full batches only.
+        cache: TensorRT's calibration cache. If it exists it is read and no image is used, otherwise it is written.
     """
 
     batches: Batches
@@ -44,18 +44,18 @@ class ImplicitInt8:
 
 @contextmanager
 def calibrating(trt: Any, builder: Any, config: Any, spec: TensorSpec, source: ImplicitInt8) -> Iterator[None]:
-    """Have what is built inside calibrate on `source`, with FP16 for what is not INT8.
+    """Calibrate builds inside the block on `source`; layers that are not INT8 run in FP16.
 
     Args:
-        trt: TensorRT's package.
-        builder: Of the network.
-        config: Of the build, with its profiles.
+        trt: The TensorRT module.
+        builder: The builder of the network.
+        config: The build configuration, with its profiles.
         spec: The network's only input.
-        source: Images, or the cache of an earlier calibration.
+        source: Images, or the cache of a previous calibration.
 
     Raises:
         InputError: This TensorRT has no implicit INT8 mode.
-        Exception: What failed while images were read or copied; TensorRT itself would only stop.
+        Exception: Any error while reading or copying images, raised after the build; TensorRT would only stop.
     """
     base = member(trt, "IInt8EntropyCalibrator2")
     int8, fp16 = member(trt.BuilderFlag, "INT8"), member(trt.BuilderFlag, "FP16")
@@ -74,7 +74,7 @@ def calibrating(trt: Any, builder: Any, config: Any, spec: TensorSpec, source: I
         profile = builder.create_optimization_profile()
         profile.set_shape(spec.name, shape, shape, shape)
         if not config.set_calibration_profile(profile):
-            raise InputError("TensorRT refuses to calibrate on these shapes", where=spec.name, found=shape)
+            raise InputError("TensorRT rejects the calibration shapes", where=spec.name, found=shape)
         try:
             yield
         finally:
@@ -85,7 +85,7 @@ def calibrating(trt: Any, builder: Any, config: Any, spec: TensorSpec, source: I
 
 def _calibrator(base: Any, source: ImplicitInt8, context: Context) -> Any:
     class Calibrator(base):  # type: ignore[misc]
-        """TensorRT calls it; what fails in it is kept, for it must not pass through C++."""
+        """Called by TensorRT; exceptions are stored, because they must not propagate through C++."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -101,10 +101,10 @@ def _calibrator(base: Any, source: ImplicitInt8, context: Context) -> Any:
                 images = next(self._batches, None)
                 if images is None or len(images) < source.batch:
                     return None
-                whole = np.ascontiguousarray(images)
+                contiguous = np.ascontiguousarray(images)
                 if self.memory is None:
-                    self.memory = context.allocate(whole.nbytes)
-                context.copy_in(self.memory, whole)
+                    self.memory = context.allocate(contiguous.nbytes)
+                context.copy_in(self.memory, contiguous)
                 context.synchronize()
             except BaseException as failure:
                 self.failure = failure
@@ -114,7 +114,7 @@ def _calibrator(base: Any, source: ImplicitInt8, context: Context) -> Any:
         def read_calibration_cache(self) -> bytes | None:
             if source.cache is None or not source.cache.is_file():
                 return None
-            log.info("ranges are taken from %s", source.cache)
+            log.info("reading calibration ranges from %s", source.cache)
             return source.cache.read_bytes()
 
         def write_calibration_cache(self, cache: Any) -> None:

@@ -1,4 +1,4 @@
-"""The GPU's clocks while it works, as nvidia-smi sees them: a slow clock explains a slow engine."""
+"""GPU clocks under load, sampled with nvidia-smi: a throttled clock explains a slow engine."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _QUERY = "clocks.sm,clocks.mem,clocks_throttle_reasons.active,temperature.gpu,po
 _EVERY_MS = 200
 _WAIT_S = 5.0
 
-# Bits of nvidia-smi's mask of reasons (NVML's nvmlClocksEventReasons); an idle GPU and settings of its owner are no fault.
-_REASONS = {
+# Bits of nvidia-smi's throttle mask (NVML's nvmlClocksEventReasons), without idleness and user settings.
+_THROTTLE_REASONS = {
     0x0004: "power cap",
     0x0008: "hardware slowdown",
     0x0010: "sync boost",
@@ -27,7 +27,7 @@ _REASONS = {
 
 
 class ClockWatch:
-    """What was seen of the clocks; None until the watch has ended, and where nvidia-smi or the GPU is not there."""
+    """The sampled clocks; None until the block has ended, and without nvidia-smi or a GPU."""
 
     def __init__(self) -> None:
         self.clocks: GpuClocks | None = None
@@ -35,7 +35,7 @@ class ClockWatch:
 
 @contextmanager
 def watch_clocks() -> Iterator[ClockWatch]:
-    """Have nvidia-smi look at the GPU that engines run on, five times a second for as long as the block runs."""
+    """Sample the GPU that runs the engines with nvidia-smi, five times a second while the block runs."""
     watch = ClockWatch()
     try:
         command = ["nvidia-smi", f"--id={pci_bus_id()}", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
@@ -50,24 +50,26 @@ def watch_clocks() -> Iterator[ClockWatch]:
     finally:
         smi.terminate()
         try:
-            told, _ = smi.communicate(timeout=_WAIT_S)
+            output, _ = smi.communicate(timeout=_WAIT_S)
         except subprocess.TimeoutExpired:
             smi.kill()
-            told, _ = smi.communicate()
-        watch.clocks = clocks_of(told)
+            output, _ = smi.communicate()
+        watch.clocks = parse_clocks(output)
 
 
-def clocks_of(told: str) -> GpuClocks | None:
-    """Sum up nvidia-smi's lines, values of the query without units; None where no line can be read.
+def parse_clocks(output: str) -> GpuClocks | None:
+    """Summarize nvidia-smi's lines (the queried values without units); None if no line can be parsed.
 
-    A value that the GPU does not tell ("[N/A]") leaves its line out, as does a line that was cut short.
+    Lines with unsupported values ("[N/A]") and truncated lines are skipped.
     """
-    samples = [sample for sample in map(_sample, told.splitlines()) if sample is not None]
+    samples = [sample for sample in map(_sample, output.splitlines()) if sample is not None]
     if not samples:
         return None
     sm, memory, masks, celsius, watts = zip(*samples, strict=True)
-    held = [reason for bit, reason in _REASONS.items() if any(mask & bit for mask in masks)]
-    return GpuClocks(len(samples), median(sm), min(sm), median(memory), tuple(held), max(celsius), max(watts))
+    throttle_reasons = [reason for bit, reason in _THROTTLE_REASONS.items() if any(mask & bit for mask in masks)]
+    return GpuClocks(
+        len(samples), median(sm), min(sm), median(memory), tuple(throttle_reasons), max(celsius), max(watts)
+    )
 
 
 def _sample(line: str) -> tuple[float, float, int, float, float] | None:

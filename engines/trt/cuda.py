@@ -1,4 +1,4 @@
-"""The GPU through pycuda, in the device's primary context, which other libraries of the process share."""
+"""GPU access through pycuda, in the device's primary context, which other libraries in the process share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def import_pycuda() -> Any:
     """The driver module of pycuda, initialized.
 
     Raises:
-        HostError: It is not installed, or there is no driver or GPU.
+        HostError: pycuda is not installed, or there is no driver or GPU.
     """
     try:
         import pycuda.driver as cuda
@@ -40,56 +40,56 @@ def import_pycuda() -> Any:
             found=str(error),
             fix="on a GPU host with a CUDA toolkit: pip install 'maskplan[tensorrt]'",
         ) from error
-    except Exception as error:  # the driver's library is missing, or of another version than pycuda was built for
+    except Exception as error:  # the driver's library is missing, or pycuda was built for another version
         raise _no_gpu(error) from error
     try:
         cuda.init()
         if cuda.Device.count() == 0:
             raise RuntimeError("no CUDA device")
-    except Exception as error:  # pycuda's errors are of classes that exist only where it loads
+    except Exception as error:  # pycuda's exception classes exist only if it can be imported
         raise _no_gpu(error) from error
     return cuda
 
 
 def gpu() -> Gpu:
-    """The GPU that engines are built and run on.
+    """The GPU on which engines are built and run.
 
     Raises:
-        HostError: There is none.
+        HostError: There is no GPU.
     """
     device = import_pycuda().Device(DEVICE)
     return Gpu(str(device.name()), "{}.{}".format(*device.compute_capability()), int(device.total_memory()))
 
 
 def pci_bus_id() -> str:
-    """Where that GPU sits, as in 0000:19:00.0; nvidia-smi numbers GPUs otherwise than CUDA does.
+    """That GPU's PCI bus id, such as 0000:19:00.0; nvidia-smi and CUDA number GPUs differently.
 
     Raises:
-        HostError: There is none.
+        HostError: There is no GPU.
     """
     return str(import_pycuda().Device(DEVICE).pci_bus_id())
 
 
 class Context:
-    """The primary context of the GPU, with one stream of its own; current only within `active`.
+    """The GPU's primary context with its own stream; current only within `active`.
 
-    The primary context stays with the process. To give it back, pycuda would make it current, and it would stay so in place
-    of another library's.
+    The primary context is retained until the process ends: to release it, pycuda would make it current and leave it so,
+    in place of another library's context.
 
     Raises:
-        HostError: There is no GPU, or it has no memory left for a context.
+        HostError: There is no GPU, or too little memory for a context.
     """
 
     def __init__(self) -> None:
         self._cuda = import_pycuda()
-        self._context = self._told(_primary_context, self._cuda)
+        self._context = self._checked(_primary_context, self._cuda)
         with self.active():
-            self.stream = self._told(self._cuda.Stream)
+            self.stream = self._checked(self._cuda.Stream)
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Make the context the thread's current one; what was current before is so again afterwards."""
-        self._told(self._context.push)
+        """Make this the thread's current context; restore the previous one afterwards."""
+        self._checked(self._context.push)
         try:
             yield
         finally:
@@ -97,56 +97,56 @@ class Context:
 
     @property
     def stream_handle(self) -> int:
-        """For TensorRT."""
+        """The stream's handle, for TensorRT."""
         return int(self.stream.handle)
 
     def allocate(self, size_bytes: int) -> Any:
-        """Device memory; it lives as long as the object, whose integer is its address.
+        """Allocate device memory; it is freed with the object. `int(object)` is its address.
 
         Raises:
-            HostError: There is not enough.
+            HostError: Out of memory.
         """
-        return self._told(self._cuda.mem_alloc, max(size_bytes, 1))
+        return self._checked(self._cuda.mem_alloc, max(size_bytes, 1))
 
     def pinned(self, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
-        """Host memory that copies need not stage."""
-        array: npt.NDArray[Any] = self._told(self._cuda.pagelocked_empty, shape, np.dtype(dtype))
+        """Allocate page-locked host memory, which copies do not have to stage."""
+        array: npt.NDArray[Any] = self._checked(self._cuda.pagelocked_empty, shape, np.dtype(dtype))
         return array
 
     def copy_in(self, memory: Any, array: npt.NDArray[Any]) -> None:
-        """Host to device, on the stream.
+        """Copy from host to device on the stream.
 
         Raises:
             HostError: The GPU reports an error.
         """
-        self._told(self._cuda.memcpy_htod_async, memory, array, self.stream)
+        self._checked(self._cuda.memcpy_htod_async, memory, array, self.stream)
 
     def copy_out(self, array: npt.NDArray[Any], memory: Any) -> None:
-        """Device to host, on the stream.
+        """Copy from device to host on the stream.
 
         Raises:
             HostError: The GPU reports an error.
         """
-        self._told(self._cuda.memcpy_dtoh_async, array, memory, self.stream)
+        self._checked(self._cuda.memcpy_dtoh_async, array, memory, self.stream)
 
-    def mark(self) -> Any:
-        """An event on the stream.
+    def record_event(self) -> Any:
+        """Record an event on the stream.
 
         Raises:
             HostError: The GPU reports an error.
         """
-        event = self._told(self._cuda.Event)
-        self._told(event.record, self.stream)
+        event = self._checked(self._cuda.Event)
+        self._checked(event.record, self.stream)
         return event
 
-    def milliseconds(self, first: Any, second: Any) -> float:
-        """GPU time between two marks, once both are through.
+    def elapsed_ms(self, first: Any, second: Any) -> float:
+        """Wait for two events and return the GPU time between them in milliseconds.
 
         Raises:
             HostError: The GPU reports an error.
         """
-        self._told(second.synchronize)
-        return float(self._told(second.time_since, first))
+        self._checked(second.synchronize)
+        return float(self._checked(second.time_since, first))
 
     def synchronize(self) -> None:
         """Wait for the stream.
@@ -154,38 +154,39 @@ class Context:
         Raises:
             HostError: The GPU reports an error.
         """
-        self._told(self.stream.synchronize)
+        self._checked(self.stream.synchronize)
 
     def close(self) -> None:
-        """Free the stream; the context cannot be used afterwards."""
+        """Release the stream; the object cannot be used afterwards."""
         with self.active():
             self.stream = None
 
-    def _told(self, work: Callable[..., Any], *arguments: Any) -> Any:
+    def _checked(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function of pycuda and turn its errors into HostError."""
         try:
             return work(*arguments)
         except self._cuda.MemoryError as error:
             raise HostError(
-                "the GPU's memory does not suffice",
+                "insufficient GPU memory",
                 found=str(error),
-                fix="free the GPU (nvidia-smi lists who uses it), or give smaller batches",
+                fix="free GPU memory (nvidia-smi lists the processes), or reduce the batch sizes",
             ) from error
         except self._cuda.Error as error:
-            raise HostError("the GPU reports an error", found=str(error), fix="see nvidia-smi and dmesg") from error
+            raise HostError("the GPU reported an error", found=str(error), fix="see nvidia-smi and dmesg") from error
 
 
 @functools.cache
 def _primary_context(cuda: Any) -> Any:
-    """Retained once for the process, by the loaded driver module."""
+    """Retain the primary context once per process (cached by driver module)."""
     context = cuda.Device(DEVICE).retain_primary_context()
-    # One reference too many: pycuda's destructor would destroy the context rather than release it. It ends with the process.
+    # An extra reference, never dropped: pycuda's destructor would destroy the context instead of releasing it.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(context))
     return context
 
 
 def _no_gpu(error: Exception) -> HostError:
     return HostError(
-        "no GPU can be used",
+        "no usable GPU",
         found=f"{type(error).__name__}: {error}",
-        fix="check that nvidia-smi sees the GPU here, and that pycuda was built for this driver's CUDA",
+        fix="check that nvidia-smi lists the GPU, and that pycuda was built for this driver's CUDA version",
     )

@@ -1,4 +1,4 @@
-"""CUDA graphs through cuda-python: what a stream was given once, launched again in one call."""
+"""CUDA graphs through cuda-python: record the work of a stream once, replay it in a single launch."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ log = logging.getLogger(__name__)
 
 
 class Graph:
-    """A captured piece of work."""
+    """An instantiated CUDA graph."""
 
     def __init__(self, driver: Any, executable: Any, stream: int) -> None:
         self._driver, self._executable, self._stream = driver, executable, stream
 
     def launch(self) -> bool:
-        """Run it on its stream; False where the driver refuses."""
-        return _is_done(self._driver, self._driver.cuGraphLaunch(self._executable, self._stream))
+        """Launch it on its stream; False if the driver reports an error."""
+        return _succeeded(self._driver, self._driver.cuGraphLaunch(self._executable, self._stream))
 
     def close(self) -> None:
-        """Free it."""
+        """Destroy the graph."""
         self._driver.cuGraphExecDestroy(self._executable)
 
 
 def capture(stream: int, work: Callable[[], bool]) -> Graph | None:
-    """Capture what `work` puts on a stream; None where cuda-python is not installed or the work cannot be captured."""
+    """Capture the work that `work` enqueues on a stream; None without cuda-python or if it cannot be captured."""
     driver = _driver()
     if driver is None:
         return None
     mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-    if not _is_done(driver, driver.cuStreamBeginCapture(stream, mode)):
+    if not _succeeded(driver, driver.cuStreamBeginCapture(stream, mode)):
         return None
-    done = captured = False
+    enqueued = captured = False
     try:
-        done = work()
+        enqueued = work()
     finally:
         error, graph = driver.cuStreamEndCapture(stream)
-        captured = _is_done(driver, (error,))
-        if captured and not done:
+        captured = _succeeded(driver, (error,))
+        if captured and not enqueued:
             driver.cuGraphDestroy(graph)
-    if not (captured and done):
-        log.info("the engine's work cannot be captured as a CUDA graph; it is launched layer by layer")
+    if not (captured and enqueued):
+        log.info("the engine cannot be captured as a CUDA graph; its kernels are launched one by one")
         return None
     error, executable = driver.cuGraphInstantiate(graph, 0)
     driver.cuGraphDestroy(graph)
-    return Graph(driver, executable, stream) if _is_done(driver, (error,)) else None
+    return Graph(driver, executable, stream) if _succeeded(driver, (error,)) else None
 
 
 def _driver() -> Any | None:
@@ -56,5 +56,5 @@ def _driver() -> Any | None:
     return driver
 
 
-def _is_done(driver: Any, result: tuple[Any, ...]) -> bool:
+def _succeeded(driver: Any, result: tuple[Any, ...]) -> bool:
     return bool(result[0] == driver.CUresult.CUDA_SUCCESS)

@@ -1,4 +1,4 @@
-"""Whether a plan can run on this host: the TensorRT and the GPU that it was built with, against those at hand."""
+"""Whether a plan can run on this host: compare its TensorRT version and GPU with the installed ones."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ from maskplan.pipeline.core.artifacts import EngineFile
 from maskplan.pipeline.core.errors import HostError, InputError
 
 
-def require_same_host(engine: EngineFile) -> None:
-    """Raise unless the plan can run here; all that differs is told at once.
+def require_compatible_host(engine: EngineFile) -> None:
+    """Raise an error that lists every incompatibility if the plan cannot run on this host.
 
     Raises:
-        HostError: TensorRT or a GPU is not here.
-        InputError: The plan is of another TensorRT or for another GPU.
+        HostError: TensorRT is not installed or there is no GPU.
+        InputError: The plan was built with another TensorRT version or for another GPU.
     """
-    problems = _differences(engine)
+    problems = _incompatibilities(engine)
     if problems:
         raise InputError(
-            "the plan is not for this host",
+            "the plan was not built for this host",
             where=engine.path,
             found="; ".join(problems),
-            fix="build it again on this host",
+            fix="rebuild it on this host",
         )
 
 
 def is_foreign(engine: EngineFile) -> bool:
-    """Whether the plan surely cannot run here; a host without TensorRT or a GPU cannot tell."""
+    """Whether the plan is known not to run here; False on a host without TensorRT or a GPU."""
     try:
-        return bool(_differences(engine))
+        return bool(_incompatibilities(engine))
     except HostError:
         return False
 
 
-def _differences(engine: EngineFile) -> list[str]:
-    trt, here = import_tensorrt(), gpu()
+def _incompatibilities(engine: EngineFile) -> list[str]:
+    trt, device = import_tensorrt(), gpu()
     problems = []
     version = str(trt.__version__)
     if version != engine.runtime_version and not engine.version_compatible:
-        problems.append(f"built by TensorRT {engine.runtime_version}, here is {version}")
+        problems.append(f"built by TensorRT {engine.runtime_version}, installed is {version}")
     capability = engine.compute_capability
-    if capability not in (None, here.compute_capability) and not engine.hardware_compatible:
+    if capability not in (None, device.compute_capability) and not engine.hardware_compatible:
         problems.append(
-            f"built for compute capability {capability} ({engine.device}), here is {here.compute_capability}"
+            f"built for compute capability {capability} ({engine.device}), this GPU has {device.compute_capability}"
         )
     return problems

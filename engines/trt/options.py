@@ -1,4 +1,4 @@
-"""How TensorRT builds: one frozen record, with the defaults that we use ourselves."""
+"""Options of TensorRT builds, with their defaults."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import ClassVar
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.validation import at_least
 
-# Below it the builder leaves out tactics, sparse ones among them.
-LEAST_LEVEL_FOR_SPARSE = 3
-HIGHEST_LEVEL = 5
+# Below this level the builder skips tactics, including sparse ones.
+MIN_LEVEL_FOR_SPARSE = 3
+MAX_LEVEL = 5
 
 
 @dataclass(frozen=True)
 class TrtOptions:
-    """How TensorRT builds.
+    """Options of TensorRT builds.
 
     Attributes:
-        tf32: Let FP32 layers round their inputs to TF32.
-        optimization_level: 0 to 5; below 3 tactics are left out, and with them sparse ones.
-        workspace_bytes: Scratch memory that a tactic may take; all of the GPU's by default.
-        timing_cache: File of measurements to begin with and to add to.
-        timing_cache_wait_s: How long to wait for a process that holds it.
-        version_compatible: The plan loads in later TensorRT versions too, at some cost in speed.
-        hardware_compatible: The plan runs on Ampere GPUs and newer, not only on this kind; tactics may be lost.
-        refittable: Weights can be changed in the plan.
-        strip_plan: The plan is without weights, which are to be refitted.
+        tf32: Allow TF32 in FP32 layers.
+        optimization_level: 0 to 5; below 3 the builder skips tactics, including sparse ones.
+        workspace_bytes: Limit of scratch memory per tactic; all GPU memory by default.
+        timing_cache: File of tactic timings, read before and updated after a build.
+        timing_cache_wait_s: How long to wait if another process has locked the file, in seconds.
+        version_compatible: The plan loads in later TensorRT versions too, at some loss of speed.
+        hardware_compatible: The plan runs on Ampere GPUs and newer, not only on this model; some tactics are unavailable.
+        refittable: Weights of the plan can be replaced.
+        strip_plan: The plan contains no weights and must be refitted.
     """
 
     RENAMED_FIELDS: ClassVar[Mapping[str, str]] = {"stripped": "strip_plan"}
@@ -46,5 +46,5 @@ class TrtOptions:
     def __post_init__(self) -> None:
         at_least(0, optimization_level=self.optimization_level, timing_cache_wait_s=self.timing_cache_wait_s)
         at_least(1, workspace_bytes=self.workspace_bytes)
-        if self.optimization_level > HIGHEST_LEVEL:
-            raise InputError(f"optimization_level is {self.optimization_level}", fix=f"give 0 to {HIGHEST_LEVEL}")
+        if self.optimization_level > MAX_LEVEL:
+            raise InputError(f"optimization_level is {self.optimization_level}", fix=f"give 0 to {MAX_LEVEL}")

@@ -1,4 +1,4 @@
-"""TensorRT's progress monitor to our progress bar; Ctrl-C ends a build between two steps."""
+"""Show TensorRT's progress in the progress bar; Ctrl-C stops a build between two steps."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from maskplan.pipeline.core.progress import Bar, bar
 
 @contextmanager
 def progress_monitor(trt: Any) -> Iterator[Any]:
-    """A monitor whose outermost phase is drawn, and which asks TensorRT to stop once a signal came.
+    """A monitor that shows the outermost phase, and requests TensorRT to stop after a signal.
 
     Raises:
-        KeyboardInterrupt: A signal came within. It is not raised inside TensorRT's callbacks, which cannot let it through.
+        KeyboardInterrupt: A signal arrived. It is raised at the end of the block: TensorRT's callbacks cannot raise.
     """
-    with bar("build") as drawn, INTERRUPTS.deferred():
-        yield _monitor_class(trt)(drawn)
+    with bar("build") as progress_bar, INTERRUPTS.deferred():
+        yield _monitor_class(trt)(progress_bar)
     INTERRUPTS.raise_pending()
 
 
 def _monitor_class(trt: Any) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        def __init__(self, drawn: Bar) -> None:
+        def __init__(self, progress_bar: Bar) -> None:
             trt.IProgressMonitor.__init__(self)
-            self._bar, self._outermost = drawn, ""
+            self._bar, self._outermost = progress_bar, ""
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             if not parent_phase:

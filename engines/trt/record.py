@@ -1,18 +1,19 @@
-"""A plan and the record of it: written for plans that we or trtexec built, and held against what is loaded."""
+"""Write plans with their records, and compare a loaded plan with its record."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from maskplan.engines.evidence import with_reasons
 from maskplan.engines.trt.options import TrtOptions
 from maskplan.exporters.conformance import conforming_nodes
 from maskplan.pipeline.core.artifacts import EngineFile, LayerSparsity, OnnxModel, Profile
+from maskplan.pipeline.core.choices import TENSORRT
 from maskplan.pipeline.core.files import write_atomically
 
 
-def plan_record(
+def write_plan(
     onnx_model: OnnxModel,
     plan: bytes,
     profiles: tuple[Profile, ...],
@@ -27,25 +28,25 @@ def plan_record(
     device_memory_bytes: int | None = None,
     build_s: float = 0.0,
     notes: tuple[str, ...] = (),
-    typing: str = "strong",
+    typing: Literal["strong", "weak"] = "strong",
 ) -> EngineFile:
-    """Write a plan to `out` and tell what it is; nothing is written when the graph cannot be read.
+    """Write a plan to `out` and return its record; nothing is written if the graph cannot be read.
 
     Args:
-        onnx_model: The graph that it was built from.
-        plan: Its bytes.
-        profiles: What it was built for, in order.
+        onnx_model: The graph from which it was built.
+        plan: The serialized plan.
+        profiles: Its optimization profiles, in order.
         sparse_weights: Whether sparse kernels were allowed.
-        options: What else the builder was given.
+        options: The other build options.
         out: The file to write.
-        layers: As the inspector tells them; why a layer runs dense is added here.
-        runtime_version: TensorRT's.
-        device: The GPU's name.
-        compute_capability: The GPU's, as in 9.0; None where it is not known.
-        device_memory_bytes: What one context takes.
-        build_s: How long it took.
-        notes: What a reader should know.
-        typing: `weak` where types came from flags and not from the graph alone.
+        layers: From the inspector; reasons for dense layers are added here.
+        runtime_version: TensorRT version.
+        device: Name of the GPU.
+        compute_capability: Of the GPU, such as 9.0; None if unknown.
+        device_memory_bytes: Device memory of one context.
+        build_s: Duration of the build in seconds.
+        notes: Remarks for the user.
+        typing: `strong` if types come from the graph alone, `weak` if from builder flags.
     """
     explained = with_reasons(
         layers,
@@ -57,7 +58,7 @@ def plan_record(
         path=out,
         sha256=write_atomically(out, plan),
         bytes=len(plan),
-        backend="tensorrt",
+        backend=TENSORRT,
         precision=onnx_model.precision,
         runtime_version=runtime_version,
         device=device,
@@ -80,8 +81,8 @@ def plan_record(
     )
 
 
-def differences(trt: Any, plan: Any, engine: EngineFile) -> tuple[str, ...]:
-    """What a deserialized plan has otherwise than its record: names, directions and types of tensors, or profiles."""
+def plan_mismatches(trt: Any, plan: Any, engine: EngineFile) -> tuple[str, ...]:
+    """Compare a deserialized plan with its record: names, directions and dtypes of tensors, number of profiles."""
     types = {
         trt.DataType.FLOAT: "float32",
         trt.DataType.HALF: "float16",
@@ -94,17 +95,19 @@ def differences(trt: Any, plan: Any, engine: EngineFile) -> tuple[str, ...]:
     }
     modes = {trt.TensorIOMode.INPUT: "input", trt.TensorIOMode.OUTPUT: "output"}
     names = [plan.get_tensor_name(i) for i in range(plan.num_io_tensors)]
-    found = {
+    actual = {
         (
             modes.get(plan.get_tensor_mode(name), "tensor"),
             name,
-            types.get(plan.get_tensor_dtype(name), "of another type"),
+            types.get(plan.get_tensor_dtype(name), "of another dtype"),
         )
         for name in names
     }
-    told = {("input", s.name, s.dtype) for s in engine.inputs} | {("output", s.name, s.dtype) for s in engine.outputs}
-    problems = [f"{' '.join(tensor)}, which the sidecar has not" for tensor in sorted(found - told)]
-    problems += [f"no {' '.join(tensor)}" for tensor in sorted(told - found)]
+    recorded = {("input", s.name, s.dtype) for s in engine.inputs} | {
+        ("output", s.name, s.dtype) for s in engine.outputs
+    }
+    problems = [f"{' '.join(tensor)}, which is not in the sidecar" for tensor in sorted(actual - recorded)]
+    problems += [f"no {' '.join(tensor)}" for tensor in sorted(recorded - actual)]
     if plan.num_optimization_profiles != len(engine.profiles):
         problems.append(f"{plan.num_optimization_profiles} profiles, the sidecar has {len(engine.profiles)}")
     return tuple(problems)

@@ -1,4 +1,4 @@
-"""A TensorRT plan behind the Engine protocol: buffers and a stream in the primary context, GPU time by events."""
+"""Run a TensorRT plan behind the Engine protocol: buffers and stream in the primary context, GPU time from events."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import numpy.typing as npt
 from maskplan.engines.base import Arrays, CallTiming
 from maskplan.engines.trt.cuda import Context
 from maskplan.engines.trt.graph import Graph, capture
-from maskplan.engines.trt.host import require_same_host
-from maskplan.engines.trt.log import TrtLogCapture
-from maskplan.engines.trt.record import differences
+from maskplan.engines.trt.host import require_compatible_host
+from maskplan.engines.trt.log_capture import TrtLogCapture
+from maskplan.engines.trt.record import plan_mismatches
 from maskplan.engines.trt.versions import construct, import_tensorrt
 from maskplan.pipeline.core.artifacts import EngineFile, Profile, TensorSpec
 from maskplan.pipeline.core.errors import HostError, InputError, PipelineError, listed
@@ -28,28 +28,28 @@ _NUMPY_TYPES = {"float64", "float32", "float16", "int8", "uint8", "int32", "int6
 
 @dataclass
 class _Batch:
-    """Device and page-locked host memory for one batch size, and the graph that runs it."""
+    """Device and page-locked host buffers for one batch size, and its CUDA graph."""
 
     profile: int
     inputs: dict[str, Any]
     outputs: dict[str, Any]
-    sent: dict[str, npt.NDArray[Any]]
-    received: dict[str, npt.NDArray[Any]]
+    host_inputs: dict[str, npt.NDArray[Any]]
+    host_outputs: dict[str, npt.NDArray[Any]]
     graph: Graph | None = None
     runs: int = 0
 
 
 class TrtEngine:
-    """A plan, deserialized after digest, TensorRT version and GPU were held against its sidecar.
+    """A plan, deserialized after its TensorRT version and GPU were compared with this host.
 
     Args:
-        engine: The sidecar's record; the caller has checked the digest.
-        graphs: Replay CUDA graphs where cuda-python is installed.
+        engine: The record in the sidecar; the caller has verified the digest.
+        graphs: Use CUDA graphs if cuda-python is installed.
 
     Raises:
-        HostError: TensorRT or a GPU is not here, or memory does not suffice.
-        InputError: The plan was built by another TensorRT or for another GPU, has no weights, takes or gives what NumPy
-            cannot hold, is damaged, or is not what its sidecar describes.
+        HostError: TensorRT is not installed, there is no GPU, or its memory is insufficient.
+        InputError: The plan was built with another TensorRT version or for another GPU, has no weights, has tensors
+            unsupported by NumPy, is damaged, or does not match its sidecar.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -57,17 +57,17 @@ class TrtEngine:
 
     def __init__(self, engine: EngineFile, *, graphs: bool = True) -> None:
         _require_runnable(engine)
-        require_same_host(engine)
+        require_compatible_host(engine)
         trt = import_tensorrt()
         self._record, self._graphs = engine, graphs
         self.inputs, self.outputs = engine.inputs, engine.outputs
-        self._heard = TrtLogCapture(trt)
+        self._log_capture = TrtLogCapture(trt)
         self._batches: dict[int, _Batch] = {}
         self._current: int | None = None
         self._runtime: Any = None
         self._engine: Any = None
         self._context: Any = None
-        self.spent: CallTiming | None = None
+        self.last_timing: CallTiming | None = None
         self._cuda = Context()
         try:
             with self._cuda.active():
@@ -77,7 +77,7 @@ class TrtEngine:
             raise
 
     def _load(self, trt: Any) -> None:
-        self._runtime = construct(trt.Runtime, self._heard)
+        self._runtime = construct(trt.Runtime, self._log_capture)
         if self._record.version_compatible:
             self._runtime.engine_host_code_allowed = True
         self._engine = self._runtime.deserialize_cuda_engine(read_bytes(self._record.path))
@@ -86,47 +86,47 @@ class TrtEngine:
                 InputError(
                     "TensorRT cannot load the plan",
                     where=self._record.path,
-                    found=self._heard.why(),
-                    fix="build it again on this host's GPU",
+                    found=self._log_capture.reason(),
+                    fix="rebuild it on this host's GPU",
                 )
             )
-        # Raised here, where only the engine itself holds the plan: an error keeps alive what its frames hold.
-        problems = differences(trt, self._engine, self._record)
+        # Raised here, where only `self` refers to the plan: an error keeps the locals of its frames alive.
+        problems = plan_mismatches(trt, self._engine, self._record)
         if problems:
             raise InputError(
-                "the plan is not what its sidecar describes",
+                "the plan does not match its sidecar",
                 where=self._record.path,
                 found=listed(problems),
-                fix="build it again, or import it with the ONNX file and profile that trtexec was given",
+                fix="rebuild it, or import it with the ONNX file and profile of the trtexec build",
             )
         self._context = self._engine.create_execution_context()
         if self._context is None:
             raise self._failed(
                 HostError(
-                    "TensorRT makes no context for the plan",
+                    "TensorRT failed to create an execution context for the plan",
                     where=self._record.path,
-                    found=self._heard.why(),
+                    found=self._log_capture.reason(),
                     fix="see TensorRT's messages above, and nvidia-smi",
                 )
             )
 
     def _failed(self, otherwise: PipelineError) -> PipelineError:
-        """What to raise where TensorRT gave nothing."""
-        if not self._heard.is_out_of_memory():
+        """The error to raise when TensorRT returned nothing: out of memory, or `otherwise`."""
+        if not self._log_capture.is_out_of_memory():
             return otherwise
         return HostError(
-            "the GPU's memory does not suffice for the engine",
+            "insufficient GPU memory for the engine",
             where=self._record.path,
-            found=self._heard.why(),
-            fix="free the GPU, or build with smaller batches",
+            found=self._log_capture.reason(),
+            fix="free GPU memory, or rebuild with smaller batches",
         )
 
     def infer(self, feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
-        """Run once, in the profile tuned closest to the batch; `spent` then says where the time went.
+        """Run once, in the profile tuned closest to the batch; sets `last_timing`.
 
         Raises:
-            InputError: The feeds are not what the plan takes, or the batch is outside every profile.
-            HostError: The GPU fails.
+            InputError: The feeds do not match the plan's inputs, or no profile contains the batch.
+            HostError: The GPU reports an error.
         """
         started = time.perf_counter()
         batch = _batch_of(feeds, self.inputs, self._record.path)
@@ -134,28 +134,28 @@ class TrtEngine:
             memory = self._batches.get(batch) or self._allocate(batch)
             self._select(batch, memory)
             for name, array in feeds.items():
-                np.copyto(memory.sent[name], array, casting="no")
+                np.copyto(memory.host_inputs[name], array, casting="no")
             copied_in, ran, copied_out = self._run(memory)
-            found = {name: array.copy() for name, array in memory.received.items()}
-        self.spent = CallTiming(ran, copied_in, copied_out, 1000 * (time.perf_counter() - started))
-        return found
+            outputs = {name: array.copy() for name, array in memory.host_outputs.items()}
+        self.last_timing = CallTiming(ran, copied_in, copied_out, 1000 * (time.perf_counter() - started))
+        return outputs
 
     def _run(self, memory: _Batch) -> tuple[float, ...]:
-        """Milliseconds of the copies in, the work and the copies out; the events are gone before the context is left."""
-        marks = [self._cuda.mark()]
-        for name, array in memory.sent.items():
+        """Copy in, launch, copy out; returns their durations in ms. The events are freed while the context is current."""
+        events = [self._cuda.record_event()]
+        for name, array in memory.host_inputs.items():
             self._cuda.copy_in(memory.inputs[name], array)
-        marks.append(self._cuda.mark())
+        events.append(self._cuda.record_event())
         self._launch(memory)
-        marks.append(self._cuda.mark())
-        for name, array in memory.received.items():
+        events.append(self._cuda.record_event())
+        for name, array in memory.host_outputs.items():
             self._cuda.copy_out(array, memory.outputs[name])
-        marks.append(self._cuda.mark())
+        events.append(self._cuda.record_event())
         self._cuda.synchronize()
-        return tuple(self._cuda.milliseconds(a, b) for a, b in pairwise(marks))
+        return tuple(self._cuda.elapsed_ms(a, b) for a, b in pairwise(events))
 
     def close(self) -> None:
-        """Free the engine and its memory."""
+        """Release the engine and its memory."""
         with self._cuda.active():
             self._drop_graphs()
             self._batches.clear()
@@ -175,29 +175,29 @@ class TrtEngine:
                     "an output's shape depends on the data",
                     where=f"{self._record.path}: {spec.name}",
                     found=shapes[spec.name],
-                    fix="export a graph whose output shapes follow from the batch",
+                    fix="export a graph whose output shapes depend only on the batch",
                 )
         memory = _Batch(
             profile,
             inputs={s.name: self._cuda.allocate(_bytes((batch, *_rest(s)), s.dtype)) for s in self.inputs},
             outputs={s.name: self._cuda.allocate(_bytes(shapes[s.name], s.dtype)) for s in self.outputs},
-            sent={s.name: self._cuda.pinned((batch, *_rest(s)), s.dtype) for s in self.inputs},
-            received={s.name: self._cuda.pinned(shapes[s.name], s.dtype) for s in self.outputs},
+            host_inputs={s.name: self._cuda.pinned((batch, *_rest(s)), s.dtype) for s in self.inputs},
+            host_outputs={s.name: self._cuda.pinned(shapes[s.name], s.dtype) for s in self.outputs},
         )
         self._batches[batch] = memory
         return memory
 
     def _select(self, batch: int, memory: _Batch) -> None:
-        """Give the context this batch's shapes and addresses, unless it has them."""
+        """Set this batch's shapes and addresses in the context, unless they are current."""
         if self._current == batch:
             return
         self._set_shapes(batch, memory.profile)
         for name, address in (memory.inputs | memory.outputs).items():
             if not self._context.set_tensor_address(name, int(address)):
                 raise HostError(
-                    "TensorRT refuses an address",
+                    "TensorRT rejects a tensor address",
                     where=f"{self._record.path}: {name}",
-                    found=self._heard.why(),
+                    found=self._log_capture.reason(),
                     fix="see TensorRT's messages above, and nvidia-smi",
                 )
         self._current = batch
@@ -207,9 +207,9 @@ class TrtEngine:
             self._context.set_optimization_profile_async(profile, self._cuda.stream_handle)
         except RuntimeError as error:  # the bindings never return False
             raise HostError(
-                "TensorRT refuses to change the profile",
+                "TensorRT failed to change the profile",
                 where=self._record.path,
-                found=f"{error} {self._heard.why()}",
+                found=f"{error} {self._log_capture.reason()}",
                 fix="see TensorRT's messages above, and nvidia-smi",
             ) from error
         self._current = None
@@ -218,21 +218,21 @@ class TrtEngine:
             shape = (batch, *_rest(spec))
             if not self._context.set_input_shape(spec.name, shape):
                 raise InputError(
-                    "TensorRT refuses a shape",
+                    "TensorRT rejects an input shape",
                     where=f"{self._record.path}: {spec.name}",
-                    found=f"{shape}; {self._heard.why()}",
-                    fix=f"the engine takes batches of {', '.join(map(str, self._record.profiles))}",
+                    found=f"{shape}; {self._log_capture.reason()}",
+                    fix=f"the engine accepts batches of {', '.join(map(str, self._record.profiles))}",
                 )
 
     def _drop_graphs(self) -> None:
-        """A graph is of the context as it was; after a change its launch is undefined."""
+        """Destroy captured graphs: launching one after the context has changed is undefined."""
         for memory in self._batches.values():
             if memory.graph is not None:
                 memory.graph.close()
             memory.graph, memory.runs = None, 0
 
     def _launch(self, memory: _Batch) -> None:
-        """Run on the stream: the first time by layers, as TensorRT asks before a capture, then by a graph."""
+        """Run on the stream: without a graph the first time, as TensorRT requires before a capture, then with one."""
         if self._graphs and memory.runs == 1:
             memory.graph = capture(self._cuda.stream_handle, self._enqueue)
         memory.runs += 1
@@ -240,9 +240,9 @@ class TrtEngine:
             return
         if not self._enqueue():
             raise HostError(
-                "TensorRT cannot run the engine",
+                "TensorRT failed to run the engine",
                 where=self._record.path,
-                found=self._heard.why(),
+                found=self._log_capture.reason(),
                 fix="see TensorRT's messages above, and nvidia-smi",
             )
 
@@ -253,44 +253,44 @@ class TrtEngine:
 def _require_runnable(engine: EngineFile) -> None:
     if engine.strip_plan:
         raise InputError(
-            "the plan has no weights",
+            "the plan contains no weights",
             where=engine.path,
             found="a stripped plan",
-            fix="refit it with the weights of its ONNX file, or build it without stripping",
+            fix="refit it with the weights of its ONNX file, or build it without --strip",
         )
-    unfit = [f"{s.name} {s.dtype}" for s in (*engine.inputs, *engine.outputs) if s.dtype not in _NUMPY_TYPES]
-    if unfit:
+    unsupported = [f"{s.name} {s.dtype}" for s in (*engine.inputs, *engine.outputs) if s.dtype not in _NUMPY_TYPES]
+    if unsupported:
         raise InputError(
-            "NumPy has no such type",
+            "NumPy does not support the type of an input or output",
             where=engine.path,
-            found=listed(unfit),
-            fix="export a graph whose inputs and outputs are float32 or float16; within it any type will do",
+            found=listed(unsupported),
+            fix="export a graph with float32 or float16 inputs and outputs; inner tensors may have any type",
         )
 
 
 def _batch_of(feeds: Arrays, inputs: tuple[TensorSpec, ...], where: Path) -> int:
-    """The batch of feeds that are what the plan takes, which is the same in all of them.
+    """The batch size of the feeds.
 
     Raises:
-        InputError: They are not; all that differs is told.
+        InputError: The feeds do not match the inputs, or differ in batch size; the message lists every difference.
     """
-    problems = [f"{name}, which is no input" for name in feeds if name not in {s.name for s in inputs}]
+    problems = [f"{name}, which is not an input" for name in feeds if name not in {s.name for s in inputs}]
     for spec in inputs:
         array, rest = feeds.get(spec.name), _rest(spec)
-        taken = f"{spec.dtype} (batch, {', '.join(map(str, rest))})"
+        expected = f"{spec.dtype} (batch, {', '.join(map(str, rest))})"
         if array is None:
-            problems.append(f"no {spec.name}, expected {taken}")
+            problems.append(f"no {spec.name}, expected {expected}")
         elif array.dtype != spec.dtype or (array.ndim, *array.shape[1:]) != (1 + len(rest), *rest):
-            problems.append(f"{spec.name} {array.dtype} {array.shape}, expected {taken}")
+            problems.append(f"{spec.name} {array.dtype} {array.shape}, expected {expected}")
     batches = sorted({int(array.shape[0]) for array in feeds.values() if array.ndim})
     if len(batches) > 1:
-        problems.append(f"batches of {' and '.join(map(str, batches))} in one call")
+        problems.append(f"batch sizes {' and '.join(map(str, batches))} in one call")
     if problems:
         raise InputError(
-            "these are not the engine's inputs",
+            "the feeds do not match the engine's inputs",
             where=where,
             found=listed(problems),
-            fix="give one array for each input, all of one batch",
+            fix="pass one array per input, all with the same batch size",
         )
     return batches[0]
 
@@ -299,9 +299,9 @@ def _closest(profiles: tuple[Profile, ...], batch: int) -> int:
     fitting = [i for i, p in enumerate(profiles) if p.min <= batch <= p.max]
     if not fitting:
         raise InputError(
-            "the batch is outside every profile",
+            "no profile contains the batch size",
             found=f"{batch}; profiles {', '.join(map(str, profiles))}",
-            fix="build with a --profile that holds it",
+            fix="rebuild with a --profile that contains it",
         )
     return min(fitting, key=lambda i: abs(profiles[i].opt - batch))
 

@@ -1,4 +1,4 @@
-"""The timing cache: what the builder measured, kept between runs and shared between processes."""
+"""The timing cache: the builder's measurements, kept between runs and shared between processes."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ log = logging.getLogger(__name__)
 
 
 def load_timing_cache(config: Any, path: Path, wait_s: float) -> None:
-    """Give a builder configuration what is in the file; a cache of another TensorRT or GPU is started anew.
+    """Load the file into a builder configuration; a cache of another TensorRT version or GPU is replaced by an empty one.
 
     Raises:
-        HostError: Another process has held the file for longer than `wait_s`.
+        HostError: Another process has locked the file for longer than `wait_s`.
     """
     with _locked(path, wait_s):
         stored = path.read_bytes() if path.is_file() else b""
     cache = config.create_timing_cache(stored) if stored else None
     if cache is None or not config.set_timing_cache(cache, False):
         if stored:
-            log.warning("%s: the timing cache is of another TensorRT or GPU; a new one is begun", path)
+            log.warning("%s: the timing cache belongs to another TensorRT version or GPU; starting a new one", path)
         fresh = config.create_timing_cache(b"")
         if fresh is None or not config.set_timing_cache(fresh, False):
-            log.warning("TensorRT makes no timing cache; the build is not kept for the next")
+            log.warning("TensorRT failed to create a timing cache; the measurements of this build are not saved")
 
 
 def save_timing_cache(config: Any, path: Path, wait_s: float) -> None:
-    """Add what this build measured to the file, with what others added meanwhile; a busy file is left alone."""
-    mine = config.get_timing_cache()
-    if mine is None:
+    """Merge this build's measurements into the file; if it is locked, log a warning and leave it unchanged."""
+    own_cache = config.get_timing_cache()
+    if own_cache is None:
         return
     try:
         with _locked(path, wait_s):
             stored = path.read_bytes() if path.is_file() else b""
-            others = config.create_timing_cache(stored) if stored else None
-            if others is not None and not mine.combine(others, False):
-                log.warning("%s: the timing cache is of another TensorRT or GPU; it is replaced", path)
-            write_atomically(path, bytes(mine.serialize()))
+            stored_cache = config.create_timing_cache(stored) if stored else None
+            if stored_cache is not None and not own_cache.combine(stored_cache, False):
+                log.warning("%s: the timing cache belongs to another TensorRT version or GPU; replacing it", path)
+            write_atomically(path, bytes(own_cache.serialize()))
     except HostError as error:
         log.warning("the timing cache is not updated: %s", error)
 
@@ -52,12 +52,12 @@ def save_timing_cache(config: Any, path: Path, wait_s: float) -> None:
 def _locked(path: Path, wait_s: float) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     busy = HostError(
-        "the timing cache is busy",
+        "the timing cache is locked",
         where=path,
-        found=f"another process has held it for {wait_s:g} s",
-        fix="wait for that build, or give another --timing-cache",
+        found=f"another process has locked it for {wait_s:g} s",
+        fix="wait for the other build, or use another --timing-cache",
     )
-    # A separate file: the cache itself is replaced by each write, and a lock stays with the old file.
+    # A separate lock file, because each write replaces the cache file and a lock would stay with the old one.
     with path.with_name(path.name + ".lock").open("a") as lock:
         acquire_lock(lock, lambda: busy, wait_s=wait_s)
         yield

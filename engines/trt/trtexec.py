@@ -1,4 +1,4 @@
-"""The same build by NVIDIA's trtexec: its command lines, for hosts where only it may run."""
+"""Command lines of NVIDIA's trtexec for the same build, for hosts where only trtexec may run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from maskplan.pipeline.core.errors import InputError, listed
 
 MAJORS = (10, 11)
 _MIB = 2**20
-# What 11 does by itself: graphs, spinning, a profile run of its own, and no copies in the timed runs.
+# Defaults of trtexec 11: CUDA graphs, spin wait, a separate profile run, no copies in the timed runs.
 _TIMING_OF_10 = ("--useCudaGraph", "--useSpinWait", "--separateProfileRun", "--noDataTransfers")
 
 
@@ -26,23 +26,23 @@ def trtexec_lines(
     out: Path,
     major: int,
 ) -> list[str]:
-    """Shell lines that build and time a plan for each profile, and write what `build --import` takes back.
+    """Shell lines that build and time one plan per profile, and write the files that `build --import` reads.
 
-    A plan is timed at the batch that it is tuned for, with the defaults of 11; on 10 they have to be asked for. One without
-    weights is not timed. For an FP32 graph the warning of our own builder comes first, as a comment.
+    A plan is timed at the batch for which it is tuned, with the defaults of trtexec 11, which 10 needs as options. A plan
+    without weights is not timed. For an FP32 graph the first line is the builder's warning as a comment.
 
     Args:
         onnx_model: The graph.
-        profiles: One plan each, for a command line of trtexec has one; all different.
-        sparse_weights: Whether sparse kernels are allowed; never forced, which would overwrite weights.
-        options: As of the builder.
-        out: The plan; with several profiles the tuned batch goes into the names.
+        profiles: One plan each, since trtexec supports one profile per command; all different.
+        sparse_weights: Whether sparse kernels are allowed (never forced, which would overwrite weights).
+        options: The builder's options.
+        out: The plan; with several profiles their names contain the tuned batch.
         major: TensorRT's major version, 10 or 11.
 
     Raises:
-        InputError: As of `require_fitting`.
+        InputError: See `require_compatible_shapes`.
     """
-    require_fitting(onnx_model, profiles)
+    require_compatible_shapes(onnx_model, profiles)
     common = ["--sparsity=enable" if sparse_weights else "--sparsity=disable"]
     if major < 11:
         common.append("--stronglyTyped")
@@ -53,35 +53,37 @@ def trtexec_lines(
         common.append(f"--memPoolSize=workspace:{options.workspace_bytes / _MIB:g}M")
     if options.timing_cache is not None:
         common.append(f"--timingCacheFile={options.timing_cache}")
-    for asked, flag in (
+    for enabled, flag in (
         (options.version_compatible, "--versionCompatible"),
         (options.hardware_compatible, "--hardwareCompatibilityLevel=ampere+"),
-        # Alone, the second lets a plan be refitted with the same weights only; with the first, with any.
+        # A plan with --stripWeights alone can be refitted with the same weights only; with --refit, with any.
         (options.refittable, "--refit"),
         (options.strip_plan, "--stripWeights"),
     ):
-        if asked:
+        if enabled:
             common.append(flag)
     timing = ["--skipInference"] if options.strip_plan else [] if major >= 11 else list(_TIMING_OF_10)
     lines = [f"# {FP32_NOTE}"] if sparse_weights and onnx_model.precision == FP32 else []
     for profile in profiles:
-        plan = out if len(profiles) == 1 else out.with_name(f"{out.stem}.{label_of(profile, profiles)}{out.suffix}")
+        plan = (
+            out if len(profiles) == 1 else out.with_name(f"{out.stem}.{profile_label(profile, profiles)}{out.suffix}")
+        )
         files = [f"--onnx={onnx_model.path}", f"--saveEngine={plan}", f"--exportLayerInfo={plan}.layers.json"]
         lines.append(shlex.join(["trtexec", *files, *_shapes(onnx_model, profile), *common, *timing]))
     return lines
 
 
-def label_of(profile: Profile, profiles: Sequence[Profile]) -> str:
-    """What tells a profile from the others in a file's name: the tuned batch, or all three where that is not enough."""
-    is_alone = [other.opt for other in profiles].count(profile.opt) == 1
-    return f"b{profile.opt}" if is_alone else f"b{profile.min}-{profile.opt}-{profile.max}"
+def profile_label(profile: Profile, profiles: Sequence[Profile]) -> str:
+    """A unique label of a profile for file names: the tuned batch, or all three sizes if that is ambiguous."""
+    is_unique = [other.opt for other in profiles].count(profile.opt) == 1
+    return f"b{profile.opt}" if is_unique else f"b{profile.min}-{profile.opt}-{profile.max}"
 
 
-def require_fitting(onnx_model: OnnxModel, profiles: Sequence[Profile]) -> None:
-    """Raise unless profiles say all that the graph leaves open, and nothing that it does not.
+def require_compatible_shapes(onnx_model: OnnxModel, profiles: Sequence[Profile]) -> None:
+    """Raise unless the profiles fix every dynamic dimension of the graph and match its static ones.
 
     Raises:
-        InputError: Another dimension than the batch is dynamic, or a profile has batches that the graph does not take.
+        InputError: A dimension other than the batch is dynamic, or a profile has batches that the graph rejects.
     """
     problems = []
     for spec in onnx_model.inputs:
@@ -95,12 +97,12 @@ def require_fitting(onnx_model: OnnxModel, profiles: Sequence[Profile]) -> None:
             "TensorRT cannot build the graph for these shapes",
             where=onnx_model.path,
             found="; ".join(problems),
-            fix="export with fixed image sizes; leave --profile out where the batch is fixed",
+            fix="export with fixed image sizes; omit --profile if the batch is fixed",
         )
 
 
 def _shapes(onnx_model: OnnxModel, profile: Profile) -> list[str]:
-    """Shapes of a dynamic graph; one of a fixed batch must not be given any."""
+    """Shape options of a graph with a dynamic batch; trtexec rejects them for a fixed batch."""
     dynamic = [spec for spec in onnx_model.inputs if spec.shape and spec.shape[0] is None]
     options = []
     for name, batch in (("min", profile.min), ("opt", profile.opt), ("max", profile.max)):

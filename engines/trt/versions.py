@@ -1,19 +1,19 @@
-"""TensorRT's Python package, and what a version of it has: the same code serves 10.3 to 11."""
+"""TensorRT's Python package and the differences between its versions 10.3 to 11."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from maskplan.engines.trt.log import TrtLogCapture
+from maskplan.engines.trt.log_capture import TrtLogCapture
 from maskplan.pipeline.core.errors import HostError
 
-OLDEST = (10, 3)
-_STRONG_WITHOUT_FLAG = 11
+MIN_VERSION = (10, 3)
+_ALWAYS_STRONGLY_TYPED_MAJOR = 11
 
 
 def import_tensorrt() -> Any:
-    """TensorRT's Python package.
+    """Import TensorRT's Python package.
 
     Raises:
         HostError: It is not installed, its libraries do not load, or it is older than 10.3.
@@ -24,63 +24,63 @@ def import_tensorrt() -> Any:
         version = tensorrt.__version__
     except (AttributeError, ImportError, OSError, RuntimeError) as error:
         raise HostError(
-            "TensorRT is not here",
+            "TensorRT is not installed",
             found=f"{type(error).__name__}: {error}",
-            fix="on a GPU host: pip install 'maskplan[tensorrt]'; finished stages can be copied there",
+            fix="on a GPU host: pip install 'maskplan[tensorrt]'; copy the output folder there to reuse finished stages",
         ) from error
-    if _release(version) < OLDEST:
+    if _release(version) < MIN_VERSION:
         raise HostError(
             "TensorRT is too old",
-            found=f"TensorRT {version}, needed is {'.'.join(map(str, OLDEST))} or newer",
-            fix="pip install --upgrade tensorrt, in an environment of its own",
+            found=f"TensorRT {version}, required is {'.'.join(map(str, MIN_VERSION))} or newer",
+            fix="pip install --upgrade tensorrt, in a separate environment",
         )
     return tensorrt
 
 
 def member(owner: Any, name: str) -> Any | None:
-    """What some versions have under a name and others have not; None where it is not there.
+    """Get a member that only some versions have; None if it is missing.
 
-    Enumerations change their integers between versions, so members are always asked for by name. This is the only place
-    that looks names up at run time, so that tests can hold every name in the sources against the real packages.
+    Enumerations change their integers between versions, so members are always looked up by name. Only this function looks
+    up names at run time, so that tests can check every name in the sources against the real packages.
     """
     return getattr(owner, name, None)
 
 
 def network_flags(trt: Any) -> int:
-    """Creation flags of a strongly typed network: from 11 on every network is one, and the flag may go.
+    """Creation flags of a strongly typed network; from version 11 on every network is, and the flag may be missing.
 
     Raises:
-        HostError: An older version that has no such flag.
+        HostError: An older version without the flag.
     """
     flag = member(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
     if flag is not None:
         return 1 << int(flag)
-    if _release(trt.__version__) < (_STRONG_WITHOUT_FLAG, 0):
+    if _release(trt.__version__) < (_ALWAYS_STRONGLY_TYPED_MAJOR, 0):
         raise HostError(
-            "this TensorRT makes no strongly typed networks",
+            "this TensorRT does not support strongly typed networks",
             found=f"TensorRT {trt.__version__} without the flag STRONGLY_TYPED",
-            fix="install the package as NVIDIA publishes it, of 10.3 or newer",
+            fix="install NVIDIA's package, version 10.3 or newer",
         )
     return 0
 
 
 def construct(kind: Any, log_capture: TrtLogCapture, *arguments: Any) -> Any:
-    """A Builder, Runtime or OnnxParser, with our logger.
+    """Construct a Builder, Runtime or OnnxParser with the capturing logger.
 
     Raises:
-        HostError: TensorRT returns none, as without a driver; the bindings make an exception of it.
+        HostError: TensorRT returns null, for example without a driver, which the bindings turn into an exception.
     """
     try:
         return kind(*arguments, log_capture.logger)
     except (TypeError, RuntimeError) as error:
         raise HostError(
-            f"TensorRT makes no {kind.__name__} here",
-            found=log_capture.why() if log_capture.errors or log_capture.warnings else str(error),
-            fix="check that nvidia-smi sees a GPU and that the driver is recent enough for this TensorRT",
+            f"TensorRT failed to create a {kind.__name__}",
+            found=log_capture.reason() if log_capture.errors or log_capture.warnings else str(error),
+            fix="check that nvidia-smi lists a GPU and that the driver is recent enough for this TensorRT",
         ) from error
 
 
 def _release(version: str) -> tuple[int, int]:
-    """Major and minor; a version that cannot be read is taken for the oldest."""
+    """Major and minor version; (0, 0) if the version cannot be parsed."""
     match = re.match(r"(\d+)\.(\d+)", version)
     return (int(match[1]), int(match[2])) if match else (0, 0)

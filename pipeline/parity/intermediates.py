@@ -1,4 +1,4 @@
-"""An ONNX file whose intermediate tensors can be asked for, a few at a time."""
+"""Run an ONNX file with chosen intermediate tensors as outputs."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _FLOATS = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(dou
 class Intermediates:
     """An ONNX file of one image input, to be run on ONNX Runtime with any of its tensors marked as outputs.
 
-    Graph optimization is off: a marked tensor is what its node computes, whichever others are marked. ONNX Runtime reads
-    external data from the file's own folder, so there may be more of it than one ONNX file can hold.
+    Graph optimization is off, so that a tensor's value does not depend on which others are marked. ONNX Runtime reads
+    external data from the file's folder, so the model may exceed the 2 GiB of one ONNX file.
 
     Args:
         path: The ONNX file.
-        shape: Of one image, (channels, H, W).
+        shape: Shape of one image, (channels, H, W).
 
     Attributes:
-        model: As parsed; external data stays outside.
-        batch: Images that one run takes: 1, or the batch that the graph is fixed to.
+        model: The parsed model, without external data.
+        batch: Images per run: 1, or the fixed batch size of the graph.
 
     Raises:
         InputError: The file cannot be read, takes no images of this shape, or has external data outside its folder.
@@ -55,7 +55,7 @@ class Intermediates:
                 f"{v.name} {[d.dim_value or None for d in v.type.tensor_type.shape.dim]}" for v in sources
             )
             raise InputError(
-                "the model does not take the images",
+                "the model does not accept the images",
                 where=path,
                 found=f"images {shape}, inputs {found or 'none'}",
                 fix="compare models with one image input of one size",
@@ -65,7 +65,7 @@ class Intermediates:
         self._shape = shape
 
     def float_outputs(self, names: Sequence[str]) -> dict[str, TensorSpec]:
-        """What these tensors are at one batch, those of floats only; None in a shape is what only a run can tell.
+        """The float tensors among `names` with their types and shapes for one batch; None is a size known only at run time.
 
         Raises:
             InputError: ONNX Runtime does not accept the file.
@@ -77,13 +77,13 @@ class Intermediates:
         }
 
     def open(self, names: Sequence[str]) -> Run:
-        """A function from images (N, channels, H, W) to these tensors, in the types that the graph has them.
+        """A function from images (N, channels, H, W) to these tensors, in the graph's own types.
 
-        Images go through `batch` at a time; a last part that is too short is filled up with its last image. Tensors without
-        a batch axis are joined as if they had one.
+        Images run `batch` at a time; a short last batch is padded with its last image. Tensors without a batch axis are
+        concatenated as if they had one.
 
         Raises:
-            InputError: ONNX Runtime does not accept the file; the function raises it where the graph fails.
+            InputError: ONNX Runtime does not accept the file. The function raises it if the graph fails.
         """
         session = self._session(names)
         source = session.get_inputs()[0]
@@ -113,12 +113,12 @@ class Intermediates:
     def _session(self, names: Sequence[str]) -> Any:
         marked = onnx.ModelProto()
         marked.CopyFrom(self.model)
-        # With the images' own size every shape that can be told without a run is told.
+        # With the images' own size, ONNX Runtime infers every shape that does not depend on values.
         (source,) = [value for value in marked.graph.input if value.name == self._source.name]
         for dim, size in zip(source.type.tensor_type.shape.dim, (self.batch, *self._shape), strict=True):
             dim.dim_value = size
         del marked.graph.value_info[:]
-        # Only what is asked for is computed; ONNX Runtime infers the types.
+        # Only the requested tensors are computed; ONNX Runtime infers their types.
         del marked.graph.output[:]
         marked.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
         external_data_dir = self.path.parent if self._external else None

@@ -106,7 +106,7 @@ def run_interleaved(engines: Sequence[Classifier], batch: int, options: TimeOpti
     Raises:
         InputError: An engine cannot run the batch in one call.
     """
-    rejecting = [f"{e.name} accepts {e.batch_for(1)} to {e.largest_batch}" for e in engines if not _accepts(e, batch)]
+    rejecting = [f"{e.name} accepts {e.batch_for(1)} to {e.max_batch}" for e in engines if not _accepts(e, batch)]
     if rejecting:
         raise InputError(
             f"engines do not accept batches of {batch}",
@@ -126,7 +126,7 @@ def run_interleaved(engines: Sequence[Classifier], batch: int, options: TimeOpti
     )
     host_s: list[list[float]] = [[] for _ in engines]
     device_timings: list[list[CallTiming]] = [[] for _ in engines]
-    on_gpu = any(engine.spent is not None for engine in engines)
+    on_gpu = any(engine.last_timing is not None for engine in engines)
     with watch_clocks() if on_gpu else contextlib.nullcontext(ClockWatch()) as watch:
         for i in range(repeats):
             # Rotating the order prevents an engine from always running after the same other one.
@@ -134,11 +134,11 @@ def run_interleaved(engines: Sequence[Classifier], batch: int, options: TimeOpti
                 started = clock()
                 engines[number].logits(images)
                 host_s[number].append(clock() - started)
-                if (timing := engines[number].spent) is not None:
+                if (timing := engines[number].last_timing) is not None:
                     device_timings[number].append(timing)
     runs = tuple(Runs(tuple(h), tuple(d)) for h, d in zip(host_s, device_timings, strict=True))
     return Interleaved(images, runs, watch.clocks)
 
 
 def _accepts(engine: Classifier, batch: int) -> bool:
-    return batch <= engine.largest_batch and engine.batch_for(batch) == batch
+    return batch <= engine.max_batch and engine.batch_for(batch) == batch

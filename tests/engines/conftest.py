@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from tensorrt_hosts import HOSTS, put_in_place
+from tensorrt_hosts import HOSTS, install_host
 
 
 @pytest.fixture(params=HOSTS)
 def tensorrt_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """TensorRT and a GPU are here, stand-ins or real ones; which."""
-    put_in_place(request.param, monkeypatch)
+    install_host(request.param, monkeypatch)
     return str(request.param)

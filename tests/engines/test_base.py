@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 class Means:
     """An engine in NumPy: the logits are the channels' means. It remembers what it was fed."""
 
-    spent = None
+    last_timing = None
 
     def __init__(
         self,
@@ -109,8 +109,8 @@ def test_the_fixed_batch_is_the_graphs_own() -> None:
 
 
 def test_the_largest_batch_is_the_largest_profiles() -> None:
-    assert Classifier(Means(), "net", (Profile(1, 1, 1), Profile(2, 4, 16), Profile(1, 2, 8))).largest_batch == 16
-    assert Classifier(Means(), "net").largest_batch == sys.maxsize
+    assert Classifier(Means(), "net", (Profile(1, 1, 1), Profile(2, 4, 16), Profile(1, 2, 8))).max_batch == 16
+    assert Classifier(Means(), "net").max_batch == sys.maxsize
 
 
 def test_leaving_the_block_closes_the_engine_also_on_an_error() -> None:

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_net import small_net
-from tensorrt_hosts import HAS_GPU, HAS_TENSORRT, HOSTS, put_in_place
+from tensorrt_hosts import HAS_GPU, HAS_TENSORRT, HOSTS, install_host
 
 from maskplan.engines.build import (
     BACKENDS,
@@ -47,7 +47,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Every backend, TensorRT's stand-ins among them."""
     if request.param == "onnxruntime":
         return "onnxruntime"
-    put_in_place(request.param, monkeypatch)
+    install_host(request.param, monkeypatch)
     return "tensorrt"
 
 
@@ -134,7 +134,7 @@ def test_a_model_that_the_backend_does_not_accept_leaves_nothing(backend: str, s
 
 def test_what_was_asked_for_is_taken() -> None:
     for name in BACKENDS:
-        assert choose_backend(name) == (name, "asked for")
+        assert choose_backend(name) == (name, "requested")
 
 
 @pytest.mark.parametrize(
@@ -142,12 +142,12 @@ def test_what_was_asked_for_is_taken() -> None:
     [
         ((), "TensorRT is not installed"),
         (("pycuda",), "TensorRT is not installed"),
-        (("tensorrt",), "TensorRT is installed, but pycuda, which runs its engines, is not"),
+        (("tensorrt",), "TensorRT is installed, but pycuda, which is required to run its engines, is not"),
         (
             ("tensorrt", "pycuda"),
-            "TensorRT, pycuda and an NVIDIA driver are here"
+            "TensorRT, pycuda and an NVIDIA driver are installed"
             if HAS_GPU
-            else "TensorRT and pycuda are installed, but there is no NVIDIA driver",
+            else "TensorRT and pycuda are installed, but the NVIDIA driver is not",
         ),
     ],
 )
@@ -191,11 +191,11 @@ def test_auto_looks_for_tensorrt_without_loading_it(tmp_path: Path) -> None:
 def test_asking_for_tensorrt_where_there_is_none_says_so_and_leaves_nothing(
     source: Path, cli: Callable[..., Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(HostError, match="TensorRT is not here"):
+    with pytest.raises(HostError, match="TensorRT is not installed"):
         build_engine(describe_onnx(source), BuildOptions("tensorrt"), tmp_path / "engine.plan")
     ran = cli("build", source, "--backend", "tensorrt", "-o", tmp_path / "engine.plan")
     assert (ran.code, ran.out) == (3, "")
-    assert ran.err.startswith("error: TensorRT is not here")
+    assert ran.err.startswith("error: TensorRT is not installed")
     assert [p.name for p in tmp_path.iterdir()] == ["net.onnx"]
 
 
@@ -212,7 +212,7 @@ def test_a_profile_reads_as_it_prints(sizes: list[int]) -> None:
     "text", ["", "0", "2:1:4", "1:8:4", "1:2", "1:2:3:4", "a:b:c", "-1:1:1", "1.5", "1: 2:3", "0:1:2"]
 )
 def test_what_is_no_profile_is_refused(text: str, source: Path, cli: Callable[..., Any]) -> None:
-    with pytest.raises(InputError, match="not a profile"):
+    with pytest.raises(InputError, match="invalid profile"):
         parse_profile(text)
     ran = cli("build", source, "--backend", "onnxruntime", f"--profile={text}")
     assert ran.code == 3

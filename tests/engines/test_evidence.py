@@ -24,8 +24,8 @@ from maskplan.engines.evidence import (
     NOT_2TO4,
     SparsityLog,
     Totals,
-    layers_of,
-    sparsity_log,
+    parse_layers,
+    parse_sparsity_log,
     totals,
     with_reasons,
 )
@@ -95,7 +95,7 @@ def text(*layers: Any) -> str:
 
 
 def only(*layers: Any, **options: Any) -> LayerSparsity:
-    (layer,) = layers_of(text(*layers), **options)
+    (layer,) = parse_layers(text(*layers), **options)
     return layer
 
 
@@ -131,7 +131,7 @@ def test_tensorrt_10_json_with_control_characters_in_the_metadata() -> None:
     assert only(layer) == expected
     raw = text(layer).replace("\\u001e", "\x1e")
     assert "\x1e" in raw
-    assert layers_of(raw) == layers_of(raw.encode()) == layers_of("\ufeff" + raw) == (expected,)
+    assert parse_layers(raw) == parse_layers(raw.encode()) == parse_layers("\ufeff" + raw) == (expected,)
 
 
 def test_tensorrt_11_json() -> None:
@@ -140,14 +140,14 @@ def test_tensorrt_11_json() -> None:
         del layer[side][0]["Format/Datatype"]
         layer[side][0] |= {"Format": "Row major linear FP16 format (kLINEAR)", "DataType": kind}
     io = [{"Name": "input", "IOMode": "Input", "DataType": "Half", "Dimensions": [8, 3, 224, 224]}]
-    found = layers_of(json.dumps({"Layers": [layer], "I/O Tensors": io, "Engine Metadata": {}}))
+    found = parse_layers(json.dumps({"Layers": [layer], "I/O Tensors": io, "Engine Metadata": {}}))
     assert found == (LayerSparsity("/c/Conv", FLOAT_OUT, DENSE, 256, 256, ("/c/Conv",), FLOAT_OUTPUT),)
 
 
 def test_names_alone_tell_nothing_of_kernels() -> None:
     """Verbosity below detailed gives strings, and `sparse` in a layer's own name is no kernel."""
     names = ["Reformatting CopyNode for Input Tensor 0 to a", "a + b", "sparse_conv", AVDT, IMPLICIT]
-    found = layers_of(text(*names))
+    found = parse_layers(text(*names))
     assert [(layer.name, layer.kernel, layer.state) for layer in found] == [(n, None, UNKNOWN) for n in names[1:]]
     assert found[0].nodes == ("a", "b")
 
@@ -158,7 +158,7 @@ def test_layers_that_cannot_hold_weights_are_left_out() -> None:
     ]  # fmt: skip
     layers = [{"Name": t, "LayerType": t, "TacticValue": "0x0"} for t in types]
     layers += [{"Name": "p", "LayerType": "Pooling", "TacticName": "sm50_xmma_pooling_fw_4d_FP16FP32NHWC_Average"}]
-    assert [layer.name for layer in layers_of(text(*layers, conv("a", IMPLICIT)))] == ["a"]
+    assert [layer.name for layer in parse_layers(text(*layers, conv("a", IMPLICIT)))] == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -281,35 +281,35 @@ def test_fused_nodes_are_named(name: str, metadata: Any, nodes: tuple[str, ...])
     "wrong", ["", "{", "[", "Layers", "{'Layers': []}", b"\xff\xfe\xfa", "[" * 100000, text()[:-1]]
 )
 def test_what_is_no_json_is_refused(wrong: str | bytes) -> None:
-    with pytest.raises(InputError, match=r"expected a JSON object with a list of Layers(.|\n)*no JSON"):
-        layers_of(wrong)
+    with pytest.raises(InputError, match=r"expected a JSON object with a list of Layers(.|\n)*not JSON"):
+        parse_layers(wrong)
 
 
 @pytest.mark.parametrize(
     ("wrong", "found"),
     [
-        ("[]", "a list and no object"),
-        ("7", "a int and no object"),
-        ("{}", "it has nothing"),
-        ('{"layers": [], "Bindings": []}', "it has 'layers', 'Bindings'"),
+        ("[]", "a list, not an object"),
+        ("7", "a int, not an object"),
+        ("{}", "its keys are none"),
+        ('{"layers": [], "Bindings": []}', "its keys are 'layers', 'Bindings'"),
         ('{"Layers": {}}', "Layers is a dict"),
         ('{"Layers": "a"}', "Layers is a str"),
     ],
 )
 def test_json_of_another_kind_is_refused_and_says_what_was_found(wrong: str, found: str) -> None:
     with pytest.raises(InputError, match="expected a JSON object with a list of Layers") as error:
-        layers_of(wrong)
+        parse_layers(wrong)
     assert found in str(error.value)
 
 
 def test_an_engine_that_tells_no_layers_has_none() -> None:
-    assert layers_of('{"Layers": []}') == ()
+    assert parse_layers('{"Layers": []}') == ()
     assert totals(()) == Totals(0, 0, 0)
 
 
 def test_layers_are_counted_by_state() -> None:
     kernels = [AVDT, SIMT, SIMT, None, None, None]
-    assert totals(layers_of(text(*(conv("a", kernel) for kernel in kernels)))) == Totals(1, 2, 3)
+    assert totals(parse_layers(text(*(conv("a", kernel) for kernel in kernels)))) == Totals(1, 2, 3)
 
 
 FOR_TWO_PROFILES = [
@@ -330,7 +330,7 @@ FOR_TWO_PROFILES = [
 
 def test_a_layer_listed_for_every_profile_is_kept_for_each_and_counted_once() -> None:
     """Sparse in any profile, dense in all."""
-    layers = layers_of(text(*FOR_TWO_PROFILES))
+    layers = parse_layers(text(*FOR_TWO_PROFILES))
     assert len(layers) == 12
     assert all("profile" not in node for layer in layers for node in layer.nodes)
     assert totals(layers) == Totals(sparse=3, dense=1, unknown=2)
@@ -340,7 +340,7 @@ def test_a_layer_listed_for_every_profile_is_kept_for_each_and_counted_once() ->
 
 def test_layers_of_one_name_in_one_profile_are_different_ones() -> None:
     names = ["a", "a", "a [profile 1]", "a [profile 1]"]
-    assert totals(layers_of(text(*(conv(name, AVDT) for name in names)))) == Totals(2, 0, 0)
+    assert totals(parse_layers(text(*(conv(name, AVDT) for name in names)))) == Totals(2, 0, 0)
 
 
 @given(st.lists(st.tuples(st.sampled_from(["a", "b", "c"]), st.sampled_from([AVDT, SIMT, None])), max_size=6))
@@ -349,19 +349,21 @@ def test_as_many_profiles_as_one_likes_do_not_change_the_totals(engine: list[tup
     profiles = [
         conv(name + suffix, kernel) for suffix in ("", " [profile 1]", " [profile 2]") for name, kernel in engine
     ]
-    assert totals(layers_of(text(*profiles))) == totals(layers_of(text(*profiles[: len(engine)])))
+    assert totals(parse_layers(text(*profiles))) == totals(parse_layers(text(*profiles[: len(engine)])))
 
 
 def reason_of(
     layer: dict[str, Any], conforming: tuple[str, ...] = ("a",), precision: str = "fp16", level: int = 3
 ) -> str | None:
-    found = with_reasons(layers_of(text(layer)), conforming=conforming, precision=precision, optimization_level=level)
+    found = with_reasons(
+        parse_layers(text(layer)), conforming=conforming, precision=precision, optimization_level=level
+    )
     again = with_reasons(found, conforming=conforming, precision=precision, optimization_level=level)
     assert again == found
     return found[0].reason
 
 
-QUANTISED = [tensor("x", [8, 256, 14, 14], "Int8")]
+QUANTIZED = [tensor("x", [8, 256, 14, 14], "Int8")]
 UNTOLD = [tensor("x", [-1, 256, 14, 14], "N/A due to dynamic shapes")]
 
 
@@ -374,8 +376,8 @@ UNTOLD = [tensor("x", [-1, 256, 14, 14], "N/A due to dynamic shapes")]
         (conv("a", IMPLICIT), {"precision": "fp32"}, NO_FP32_KERNELS),
         (conv("a", IMPLICIT), {"level": 2}, LOW_OPTIMIZATION),
         (conv("a", IMPLICIT), {"level": 5}, None),
-        (conv("a", IMPLICIT, Inputs=QUANTISED), {"precision": "int8"}, FLOAT_OUTPUT),
-        (conv("a", IMPLICIT, Inputs=QUANTISED, Outputs=QUANTISED), {"precision": "int8"}, None),
+        (conv("a", IMPLICIT, Inputs=QUANTIZED), {"precision": "int8"}, FLOAT_OUTPUT),
+        (conv("a", IMPLICIT, Inputs=QUANTIZED, Outputs=QUANTIZED), {"precision": "int8"}, None),
         (conv("a", FLOAT_OUT, Inputs=UNTOLD, Outputs=UNTOLD), {"precision": "int8"}, FLOAT_OUTPUT),
         (conv("a", INT8_OUT, Inputs=UNTOLD, Outputs=UNTOLD), {"precision": "int8"}, None),
         (conv("a", IMPLICIT, 255, 256), {}, FEW_CHANNELS),
@@ -385,8 +387,8 @@ UNTOLD = [tensor("x", [-1, 256, 14, 14], "N/A due to dynamic shapes")]
         (conv("a", IMPLICIT, 64, groups=2), {"conforming": (), "precision": "fp32", "level": 0}, GROUPED),
         (conv("a", IMPLICIT, 64), {"conforming": (), "precision": "fp32", "level": 0}, NOT_2TO4),
         (conv("a", IMPLICIT, 64), {"precision": "fp32", "level": 0}, NO_FP32_KERNELS),
-        (conv("a", IMPLICIT, 64, Inputs=QUANTISED), {"level": 0}, LOW_OPTIMIZATION),
-        (conv("a", IMPLICIT, 64, Inputs=QUANTISED), {}, FLOAT_OUTPUT),
+        (conv("a", IMPLICIT, 64, Inputs=QUANTIZED), {"level": 0}, LOW_OPTIMIZATION),
+        (conv("a", IMPLICIT, 64, Inputs=QUANTIZED), {}, FLOAT_OUTPUT),
         # Only dense layers have one.
         (conv("a", SPARSE_CONV, 64, groups=2), {"conforming": (), "level": 0}, None),
         (conv("a", None, 64, groups=2), {"conforming": (), "level": 0}, None),
@@ -397,7 +399,7 @@ def test_dense_layers_say_why(layer: dict[str, Any], options: dict[str, Any], re
 
 
 def test_conforming_weights_are_found_by_any_fused_node_or_by_the_weights_name() -> None:
-    layers = layers_of(text(*(conv(f"relu{n} + conv{n}", IMPLICIT, Metadata=None) for n in range(3)), "b"))
+    layers = parse_layers(text(*(conv(f"relu{n} + conv{n}", IMPLICIT, Metadata=None) for n in range(3)), "b"))
 
     def reasons(*conforming: str) -> list[str | None]:
         found = with_reasons(layers, conforming=conforming, precision="fp16", optimization_level=3)
@@ -410,7 +412,7 @@ def test_conforming_weights_are_found_by_any_fused_node_or_by_the_weights_name()
 
 
 def test_a_layer_whose_nodes_are_not_told_is_not_called_unpruned() -> None:
-    layers = layers_of(text(conv("(Unnamed Layer* 1) [Convolution]", IMPLICIT, Metadata=None), conv("a", IMPLICIT)))
+    layers = parse_layers(text(conv("(Unnamed Layer* 1) [Convolution]", IMPLICIT, Metadata=None), conv("a", IMPLICIT)))
     found = with_reasons(layers, conforming=["a"], precision="fp16", optimization_level=3)
     assert [layer.reason for layer in found] == [None, None]
 
@@ -464,9 +466,9 @@ LOG_B = (
     ],
 )
 def test_both_forms_of_log_lines_are_read(lines: list[str], log: SparsityLog) -> None:
-    assert sparsity_log(lines) == log
+    assert parse_sparsity_log(lines) == log
     around = ["[I] Building", *lines, "sparse tactics", "Found 9 layer(s) eligible to use sparse tactics"]
-    assert sparsity_log(iter(around)) == log
+    assert parse_sparsity_log(iter(around)) == log
 
 
 def test_every_pair_is_kept_in_order_and_every_name_once() -> None:
@@ -479,7 +481,7 @@ def test_every_pair_is_kept_in_order_and_every_name_once() -> None:
         found.format(2, "a, c"),
         chose.format(2) + "using sparse tactics: c, b",
     ]
-    assert sparsity_log(lines) == SparsityLog(("b", "a", "c"), ("b", "c"), ((2, 1), (196, 140), (2, 2)), 0)
+    assert parse_sparsity_log(lines) == SparsityLog(("b", "a", "c"), ("b", "c"), ((2, 1), (196, 140), (2, 2)), 0)
 
 
 @pytest.mark.parametrize(
@@ -504,7 +506,7 @@ def test_every_pair_is_kept_in_order_and_every_name_once() -> None:
 def test_malformed_lines_are_skipped_and_counted(
     lines: list[str], unread: int, counts: tuple[tuple[int, int], ...]
 ) -> None:
-    assert sparsity_log(lines) == SparsityLog((), (), counts, unread)
+    assert parse_sparsity_log(lines) == SparsityLog((), (), counts, unread)
 
 
 # Properties: whatever is done to what TensorRT says, no state is claimed that it did not say.
@@ -518,7 +520,7 @@ def test_a_changed_word_in_a_log_line_is_not_read(line: str, at: int, character:
     at %= len(fixed)
     changed = fixed[:at] + character + fixed[at + (not insert) :]
     assume(changed.strip() != fixed.strip() and "\x1b" not in changed)
-    log = sparsity_log([line.replace(fixed, changed)])
+    log = parse_sparsity_log([line.replace(fixed, changed)])
     number = re.search(r"\d+", changed)
     told = not log.unread or log.eligible or log.chosen
     assert not told or (number and re.sub(r"\d+", "N", changed) == re.sub(r"\d+", "N", fixed) and int(number[0]) == 1)
@@ -529,7 +531,7 @@ characters = st.sampled_from("abcdefghijklmnopqrstuvwxyz0123456789_ -")
 ENGINE = [
     conv("conv1 + relu1", SPARSE_CONV, 64, 128),
     conv("conv2", IMPLICIT, groups=32),
-    conv("conv3", AVDT, Inputs=QUANTISED),
+    conv("conv3", AVDT, Inputs=QUANTIZED),
     {"Name": "pool", "LayerType": "CaskPooling", "ParameterType": "Pooling"},
     {"Name": "fc_myl0_2", "LayerType": "gemm", "TacticName": GEMM, "Metadata": "[ONNX Layer: fc]"},
     {"Name": "{ForeignNode[a...b]}", "LayerType": "Myelin", "Metadata": "[ONNX Layer: a]\x1e[ONNX Layer: b]"},
@@ -564,7 +566,7 @@ def test_whatever_happens_to_the_json_no_state_is_made_up(data: st.DataObject) -
             target[key + data.draw(characters)] = value
         elif what == "replace":
             target[key] = data.draw(json_values | st.sampled_from([AVDT, IMPLICIT]))
-    found = layers_of(json.dumps({"Layers": layers}))
+    found = parse_layers(json.dumps({"Layers": layers}))
     said = [layer.get("TacticName") if isinstance(layer, dict) else None for layer in layers]
     assert len(found) <= len(layers)
     for layer in found:
@@ -584,4 +586,4 @@ def test_whatever_happens_to_the_json_no_state_is_made_up(data: st.DataObject) -
 def test_cut_json_is_refused(at: int) -> None:
     whole = text(*ENGINE)
     with pytest.raises(InputError):
-        layers_of(whole[: at % len(whole)])
+        parse_layers(whole[: at % len(whole)])

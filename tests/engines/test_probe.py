@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from fake_cusparselt import HOST, Packed, compress, multiply, on_the_clock
+from fake_cusparselt import HOST, Packed, compress, multiply, time_on_cpu
 from torch.nn import functional
 
 from maskplan.engines import cusparselt as cusparselt_module
-from maskplan.engines.cusparselt import SparseHost, cusparselt_host
+from maskplan.engines.cusparselt import SparseHost, find_cusparselt_host
 from maskplan.engines.probe import (
     MULTIPLES,
     ProbeOptions,
@@ -198,10 +198,10 @@ def test_convolutions_are_timed_with_the_best_algorithm_found_and_what_was_set_c
         seen.append(torch.backends.cudnn.benchmark)
         if len(seen) == 2:
             raise RuntimeError("CUDA error")
-        return on_the_clock(runs, warm_up, repeats)
+        return time_on_cpu(runs, warm_up, repeats)
 
     before = torch.backends.cudnn.benchmark
-    one(replace(HOST, clock=watching))
+    one(replace(HOST, time_ms=watching))
     assert (before, seen, torch.backends.cudnn.benchmark) == (False, [True, True], before)
 
 
@@ -221,7 +221,7 @@ def test_refusals_of_the_library_are_told() -> None:
     def full(*_: object) -> dict[str, float]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    layer = one(replace(HOST, clock=full))
+    layer = one(replace(HOST, time_ms=full))
     assert layer.verdict == "pass"
     assert layer.batches[0].sparse_gemm_ms is None
     assert "out of memory" in layer.batches[0].reason
@@ -249,10 +249,10 @@ def test_layers_of_one_shape_are_timed_once() -> None:
 
     def counted(runs: Mapping[str, Callable[[], object]], warm_up: int, repeats: int) -> dict[str, float]:
         calls.append(sorted(runs))
-        return on_the_clock(runs, warm_up, repeats)
+        return time_on_cpu(runs, warm_up, repeats)
 
     weights = {"a": pruned(shape, 1), "b": pruned(shape, 2)}
-    report = probe(weights, {"a": shape, "b": shape}, QUICK, replace(HOST, clock=counted))
+    report = probe(weights, {"a": shape, "b": shape}, QUICK, replace(HOST, time_ms=counted))
     assert calls == [["conv", "dense", "sparse"]] * 2
     assert report.layers[0].batches == report.layers[1].batches
 
@@ -266,23 +266,23 @@ def test_options_out_of_range(options: dict[str, Any]) -> None:
 def test_each_thing_missing_on_a_host_is_told_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(HostError, match="PyTorch sees none") as caught:
-        cusparselt_host()
+        find_cusparselt_host()
     assert torch.__version__ in str(caught.value.found)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "An Old GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(HostError, match="no sparse tensor cores") as caught:
-        cusparselt_host()
+        find_cusparselt_host()
     assert "An Old GPU, compute capability 7.5" in str(caught.value)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
     with pytest.raises(HostError, match="no cuSPARSELt") as caught:
-        cusparselt_host()
+        find_cusparselt_host()
     assert caught.value.fix is not None
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(HostError, match="PyTorch is not installed"):
-        cusparselt_host()
+        find_cusparselt_host()
 
 
 def a_gpu_of(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,27 +297,27 @@ def a_gpu_of(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_host_that_has_everything_is_told_as_pytorch_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:
     a_gpu_of((8, 6), monkeypatch)
-    host = cusparselt_host()
+    host = find_cusparselt_host()
     assert (host.device, host.compute_capability, host.cuda_version) == ("A GPU", "8.6", "13.0")
-    assert (host.torch_version, host.cusparselt_version, host.place) == (torch.__version__, "702", "cuda")
+    assert (host.torch_version, host.cusparselt_version, host.torch_device) == (torch.__version__, "702", "cuda")
 
 
 def test_a_pytorch_built_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     a_gpu_of((8, 6), monkeypatch)
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(HostError, match="built for no CUDA"):
-        cusparselt_host()
+        find_cusparselt_host()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(HostError, match=r"built for CUDA 13\.0"):
-        cusparselt_host()
+        find_cusparselt_host()
 
 
 def test_weights_packed_for_another_library_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch has a second one, CUTLASS, and chooses by what is set elsewhere."""
     a_gpu_of((8, 6), monkeypatch)
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda matrix: SimpleNamespace(BACKEND="cutlass"))
-    layer = one(replace(HOST, compress=cusparselt_host().compress))
+    layer = one(replace(HOST, compress=find_cusparselt_host().compress))
     assert (layer.verdict, layer.reason) == ("fail", "RuntimeError: packed for cutlass, not for cuSPARSELt")
 
 
@@ -332,7 +332,7 @@ def test_products_of_int8_are_not_rounded_to_int8(monkeypatch: pytest.MonkeyPatc
         return wide
 
     monkeypatch.setattr(torch, "_cslt_sparse_mm", sparse_mm)
-    multiplied, dense = cusparselt_host().multiply, torch.eye(2)
+    multiplied, dense = find_cusparselt_host().multiply, torch.eye(2)
     assert multiplied(SimpleNamespace(dtype=torch.int8, packed="packed"), dense) is wide
     assert asked == [("packed", torch.int32)]
     assert torch.equal(multiplied(2 * torch.eye(2), dense), 2 * torch.eye(2))
@@ -373,7 +373,7 @@ def test_the_gpus_clock_counts_no_warm_up_and_runs_all_in_turn(monkeypatch: pyte
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
-    assert cusparselt_host().clock({name: run(name) for name in costs}, 3, 4) == costs
+    assert find_cusparselt_host().time_ms({name: run(name) for name in costs}, 3, 4) == costs
     assert ran == ["a", "b", "b", "a", "a", "b", "a", "b", "b", "a", "a", "b", "b", "a"]
     assert not waiting
 
@@ -400,7 +400,7 @@ def digits_resnet(tmp_path: Path, cli: Any) -> Path:
 def test_the_command_takes_a_checkpoint_and_its_onnx_alike(
     digits_resnet: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cusparselt_module, "cusparselt_host", lambda: HOST)
+    monkeypatch.setattr(cusparselt_module, "find_cusparselt_host", lambda: HOST)
     graph, report = digits_resnet.with_suffix(".onnx"), digits_resnet.with_suffix(".json")
     ran = cli("export", "digits_resnet", "--weights", digits_resnet, "-o", graph)
     assert ran.code == 0, ran.err
@@ -419,7 +419,7 @@ def test_the_command_takes_a_checkpoint_and_its_onnx_alike(
 def test_the_command_ends_with_1_on_dense_weights_and_3_on_bad_options(
     tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cusparselt_module, "cusparselt_host", lambda: HOST)
+    monkeypatch.setattr(cusparselt_module, "find_cusparselt_host", lambda: HOST)
     graph = tmp_path / "dense.onnx"
     assert cli("export", "digits_resnet", "-o", graph).code == 0
     ran = cli("probe", graph, "--batch", "1")
@@ -432,7 +432,7 @@ def test_the_command_ends_with_1_on_dense_weights_and_3_on_bad_options(
 
 def _gpu_missing() -> str:
     try:
-        cusparselt_host()
+        find_cusparselt_host()
     except HostError as error:
         return error.what
     return ""

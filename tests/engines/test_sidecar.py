@@ -99,7 +99,7 @@ def test_a_flipped_bit_anywhere_is_refused(engine: EngineFile) -> None:
         spoilt = bytearray(data)
         spoilt[position] ^= 1
         engine.path.write_bytes(spoilt)
-        with pytest.raises(InputError, match="not the one that its sidecar describes"):
+        with pytest.raises(InputError, match="does not match its sidecar"):
             open_engine(engine)
     engine.path.write_bytes(data)
     open_engine(engine).close()
@@ -111,7 +111,7 @@ def test_an_exchanged_engine_that_would_load_is_refused_before_it_does(engine: E
     model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.zeros((48, 5), np.float32), "w"))
     engine.path.write_bytes(model.SerializeToString())
     for given in (engine, engine.path):
-        with pytest.raises(InputError, match="do not load it"):
+        with pytest.raises(InputError, match="do not load this file"):
             open_engine(given)
 
 
@@ -120,7 +120,7 @@ def test_an_exchanged_engine_that_would_load_is_refused_before_it_does(engine: E
 )
 def test_an_engine_of_another_length_is_refused(engine: EngineFile, spoil: Callable[[bytes], bytes]) -> None:
     engine.path.write_bytes(spoil(engine.path.read_bytes()))
-    with pytest.raises(InputError, match="not the one that its sidecar describes"):
+    with pytest.raises(InputError, match="does not match its sidecar"):
         open_engine(engine)
 
 
@@ -207,5 +207,5 @@ def test_every_command_refuses_a_tampered_engine(
     }[command]
     ran = cli(command, engine.path, *extra)
     assert (ran.code, ran.out) == (3, "")
-    assert ran.err.startswith("error: the engine is not the one that its sidecar describes")
+    assert ran.err.startswith("error: the engine does not match its sidecar")
     assert not (tmp_path / "repository").exists()

@@ -42,7 +42,7 @@ def test_on_a_host_without_torch_the_tensorrt_backend_starts_at_the_build(moved:
     assert stages_of(done.stderr) == Stages(("build-sparse",), BEFORE_BUILD)
     assert "Traceback" not in done.stderr
     message = done.stderr[done.stderr.index("error:") :]
-    assert "TensorRT is not here" in message
+    assert "TensorRT is not installed" in message
     assert "pip install 'maskplan[tensorrt]'" in message
     assert digests(moved.out) == before
 
@@ -65,7 +65,7 @@ def test_on_a_host_without_torch_the_same_backend_does_nothing_again(moved: Line
     # The report states why the backend was taken, which is another reason now.
     assert set(stages_of(done.stderr).made) <= {"report"}
     assert set(STAGES) - {"report"} <= set(stages_of(done.stderr).reused)
-    assert read_json(moved.out / "report.json")["engine"]["backend_reason"] == "asked for"
+    assert read_json(moved.out / "report.json")["engine"]["backend_reason"] == "requested"
 
 
 def test_on_a_host_without_torch_everything_from_the_build_on_runs(moved: Line, tmp_path: Path) -> None:

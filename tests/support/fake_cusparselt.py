@@ -50,7 +50,7 @@ def compress(matrix: torch.Tensor) -> Packed:
     return Packed.of(matrix)
 
 
-def on_the_clock(runs: Mapping[str, Callable[[], object]], warm_up: int, repeats: int) -> dict[str, float]:
+def time_on_cpu(runs: Mapping[str, Callable[[], object]], warm_up: int, repeats: int) -> dict[str, float]:
     found = {}
     for name, run in runs.items():
         started = time.perf_counter()
@@ -60,4 +60,4 @@ def on_the_clock(runs: Mapping[str, Callable[[], object]], warm_up: int, repeats
     return found
 
 
-HOST = SparseHost("a CPU", "0.0", torch.__version__, "none", "none", "cpu", compress, multiply, on_the_clock)
+HOST = SparseHost("a CPU", "0.0", torch.__version__, "none", "none", "cpu", compress, multiply, time_on_cpu)

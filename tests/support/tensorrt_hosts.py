@@ -13,11 +13,11 @@ HAS_TENSORRT = importlib.util.find_spec("tensorrt") is not None
 HAS_GPU = Path("/proc/driver/nvidia/version").exists() or Path("/dev/dxg").exists()
 
 # The oldest and the newest that we serve.
-STAND_INS = ("10.3.0", "11.4.0.106")
+FAKE_VERSIONS = ("10.3.0", "11.4.0.106")
 _REAL = "on this GPU"
 
 HOSTS = (
-    *STAND_INS,
+    *FAKE_VERSIONS,
     pytest.param(
         _REAL,
         marks=[
@@ -29,7 +29,7 @@ HOSTS = (
 )
 
 
-def put_in_place(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def install_host(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-in of a version, and a GPU for it; nothing where the real one is to be used."""
     if host != _REAL:
         fake_tensorrt.install(host, fake_cuda.install(monkeypatch), monkeypatch)

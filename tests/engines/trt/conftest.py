@@ -9,7 +9,7 @@ import fake_cuda
 import fake_tensorrt
 import pytest
 from small_net import small_net
-from tensorrt_hosts import STAND_INS
+from tensorrt_hosts import FAKE_VERSIONS
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> fake_cuda.World:
     return fake_cuda.install(monkeypatch)
 
 
-@pytest.fixture(params=STAND_INS)
+@pytest.fixture(params=FAKE_VERSIONS)
 def trt(request: pytest.FixtureRequest, gpu: fake_cuda.World, monkeypatch: pytest.MonkeyPatch) -> fake_tensorrt.Control:
     """TensorRT of the oldest and the newest version that we serve."""
     return fake_tensorrt.install(request.param, gpu, monkeypatch)

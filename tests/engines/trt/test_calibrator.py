@@ -94,7 +94,7 @@ def test_too_few_images_are_told_by_tensorrt(tmp_path: Path, older: Control) -> 
 
 def test_shapes_that_cannot_be_calibrated_on(tmp_path: Path, older: Control) -> None:
     older.failures.add("calibration_profile")
-    with pytest.raises(InputError, match="refuses to calibrate"):
+    with pytest.raises(InputError, match="rejects the calibration shapes"):
         build(tmp_path, ImplicitInt8(batches, 4))
 
 

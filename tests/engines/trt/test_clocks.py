@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fake_cuda import World
 
-from maskplan.engines.trt.clocks import clocks_of, watch_clocks
+from maskplan.engines.trt.clocks import parse_clocks, watch_clocks
 from maskplan.pipeline.core.reports import GpuClocks
 
 pytestmark = pytest.mark.usefixtures("gpu")
@@ -26,19 +26,19 @@ def smi(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_samples_are_summed_up() -> None:
     told = "1980, 2619, 0x0000000000000000, 41, 310.5\n1500, 2619, 0x0000000000000024, 64, 699.9\n1980, 2619, 0x0, 50, 400\n"
     held = ("power cap", "software thermal slowdown")
-    assert clocks_of(told) == GpuClocks(3, 1980, 1500, 2619, held, 64, 699.9)
+    assert parse_clocks(told) == GpuClocks(3, 1980, 1500, 2619, held, 64, 699.9)
 
 
 def test_an_idle_gpu_or_clocks_set_by_its_owner_are_not_held_down() -> None:
-    found = clocks_of("345, 2619, 0x0000000000000001, 30, 70\n1200, 2619, 0x0000000000000002, 30, 70\n")
+    found = parse_clocks("345, 2619, 0x0000000000000001, 30, 70\n1200, 2619, 0x0000000000000002, 30, 70\n")
     assert found is not None
     assert found.throttle_reasons == ()
 
 
 @pytest.mark.parametrize("line", ["", "[N/A], 2619, 0x0, 30, 70", "1980, 26", "No devices were found", "1,2,z,4,5"])
 def test_lines_that_cannot_be_read_are_left_out(line: str) -> None:
-    assert clocks_of(line) is None
-    assert clocks_of(f"{line}\n1980, 2619, 0x0, 30, 70\n") == GpuClocks(1, 1980, 1980, 2619, (), 30, 70)
+    assert parse_clocks(line) is None
+    assert parse_clocks(f"{line}\n1980, 2619, 0x0, 30, 70\n") == GpuClocks(1, 1980, 1980, 2619, (), 30, 70)
 
 
 def test_the_gpu_is_watched_while_the_block_runs(tmp_path: Path, gpu: World, monkeypatch: pytest.MonkeyPatch) -> None:

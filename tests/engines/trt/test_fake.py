@@ -50,7 +50,7 @@ ASKING = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import tensorrt_bindings as tensorrt
-from maskplan.engines.trt.log import TrtLogCapture
+from maskplan.engines.trt.log_capture import TrtLogCapture
 from maskplan.engines.trt.versions import construct
 from maskplan.pipeline.core.errors import HostError
 

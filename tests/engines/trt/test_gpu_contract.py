@@ -80,7 +80,7 @@ def test_results_are_the_graphs_own_through_changes_of_batch_and_profile(source:
 
 def test_a_batch_outside_every_profile_is_told_and_costs_nothing(source: Path) -> None:
     engine = open_engine(build(source))
-    with pytest.raises(InputError, match="outside every profile") as caught:
+    with pytest.raises(InputError, match="no profile contains the batch size") as caught:
         engine.infer({"input": images(17)})
     assert "1:8:16" in str(caught.value)
     assert_right(engine.infer({"input": images(16)})["logits"], source, 16)
@@ -90,14 +90,14 @@ def test_a_batch_outside_every_profile_is_told_and_costs_nothing(source: Path) -
 def test_the_gpus_time_is_told_beside_the_hosts(source: Path) -> None:
     record = build(source)
     engine = open_engine(record)
-    assert engine.spent is None
+    assert engine.last_timing is None
     engine.infer({"input": images(8)})
-    spent = engine.spent
-    assert spent is not None
-    figures = (spent.gpu_ms, spent.copy_in_ms, spent.copy_out_ms, spent.host_ms)
+    last_timing = engine.last_timing
+    assert last_timing is not None
+    figures = (last_timing.gpu_ms, last_timing.copy_in_ms, last_timing.copy_out_ms, last_timing.host_ms)
     assert all(math.isfinite(ms) and ms >= 0 for ms in figures)
-    assert spent.gpu_ms > 0
-    assert spent.host_ms > 0
+    assert last_timing.gpu_ms > 0
+    assert last_timing.host_ms > 0
     engine.close()
 
 
@@ -122,7 +122,7 @@ def test_a_plan_that_changed_after_its_sidecar_was_written_is_refused(source: Pa
     data = record.path.read_bytes()
     changed = {"cut": data[: len(data) // 2], "one bit": data[:-1] + bytes([data[-1] ^ 1]), "empty": b""}[change]
     record.path.write_bytes(changed)
-    with pytest.raises(InputError, match="not the one that its sidecar describes"):
+    with pytest.raises(InputError, match="does not match its sidecar"):
         open_engine(record)
 
 
@@ -146,7 +146,7 @@ def test_a_cut_plan_with_a_digest_of_its_own_is_refused_by_tensorrt(source: Path
 def test_a_plan_of_another_tensorrt_or_gpu_is_refused(source: Path, told: dict[str, str], says: str) -> None:
     record = replace(build(source), **told)  # type: ignore[arg-type]
     write_sidecar(record)
-    with pytest.raises(InputError, match="not for this host") as caught:
+    with pytest.raises(InputError, match="not built for this host") as caught:
         open_engine(record)
     assert says in str(caught.value)
 
@@ -193,7 +193,7 @@ def test_memory_that_the_gpu_does_not_have_is_told(source: Path) -> None:
     from maskplan.engines.trt.cuda import Context
 
     context = Context()
-    with context.active(), pytest.raises(HostError, match="memory does not suffice"):
+    with context.active(), pytest.raises(HostError, match="insufficient GPU memory"):
         context.allocate(1 << 50)
     with context.active():
         assert int(context.allocate(1 << 20)) > 0

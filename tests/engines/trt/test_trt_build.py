@@ -25,7 +25,7 @@ from small_net import small_net
 from maskplan.engines.build import BuildOptions, build_engine
 from maskplan.engines.sidecar import read_engine
 from maskplan.engines.trt.build import FP32_NOTE
-from maskplan.engines.trt.log import TrtLogCapture
+from maskplan.engines.trt.log_capture import TrtLogCapture
 from maskplan.engines.trt.options import TrtOptions
 from maskplan.engines.trt.progress import _monitor_class
 from maskplan.engines.trt.versions import import_tensorrt, network_flags
@@ -99,7 +99,7 @@ def test_a_low_level_and_a_graph_of_floats_are_warned_of(
     with caplog.at_level(logging.WARNING):
         assert build(source).notes == ()
         (note,) = build(source, optimization_level=2).notes
-    assert "sparse ones among them" in note
+    assert "including sparse ones" in note
     assert note in caplog.text
     assert build(source, sparse=False, optimization_level=2).notes == ()
 
@@ -121,14 +121,14 @@ def test_floats_alone_are_said_to_have_no_sparse_kernels(trt: Control, tmp_path:
 
 
 FAILURES = {
-    "builder": (HostError, "makes no Builder here"),
-    "network": (InputError, "makes no network"),
-    "parser": (HostError, "makes no OnnxParser here"),
-    "config": (InputError, "makes no configuration"),
+    "builder": (HostError, "failed to create a Builder"),
+    "network": (InputError, "failed to create a network"),
+    "parser": (HostError, "failed to create a OnnxParser"),
+    "config": (InputError, "failed to create a builder configuration"),
     "parse": (InputError, "cannot parse the model: 3 errors"),
-    "profile": (InputError, "refuses a profile"),
+    "profile": (InputError, "rejects a profile"),
     "build": (InputError, "cannot build the model"),
-    "out_of_memory": (HostError, "memory does not suffice for the build"),
+    "out_of_memory": (HostError, "insufficient GPU memory for the build"),
 }
 
 
@@ -240,29 +240,29 @@ def test_a_tensorrt_that_is_too_old_is_told_with_what_is_needed(
     another(version)
     with pytest.raises(HostError, match="too old") as caught:
         build(source)
-    assert f"TensorRT {version}, needed is 10.3 or newer" in str(caught.value)
+    assert f"TensorRT {version}, required is 10.3 or newer" in str(caught.value)
 
 
 def test_a_folder_that_is_called_tensorrt_is_not_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))
-    with pytest.raises(HostError, match="TensorRT is not here"):
+    with pytest.raises(HostError, match="TensorRT is not installed"):
         import_tensorrt()
 
 
 def test_without_a_gpu_nothing_is_built(trt: Control, gpu: World, source: Path) -> None:
     gpu.devices = 0
-    with pytest.raises(HostError, match="no GPU can be used"):
+    with pytest.raises(HostError, match="no usable GPU"):
         build(source)
 
 
-NO_EVIDENCE = "the plan cannot be inspected here, so nothing shows which layers run sparse: "
+NO_EVIDENCE = "the plan cannot be inspected on this host, so it is unknown which layers run sparse: "
 
 
 @pytest.mark.parametrize(
     ("failure", "why"),
     [
         ("deserialize", "Serialization assertion magicTagRead == kMAGIC_TAG failed."),
-        ("runtime", "TensorRT makes no Runtime here: CUDA initialization failure with error: 35"),
+        ("runtime", "TensorRT failed to create a Runtime: CUDA initialization failure with error: 35"),
         ("inspector", "TensorRT gave no reason"),
     ],
 )
@@ -327,7 +327,7 @@ def test_a_cache_of_another_tensorrt_is_begun_anew(
     cache.write_bytes(stored)
     with caplog.at_level(logging.WARNING):
         build(source, timing_cache=cache)
-    assert "of another TensorRT or GPU; a new one is begun" in caplog.text
+    assert "belongs to another TensorRT version or GPU; starting a new one" in caplog.text
     assert b"tactic 0" in cache.read_bytes()
     assert stored not in cache.read_bytes()
 
@@ -339,7 +339,7 @@ def test_a_cache_that_another_tensorrt_wrote_during_the_build_is_replaced(
     trt.during_build = lambda: cache.write_bytes(b"TensorRT 9.0 tactic 1") and None
     with caplog.at_level(logging.WARNING):
         build(source, timing_cache=cache)
-    assert "it is replaced" in caplog.text
+    assert "replacing it" in caplog.text
     assert b"tactic 0" in cache.read_bytes()
     assert b"TensorRT 9.0" not in cache.read_bytes()
 
@@ -348,7 +348,7 @@ def test_a_busy_timing_cache_is_told_before_the_build(trt: Control, source: Path
     cache = tmp_path / "timing.cache"
     with (tmp_path / "timing.cache.lock").open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(HostError, match="the timing cache is busy"):
+        with pytest.raises(HostError, match="the timing cache is locked"):
             build(source, timing_cache=cache, timing_cache_wait_s=0.2)
     assert trt.builds == 0
     assert not cache.exists()
@@ -380,7 +380,7 @@ def test_a_gpu_that_makes_no_cache_builds_without(
     trt.failures.add("cache")
     with caplog.at_level(logging.WARNING):
         assert build(source, timing_cache=tmp_path / "timing.cache").path.is_file()
-    assert "makes no timing cache" in caplog.text
+    assert "failed to create a timing cache" in caplog.text
 
 
 def test_ctrl_c_ends_a_build_between_two_steps_and_leaves_nothing(
@@ -431,7 +431,7 @@ def test_the_outermost_phase_is_drawn(trt: Control) -> None:
             "found 2 layers eligible, chose 1; found 1 layers eligible, chose 0;"
             " eligible: mix, mix2 + relu, other; chosen: mix",
         ),
-        (["(Sparsity) Perhaps"], "1 lines not understood"),
+        (["(Sparsity) Perhaps"], "1 lines could not be parsed"),
     ],
 )
 def test_what_the_builder_logs_of_sparsity_is_kept_with_the_plan(
@@ -488,7 +488,7 @@ MEMORY = (
 def test_every_way_to_say_that_memory_does_not_suffice_is_known(trt: Control, source: Path, message: str) -> None:
     trt.failures.add("build")
     trt.says = ("ERROR", message)
-    with pytest.raises(HostError, match="memory does not suffice for the build") as caught:
+    with pytest.raises(HostError, match="insufficient GPU memory for the build") as caught:
         build(source)
     assert message in str(caught.value)
 
@@ -517,13 +517,13 @@ def test_lines_about_sparsity_and_errors_are_kept_apart(trt: Control) -> None:
     log_capture = TrtLogCapture(tensorrt)
     log_capture.logger.log(tensorrt.ILogger.INFO, "(Sparsity) Chose 2 layer(s) using sparse tactics")
     log_capture.logger.log(tensorrt.ILogger.WARNING, "something else")
-    assert log_capture.why() == "something else"
+    assert log_capture.reason() == "something else"
     log_capture.logger.log(tensorrt.ILogger.INTERNAL_ERROR, "an assertion failed")
     assert log_capture.sparsity == ["(Sparsity) Chose 2 layer(s) using sparse tactics"]
     assert log_capture.warnings == ["something else"]
     assert log_capture.errors == ["an assertion failed"]
-    assert log_capture.why() == "an assertion failed"
-    assert TrtLogCapture(tensorrt).why() == "TensorRT gave no reason"
+    assert log_capture.reason() == "an assertion failed"
+    assert TrtLogCapture(tensorrt).reason() == "TensorRT gave no reason"
 
 
 @pytest.mark.parametrize("options", [{"optimization_level": 6}, {"optimization_level": -1}, {"workspace_bytes": 0}])
@@ -540,7 +540,7 @@ def test_a_profile_that_the_bindings_refuse(trt: Control, source: Path, kind: ty
         raise kind("Shape provided for min is inconsistent with other shapes.")
 
     tensorrt.IOptimizationProfile.set_shape = refuse
-    with pytest.raises(InputError, match="refuses a profile") as caught:
+    with pytest.raises(InputError, match="rejects a profile") as caught:
         build(source)
     assert "net.onnx: input" in str(caught.value)
     assert "Shape provided for min is inconsistent" in str(caught.value)
@@ -558,7 +558,7 @@ def test_a_tensorrt_that_does_not_load_is_told(
     (package / "__init__.py").write_text(f"raise {error}\n")
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     monkeypatch.syspath_prepend(package.parent)
-    with pytest.raises(HostError, match="TensorRT is not here") as caught:
+    with pytest.raises(HostError, match="TensorRT is not installed") as caught:
         build(source)
     assert error.partition("(")[0] in str(caught.value)
 
@@ -577,7 +577,7 @@ def test_missing_pycuda_is_told_apart_from_a_missing_gpu(
     for name in ("pycuda.driver", "pycuda"):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(package.parent)
-    with pytest.raises(HostError, match=r"no GPU can be used(.|\n)*libcuda.so.1"):
+    with pytest.raises(HostError, match=r"no usable GPU(.|\n)*libcuda.so.1"):
         build(source)
 
 

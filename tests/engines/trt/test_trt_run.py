@@ -101,19 +101,19 @@ def test_without_cuda_python_the_engine_runs_all_the_same(
 def test_time_is_told_by_events_and_on_the_host(plan: EngineFile) -> None:
     engine = TrtEngine(plan)
     engine.infer({"input": images(4)})
-    spent = engine.spent
-    assert spent is not None
+    last_timing = engine.last_timing
+    assert last_timing is not None
     # The stand-in's clock ticks once an event.
-    assert (spent.gpu_ms, spent.copy_in_ms, spent.copy_out_ms) == (1.0, 1.0, 1.0)
-    assert spent.host_ms > 0
+    assert (last_timing.gpu_ms, last_timing.copy_in_ms, last_timing.copy_out_ms) == (1.0, 1.0, 1.0)
+    assert last_timing.host_ms > 0
     engine.close()
 
 
 def test_time_between_two_marks_waits_for_them(gpu: World) -> None:
     context = Context()
     with context.active():
-        first, second = context.mark(), context.mark()
-        assert context.milliseconds(first, second) == 1.0
+        first, second = context.record_event(), context.record_event()
+        assert context.elapsed_ms(first, second) == 1.0
     context.close()
 
 
@@ -172,7 +172,7 @@ def test_an_engine_that_cannot_be_made_frees_what_it_took(
 @pytest.mark.parametrize("call", ["push", "stream"])
 def test_a_gpu_that_fails_at_once_is_told(plan: EngineFile, gpu: World, call: str) -> None:
     gpu.refused.add(call)
-    with pytest.raises(HostError, match=f"the GPU reports an error(.|\n)*{call} failed"):
+    with pytest.raises(HostError, match=f"the GPU reported an error(.|\n)*{call} failed"):
         TrtEngine(plan)
     assert gpu.alive == 0
 
@@ -187,7 +187,7 @@ def test_an_answer_outlives_the_next_call(plan: EngineFile, source: Path) -> Non
 
 def test_a_batch_outside_every_profile(plan: EngineFile) -> None:
     engine = TrtEngine(plan)
-    with pytest.raises(InputError, match="outside every profile") as caught:
+    with pytest.raises(InputError, match="no profile contains the batch size") as caught:
         engine.infer({"input": images(17)})
     assert "1:8:16" in str(caught.value)
     assert np.isfinite(engine.infer({"input": images(16)})["logits"]).all()
@@ -195,10 +195,10 @@ def test_a_batch_outside_every_profile(plan: EngineFile) -> None:
 
 
 FAILURES = {
-    "select": (HostError, r"refuses to change the profile(.|\n)*Error in set optimization profile async\."),
-    "input_shape": (InputError, "refuses a shape"),
-    "address": (HostError, "refuses an address"),
-    "execute": (HostError, "cannot run the engine"),
+    "select": (HostError, r"failed to change the profile(.|\n)*Error in set optimization profile async\."),
+    "input_shape": (InputError, "rejects an input shape"),
+    "address": (HostError, "rejects a tensor address"),
+    "execute": (HostError, "failed to run the engine"),
 }
 
 
@@ -223,7 +223,7 @@ def test_a_plan_that_tensorrt_does_not_take(plan: EngineFile, trt: Control) -> N
 
 def test_no_runtime_is_told(plan: EngineFile, trt: Control) -> None:
     trt.failures.add("runtime")
-    with pytest.raises(HostError, match=r"makes no Runtime here(.|\n)*CUDA initialization failure with error: 35"):
+    with pytest.raises(HostError, match=r"failed to create a Runtime(.|\n)*CUDA initialization failure with error: 35"):
         open_engine(plan)
 
 
@@ -232,21 +232,21 @@ def test_no_runtime_is_told(plan: EngineFile, trt: Control) -> None:
 def test_no_memory_for_an_engine_or_its_context(plan: EngineFile, trt: Control, failure: str, severity: str) -> None:
     trt.failures.add(failure)
     trt.says = (severity, "Requested amount of GPU memory (8192 bytes) could not be allocated.")
-    with pytest.raises(HostError, match=r"memory does not suffice for the engine(.|\n)*8192 bytes"):
+    with pytest.raises(HostError, match=r"insufficient GPU memory for the engine(.|\n)*8192 bytes"):
         open_engine(plan)
 
 
 def test_no_context_for_another_reason(plan: EngineFile, trt: Control) -> None:
     trt.failures.add("context")
     trt.says = ("ERROR", "Cuda failure: 700")
-    with pytest.raises(HostError, match=r"makes no context for the plan(.|\n)*Cuda failure: 700"):
+    with pytest.raises(HostError, match=r"failed to create an execution context for the plan(.|\n)*Cuda failure: 700"):
         open_engine(plan)
 
 
 def test_a_plan_without_weights_is_refused(trt: Control, source: Path) -> None:
     options = BuildOptions("tensorrt", PROFILES, True, TrtOptions(strip_plan=True))
     record = build_engine(describe_onnx(source), options, source.with_name("engine.plan"))
-    with pytest.raises(InputError, match="the plan has no weights") as caught:
+    with pytest.raises(InputError, match="the plan contains no weights") as caught:
         open_engine(record)
     assert str(record.path) in str(caught.value)
 
@@ -254,7 +254,7 @@ def test_a_plan_without_weights_is_refused(trt: Control, source: Path) -> None:
 def test_a_type_that_numpy_has_not_is_refused(plan: EngineFile, gpu: World) -> None:
     (logits,) = plan.outputs
     record = replace(plan, outputs=(replace(logits, dtype="bfloat16"),))
-    with pytest.raises(InputError, match=r"NumPy has no such type(.|\n)*logits bfloat16"):
+    with pytest.raises(InputError, match=r"NumPy does not support the type(.|\n)*logits bfloat16"):
         TrtEngine(record)
 
 
@@ -264,7 +264,7 @@ def changed_inputs(plan: EngineFile) -> dict[str, EngineFile]:
         "no input picture float32": replace(plan, inputs=(replace(image, name="picture"),)),
         "no input input float16": replace(plan, inputs=(replace(image, dtype="float16"),)),
         "no output aux float32": replace(plan, outputs=(logits, replace(logits, name="aux"))),
-        "output logits float32, which the sidecar has not": replace(plan, outputs=()),
+        "output logits float32, which is not in the sidecar": replace(plan, outputs=()),
         "no output input float32": replace(plan, inputs=(logits,), outputs=(image,)),
         "2 profiles, the sidecar has 1": replace(plan, profiles=PROFILES[:1]),
         "2 profiles, the sidecar has 3": replace(plan, profiles=(*PROFILES, PROFILES[0])),
@@ -276,7 +276,7 @@ def test_a_plan_that_is_not_what_its_sidecar_describes(plan: EngineFile, gpu: Wo
     """As one of trtexec's that was imported with another graph, or another profile."""
     told, record = list(changed_inputs(plan).items())[number]
     write_sidecar(record)
-    with pytest.raises(InputError, match="the plan is not what its sidecar describes") as caught:
+    with pytest.raises(InputError, match="the plan does not match its sidecar") as caught:
         open_engine(plan.path)
     assert told in str(caught.value)
     assert gpu.alive == 0
@@ -289,21 +289,21 @@ HALF = images(2).astype(np.float16)
     ("feeds", "told"),
     [
         ({}, "no input, expected float32 (batch, 3, 8, 8)"),
-        ({"picture": images(2)}, "picture, which is no input"),
-        ({"input": images(2), "picture": images(2)}, "picture, which is no input"),
+        ({"picture": images(2)}, "picture, which is not an input"),
+        ({"input": images(2), "picture": images(2)}, "picture, which is not an input"),
         ({"input": HALF}, "input float16 (2, 3, 8, 8), expected float32 (batch, 3, 8, 8)"),
         ({"input": images(2)[:, :1]}, "input float32 (2, 1, 8, 8)"),
         ({"input": images(2)[..., :4]}, "input float32 (2, 3, 8, 4)"),
         ({"input": images(2)[0]}, "input float32 (3, 8, 8)"),
         ({"input": np.zeros((), np.float32)}, "input float32 ()"),
-        ({"input": images(2), "picture": images(3)}, "batches of 2 and 3"),
+        ({"input": images(2), "picture": images(3)}, "batch sizes 2 and 3"),
     ],
 )
 def test_feeds_that_do_not_fit_are_told_before_anything_is_copied(
     plan: EngineFile, gpu: World, feeds: dict[str, npt.NDArray[np.float32]], told: str
 ) -> None:
     engine = TrtEngine(plan)
-    with pytest.raises(InputError, match="these are not the engine's inputs") as caught:
+    with pytest.raises(InputError, match="the feeds do not match the engine's inputs") as caught:
         engine.infer(feeds)
     assert told in str(caught.value)
     assert gpu.memory == {}
@@ -326,7 +326,7 @@ def test_no_memory_for_a_batch(plan: EngineFile, gpu: World, source: Path) -> No
     engine = TrtEngine(plan)
     engine.infer({"input": images(1)})
     gpu.free_bytes = 1000
-    with pytest.raises(HostError, match="memory does not suffice"):
+    with pytest.raises(HostError, match="insufficient GPU memory"):
         engine.infer({"input": images(16)})
     assert np.allclose(engine.infer({"input": images(1)})["logits"], expected(source, 1), atol=1e-3)
     engine.close()
@@ -345,7 +345,7 @@ def test_a_gpu_that_fails_is_told(plan: EngineFile, gpu: World) -> None:
 def test_each_call_that_the_gpu_refuses_is_told(plan: EngineFile, gpu: World, source: Path, call: str) -> None:
     engine = TrtEngine(plan)
     gpu.refused.add(call)
-    with pytest.raises(HostError, match=rf"the GPU reports an error(.|\n)*{call} failed"):
+    with pytest.raises(HostError, match=rf"the GPU reported an error(.|\n)*{call} failed"):
         engine.infer({"input": images(2)})
     gpu.refused.clear()
     assert np.allclose(engine.infer({"input": images(2)})["logits"], expected(source, 2), atol=1e-3)
@@ -358,11 +358,11 @@ def test_plans_of_another_tensorrt_and_of_another_gpu_are_refused_before_they_ar
     gpu.capability = (9, 0)
     other = another("10.16.1.11")
     other.failures.add("deserialize")
-    with pytest.raises(InputError, match="not for this host") as caught:
+    with pytest.raises(InputError, match="not built for this host") as caught:
         open_engine(plan)
     assert plan.runtime_version in str(caught.value)
     assert "10.16.1.11" in str(caught.value)
-    assert "compute capability 8.0 (Fake GPU), here is 9.0" in str(caught.value)
+    assert "compute capability 8.0 (Fake GPU), this GPU has 9.0" in str(caught.value)
 
 
 def test_compatible_plans_are_not_refused(
@@ -389,7 +389,7 @@ def test_truncated_and_changed_plans_never_reach_tensorrt(plan: EngineFile, trt:
     data = plan.path.read_bytes()
     for changed in (data[: len(data) // 2], data[:-1] + bytes([data[-1] ^ 1]), b""):
         plan.path.write_bytes(changed)
-        with pytest.raises(InputError, match="not the one that its sidecar describes"):
+        with pytest.raises(InputError, match="does not match its sidecar"):
             open_engine(plan)
 
 

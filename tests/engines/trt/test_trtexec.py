@@ -103,7 +103,7 @@ def test_a_graph_in_fp32_carries_the_builders_warning(sparse: bool, source: Path
 
 @pytest.mark.parametrize("refittable", [True, False])
 def test_a_plan_without_weights_takes_the_same_ones_back_unless_any_are_to_do(refittable: bool, source: Path) -> None:
-    """trtexec's help: --stripWeights is for identical weights, with --refit for others. There is nothing to time."""
+    """trtexec's help: --stripWeights is for identical weights, with --refit for others. Tinstalled is nothing to time."""
     found = set(lines(source, 10, strip_plan=True, refittable=refittable)[0])
     assert {"--stripWeights", "--skipInference"} <= found
     assert ("--refit" in found) == refittable
@@ -216,7 +216,7 @@ def test_a_plan_of_trtexec_is_taken_in_with_its_evidence(
     assert main(["inspect", str(record.path)]) == 0
     text = capsys.readouterr().out
     assert "1 layers sparse, 0 dense, 0 unknown" in text
-    assert "note       built by trtexec: what it was given is as told, not as seen" in text
+    assert "note       built by trtexec: the build options are as stated, not verified" in text
     assert main(["build", str(source), "--import", str(source.with_name("theirs.plan"))]) == 3
     assert "no --layer-info, --trt-version, --profile" in capsys.readouterr().err
 
@@ -240,20 +240,20 @@ def test_what_trtexec_was_given_comes_into_the_record(source: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"trt_version": "10.13"}, "TensorRT's version '10.13'"),
-        ({"trt_version": "v10.13.3"}, "TensorRT's version 'v10.13.3'"),
-        ({"trt_version": "10.13.3.9.1"}, "TensorRT's version '10.13.3.9.1'"),
+        ({"trt_version": "10.13"}, "TensorRT version '10.13'"),
+        ({"trt_version": "v10.13.3"}, "TensorRT version 'v10.13.3'"),
+        ({"trt_version": "10.13.3.9.1"}, "TensorRT version '10.13.3.9.1'"),
         ({"compute_capability": "90"}, "compute capability '90'"),
         (
             {"compute_capability": "sm_90", "trt_version": "latest"},
-            "'latest', which is written as in 10.13.3.9; compute",
+            "'latest', expected a form such as 10.13.3.9; compute",
         ),
         ({"profile": None}, "found: no --profile"),
         ({"plan": b"a plan"}, "too small for a plan"),
         ({"text": '{"Layers": '}, "the layer information cannot be read"),
         ({"text": "{}"}, "the layer information cannot be read"),
         ({"text": "[]"}, "the layer information cannot be read"),
-        ({"text": '{"Layers": []}'}, "of another model: it names no node of this one"),
+        ({"text": '{"Layers": []}'}, "belongs to another model: it has no node of this one"),
         ({"text": json.dumps({"Layers": [layer(Name="other", Metadata="")]})}, "found: other; "),
     ],
 )
@@ -280,7 +280,7 @@ def test_several_profiles_are_not_one_plan_of_trtexec(
     source.with_name("e.plan").unlink()
     told = ["--import", "theirs.plan", "--layer-info", "theirs.json", "--trt-version", "10.13.3.9"]
     assert main(["build", str(source), *told, "--profile", "1", "--profile", "1:8:8"]) == 3
-    assert "profiles 1:1:1, 1:8:8, where trtexec takes one" in capsys.readouterr().err
+    assert "profiles 1:1:1, 1:8:8, expected exactly one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("missing", "other"), [("import", "layer_info"), ("layer_info", "import")])
@@ -291,7 +291,7 @@ def test_a_missing_file_is_named(
     assert take_in(layer(), **{missing: gone}) == 3
     message = capsys.readouterr().err
     assert f"file not found\n  where: {gone}" in message
-    assert "give the files that trtexec wrote" in message
+    assert "use the files that trtexec wrote" in message
     assert not source.with_name("e.plan").exists()
 
 

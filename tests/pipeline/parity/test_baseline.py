@@ -47,7 +47,7 @@ def test_a_report_of_an_older_release_lacks_numbers_and_is_taken(tmp_path: Path)
 def test_other_images_are_noted() -> None:
     assert "400" in with_drift(NOW, encode(replace(THEN, images=300))).notes[0]
     digests = [replace(r, images_sha256=c * 64) for r, c in ((NOW, "1"), (THEN, "2"))]
-    assert with_drift(digests[0], encode(digests[1])).notes == ("the baseline was measured on other images",)
+    assert with_drift(digests[0], encode(digests[1])).notes == ("the baseline was measured on different images",)
     assert with_drift(digests[0], encode(digests[0])).notes == with_drift(NOW, encode(digests[1])).notes == ()
 
 

@@ -261,9 +261,9 @@ def test_little_memory_means_more_runs_and_the_same_report(
     report = run(dense, sparse)
     assert opened == [len(LAYERS)] * 2
     # One image of 16 channels in float32, both models: 8192 bytes.
-    for most_bytes, at_most in ((1, 1), (3 * 8192, 3)):
+    for max_bytes, at_most in ((1, 1), (3 * 8192, 3)):
         opened.clear()
-        assert run(dense, sparse, most_bytes=most_bytes) == report
+        assert run(dense, sparse, max_bytes=max_bytes) == report
         assert sum(opened) == 2 * len(LAYERS)
         assert max(opened[:14]) == at_most
 
@@ -483,7 +483,7 @@ def test_shapes_that_only_a_run_can_tell(dense: Path, tmp_path: Path) -> None:
         model.graph.initializer.append(numpy_helper.from_array(np.ones(32, bool), "all"))
 
     path = edited(dense, tmp_path / "compress.onnx", edit)
-    assert_all_the_same(run(path, path, most_bytes=1), [*LAYERS, "keep"], most=0)
+    assert_all_the_same(run(path, path, max_bytes=1), [*LAYERS, "keep"], most=0)
 
 
 def externally(path: Path, out: Path, location: str = "weights.bin") -> Path:
@@ -567,7 +567,7 @@ def test_what_is_missing_or_of_no_known_kind_is_one_error(name: str, dense: Path
 
 def test_images_that_a_model_does_not_take_are_one_error(dense: Path) -> None:
     for shape in ((2, 1, 8, 8), (2, 3, 9, 8)):
-        with pytest.raises(InputError, match="does not take the images"):
+        with pytest.raises(InputError, match="does not accept the images"):
             run(dense, dense, np.zeros(shape, np.float32))
 
 
@@ -582,7 +582,7 @@ def test_models_without_a_common_layer_are_refused(dense: Path, tmp_path: Path) 
         run(dense, edited(dense, tmp_path / "other.onnx", edit))
 
 
-@pytest.mark.parametrize("options", [{"tolerance": -1}, {"tolerance": np.nan}, {"most_bytes": 0}])
+@pytest.mark.parametrize("options", [{"tolerance": -1}, {"tolerance": np.nan}, {"max_bytes": 0}])
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         BisectOptions(**options)

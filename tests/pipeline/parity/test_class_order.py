@@ -11,7 +11,7 @@ import pytest
 from maskplan.pipeline.core.artifacts import Preprocessing, Provenance
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.data.dataset import ImageFiles, Split
-from maskplan.pipeline.parity.class_order import class_names, looks_reordered, require_one_order
+from maskplan.pipeline.parity.class_order import class_names, looks_reordered, require_same_class_order
 
 HOW = Preprocessing(3, 4, 4, 0, "nearest", (0.0,) * 3, (1.0,) * 3)
 ANIMALS = ("cat", "dog", "eel", "fox")
@@ -31,12 +31,12 @@ def folders(*names: str) -> Split:
 def test_records_in_one_order_and_those_that_say_nothing_pass() -> None:
     for pair in ((made(*ANIMALS), made(*ANIMALS)), (made(*ANIMALS), None), (made(), made(*ANIMALS)), (None, None)):
         for images in (None, folders(*ANIMALS)):
-            require_one_order(images, pair)
+            require_same_class_order(images, pair)
 
 
 def test_records_in_two_orders_are_refused_and_both_are_told() -> None:
     with pytest.raises(InputError, match="not in the same order") as caught:
-        require_one_order(None, [made(*ANIMALS), made("dog", "cat", "eel", "fox")])
+        require_same_class_order(None, [made(*ANIMALS), made("dog", "cat", "eel", "fox")])
     assert "the dense model: cat, dog, eel, fox; the sparse model: dog, cat, eel, fox; 2 differ" in str(caught.value)
 
 
@@ -44,17 +44,17 @@ def test_folders_in_another_order_than_either_model_are_refused() -> None:
     turned = ANIMALS[::-1]
     for pair in ([made(*ANIMALS), None], [None, made(*ANIMALS)], [made(*ANIMALS), made(*ANIMALS)]):
         with pytest.raises(InputError, match="the data's folders: fox, eel, dog, cat"):
-            require_one_order(folders(*turned), pair)
+            require_same_class_order(folders(*turned), pair)
 
 
 def test_one_shifted_class_among_others_of_other_names_is_refused() -> None:
     """An extra class at the front moves every other; the names that both know tell."""
-    with pytest.raises(InputError, match="such as 'cat'"):
-        require_one_order(folders("background", *ANIMALS[:3]), [made(*ANIMALS), None])
+    with pytest.raises(InputError, match="for example 'cat'"):
+        require_same_class_order(folders("background", *ANIMALS[:3]), [made(*ANIMALS), None])
 
 
 def test_names_that_only_one_of_them_knows_prove_nothing() -> None:
-    require_one_order(folders("n01", "n02", "n03", "n04"), [made(*ANIMALS), made(*ANIMALS)])
+    require_same_class_order(folders("n01", "n02", "n03", "n04"), [made(*ANIMALS), made(*ANIMALS)])
 
 
 def test_names_come_from_the_folders_before_the_records() -> None:
@@ -103,4 +103,4 @@ def test_few_images_are_no_proof() -> None:
 def test_records_of_another_length_are_no_reason_to_fail_here() -> None:
     """How many outputs there are is judged elsewhere."""
     longer = dataclasses.replace(made(*ANIMALS, "gnu"), classes=5)
-    require_one_order(None, [made(*ANIMALS), longer])
+    require_same_class_order(None, [made(*ANIMALS), longer])

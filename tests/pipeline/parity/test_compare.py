@@ -145,7 +145,7 @@ def test_the_counts_are_exactly_those_known_beforehand(tmp_path: Path) -> None:
     }
     assert (report.top5_drop, report.unlabeled_images, report.outputs[0].images) == (0, 0, 46)
     assert report.verdict == FAIL
-    assert report.reason == "top-1 drops by 8.70 points; 1 are allowed"
+    assert report.reason == "top-1 drops by 8.70 points; the limit is 1"
 
 
 def test_the_order_of_the_models_decides_the_sign(tmp_path: Path) -> None:
@@ -384,7 +384,7 @@ def test_outputs_of_other_names_are_matched_by_order_and_it_is_said(
     with caplog.at_level("WARNING", logger="maskplan.pipeline"):
         report = compared(dense, sparse, pictures(), max_top1_drop=3)
     assert (report.verdict, report.agreement) == (PASS, 100)
-    assert report.notes == ("the outputs are called 'logits' and 'scores': matched by their order",)
+    assert report.notes == ("the outputs are named 'logits' and 'scores': matched by position",)
     assert report.notes[0] in caplog.text
     assert compared(dense, dense, pictures(), max_top1_drop=3).notes == ()
 
@@ -406,15 +406,15 @@ def turned(path: Path) -> Path:
 def test_a_dense_model_with_its_classes_in_another_order_is_refused_though_no_names_tell(tmp_path: Path) -> None:
     """Both sides are wrong alike, so that they agree and nothing drops: the gate would pass what is never right."""
     path = turned(tmp_path / "turned.onnx")
-    with pytest.raises(InputError, match="classes are not in the order of the data's") as caught:
+    with pytest.raises(InputError, match="classes are in a different order than the data's") as caught:
         compared(path, path, many())
-    assert "4.3% right as it is, 82.6% with its classes" in str(caught.value)
+    assert "top-1 is 4.3% as is, 82.6% with its classes" in str(caught.value)
 
 
 def test_a_sparse_model_with_its_classes_in_another_order_fails_and_it_is_said(tmp_path: Path) -> None:
     report = compared(graph_of(tmp_path / "dense.onnx", np.zeros(3)), turned(tmp_path / "turned.onnx"), many())
     assert report.verdict == FAIL
-    assert any("the sparse model's classes seem to be in another order" in note for note in report.notes)
+    assert any("the sparse model's classes seem to be in a different order" in note for note in report.notes)
 
 
 def test_records_whose_labels_differ_are_refused_before_anything_runs(tmp_path: Path) -> None:
@@ -565,4 +565,4 @@ def test_models_that_want_different_preprocessing_are_refused(
     with_record(sparse, dataclasses.replace(MADE, preprocessing=dataclasses.replace(HOW, mean=(0.5, 0.5, 0.5))))
     ran = cli("compare", dense, sparse, "--data", toy_data)
     assert ran.code == 3
-    assert ran.err.startswith("error: the models want different preprocessing")
+    assert ran.err.startswith("error: the models need different preprocessing")

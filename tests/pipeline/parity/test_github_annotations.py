@@ -12,8 +12,8 @@ from maskplan.pipeline.core.errors import HostError
 from maskplan.pipeline.core.reports import Check, DriftRow, ParityReport
 from maskplan.pipeline.parity.github_annotations import append_summary, summary, workflow_commands
 
-GOOD = Check("max_top1_drop", 1.0, 0.25, 0.25, True, "top-1 drops by 0.25 points; 1 are allowed")
-BAD = Check("min_agreement", 99.0, 98.0, 98.0, False, "the models agree on 98.00% of images; 99% are asked for")
+GOOD = Check("max_top1_drop", 1.0, 0.25, 0.25, True, "top-1 drops by 0.25 points; the limit is 1")
+BAD = Check("min_agreement", 99.0, 98.0, 98.0, False, "the models agree on 98.00% of images; the minimum is 99%")
 OPEN = Check("max_class_drop", 5.0, None, None, None, "not judged: no labeled images")
 EMPTY = ParityReport(NOT_APPLICABLE, "no labeled images", 0, None, None, None, None, None, None, None, 0.5, 0.9, 1.0)
 PASSED = replace(EMPTY, verdict=PASS, reason=None, checks=(GOOD,))
@@ -22,13 +22,13 @@ FAILED = replace(EMPTY, verdict=FAIL, reason=BAD.message, checks=(GOOD, BAD, OPE
 
 def test_each_failure_is_an_error_and_each_note_a_warning() -> None:
     assert workflow_commands(FAILED, "parity of a.onnx") == (
-        "::error title=parity of a.onnx::the models agree on 98.00%25 of images; 99%25 are asked for",
+        "::error title=parity of a.onnx::the models agree on 98.00%25 of images; the minimum is 99%25",
         "::warning title=parity of a.onnx::few images",
     )
 
 
 def test_a_pass_is_one_notice() -> None:
-    assert workflow_commands(PASSED, "p") == ("::notice title=p::top-1 drops by 0.25 points; 1 are allowed",)
+    assert workflow_commands(PASSED, "p") == ("::notice title=p::top-1 drops by 0.25 points; the limit is 1",)
 
 
 @pytest.mark.parametrize("verdict", [FAIL, NOT_APPLICABLE])

@@ -136,7 +136,7 @@ def test_an_engines_own_digest_is_held_against_it(tmp_path: Path) -> None:
     model = onnx.load(engine)
     model.graph.initializer[0].CopyFrom(numpy_helper.from_array(WEIGHT * 2, "w"))
     engine.write_bytes(model.SerializeToString())
-    with pytest.raises(InputError, match="not the one that its sidecar describes"), open_model(engine):
+    with pytest.raises(InputError, match="does not match its sidecar"), open_model(engine):
         pass
     # Without the sidecar it is an ONNX file like any other.
     sidecar_path(engine).unlink()
@@ -172,7 +172,7 @@ def test_a_safetensors_file_of_another_tool_is_no_checkpoint_of_ours(tmp_path: P
 class Sized:
     """An engine that only has a shape."""
 
-    spent = None
+    last_timing = None
 
     def __init__(self, shape: tuple[int | None, ...]) -> None:
         self.inputs = (TensorSpec("x", "float32", shape),)
@@ -219,7 +219,7 @@ def test_inputs_that_are_no_pictures_of_one_size_are_refused(shape: tuple[int | 
 @pytest.mark.parametrize("text", ["", "0.5", "1,2", "1,2,3,4", "a,b,c", "1,,2"])
 def test_numbers_must_be_one_a_channel(text: str) -> None:
     for mean, std in ((text, None), (None, text)):
-        with pytest.raises(InputError, match="not one number a channel"):
+        with pytest.raises(InputError, match="expected one number per channel"):
             shared_preprocessing([side(), side()], mean, std)
 
 

@@ -84,19 +84,19 @@ def test_every_image_is_shown_once_and_answered_in_its_place(count: int, fixed: 
     for name, engine in engines.items():
         logits = pixels(images).mean((2, 3)) @ engine.weights
         assert engine.shown == count
-        assert np.array_equal(said[name].first, logits.argmax(1))
+        assert np.array_equal(said[name].top1, logits.argmax(1))
         ranks = (logits > logits[np.arange(count), images.labels][:, None]).sum(1)
         assert np.array_equal(said[name].in_top5, ranks < 5)
         positions = fixed_image_positions(images, fixed)
         assert len(positions) == min(fixed, count)
-        assert np.allclose(said[name].fixed, logits[positions], atol=1e-5)
+        assert np.allclose(said[name].fixed_logits, logits[positions], atol=1e-5)
         assert said[name].finite
 
 
 def test_fixed_images_are_those_whose_logits_were_kept() -> None:
     images = pictures(90)
     model = Classifier(Weighing(5, 3), "net")
-    kept = run_models({"net": model}, HOW, images, 40)["net"].fixed
+    kept = run_models({"net": model}, HOW, images, 40)["net"].fixed_logits
     assert np.allclose(compute_logits(model, load_fixed_images(HOW, images, 40)), kept, atol=1e-6)
 
 
@@ -111,8 +111,8 @@ def test_the_draw_of_fixed_images_follows_the_images_and_not_their_place() -> No
 def test_without_images_noise_is_answered_and_nothing_is_counted() -> None:
     engine = Weighing(4, 1)
     said = run_models({"net": Classifier(engine, "net")}, HOW, None, 70)["net"]
-    assert (said.fixed.shape, said.first.shape, said.in_top5.shape, engine.shown) == ((70, 4), (0,), (0,), 70)
-    assert np.allclose(said.fixed, load_fixed_images(HOW, None, 70).mean((2, 3)) @ engine.weights, atol=1e-5)
+    assert (said.fixed_logits.shape, said.top1.shape, said.in_top5.shape, engine.shown) == ((70, 4), (0,), (0,), 70)
+    assert np.allclose(said.fixed_logits, load_fixed_images(HOW, None, 70).mean((2, 3)) @ engine.weights, atol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -141,7 +141,7 @@ def stream(count: int, size: int) -> Batches:
 def test_images_without_a_label_are_in_no_top_five() -> None:
     said = run_on_batches({"net": Classifier(Weighing(3, 1), "net")}, stream(10, 4), 10, np.arange(2))["net"]
     assert not said.in_top5.any()
-    assert len(set(said.first.tolist())) == 1
+    assert len(set(said.top1.tolist())) == 1
 
 
 # The top five.

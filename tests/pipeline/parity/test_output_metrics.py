@@ -7,14 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from maskplan.pipeline.parity.output_metrics import output_metrics
+from maskplan.pipeline.parity.output_metrics import compare_outputs
 
 REFERENCE = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
 OTHER = (REFERENCE + np.random.default_rng(1).normal(size=(40, 6)) / 50).astype(np.float32)
 
 
 def test_differences_are_those_of_numpy() -> None:
-    found = output_metrics(REFERENCE, OTHER, "scores")
+    found = compare_outputs(REFERENCE, OTHER, "scores")
     a, b = REFERENCE.astype(np.float64), OTHER.astype(np.float64)
     absolute, relative = np.abs(a - b), np.abs(a - b) / np.abs(a)
     for told, values in (("abs", absolute), ("rel", relative)):
@@ -32,12 +32,12 @@ def test_differences_are_those_of_numpy() -> None:
 
 def test_differences_are_taken_against_the_reference_whichever_is_larger() -> None:
     """Twice the reference is off by all of it; half of it is off by half."""
-    assert output_metrics(REFERENCE, 2 * REFERENCE).max_rel == pytest.approx(1)
-    assert output_metrics(REFERENCE, REFERENCE / 2).max_rel == pytest.approx(0.5)
+    assert compare_outputs(REFERENCE, 2 * REFERENCE).max_rel == pytest.approx(1)
+    assert compare_outputs(REFERENCE, REFERENCE / 2).max_rel == pytest.approx(0.5)
 
 
 def test_equal_outputs_have_no_difference_and_no_finite_ratio_of_noise() -> None:
-    found = output_metrics(REFERENCE, REFERENCE)
+    found = compare_outputs(REFERENCE, REFERENCE)
     assert (found.max_abs, found.p99_abs, found.max_rel, found.psnr_min_db) == (0, 0, 0, None)
     assert found.cosine_min == pytest.approx(1)
 
@@ -45,7 +45,7 @@ def test_equal_outputs_have_no_difference_and_no_finite_ratio_of_noise() -> None
 def test_one_image_far_off_shows_in_the_smallest_and_not_in_the_median() -> None:
     other = REFERENCE.copy()
     other[17] *= -1
-    found = output_metrics(REFERENCE, other)
+    found = compare_outputs(REFERENCE, other)
     assert found.cosine_min == pytest.approx(-1)
     assert found.median_abs == 0
     assert found.max_abs == pytest.approx(2 * np.abs(REFERENCE[17]).max())
@@ -56,6 +56,6 @@ def test_one_image_far_off_shows_in_the_smallest_and_not_in_the_median() -> None
 def test_what_is_not_finite_is_none_and_never_close(number: float, side: int) -> None:
     sides = [REFERENCE.copy(), OTHER.copy()]
     sides[side][3, 2] = number
-    found = output_metrics(*sides)
+    found = compare_outputs(*sides)
     assert found.max_abs is None
     assert found.cosine_min is None or found.cosine_min < 0.99

@@ -51,13 +51,13 @@ def asked(
 def test_what_is_read_is_what_was_written(finite: bool, tmp_path: Path) -> None:
     said = replace(SAID, finite=finite)
     if not finite:
-        said.fixed[0, 0] = np.nan
+        said.fixed_logits[0, 0] = np.nan
     save_outputs(tmp_path / "d", asked(), said)
     found = load_outputs(tmp_path / "d", asked())
-    for name in ("fixed", "first", "in_top5"):
+    for name in ("fixed_logits", "top1", "in_top5"):
         mine, theirs = getattr(found, name), getattr(said, name)
         assert mine.dtype == theirs.dtype
-        assert np.array_equal(mine, theirs, equal_nan=name == "fixed")
+        assert np.array_equal(mine, theirs, equal_nan=name == "fixed_logits")
     assert found.finite is finite
 
 
@@ -70,13 +70,13 @@ def test_the_same_answers_are_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "told"),
     [
-        (replace(asked(), model_sha256="2" * 64), "the dense model is another file"),
-        (replace(asked(), preprocessing=replace(HOW, mean=(0.0,) * 3)), "images are preprocessed otherwise"),
-        (asked(names="abce"), "the images or their labels are others"),
-        (asked(labels=(0, 1, 3, 2)), "the images or their labels are others"),
-        (asked(order=(1, 0, 2, 3)), "the images or their labels are others"),
-        (outputs_key("1" * 64, HOW, None, None, 3), "the images or their labels are others"),
-        (replace(asked(), fixed_images=4), "4 fixed images are asked for, 3 were"),
+        (replace(asked(), model_sha256="2" * 64), "the dense model is a different file"),
+        (replace(asked(), preprocessing=replace(HOW, mean=(0.0,) * 3)), "the preprocessing is different"),
+        (asked(names="abce"), "the images or their labels are different"),
+        (asked(labels=(0, 1, 3, 2)), "the images or their labels are different"),
+        (asked(order=(1, 0, 2, 3)), "the images or their labels are different"),
+        (outputs_key("1" * 64, HOW, None, None, 3), "the images or their labels are different"),
+        (replace(asked(), fixed_images=4), "4 fixed images are requested, 3 are saved"),
     ],
 )
 def test_answers_to_another_question_are_refused(other: OutputsKey, told: str, tmp_path: Path) -> None:
@@ -89,16 +89,17 @@ def test_every_difference_is_told_at_once(tmp_path: Path) -> None:
     save_outputs(tmp_path / "d", asked(), SAID)
     with pytest.raises(InputError) as caught:
         load_outputs(tmp_path / "d", replace(asked(), model_sha256="2" * 64, fixed_images=9))
-    assert "another file; 9 fixed images" in str(caught.value)
+    assert "different file; 9 fixed images" in str(caught.value)
 
 
 def spoilt(**changes: Any) -> bytes:
-    tensors = {"fixed": SAID.fixed, "first": SAID.first, "in_top5": SAID.in_top5} | changes
+    tensors = {"fixed": SAID.fixed_logits, "first": SAID.top1, "in_top5": SAID.in_top5} | changes
     return safetensors.numpy.save({k: v for k, v in tensors.items() if v is not None}, {"maskplan": "{}"})
 
 
 @pytest.mark.parametrize(
-    "content", [None, b"", b"rubbish" * 9, spoilt(), safetensors.numpy.save({"w": SAID.fixed}), spoilt(first=None)]
+    "content",
+    [None, b"", b"rubbish" * 9, spoilt(), safetensors.numpy.save({"w": SAID.fixed_logits}), spoilt(first=None)],
 )
 def test_what_is_no_such_file_is_one_error(content: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "d.safetensors"
@@ -123,7 +124,7 @@ def test_tensors_of_another_shape_or_type_are_refused(changes: dict[str, Any], t
     save_outputs(path, asked(), SAID)
     with safetensors.safe_open(path, "np") as file:
         header = file.metadata()
-    tensors = {"fixed": SAID.fixed, "first": SAID.first, "in_top5": SAID.in_top5} | changes
+    tensors = {"fixed": SAID.fixed_logits, "first": SAID.top1, "in_top5": SAID.in_top5} | changes
     path.write_bytes(safetensors.numpy.save(tensors, header))
     with pytest.raises(InputError, match="not a file of saved results"):
         load_outputs(path, asked())

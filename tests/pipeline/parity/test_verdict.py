@@ -105,9 +105,9 @@ def test_every_failure_is_told_and_one_is_enough() -> None:
     report = judged(THOUSAND, max_top1_drop=0.5, max_top5_drop=0.5, min_agreement=99, max_class_drop=5, min_cosine=0.98)
     assert [c.passed for c in report.checks] == [False, False, False, False, True]
     assert report.reason == (
-        "top-1 drops by 1.00 points; 0.5 are allowed; top-5 drops by 1.00 points; 0.5 are allowed;"
-        " the models agree on 97.00% of images; 99% are asked for;"
-        " class dog drops by 20.00 points on 10 images; 5 are allowed"
+        "top-1 drops by 1.00 points; the limit is 0.5; top-5 drops by 1.00 points; the limit is 0.5;"
+        " the models agree on 97.00% of images; the minimum is 99%;"
+        " class dog drops by 20.00 points on 10 images; the limit is 5"
     )
 
 
@@ -166,10 +166,12 @@ def test_equal_models_on_too_few_images_fail_with_confidence_and_are_told_how_ma
     report = judged(few, use_ci=True)
     check = check_of(report, "max_top1_drop")
     assert report.verdict == FAIL
-    assert str(report.reason).startswith("too few images to tell: with 46 images, top-1 of equal models could drop by")
+    assert str(report.reason).startswith(
+        "too few images to decide: with 46 images, top-1 of equal models could drop by"
+    )
     needed = check.images_needed
     assert needed is not None
-    assert f"it takes {needed:,}" in check.message
+    assert f"at least {needed:,} are needed" in check.message
     # As many as that decide, a few less do not; the share of hits is the nearest that there is.
     for count, verdict in ((needed, PASS), (needed - 5, FAIL)):
         right = round(count * 40 / 46)
@@ -193,14 +195,14 @@ def test_the_images_that_no_flips_need_are_those_of_the_exact_interval(option: s
     check = check_of(judged(measured(90, 0, 0, 10), use_ci=True, max_top1_drop=50, **{option: limit}), option)
     # 1 - 0.025^(1/n) <= 1%.
     assert check.images_needed == math.ceil(math.log(0.025) / math.log(0.99)) == 368
-    assert "it takes 368" in check.message
+    assert "at least 368 are needed" in check.message
 
 
 def test_what_no_number_of_images_can_show_is_said() -> None:
     for options in ({"max_top1_drop": 0.0}, {"max_top1_drop": 50, "min_agreement": 100.0}):
         report = judged(measured(900, 0, 0, 100), use_ci=True, **options)
         assert report.verdict == FAIL
-        assert "no number of images can show less" in str(report.reason)
+        assert "no number of images is enough" in str(report.reason)
 
 
 def test_one_image_worth_more_than_the_threshold_is_noted_without_confidence() -> None:

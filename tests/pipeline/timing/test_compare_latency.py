@@ -50,7 +50,7 @@ class Bench:
 class Timed:
     """An engine whose runs take the given `seconds`, one after the other."""
 
-    spent = None
+    last_timing = None
 
     def __init__(
         self, bench: Bench, name: str, seconds: Iterator[float], batch: int | None = None, dtype: str = "float32"

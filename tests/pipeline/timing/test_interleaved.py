@@ -34,11 +34,11 @@ class OnGpu:
 
     def __init__(self, clock: Clock, gpu_ms: float | None) -> None:
         self._clock, self._gpu_ms = clock, gpu_ms
-        self.spent: CallTiming | None = None
+        self.last_timing: CallTiming | None = None
 
     def infer(self, feeds: Arrays) -> dict[str, npt.NDArray[np.float32]]:
         self._clock.now += 1.0
-        self.spent = None if self._gpu_ms is None else CallTiming(self._gpu_ms, 0.25, 0.5, 1000.0)
+        self.last_timing = None if self._gpu_ms is None else CallTiming(self._gpu_ms, 0.25, 0.5, 1000.0)
         return {"y": np.zeros((len(feeds["x"]), 5), np.float32)}
 
     def close(self) -> None: ...
@@ -78,7 +78,7 @@ def test_one_engine_without_gpu_times_makes_all_use_the_host_clock() -> None:
 def test_the_times_of_a_split_batch_are_added() -> None:
     (engine,) = classifiers(Clock(), 3.0, profiles=(Profile(1, 1, 2),))
     engine.logits(np.zeros((5, 3, 4, 4), np.float32))
-    assert engine.spent == CallTiming(9.0, 0.75, 1.5, 3000.0)
+    assert engine.last_timing == CallTiming(9.0, 0.75, 1.5, 3000.0)
 
 
 @pytest.mark.parametrize(("profile", "batch"), [(Profile(1, 1, 1), 2), (Profile(4, 8, 8), 2)])

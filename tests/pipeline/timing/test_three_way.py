@@ -59,7 +59,7 @@ class Slow:
 
     inputs = (TensorSpec("x", "float32", (None, 3, 8, 8)),)
     outputs = (TensorSpec("y", "float32", (None, 5)),)
-    spent = None
+    last_timing = None
 
     def __init__(self, clock: Clock, seconds: Iterator[float], log: list[str], name: str) -> None:
         self._clock, self._seconds, self._log, self._name = clock, seconds, log, name

@@ -107,7 +107,7 @@ def test_a_tensorrt_plan_is_served_as_one(tmp_path: Path) -> None:
     plan.write_bytes(b"ftrt and so on")
     digest = "0f8a2f4bb5bc2c9c"
     write_sidecar(record(path=plan, sha256=digest))
-    with pytest.raises(InputError, match="not the one that its sidecar describes"):
+    with pytest.raises(InputError, match="does not match its sidecar"):
         deploy(plan, DeployOptions(tmp_path / "models", "net"))
     write_sidecar(record(path=plan, sha256=hashlib.sha256(plan.read_bytes()).hexdigest()))
     done = deploy(plan, DeployOptions(tmp_path / "models", "net"))
@@ -213,7 +213,7 @@ def test_a_flipped_byte_is_refused_and_leaves_nothing(position: float, tmp_path:
     data = bytearray(engine.read_bytes())
     data[int(position * len(data)) if position > 0 else int(position)] ^= 0x40
     engine.write_bytes(data)
-    with pytest.raises(InputError, match="not the one that its sidecar describes"):
+    with pytest.raises(InputError, match="does not match its sidecar"):
         deploy(engine, DeployOptions(tmp_path / "models", "net"))
     assert not (tmp_path / "models").exists()
 

@@ -126,7 +126,7 @@ def test_memory_of_the_gpu_is_given_back_whether_the_engine_ran_or_not(
     trt.failures = {failure} - {None}
     found, why = golden_of([engine])
     assert (found is None) == bool(failure)
-    assert why.startswith("TensorRT cannot run the engine (" if failure else "")
+    assert why.startswith("TensorRT failed to run the engine (" if failure else "")
     assert gpu.misplaced == 0 or failure
     # A failed call's buffers hang in the frames that its error came through.
     gc.collect()

@@ -1,4 +1,4 @@
-"""TensorRT's log through Python's, with what a build says of sparsity, its warnings and its errors kept."""
+"""Forward TensorRT's log to Python's, and capture its errors, warnings and sparsity messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-_KEPT = 5
+_MAX_QUOTED = 5
 _SPARSITY = "(Sparsity)"
 _OUT_OF_MEMORY = re.compile(
     r"out[ _]?of[ _]?memory|memory allocation|insufficient (?:\w+ )?(?:memory|workspace)|memory is insufficient"
@@ -20,18 +20,18 @@ _OUT_OF_MEMORY = re.compile(
 )
 
 _LISTENERS: weakref.WeakSet[TrtLogCapture] = weakref.WeakSet()
-# A thread that holds it may free, at the collector's bidding, an object of TensorRT that logs.
+# Reentrant: while a thread holds it, the garbage collector may free a TensorRT object, which logs.
 _LOCK = threading.RLock()
 
 
 class TrtLogCapture:
-    """What TensorRT says in this process from now on, for as long as this lives.
+    """Captures the messages of TensorRT in this process for the lifetime of the object.
 
     Attributes:
-        errors: Messages of the severities error and internal error, in order.
-        warnings: Those of the severity warning; some versions tell failures of CUDA as such.
-        sparsity: Lines that speak of sparse layers.
-        logger: For TensorRT's constructors.
+        errors: Messages with severity error or internal error, in order.
+        warnings: Messages with severity warning; some versions report CUDA failures this way.
+        sparsity: Messages about sparse layers.
+        logger: The logger to pass to TensorRT's constructors.
     """
 
     def __init__(self, trt: Any) -> None:
@@ -42,12 +42,12 @@ class TrtLogCapture:
         with _LOCK:
             _LISTENERS.add(self)
 
-    def why(self) -> str:
-        """The last errors, or warnings where there are none, for a message of ours."""
-        return "; ".join(self._worst()[-_KEPT:]) or "TensorRT gave no reason"
+    def reason(self) -> str:
+        """The last errors, or the last warnings if there are no errors, to quote in an error message."""
+        return "; ".join(self._worst()[-_MAX_QUOTED:]) or "TensorRT gave no reason"
 
     def is_out_of_memory(self) -> bool:
-        """Whether one of those speaks of memory that could not be had."""
+        """Whether one of these messages reports insufficient memory."""
         return any(_OUT_OF_MEMORY.search(message) for message in self._worst())
 
     def _worst(self) -> list[str]:
@@ -56,7 +56,7 @@ class TrtLogCapture:
 
 @functools.cache
 def _logger(trt: Any) -> Any:
-    """The one logger: TensorRT keeps the first that it is given for the whole process, and hands others' messages to it."""
+    """The only logger: TensorRT uses the first one that it gets for the whole process and ignores later ones."""
     levels = {
         trt.ILogger.INTERNAL_ERROR: logging.ERROR,
         trt.ILogger.ERROR: logging.ERROR,
