@@ -1,4 +1,4 @@
-"""What many tests start from: a tiny model of one's own, a toy data folder, and one finished run on the digits."""
+"""Shared fixtures: a tiny user model, a small data folder, and one finished run on the digits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import settings
 from PIL import Image
 from report_schema import validate_report
 
-# The same examples every time: what fails in CI fails at home.
+# The same examples every time, so that a failure in CI can be reproduced.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
@@ -56,7 +56,7 @@ def build():
 
 @dataclass(frozen=True)
 class Ran:
-    """How a command ended."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -90,6 +90,12 @@ def maskplan() -> Callable[..., Ran]:
     return spawn
 
 
+@pytest.fixture(scope="session")
+def tiny_source() -> str:
+    """The source of the tiny model."""
+    return TINY_MODEL
+
+
 @pytest.fixture
 def tiny_spec(tmp_path: Path) -> str:
     """The tiny model as `file.py:factory`."""
@@ -100,7 +106,7 @@ def tiny_spec(tmp_path: Path) -> str:
 
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes told apart by color: 20 training and 8 validation images each, 20x20, PNG. Do not write to it."""
+    """Three classes that differ in color: 20 training and 8 validation images each, 20x20, PNG. Do not write to it."""
     folder = tmp_path_factory.mktemp("toy")
     generator = np.random.default_rng(0)
     for part, count in (("train", 20), ("val", 8)):
@@ -125,5 +131,5 @@ def finished_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def digits(finished_digits: Path, tmp_path: Path) -> Path:
-    """A copy of a finished run, to spoil."""
+    """A copy of a finished run, to modify."""
     return Path(shutil.copytree(finished_digits, tmp_path / "digits_resnet"))

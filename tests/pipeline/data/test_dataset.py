@@ -37,7 +37,7 @@ from maskplan.pipeline.data.dataset import (
 )
 from maskplan.pipeline.data.preprocessing import decode, normalize
 
-HOW = Preprocessing(3, 16, 16, 18, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+PREPROCESSING = Preprocessing(3, 16, 16, 18, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 NAMES = ("blue", "green", "red")
 
 
@@ -87,7 +87,7 @@ def tree(tmp_path: Path) -> Callable[[Mapping[str, int]], Path]:
 
 @pytest.fixture
 def copied(toy_data: Path, tmp_path: Path) -> Path:
-    """The toy data, to spoil."""
+    """A copy of the toy data, to modify."""
     return Path(shutil.copytree(toy_data, tmp_path / "toy"))
 
 
@@ -103,7 +103,7 @@ def test_a_tree_is_read_as_torchvision_reads_it(toy_data: Path) -> None:
         )
 
 
-def test_train_and_select_share_the_training_images_and_val_is_apart(toy_data: Path) -> None:
+def test_train_and_select_share_the_training_images_and_val_is_separate(toy_data: Path) -> None:
     data = open_folder(toy_data, (), 3, seed=0)
     assert (len(data.train), len(data.select), len(data.val)) == (54, 6, 24)
     assert sorted([*data.train.indices, *data.select.indices]) == list(range(60))
@@ -137,7 +137,7 @@ def test_select_is_a_few_thousand_images_of_a_large_set() -> None:
 
 @given(labels=st.lists(st.integers(0, 4), min_size=1, max_size=60), seed=st.integers(0, 5))
 @settings(max_examples=60, deadline=None)
-def test_split_arrays_cuts_into_three_parts_without_loss(labels: list[int], seed: int) -> None:
+def test_split_collection_gives_three_parts_without_loss(labels: list[int], seed: int) -> None:
     images = InMemory((b"",) * len(labels), np.array(labels))
     data = split_collection(images, ("a", "b", "c", "d", "e"), 0.2, seed)
     parts = [data.train.indices, data.select.indices, data.val.indices]
@@ -148,7 +148,7 @@ def test_split_arrays_cuts_into_three_parts_without_loss(labels: list[int], seed
         assert (data.val.labels == label).any() == (labels.count(label) > 1)
 
 
-def test_files_that_are_no_images_are_passed_over_and_deeper_folders_are_read(copied: Path) -> None:
+def test_other_files_are_ignored_and_subfolders_are_read(copied: Path) -> None:
     (copied / "val" / "red" / "notes.txt").write_text("hello")
     (copied / "val" / "red" / "deep").mkdir()
     (copied / "val" / "red" / "deep" / "x.JPEG").write_bytes(encoded(1, "JPEG"))
@@ -166,28 +166,28 @@ def test_open_val_reads_no_train(toy_data: Path, copied: Path) -> None:
     assert val.labels.tolist() == open_folder(toy_data, (), 3, seed=0).val.labels.tolist()
 
 
-def test_a_missing_folder_is_told_with_the_layout_wanted(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_folder_names_the_expected_layout(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="data folder not found") as raised:
         open_folder(tmp_path / "none", (), 3, seed=0)
     assert raised.value.where == tmp_path / "none"
     assert "train/CLASS/" in str(raised.value.fix)
 
 
-def test_a_file_is_no_data_folder(tmp_path: Path) -> None:
+def test_a_file_is_refused_as_a_data_folder(tmp_path: Path) -> None:
     (tmp_path / "data.zip").touch()
     with pytest.raises(InputError, match="data folder not found"):
         open_folder(tmp_path / "data.zip", (), 3, seed=0)
 
 
 @pytest.mark.parametrize("part", ["train", "val"])
-def test_a_missing_part_is_named_with_what_is_there_instead(copied: Path, part: str) -> None:
+def test_a_missing_part_is_named_with_the_folders_that_exist(copied: Path, part: str) -> None:
     (copied / part).rename(copied / "other")
     with pytest.raises(InputError, match=f"no {part}/ in the data folder") as raised:
         open_folder(copied, (), 3, seed=0)
     assert "other" in str(raised.value.found)
 
 
-def test_an_empty_folder_holds_nothing(tmp_path: Path) -> None:
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no train/") as raised:
         open_folder(tmp_path, (), 3, seed=0)
     assert raised.value.found == "nothing"
@@ -207,7 +207,7 @@ def test_empty_classes_are_named(tree: Callable[[Mapping[str, int]], Path]) -> N
     assert "b, c" in str(raised.value.found)
 
 
-def test_only_empty_classes_are_no_images(tree: Callable[[Mapping[str, int]], Path]) -> None:
+def test_only_empty_classes_are_refused(tree: Callable[[Mapping[str, int]], Path]) -> None:
     root = tree({"train/a": 0, "val/a": 1})
     with pytest.raises(InputError, match="train/ contains no images"):
         open_folder(root, (), 1, seed=0)
@@ -234,23 +234,23 @@ def numbers_by_class(data: Dataset) -> dict[str, int]:
     return {images.name(i).split("/")[0]: int(label) for i, label in enumerate(images.labels)}
 
 
-def test_without_other_word_classes_are_in_the_order_of_their_names(toy_data: Path) -> None:
+def test_classes_are_sorted_by_name_by_default(toy_data: Path) -> None:
     data = open_folder(toy_data, (), 3, seed=0)
     assert data.classes == NAMES
     assert numbers_by_class(data) == {"blue": 0, "green": 1, "red": 2}
 
 
-def test_the_models_labels_give_the_order_where_they_name_the_folders(toy_data: Path) -> None:
+def test_the_models_labels_set_the_order_if_they_name_the_folders(toy_data: Path) -> None:
     data = open_folder(toy_data, ("red", "blue", "green"), 3, seed=0)
     assert data.classes == ("red", "blue", "green")
     assert numbers_by_class(data) == {"red": 0, "blue": 1, "green": 2}
 
 
-def test_labels_in_other_words_give_no_order(toy_data: Path) -> None:
+def test_labels_that_are_not_the_folders_names_are_ignored(toy_data: Path) -> None:
     assert open_folder(toy_data, ("rouge", "bleu", "vert"), 3, seed=0).classes == NAMES
 
 
-def test_classes_txt_has_the_last_word_on_the_order(copied: Path) -> None:
+def test_classes_txt_overrides_the_order_of_the_labels(copied: Path) -> None:
     (copied / "classes.txt").write_text("green\n\n  red \nblue\n")
     data = open_folder(copied, ("red", "blue", "green"), 3, seed=0)
     assert data.classes == ("green", "red", "blue")
@@ -258,7 +258,7 @@ def test_classes_txt_has_the_last_word_on_the_order(copied: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("green\nred\n", "not listed: blue; without a folder: none"),
         ("green\nred\nblue\npink\n", "not listed: none; without a folder: pink"),
@@ -267,11 +267,11 @@ def test_classes_txt_has_the_last_word_on_the_order(copied: Path) -> None:
         ("", "not listed: blue, green, red; without a folder: none"),
     ],
 )
-def test_a_classes_txt_that_does_not_name_the_folders_is_an_error(copied: Path, text: str, told: str) -> None:
+def test_a_classes_txt_that_does_not_name_the_folders_is_an_error(copied: Path, text: str, message: str) -> None:
     (copied / "classes.txt").write_text(text)
     with pytest.raises(InputError, match=r"classes\.txt does not name") as raised:
         open_folder(copied, (), 3, seed=0)
-    assert (raised.value.where, raised.value.found) == (copied / "classes.txt", told)
+    assert (raised.value.where, raised.value.found) == (copied / "classes.txt", message)
 
 
 def test_a_classes_txt_that_is_not_utf8_is_an_error(copied: Path) -> None:
@@ -291,7 +291,7 @@ def test_an_image_set_is_the_digests_of_its_files(toy_data: Path) -> None:
     assert found.sha256 == hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def test_an_image_set_depends_on_content_alone(copied: Path, toy_data: Path) -> None:
+def test_an_image_set_depends_only_on_content(copied: Path, toy_data: Path) -> None:
     """Neither names nor order nor folder count; one pixel does."""
     for i, path in enumerate(sorted((copied / "val" / "red").iterdir(), reverse=True)):
         path.rename(path.with_name(f"renamed{i}.png"))
@@ -322,9 +322,9 @@ def test_corrupt_images_are_counted_and_the_first_named(copied: Path) -> None:
     assert raised.value.found == "blue/00.png, blue/01.png, blue/02.png, blue/03.png, blue/04.png and 3 more"
 
 
-def test_corrupt_images_outside_the_split_are_no_matter(copied: Path) -> None:
+def test_corrupt_images_outside_the_split_are_ignored(copied: Path) -> None:
     for path in (copied / "train").rglob("*.png"):
-        path.write_bytes(b"spoilt")
+        path.write_bytes(b"corrupt")
     assert identify(open_folder(copied, (), 3, seed=0).val).images == 24
 
 
@@ -347,13 +347,13 @@ def test_the_listing_changes_with_names_sizes_and_times(copied: Path) -> None:
     assert len(set(seen)) == 4
 
 
-def test_sets_without_a_common_image_may_judge_each_other(toy_data: Path) -> None:
+def test_disjoint_sets_are_accepted(toy_data: Path) -> None:
     data = open_folder(toy_data, (), 3, seed=0)
     require_disjoint(identify(data.val), [identify(data.train), identify(data.select)])
     require_disjoint(identify(data.val), [])
 
 
-def test_one_shared_image_is_found_and_told(copied: Path) -> None:
+def test_one_shared_image_is_found(copied: Path) -> None:
     shutil.copy(copied / "train" / "red" / "00.png", copied / "val" / "red" / "renamed.png")
     data = open_folder(copied, (), 3, seed=0)
     shaped = [identify(data.train), identify(data.select)]
@@ -362,7 +362,7 @@ def test_one_shared_image_is_found_and_told(copied: Path) -> None:
     assert "at least 1 of 25" in str(raised.value.found)
 
 
-def test_every_set_that_shaped_the_model_is_looked_at() -> None:
+def test_every_image_set_of_the_model_is_compared() -> None:
     judged = identify(whole(in_memory(5), "val"))
     strangers = identify(whole(in_memory(5, first=100)))
     require_disjoint(judged, [strangers])
@@ -370,7 +370,7 @@ def test_every_set_that_shaped_the_model_is_looked_at() -> None:
         require_disjoint(judged, [strangers, dataclasses.replace(judged, role="select")])
 
 
-def test_an_overlap_of_large_sets_is_seen_through_their_sketches() -> None:
+def test_an_overlap_of_large_sets_is_found_by_their_sketches() -> None:
     """Half of each set shared: the chance to miss it is one in 2 ** 512."""
     images = in_memory(1500)
     first, second = np.arange(0, 1000), np.arange(500, 1500)
@@ -390,38 +390,42 @@ def test_batches_are_what_decoding_one_by_one_gives(toy_data: Path, size: int, s
     split = open_val(toy_data, (), 3)
     order = None if seed is None else np.random.default_rng(seed).permutation(24)[:20]
     positions = list(range(24)) if order is None else order.tolist()
-    got = list(batches(split, HOW, size, order))
+    got = list(batches(split, PREPROCESSING, size, order))
     lengths = [size] * (len(positions) // size) + ([len(positions) % size] if len(positions) % size else [])
     assert [len(x) for x, _ in got] == [len(labels) for _, labels in got] == lengths
     images = np.concatenate([x for x, _ in got])
     assert images.dtype == np.float32
     assert images.shape[1:] == (3, 16, 16)
     for image, position in zip(images, positions, strict=True):
-        assert np.array_equal(image, normalize(decode(split.images.read(position), HOW)[None], HOW)[0])
+        assert np.array_equal(
+            image, normalize(decode(split.images.read(position), PREPROCESSING)[None], PREPROCESSING)[0]
+        )
     assert np.concatenate([labels for _, labels in got]).tolist() == split.labels[positions].tolist()
 
 
 def test_positions_are_within_the_split_not_the_collection(toy_data: Path) -> None:
     select = open_folder(toy_data, (), 3, seed=0).select
-    ((x, labels),) = batches(select, HOW, 10, np.array([5, 0]))
+    ((x, labels),) = batches(select, PREPROCESSING, 10, np.array([5, 0]))
     assert labels.tolist() == [select.labels[5], select.labels[0]]
     for image, index in zip(x, select.indices[[5, 0]], strict=True):
-        assert np.array_equal(image, normalize(decode(select.images.read(int(index)), HOW)[None], HOW)[0])
+        assert np.array_equal(
+            image, normalize(decode(select.images.read(int(index)), PREPROCESSING)[None], PREPROCESSING)[0]
+        )
 
 
-def test_no_images_make_no_batches(toy_data: Path) -> None:
-    assert list(batches(open_val(toy_data, (), 3), HOW, 4, np.array([], dtype=np.int64))) == []
+def test_no_images_give_no_batches(toy_data: Path) -> None:
+    assert list(batches(open_val(toy_data, (), 3), PREPROCESSING, 4, np.array([], dtype=np.int64))) == []
 
 
-def test_batches_may_be_left_early(toy_data: Path) -> None:
-    stream = batches(open_val(toy_data, (), 3), HOW, 2)
+def test_batches_can_be_closed_early(toy_data: Path) -> None:
+    stream = batches(open_val(toy_data, (), 3), PREPROCESSING, 2)
     assert len(next(stream)[0]) == 2
     stream.close()  # type: ignore[attr-defined]
     with pytest.raises(StopIteration):
         next(stream)
 
 
-def test_first_draws_seeded_images_in_order(toy_data: Path) -> None:
+def test_sample_draws_seeded_images_in_order(toy_data: Path) -> None:
     val = open_val(toy_data, (), 3)
     drawn = val.sample(10, seed=1)
     assert len(drawn) == 10
@@ -431,6 +435,6 @@ def test_first_draws_seeded_images_in_order(toy_data: Path) -> None:
     assert drawn.role == "val"
 
 
-def test_first_of_more_than_there_are_is_all_of_them(toy_data: Path) -> None:
+def test_a_sample_of_more_images_than_exist_is_all_of_them(toy_data: Path) -> None:
     val = open_val(toy_data, (), 3)
     assert val.sample(24, seed=0).indices.tolist() == val.sample(999, seed=5).indices.tolist() == list(range(24))

@@ -55,14 +55,14 @@ def test_the_parts_are_disjoint_and_cover_all_digits(pixels: npt.NDArray[np.floa
     assert [part(name).role for name in PARTS] == list(PARTS)
 
 
-def test_no_image_of_one_part_is_in_another_under_another_number(pixels: npt.NDArray[np.float64]) -> None:
+def test_no_image_is_in_two_parts_under_different_indices(pixels: npt.NDArray[np.float64]) -> None:
     contents = [{pixels[i].tobytes() for i in part(name).indices} for name in PARTS]
     assert not contents[0] & contents[1]
     assert not contents[0] & contents[2]
     assert not contents[1] & contents[2]
 
 
-def test_a_fifth_of_each_class_is_held_out_and_a_tenth_of_the_rest_is_for_choosing(
+def test_a_fifth_of_each_class_is_val_and_a_tenth_of_the_rest_is_select(
     labels: npt.NDArray[np.int64],
 ) -> None:
     for label in range(10):
@@ -87,7 +87,7 @@ def test_images_and_labels_are_those_of_scikit_learn(
     assert np.abs(x - expected).max() <= 0.51 / 255 / PREPROCESSING.std[0]
 
 
-def test_the_cut_is_the_same_each_time() -> None:
+def test_the_split_is_the_same_each_time() -> None:
     again = load_digits.__wrapped__()
     assert again.classes == CLASSES
     for name in PARTS:
@@ -133,7 +133,7 @@ def test_the_accuracy_beside_the_weights_is_what_the_model_reaches(
     assert right / len(indices) >= 0.98
 
 
-def test_the_shipped_weights_name_the_images_that_shaped_them_and_val_is_not_among_those() -> None:
+def test_the_shipped_weights_name_their_training_images_which_do_not_include_val() -> None:
     written = read_metadata(BUNDLED_WEIGHTS)
     assert written is not None
     shaped = [identify(part(name)) for name in ("train", "select")]
@@ -183,6 +183,6 @@ def test_the_network_is_the_one_described(shipped: DigitsResNet) -> None:
 
 
 @pytest.mark.parametrize("classes", [1, 7])
-def test_it_can_have_another_number_of_classes(classes: int) -> None:
+def test_the_number_of_classes_can_be_chosen(classes: int) -> None:
     module = DigitsResNet(classes).eval()
     assert module(torch.zeros(3, 1, 8, 8)).shape == (3, classes)

@@ -17,13 +17,13 @@ from torchvision.transforms.functional import InterpolationMode
 
 from maskplan.pipeline.core.artifacts import Preprocessing
 from maskplan.pipeline.data.preprocessing import (
+    DECODE_ERRORS,
     IMAGENET,
     INTERPOLATIONS,
-    DECODE_ERRORS,
     decode,
-    preprocessing_from_transforms,
     is_complete,
     normalize,
+    preprocessing_from_transforms,
 )
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -1,4 +1,4 @@
-"""BatchNorm statistics, against NumPy over the very images that were shown."""
+"""BatchNorm statistics, against NumPy on the same images."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def numbers(net: Net, source: InMemory) -> list[int]:
     return [int(np.abs(wanted - one).max(axis=(1, 2, 3)).argmin()) for one in np.concatenate(net.shown)]
 
 
-def test_images_are_augmented_where_asked(net: Net) -> None:
+def test_images_are_augmented_on_request(net: Net) -> None:
     """The images are 3x5, so that nothing moves; half of them are mirrored, and statistics are of what was shown."""
     update_statistics(net, split(20), HOW, RecalibrateOptions(augment="crop+flip"))
     plain = Net()
@@ -185,7 +185,7 @@ def test_only_the_split_is_shown_and_fewer_images_are_drawn_from_all_of_it(net: 
     assert min(shown) < 10
 
 
-def test_all_but_the_statistics_stays_as_it_was(net: Net) -> None:
+def test_only_the_statistics_change(net: Net) -> None:
     before = copy.deepcopy(net.state_dict())
     options = RecalibrateOptions(batch=5)
     update_statistics(net.train(), split(20), HOW, options)
@@ -213,7 +213,7 @@ def without_norms() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "count", "asked"), [(without_norms, 20, 10_000), (Net, 20, 0), (Net, 20, 1), (Net, 1, 10_000), (Net, 0, 9)]
 )
-def test_where_there_is_nothing_to_do_nothing_changes(make: Callable[[], nn.Module], count: int, asked: int) -> None:
+def test_without_norms_or_images_nothing_changes(make: Callable[[], nn.Module], count: int, asked: int) -> None:
     module = make()
     before = copy.deepcopy(module.state_dict())
     source = Split("train", images(20), np.arange(count))
@@ -237,7 +237,7 @@ def test_batchnorm_that_no_image_reaches_keeps_its_statistics() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.auxiliary.state_dict().items())
 
 
-def test_a_failure_leaves_momentum_and_mode_as_they_belong(net: Net, tmp_path: Path) -> None:
+def test_a_failure_restores_momentum_and_mode(net: Net, tmp_path: Path) -> None:
     source = images(20)
     broken = Split("train", InMemory(source.pixels[:12]), np.arange(20))
     with pytest.raises(IndexError):
@@ -247,7 +247,7 @@ def test_a_failure_leaves_momentum_and_mode_as_they_belong(net: Net, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_checkpoint_holds_the_new_statistics_and_says_so(net: Net, tmp_path: Path) -> None:
+def test_the_checkpoint_contains_the_new_statistics_and_records_them(net: Net, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out.safetensors"
     written = recalibrate(net, PROVENANCE, split(20), RecalibrateOptions(batch=6), out, (TRAIN,))
     assert written.provenance == dataclasses.replace(PROVENANCE, recalibrated_images=18, image_sets=(TRAIN,))

@@ -1,4 +1,4 @@
-"""Checkpoints: what is loaded is what was asked for, what is written comes back, and both say where it came from."""
+"""Checkpoints: the requested weights are loaded, files are read back unchanged, and the provenance is kept."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_random_weights_are_untrained_and_named_by_their_seed(out: Path) -> None
     assert not same(on_disk(out), dict(digits_net(6).state_dict()))
 
 
-def test_auto_falls_back_to_random_weights_and_says_so_loudly(
+def test_auto_falls_back_to_random_weights_with_a_warning(
     tiny_spec: str, out: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     written = load_checkpoint(ModelOptions(tiny_spec), out)
@@ -104,7 +104,7 @@ def test_auto_falls_back_to_random_weights_and_says_so_loudly(
     assert "random weights: suitable for timing only" in warnings[0]
 
 
-def test_pretrained_weights_that_nobody_has_are_an_error(tiny_spec: str, out: Path) -> None:
+def test_pretrained_weights_that_do_not_exist_are_an_error(tiny_spec: str, out: Path) -> None:
     with pytest.raises(HostError, match="has no pretrained weights"):
         load_checkpoint(ModelOptions(tiny_spec, "pretrained"), out)
     assert not out.exists()
@@ -131,7 +131,7 @@ def test_weights_of_another_tool_are_trained_and_come_from_that_file(tmp_path: P
     assert str(tmp_path) not in out.read_bytes().decode("latin-1")
 
 
-def test_a_file_of_weights_for_ones_own_model_is_taken_with_its_preprocessing(tiny_spec: str, out: Path) -> None:
+def test_weights_for_a_users_model_are_read_with_its_preprocessing(tiny_spec: str, out: Path) -> None:
     random, _ = open_checkpoint(ModelOptions(tiny_spec, "random", seed=3))
     file = out.parent.parent / "w.pth"
     torch.save(random.state_dict(), file)
@@ -141,7 +141,7 @@ def test_a_file_of_weights_for_ones_own_model_is_taken_with_its_preprocessing(ti
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_a_checkpoint_of_ours_keeps_its_whole_record(tmp_path: Path, out: Path, trained: bool) -> None:
+def test_a_maskplan_checkpoint_keeps_its_provenance(tmp_path: Path, out: Path, trained: bool) -> None:
     """Untrained weights do not become trained by passing through a file."""
     provenance = sparse_provenance(trained)
     file = tmp_path / "sparse.safetensors"
@@ -159,7 +159,7 @@ def test_weights_of_another_model_are_refused_and_nothing_is_written(tiny_spec: 
     assert not out.exists()
 
 
-def test_a_mask_file_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_mask_file_is_refused_as_a_checkpoint(tmp_path: Path) -> None:
     file = tmp_path / "masks.safetensors"
     masks = {"blocks.0.conv1.weight": np.ones((16, 16, 3, 3), np.bool_)}
     safetensors.numpy.save_file(masks, file, {"maskplan": json.dumps({"model": "digits_resnet", "pattern": "2:4"})})
@@ -245,7 +245,8 @@ def test_the_bytes_depend_on_the_options_only(tiny_spec: str, tmp_path: Path) ->
 
 def test_the_bytes_are_the_same_in_another_process(out: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from maskplan.pipeline.models.checkpoint import ModelOptions, load_checkpoint\n"
+        "import sys\nfrom pathlib import Path\n"
+        "from maskplan.pipeline.models.checkpoint import ModelOptions, load_checkpoint\n"
         "print(load_checkpoint(ModelOptions('digits_resnet', 'random', seed=1), Path(sys.argv[1])).sha256)"
     )
     written = load_checkpoint(ModelOptions("digits_resnet", "random", seed=1), out)
@@ -277,7 +278,7 @@ def test_another_tool_reads_the_file(out: Path) -> None:
 # What cannot be read --------------------------------------------------------------------------------------------------
 
 
-def test_a_file_of_another_tool_has_no_record(tmp_path: Path) -> None:
+def test_a_file_of_another_tool_has_no_provenance(tmp_path: Path) -> None:
     file = tmp_path / "w.safetensors"
     safetensors.torch.save_file({"a": torch.zeros(2)}, file)
     with pytest.raises(InputError, match="not a checkpoint of maskplan") as raised:
@@ -305,7 +306,7 @@ def test_a_file_cut_short_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "spoil", [{"classes": "ten"}, {"model": None}, {"preprocessing": {}}, {"image_sets": 3}, {"surprise": 1}], ids=str
 )
-def test_a_record_that_is_none_is_an_error_for_weights_too(tmp_path: Path, spoil: dict[str, object]) -> None:
+def test_invalid_provenance_is_an_error_for_weights_too(tmp_path: Path, spoil: dict[str, object]) -> None:
     file = tmp_path / "odd.safetensors"
     header = {"maskplan": json.dumps({**encode(sparse_provenance()), **spoil})}
     safetensors.torch.save_file(dict(digits_net().state_dict()), file, header)

@@ -1,4 +1,4 @@
-"""Names to modules. Every test runs with sockets that cannot connect, and fails if one was asked to."""
+"""From names to modules. Sockets cannot connect in these tests, and an unexpected attempt fails the test."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_torchvision_name_is_its_model_with_seeded_weights(name: str) -> None:
     assert outputs(made) == 1000
 
 
-def test_names_of_models_are_those_of_classification() -> None:
+def test_only_classification_models_are_accepted() -> None:
     for name in ("fcn_resnet50", "raft_small", "fasterrcnn_resnet50_fpn", "r3d_18", "quantized_resnet18", ""):
         with pytest.raises(InputError, match=r"unknown model") as caught:
             build_model(name, seed=0)
@@ -110,20 +110,20 @@ def test_names_of_models_are_those_of_classification() -> None:
         ("timm/efficientnet-b0", "efficientnet_b0"),
     ],
 )
-def test_a_misspelt_name_is_answered_with_the_likely_one(asked: str, meant: str) -> None:
+def test_the_error_for_a_misspelled_name_suggests_a_similar_one(asked: str, meant: str) -> None:
     with pytest.raises(InputError) as caught:
         build_model(asked, seed=0)
     assert "did you mean" in str(caught.value.fix)
     assert f"'{meant}'" in str(caught.value.fix)
 
 
-def test_a_word_like_no_name_is_answered_with_the_kinds_of_names() -> None:
+def test_the_error_for_an_unknown_name_lists_the_kinds_of_names() -> None:
     with pytest.raises(InputError) as caught:
         build_model("qqqqqqqq", seed=0)
     assert all(kind in str(caught.value.fix) for kind in ("resnet50", "timm/NAME", "file.py:factory", "digits_resnet"))
 
 
-def test_a_tag_that_timm_does_not_know_is_no_matter_of_the_network() -> None:
+def test_an_unknown_timm_tag_does_not_blame_the_network() -> None:
     with pytest.raises(PipelineError) as caught:
         build_model("timm/resnet10t.nope", seed=0)
     assert "nope" in str(caught.value)
@@ -185,7 +185,7 @@ def test_classes_set_the_number_of_outputs(spec: str) -> None:
     assert len(made.labels) in (0, 10)
 
 
-def test_classes_that_a_file_cannot_be_told_are_refused(file: Callable[[str], str]) -> None:
+def test_classes_are_refused_for_a_model_in_a_file(file: Callable[[str], str]) -> None:
     with pytest.raises(InputError, match="classes"):
         open_checkpoint(ModelOptions(file(NET), "random", classes=7))
 
@@ -195,7 +195,7 @@ def test_labels_are_not_kept_for_other_classes() -> None:
     assert build_model("squeezenet1_1", seed=0, classes=999).labels == ()
 
 
-def test_a_file_of_ones_own_says_its_preprocessing_and_labels(file: Callable[[str], str]) -> None:
+def test_a_users_file_sets_its_preprocessing_and_labels(file: Callable[[str], str]) -> None:
     own = "PREPROCESSING = {'height': 32, 'width': 48, 'resize': 0, 'std': [0.5, 0.25, 1.0]}\nLABELS = ['cat', 'dog']\n"
     made = build_model(file(NET + own), seed=0)
     wanted = replace(IMAGENET, height=32, width=48, resize=0, std=(0.5, 0.25, 1.0))
@@ -208,7 +208,7 @@ def test_a_file_of_ones_own_says_its_preprocessing_and_labels(file: Callable[[st
     assert build_model(file(NET + gray), seed=0).preprocessing == wanted
 
 
-def test_a_file_may_hold_what_python_files_hold(file: Callable[[str], str], tmp_path: Path) -> None:
+def test_a_users_file_may_contain_data_classes_and_warnings(file: Callable[[str], str], tmp_path: Path) -> None:
     # A data class under postponed annotations looks for its own module while it is made.
     source = "from __future__ import annotations\nfrom dataclasses import dataclass\n" + NET
     source += "\n@dataclass\nclass Options:\n    width: int = 4\n"
@@ -265,7 +265,7 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_message(kind: str, file: C
     assert "net.py" in message or "PREPROCESSING" in message
 
 
-def test_a_file_that_is_no_text_or_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_binary_or_missing_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_bytes(b"\xff\x00\xfe")
     (tmp_path / "folder.py").mkdir()
     for name in ("net.py", "folder.py", "none.py"):
@@ -295,7 +295,7 @@ def test_a_models_digest_is_that_of_its_code(file: Callable[[str], str], tmp_pat
     assert model_identity("resnet50")[1] != model_identity("resnet18")[1]
 
 
-def test_weights_that_cannot_be_fetched_are_told_with_their_address(attempts: list[str]) -> None:
+def test_the_error_for_a_failed_download_names_the_address(attempts: list[str]) -> None:
     with pytest.raises(HostError) as caught:
         build_model("squeezenet1_1", seed=0, pretrained=True)
     assert "https://download.pytorch.org/models/squeezenet1_1" in str(caught.value)
@@ -304,14 +304,14 @@ def test_weights_that_cannot_be_fetched_are_told_with_their_address(attempts: li
     attempts.clear()
 
 
-def test_where_no_pretrained_weights_exist_none_are_sought(file: Callable[[str], str]) -> None:
+def test_a_model_without_pretrained_weights_uses_no_network(file: Callable[[str], str]) -> None:
     for spec in (file(NET), "digits_resnet"):
         with pytest.raises(HostError) as caught:
             build_model(spec, seed=0, pretrained=True)
         assert "--weights FILE" in str(caught.value.fix)
 
 
-def test_the_default_timeout_of_sockets_is_given_back(attempts: list[str]) -> None:
+def test_the_default_socket_timeout_is_restored(attempts: list[str]) -> None:
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(11.5)
     try:

@@ -1,4 +1,4 @@
-"""Weight files of many makers, damaged ones, and ones that are up to something."""
+"""Weight files of many tools, damaged files, and files with code."""
 
 from __future__ import annotations
 
@@ -84,21 +84,21 @@ def prefixed(prefix: str) -> dict[str, torch.Tensor]:
     ],
     ids=lambda w: "+".join(list(w)[:2]),
 )
-def test_the_usual_wrappings_are_undone(saved: Callable[..., Path], wrapped: object) -> None:
+def test_common_wrappers_and_prefixes_are_removed(saved: Callable[..., Path], wrapped: object) -> None:
     assert same(read_weights(saved(wrapped)), STATE)
 
 
-def test_a_prefix_that_not_all_names_bear_is_part_of_the_name(saved: Callable[..., Path]) -> None:
+def test_a_prefix_of_only_some_names_is_kept(saved: Callable[..., Path]) -> None:
     mixed = {"module.a": torch.zeros(1), "head": torch.zeros(1)}
     assert read_weights(saved(mixed)).keys() == mixed.keys()
 
 
-def test_a_tensor_called_model_is_no_wrapping(saved: Callable[..., Path]) -> None:
+def test_a_tensor_called_model_is_not_a_wrapper(saved: Callable[..., Path]) -> None:
     state = {"model": torch.zeros(2), "net": torch.ones(2)}
     assert same(read_weights(saved(state)), state)
 
 
-def test_safetensors_are_read_whoever_wrote_them(tmp_path: Path) -> None:
+def test_safetensors_files_of_other_tools_are_read(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     safetensors.torch.save_file(prefixed("module."), path, {"format": "pt"})
     assert same(read_weights(path), STATE)
@@ -116,7 +116,7 @@ def test_a_missing_file_is_an_error(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_cut_anywhere_is_an_error_that_names_it(tmp_path: Path, kind: str) -> None:
+def test_the_error_for_a_truncated_file_names_the_file(tmp_path: Path, kind: str) -> None:
     whole = as_bytes(kind, tmp_path)
     path = tmp_path / ("cut.safetensors" if kind == "safetensors" else "cut.pth")
     for length in range(0, len(whole) - 1, 7):
@@ -129,7 +129,7 @@ def test_a_file_cut_anywhere_is_an_error_that_names_it(tmp_path: Path, kind: str
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_spoilt_file_is_read_or_refused_but_never_a_crash(tmp_path: Path, kind: str) -> None:
+def test_a_corrupt_file_is_read_or_refused_but_never_crashes(tmp_path: Path, kind: str) -> None:
     whole = as_bytes(kind, tmp_path)
     path = tmp_path / ("spoilt.safetensors" if kind == "safetensors" else "spoilt.pth")
     rng = np.random.default_rng(0)
@@ -182,7 +182,7 @@ def test_keys_found_instead_of_tensors_are_named(saved: Callable[..., Path]) -> 
 
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("new", [False, True], ids=["legacy", "zip"])
-def test_a_checkpoint_that_wants_to_run_code_is_refused_and_the_code_does_not_run(
+def test_a_checkpoint_with_code_is_refused_and_the_code_does_not_run(
     saved: Callable[..., Path], tmp_path: Path, new: bool, wrapped: bool
 ) -> None:
     marker = tmp_path / "marker"
@@ -198,7 +198,7 @@ def test_a_checkpoint_that_wants_to_run_code_is_refused_and_the_code_does_not_ru
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("name", ["w.pth", "w.pkl", "w.safetensors"])
-def test_a_bare_pickle_does_not_run_either(tmp_path: Path, protocol: int, name: str) -> None:
+def test_code_in_a_bare_pickle_does_not_run(tmp_path: Path, protocol: int, name: str) -> None:
     marker = tmp_path / "marker"
     (tmp_path / name).write_bytes(pickle.dumps({"a": Malicious(marker)}, protocol=protocol))
     with pytest.raises(InputError):
@@ -250,7 +250,7 @@ def test_weights_of_another_precision_are_converted(dtype: torch.dtype) -> None:
     assert torch.equal(net.conv.weight, state["conv.weight"].float())
 
 
-def test_all_misfits_are_counted_in_one_message() -> None:
+def test_all_mismatches_are_counted_in_one_message() -> None:
     net, state = Net(), net_state()
     before = {k: v.clone() for k, v in net.state_dict().items()}
     del state["conv.bias"], state["bn.running_mean"]
@@ -269,7 +269,7 @@ def test_all_misfits_are_counted_in_one_message() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_numbers_that_are_none_are_named_and_nothing_is_loaded(value: float) -> None:
+def test_nan_and_infinity_are_refused_and_nothing_is_loaded(value: float) -> None:
     net, state = Net(), net_state()
     before = {k: v.clone() for k, v in net.state_dict().items()}
     state["conv.weight"][3, 2] = value
@@ -289,7 +289,7 @@ def test_numbers_too_large_for_the_model_are_refused() -> None:
     assert "conv.bias" in str(raised.value)
 
 
-def test_float8_weights_are_loaded_or_refused_but_no_crash() -> None:
+def test_float8_weights_are_loaded_or_refused_but_never_crash() -> None:
     net, state = Net(), net_state()
     state["conv.weight"] = state["conv.weight"].to(torch.float8_e4m3fn)
     refused = ""
@@ -330,27 +330,27 @@ def test_bytes_do_not_depend_on_the_order_of_tensors_or_metadata() -> None:
     assert serialize(state, {"a": 1}) != serialize(state, {"a": 2})
 
 
-def test_bytes_are_the_same_in_every_process(tmp_path: Path) -> None:
+def test_bytes_are_the_same_in_every_process(capsys: pytest.CaptureFixture[str]) -> None:
+    """Names come from a set, whose order depends on the hash seed of the process."""
     program = (
         "import hashlib, torch\n"
         "from maskplan.pipeline.models.state_dict import serialize, tensors_sha256\n"
         "names = {f'layer{i}.weight' for i in range(20)}\n"
         "state = {n: torch.full((3, 4), float(n[5:-7])) for n in names}\n"
-        "metadata = {n: i for n in names for i in [len(n)]}\n"
-        "print(hashlib.sha256(serialize(state, metadata)).hexdigest(), tensors_sha256(state))\n"
+        "metadata = {n: len(n) for n in names}\n"
+        "print(hashlib.sha256(serialize(state, metadata)).hexdigest(), tensors_sha256(state), *names)\n"
     )
-    printed = {
-        subprocess.run(
-            [sys.executable, "-c", program],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(printed) == 1
-    assert len(printed.pop().split()) == 2
+    exec(program, {})
+    here = capsys.readouterr().out.split()
+    there = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONHASHSEED": "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert here[2:] != there[2:], "both processes had one order, so that equal bytes show nothing"
+    assert here[:2] == there[:2]
 
 
 def test_files_of_other_tools_have_no_metadata(tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ def test_files_of_other_tools_have_no_metadata(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '"text"', "NaN"])
-def test_metadata_that_is_no_json_table_is_an_error(tmp_path: Path, text: str) -> None:
+def test_metadata_that_is_not_a_json_object_is_an_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "w.safetensors"
     safetensors.torch.save_file(STATE, path, {"maskplan": text})
     with pytest.raises(InputError, match="cannot be read") as raised:
