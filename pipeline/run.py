@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from maskplan.pipeline.core.choices import (
     Precision,
 )
 from maskplan.pipeline.core.errors import InputError
-from maskplan.pipeline.core.reports import ConformanceReport, PassFigures, Refinement, TimingReport
+from maskplan.pipeline.core.reports import ConformanceReport, PassFigures, Refinement
 from maskplan.pipeline.data.dataset import Dataset
 from maskplan.pipeline.data.source import find_dataset
 from maskplan.pipeline.models.checkpoint import ModelOptions
@@ -99,15 +100,12 @@ class _Target:
 class _Pass:
     """What the line made of one set of masks."""
 
+    job: Job
     masks: MaskSet
     sparse: Network
     conformance: ConformanceReport
+    rows: Mapping[str, OnnxModel]
     built: engines.Engines
-    compared: engines.Compared
-    timing: TimingReport
-
-    def figures(self) -> PassFigures:
-        return figures(self.built.sparse, self.masks, self.compared.parity, self.timing)
 
 
 def run(options: LineOptions) -> LineResult:
@@ -141,12 +139,14 @@ def run(options: LineOptions) -> LineResult:
 
         dense_onnx = dense.deployed.of(target.float_precision)
         kept = _from_masks_to_engine(job, target, dense, start, masks, dense_onnx, images, candidate=options.refine)
-        # Layers can only be compared where the channels are in one order.
-        in_same_order = dense.floats.fp32 if start is checkpoint else onnx_files.export_fp32(job, start, "permuted")
         engine, refinement = kept.built.sparse, None
         if options.refine:
-            kept, refinement = _refine(job, target, dense, start, kept, images)
+            kept, refinement = _refine(target, dense, start, kept, images)
             engine = engines.keep_engine(job, kept.built.sparse)
+        compared = engines.compare(kept.job, kept.built, target.float_precision, dense, kept.sparse, kept.rows, images)
+        timing = engines.time_stage(kept.job, kept.built)
+        # Layers can only be compared where the channels are in one order.
+        in_same_order = dense.floats.fp32 if start is checkpoint else onnx_files.export_fp32(job, start, "permuted")
 
         result = RunReport(
             model=kept.sparse.checkpoint.provenance,
@@ -159,9 +159,9 @@ def run(options: LineOptions) -> LineResult:
             calibration=kept.sparse.int8.report if kept.sparse.int8 is not None else None,
             engine=engine,
             dense_engine=kept.built.dense,
-            fidelity=kept.compared.fidelity,
-            parity=kept.compared.parity,
-            timing=kept.timing,
+            fidelity=compared.fidelity,
+            parity=compared.parity,
+            timing=timing,
             refine=refinement,
             permutation=permuted.permuted,
             permutation_reason=permuted.reason,
@@ -185,7 +185,7 @@ def _from_masks_to_engine(
     *,
     candidate: bool,
 ) -> _Pass:
-    """Bake, export, check, build, compare and time one set of masks.
+    """Bake, export, check and build one set of masks.
 
     Args:
         job: The run.
@@ -208,28 +208,36 @@ def _from_masks_to_engine(
     rows = onnx_files.comparison_rows(dense, sparse, baselines)
     sparse_onnx = sparse.deployed.of(target.float_precision)
     built = engines.build(job, target.backend, dense_source, sparse_onnx, candidate=candidate)
-    compared = engines.compare(job, built, target.float_precision, dense, sparse, rows, images)
-    timing = engines.time_stage(job, built)
-    return _Pass(masks, sparse, conformance.of(target.float_precision), built, compared, timing)
+    return _Pass(job, masks, sparse, conformance.of(target.float_precision), rows, built)
 
 
 def _refine(
-    job: Job, target: _Target, dense: Network, start: Checkpoint, first: _Pass, images: Images | None
+    target: _Target, dense: Network, start: Checkpoint, first: _Pass, images: Images | None
 ) -> tuple[_Pass, Refinement]:
-    """A second pass without the masks of layers that run dense; returns the better pass and the reason."""
+    """A second pass without the masks of layers that run dense; returns the better pass and the reason.
+
+    The choice is made on `select`: `val` is read once, for the engine that is kept.
+    """
     restored = layers_to_restore(first.built.sparse, first.conformance, first.masks)
     skipped = why_skip(first.built.sparse, first.conformance, first.masks, restored)
     if skipped is not None:
         log.info("refine: nothing to do: %s", skipped)
-        return first, Refinement((), FIRST, skipped, first.figures(), None)
+        return first, Refinement((), FIRST, skipped, figures(first.built.sparse, first.masks), None)
     log.info("refine: %d of %d masked layers run dense", len(restored), len(first.masks.masked))
-    again = replace(job, ws=job.ws.with_prefix(REFINED))
+    again = replace(first.job, ws=first.job.ws.with_prefix(REFINED))
     masks = model.restore_dense(again, first.masks, restored)
     second = _from_masks_to_engine(again, target, dense, start, masks, first.built.dense, images, candidate=True)
-    choice = better(first.figures(), second.figures(), restored)
+    first_figures, second_figures = (_figures_on_select(p, dense, images) for p in (first, second))
+    choice = better(first_figures, second_figures, restored)
     log.info("refine: the %s engine is kept: %s", choice.kept, choice.reason)
     kept = second if choice.kept == REFINED else first
-    return kept, Refinement(restored, choice.kept, choice.reason, first.figures(), second.figures())
+    return kept, Refinement(restored, choice.kept, choice.reason, first_figures, second_figures)
+
+
+def _figures_on_select(candidate: _Pass, dense: Network, images: Images | None) -> PassFigures:
+    parity = engines.compare_on_select(candidate.job, candidate.built, dense, candidate.sparse, images)
+    timing = engines.time_stage(candidate.job, candidate.built)
+    return figures(candidate.built.sparse, candidate.masks, parity, timing)
 
 
 def _permute(job: Job, dense: Checkpoint, method: MaskMethod | Path) -> PermuteResult:

@@ -136,8 +136,7 @@ def compare(
     def work() -> Compared:
         with contextlib.ExitStack() as stack:
             sparse_model = stack.enter_context(open_classifier(engines.sparse))
-            reference = open_classifier(engines.dense) if untouched is None else _onnx_classifier(untouched, "dense")
-            dense_model = stack.enter_context(reference)
+            dense_model = stack.enter_context(_reference(engines, dense))
             models = {name: stack.enter_context(_onnx_classifier(model, name)) for name, model in rows.items()}
             parity = compare_models(
                 dense_model,
@@ -162,6 +161,35 @@ def compare(
         "options": options,
     }
     return job.ws.stage("compare", Compared, inputs, work)
+
+
+def compare_on_select(
+    job: Job, engines: Engines, dense: Network, sparse: Network, images: Images | None
+) -> ParityReport:
+    """Compare the sparse engine with the dense model on `select`, to choose between two engines without reading `val`."""
+    provenance = sparse.checkpoint.provenance
+    select = images.data.select if images is not None and provenance.trained else None
+    options = replace(job.recipe.compare, fixed_images=min(job.recipe.compare.fixed_images, _NOISE_IMAGES))
+
+    def work() -> ParityReport:
+        with _reference(engines, dense) as dense_model, open_classifier(engines.sparse) as sparse_model:
+            provenances = [engines.dense.provenance, provenance]
+            return compare_models(dense_model, sparse_model, provenance.preprocessing, provenances, select, options)
+
+    inputs = {
+        "engines": [_identity(e) for e in (engines.dense, engines.sparse)],
+        "dense": dense.floats.fp32.sha256,
+        "select": images.sets.select.sha256 if images and select else None,
+        "options": options,
+    }
+    return job.ws.stage("compare-select", ParityReport, inputs, work)
+
+
+def _reference(engines: Engines, dense: Network) -> contextlib.AbstractContextManager[Classifier]:
+    """The untouched dense model: its engine, or its FP32 file where the dense engine is INT8 as well."""
+    if dense.int8 is None:
+        return open_classifier(engines.dense)
+    return _onnx_classifier(dense.floats.fp32, "dense")
 
 
 def _onnx_classifier(model: OnnxModel, name: str, *, optimized: bool = True) -> Classifier:

@@ -1,4 +1,4 @@
-"""Refine: a mask on a layer that the engine runs dense costs accuracy and gains no time, so the layer gets its weights back."""
+"""Refine: a mask on a layer that the engine runs dense costs accuracy and gains no time; the layer gets its weights back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from maskplan.pipeline.core.artifacts import EngineFile, MaskSet
-from maskplan.pipeline.core.choices import DENSE, FAIL, SPARSE, UNKNOWN
+from maskplan.pipeline.core.choices import DENSE, FAIL, NOT_APPLICABLE, SPARSE, UNKNOWN
 from maskplan.pipeline.core.reports import (
     BatchTiming,
     ConformanceReport,
@@ -67,14 +67,16 @@ def why_skip(
     return f"no masked layer is known to run dense: {sparse} run sparse, {len(masks.masked) - sparse} are unknown"
 
 
-def figures(engine: EngineFile, masks: MaskSet, parity: ParityReport, timing: TimingReport) -> PassFigures:
-    """The figures of one pass that `better` compares."""
+def figures(
+    engine: EngineFile, masks: MaskSet, on_select: ParityReport | None = None, timing: TimingReport | None = None
+) -> PassFigures:
+    """The figures of one pass that `better` compares; accuracy and times are missing where there is nothing to choose."""
     return PassFigures(
         engine_sha256=engine.sha256,
         masked_layers=len(masks.masked),
-        verdict=parity.verdict,
-        top1_drop=parity.top1_drop,
-        batches=tuple(_timed(b) for b in timing.batches),
+        verdict=on_select.verdict if on_select is not None else NOT_APPLICABLE,
+        top1_drop=on_select.top1_drop if on_select is not None else None,
+        batches=tuple(_timed(b) for b in timing.batches) if timing is not None else (),
     )
 
 
@@ -87,9 +89,9 @@ def _timed(found: BatchTiming) -> PassTiming:
 def better(first: PassFigures, refined: PassFigures, restored: tuple[str, ...]) -> Choice:
     """Choose which of two engines to keep.
 
-    The refined engine is kept if it is not slower beyond the noise at any batch size and its top-1 drop is not larger. It
-    wins ties because it is closer to the dense model, provided that something was restored. Figures that were not measured
-    do not count. An engine that fails the gate never replaces one that passes.
+    Accuracies are those on `select`. The refined engine is kept if it is not slower beyond the noise at any batch size and
+    its top-1 drop is not larger. It wins ties because it is closer to the dense model, provided that something was restored.
+    Figures that were not measured do not count. An engine that fails the gate never replaces one that passes.
 
     Each engine was interleaved with the dense engine, not with the other one, so they are compared by their speedups over
     the same dense file. A difference is noise unless the intervals of the speedups are disjoint and it exceeds what one file
@@ -99,8 +101,9 @@ def better(first: PassFigures, refined: PassFigures, restored: tuple[str, ...]) 
     if not restored:
         return Choice(FIRST, "no layer got its weights back")
     if (first.verdict == FAIL) != (refined.verdict == FAIL):
-        kept, failed = (REFINED, FIRST) if first.verdict == FAIL else (FIRST, REFINED)
-        return Choice(kept, f"the {failed} engine fails the parity gate")
+        if first.verdict == FAIL:
+            return Choice(REFINED, "the first engine fails the parity gate on `select`")
+        return Choice(FIRST, "the refined engine fails the parity gate on `select`")
     losses: list[str] = []
     reasons: list[str] = []
     if first.top1_drop is not None and refined.top1_drop is not None:
