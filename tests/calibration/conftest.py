@@ -20,7 +20,7 @@ from maskplan.exporters.onnx_export import trace
 from maskplan.pipeline.core.artifacts import Preprocessing, Provenance
 
 Array = npt.NDArray[Any]
-FAMILIES = ("resnet18", "vgg11_bn", "shufflenet_v2_x0_5", "mobilenet_v3_small", "densenet121")
+FAMILIES = ("resnet18", "vgg", "shufflenet_v2", "mobilenet_v3_small", "densenet")
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ Run = Callable[..., dict[str, Array]]
 
 @pytest.fixture(scope="session", params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> Family:
-    return made(request.param)
+    return build_family(request.param)
 
 
 @pytest.fixture(scope="session")
 def families() -> Callable[[str], Family]:
     """One family by its name."""
-    return made
+    return build_family
 
 
 @pytest.fixture(scope="session")
@@ -54,9 +54,9 @@ def run() -> Run:
 
 
 @functools.cache
-def made(name: str) -> Family:
+def build_family(name: str) -> Family:
     torch.manual_seed(FAMILIES.index(name))
-    module = small_vgg() if name == "vgg11_bn" else getattr(torchvision.models, name)(weights=None, num_classes=10)
+    module = SMALL[name]() if name in SMALL else getattr(torchvision.models, name)(weights=None, num_classes=10)
     masked = prune(module)
     images = torch.randn(4, 3, 64, 64)
     with torch.no_grad():
@@ -65,12 +65,12 @@ def made(name: str) -> Family:
             if isinstance(layer, nn.BatchNorm2d):
                 layer.momentum = None
         module.train()(torch.randn(16, 3, 64, 64))
-    how = Preprocessing(3, 64, 64, 0, "bilinear", (0.5,) * 3, (0.5,) * 3)
-    made_by = Provenance(name, False, "test", "0" * 64, 10, (), how, masked, "2:4", "channel", "magnitude")
-    model = trace(module.eval(), made_by)
+    preprocessing = Preprocessing(3, 64, 64, 0, "bilinear", (0.5,) * 3, (0.5,) * 3)
+    provenance = Provenance(name, False, "test", "0" * 64, 10, (), preprocessing, masked, "2:4", "channel", "magnitude")
+    model = trace(module.eval(), provenance)
     tensors = [name for node in model.graph.node for name in node.output]
-    found = infer(model, images.numpy(), tensors)
-    amax = {name: float(np.abs(v).max()) for name, v in found.items() if v.dtype == np.float32}
+    values = infer(model, images.numpy(), tensors)
+    amax = {name: float(np.abs(v).max()) for name, v in values.items() if v.dtype == np.float32}
     return Family(name, model, images.numpy(), {"input": float(images.abs().max()), **amax})
 
 
@@ -85,6 +85,19 @@ def small_vgg() -> nn.Module:
         nn.Linear(64, 10),
     )
     return module
+
+
+def small_shufflenet() -> nn.Module:
+    """ShuffleNetV2 with two units in each stage, of which the first has two branches that compute."""
+    return torchvision.models.ShuffleNetV2([2, 2, 2], [24, 48, 96, 192, 256], num_classes=10)
+
+
+def small_densenet() -> nn.Module:
+    """DenseNet with three layers in each block."""
+    return torchvision.models.DenseNet(8, (3, 3, 3, 3), num_init_features=16, bn_size=2, num_classes=10)
+
+
+SMALL = {"vgg": small_vgg, "shufflenet_v2": small_shufflenet, "densenet": small_densenet}
 
 
 def prune(module: nn.Module) -> tuple[str, ...]:

@@ -121,7 +121,9 @@ def broken(shape: tuple[int, ...], value: float) -> Images:
 def test_a_weight_that_is_nan_is_traced_to_its_layer() -> None:
     # Relu hands NaN on, and the second convolution too.
     with pytest.raises(InputError) as caught:
-        collect_histograms(network(first=broken((4, 3, 3, 3), np.nan)), ["pooled", "relu"], [images(2)], where="net.onnx")
+        collect_histograms(
+            network(first=broken((4, 3, 3, 3), np.nan)), ["pooled", "relu"], [images(2)], where="net.onnx"
+        )
     assert "tensor conv, output of Conv conv_1, of net.onnx" in str(caught.value)
     assert "NaN; its constant first is not finite either" in str(caught.value)
 

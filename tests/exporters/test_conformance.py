@@ -14,7 +14,7 @@ import safetensors.numpy
 from conformance_models import DENSE, SPARSE, Array, convolutions, model_of, saved, three
 from onnx import TensorProto, helper, numpy_helper
 
-from maskplan.exporters.conformance import CheckOptions, check_2to4
+from maskplan.exporters.conformance import CheckOptions, ConformanceError, check_2to4, require_2to4
 from maskplan.pipeline.core.choices import CONFORMING, DENSE_BY_CHOICE, FAIL, INELIGIBLE, PASS, VIOLATING
 from maskplan.pipeline.core.errors import InputError
 
@@ -258,6 +258,16 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "none.onnx", tmp_path):
         with pytest.raises(InputError):
             check_2to4(path)
+
+
+def test_require_raises_an_error_with_the_report_and_the_violating_weights(tmp_path: Path) -> None:
+    assert require_2to4(three(masked=("a", "c"))).passed
+    with pytest.raises(
+        ConformanceError, match=r"bad\.onnx is not 2:4(?s:.)*b \(8, 8, 1, 1\): 16 of 16 groups"
+    ) as caught:
+        require_2to4(saved(tmp_path, three(), "bad.onnx"))
+    assert caught.value.report.violating == 1
+    assert not isinstance(caught.value, InputError)
 
 
 # The command.

@@ -380,7 +380,7 @@ def test_sizes_that_only_the_run_would_tell_are_refused(cli: Cli, toy_data: Path
     (tmp_path / "a.onnx").write_bytes(model.SerializeToString())
     ran = cli("compare", tmp_path / "a.onnx", tmp_path / "a.onnx", "--data", toy_data)
     assert ran.code == 3
-    assert "error: the input's size is not fixed" in ran.err
+    assert "error: the model has no fixed input size" in ran.err
 
 
 def test_a_file_with_its_weights_beside_it_builds_an_engine_that_can_be_moved(cli: Cli, tmp_path: Path) -> None:
