@@ -8,12 +8,26 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from inspector_json import (
+    AVDT,
+    FLOAT_OUT,
+    GEMM,
+    IMPLICIT,
+    INT8_OUT,
+    KNOWN,
+    QUANTIZED,
+    SIMT,
+    SPARSE_CONV,
+    STRANGE_KERNELS,
+    conv,
+    tensor,
+    text,
+)
 
 from maskplan.engines.evidence import (
     FEW_CHANNELS,
@@ -22,76 +36,14 @@ from maskplan.engines.evidence import (
     LOW_OPTIMIZATION,
     NO_FP32_KERNELS,
     NOT_2TO4,
-    SparsityLog,
     Totals,
     parse_layers,
-    parse_sparsity_log,
     totals,
     with_reasons,
 )
 from maskplan.pipeline.core.artifacts import LayerSparsity
 from maskplan.pipeline.core.choices import DENSE, SPARSE, UNKNOWN
 from maskplan.pipeline.core.errors import InputError
-
-SIMT = "sm70_xmma_fprop_conv1x1_i8f32_f32_f32_nchw_vect_c_4kcrs_vect_c_4_nchw_simt_small_batch_bias_relu"
-AVDT = "sm80_xmma_fprop_avdt_sparse_int8int8_tilesize64x64x64_tapsperload3_threadspercta128_r3s3_u1v1_scalebias_relu"
-SPARSE_CONV = (
-    "sm80_xmma_fprop_sparse_conv_f16f16_f16f16_f16_nhwckrsc_nhwc_tilesize128x128x64_stage3_warpsize2x2x1_g1"
-    "_sptensor16x8x32_t1r3s3"
-)
-IMPLICIT = (
-    "sm80_xmma_fprop_implicit_gemm_f16f16_f16f16_f16_nhwckrsc_nhwc_tilesize64x64x64_stage4_warpsize2x2x1_g1"
-    "_tensor16x8x16_t1r3s3"
-)
-INT8_OUT = (
-    "sm80_xmma_fprop_implicit_gemm_interleaved_i8i8_i8i32_f32_nchw_vect_c_32kcrs_vect_c_32_nchw_vect_c_32"
-    "_tilesize256x128x64_stage4_warpsize4x2x1_g1_tensor16x8x32_simple_t1r1s1_epifadd"
-)
-FLOAT_OUT = INT8_OUT.replace("i8i8_", "i8f32_")
-GEMM = "sm90_xmma_gemm_f16f16_f16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_execute_segment_k_off_kernel__5x_cublas"
-
-KNOWN = dict.fromkeys((AVDT, SPARSE_CONV), SPARSE) | dict.fromkeys((SIMT, IMPLICIT, INT8_OUT, FLOAT_OUT, GEMM), DENSE)
-STRANGE_KERNELS = (
-    "",
-    " ",
-    "0x00000000000003e8",
-    "foo_sparsely",
-    "sparse_conv",
-    "__myl_FcCastAddErf_0x1234",
-    "sm80_xmma_fprop_sparse_c",
-    SPARSE_CONV[:40],
-    SPARSE_CONV.replace("sptensor16x8x32", "tensor16x8x16"),
-    AVDT.replace("sm80", "sm61"),
-    IMPLICIT.replace("_g1_", "_sparse_"),
-)
-
-
-def conv(name: str, kernel: str | None, c: int = 256, k: int = 256, groups: int = 1, **more: Any) -> dict[str, Any]:
-    """A 3x3 convolution as TensorRT 10 describes it."""
-    layer = {
-        "Name": name,
-        "LayerType": "CaskConvolution",
-        "Inputs": [tensor("x", [8, c, 14, 14])],
-        "Outputs": [tensor("y", [8, k, 14, 14])],
-        "ParameterType": "Convolution",
-        "Kernel": [3, 3],
-        "OutMaps": k,
-        "Groups": groups,
-        "Weights": {"Type": "Half", "Count": c * k * 9 // groups},
-        "HasSparseWeights": 1,
-        "TacticName": kernel,
-        "TacticValue": "0x11bde0e1d9f2f35d",
-        "Metadata": f"[ONNX Layer: {name}]",
-    }
-    return {key: value for key, value in (layer | more).items() if value is not None}
-
-
-def tensor(name: str, shape: list[int], kind: str = "Half") -> dict[str, Any]:
-    return {"Name": name, "Location": "Device", "Dimensions": shape, "Format/Datatype": kind}
-
-
-def text(*layers: Any) -> str:
-    return json.dumps({"Layers": list(layers), "Bindings": ["input", "logits"]})
 
 
 def only(*layers: Any, **options: Any) -> LayerSparsity:
@@ -363,7 +315,6 @@ def reason_of(
     return found[0].reason
 
 
-QUANTIZED = [tensor("x", [8, 256, 14, 14], "Int8")]
 UNTOLD = [tensor("x", [-1, 256, 14, 14], "N/A due to dynamic shapes")]
 
 
@@ -415,115 +366,6 @@ def test_a_layer_whose_nodes_are_not_told_is_not_called_unpruned() -> None:
     layers = parse_layers(text(conv("(Unnamed Layer* 1) [Convolution]", IMPLICIT, Metadata=None), conv("a", IMPLICIT)))
     found = with_reasons(layers, conforming=["a"], precision="fp16", optimization_level=3)
     assert [layer.reason for layer in found] == [None, None]
-
-
-ELIGIBLE = "[I] [TRT] (Sparsity) Layers eligible for sparse math: Conv_3 + Relu_4, Gemm_725"
-PICKED = "[I] [TRT] (Sparsity) TRT inference plan picked sparse implementation for layers:"
-LOG_B = (
-    "[V] [TRT] (Sparsity) Found 1 layer(s) eligible to use sparse tactics: a",
-    "[V] [TRT] (Sparsity) Chose 1 layer(s) using sparse tactics: a",
-)
-
-
-@pytest.mark.parametrize(
-    ("lines", "log"),
-    [
-        ([], SparsityLog((), (), (), 0)),
-        ([ELIGIBLE, PICKED], SparsityLog(("Conv_3 + Relu_4", "Gemm_725"), (), ((2, 0),), 0)),
-        (
-            [ELIGIBLE, f"{PICKED} Gemm_725\n"],
-            SparsityLog(("Conv_3 + Relu_4", "Gemm_725"), ("Gemm_725",), ((2, 1),), 0),
-        ),
-        (["[I] [TRT] (Sparsity) Layers eligible for sparse math:", PICKED], SparsityLog((), (), ((0, 0),), 0)),
-        (
-            [
-                "[03/23/2021-00:14:05] [I] [TRT] (Sparsity) Layers eligible for sparse math: conv1, conv2, conv3",
-                "[TensorRT] INFO: (Sparsity) TRT inference plan picked sparse implementation for layers: conv2, conv3",
-            ],
-            SparsityLog(("conv1", "conv2", "conv3"), ("conv2", "conv3"), ((3, 2),), 0),
-        ),
-        (
-            [
-                "(Sparsity) Found 39 layer(s) eligible to use sparse tactics",
-                "(Sparsity) Chose 0 layer(s) using sparse tactics",
-            ],
-            SparsityLog((), (), ((39, 0),), 0),
-        ),
-        (
-            [
-                "\x1b[0;33m[V] [TRT] (Sparsity) Found 2 layer(s) eligible to use sparse tactics: a + PWN(b, c), d\x1b[0m",
-                "[V] [TRT] (Sparsity) Chose 1 layer(s) using sparse tactics: d",
-            ],
-            SparsityLog(("a + PWN(b, c)", "d"), ("d",), ((2, 1),), 0),
-        ),
-        (
-            [
-                "(Sparsity) Found 0 layer(s) eligible to use sparse tactics:",
-                "(Sparsity) Chose 0 layer(s) using sparse tactics: ",
-            ],
-            SparsityLog((), (), ((0, 0),), 0),
-        ),
-    ],
-)
-def test_both_forms_of_log_lines_are_read(lines: list[str], log: SparsityLog) -> None:
-    assert parse_sparsity_log(lines) == log
-    around = ["[I] Building", *lines, "sparse tactics", "Found 9 layer(s) eligible to use sparse tactics"]
-    assert parse_sparsity_log(iter(around)) == log
-
-
-def test_every_pair_is_kept_in_order_and_every_name_once() -> None:
-    found, chose = "(Sparsity) Found {} layer(s) eligible to use sparse tactics: {}", "(Sparsity) Chose {} layer(s) "
-    lines = [
-        found.format(2, "b, a"),
-        chose.format(1) + "using sparse tactics: b",
-        found.format(196, ""),
-        chose.format(140) + "using sparse tactics",
-        found.format(2, "a, c"),
-        chose.format(2) + "using sparse tactics: c, b",
-    ]
-    assert parse_sparsity_log(lines) == SparsityLog(("b", "a", "c"), ("b", "c"), ((2, 1), (196, 140), (2, 2)), 0)
-
-
-@pytest.mark.parametrize(
-    ("lines", "unread", "counts"),
-    [
-        (["(Sparsity) Found"], 1, ()),
-        (["(Sparsity) Found many layer(s) eligible to use sparse tactics"], 1, ()),
-        (["(Sparsity) Found -1 layer(s) eligible to use sparse tactics"], 1, ()),
-        (["(Sparsity) Found 3 layer(s) eligible to use sparse tactics: a, b"], 1, ()),
-        (["(Sparsity) Found 3 layer(s) eligible to use sparse tactics and more"], 1, ()),
-        (["(Sparsity) something new", "(Sparsity)"], 2, ()),
-        (["(Sparsity) Chose 3 layer(s) using sparse tactics"], 1, ()),
-        (["(Sparsity) Found 3 layer(s) eligible to use sparse tactics"], 1, ()),
-        (
-            ["(Sparsity) Found 3 layer(s) eligible to use sparse tactics"] * 2
-            + ["(Sparsity) Chose 1 layer(s) using sparse tactics"],
-            1,
-            ((3, 1),),
-        ),
-    ],
-)
-def test_malformed_lines_are_skipped_and_counted(
-    lines: list[str], unread: int, counts: tuple[tuple[int, int], ...]
-) -> None:
-    assert parse_sparsity_log(lines) == SparsityLog((), (), counts, unread)
-
-
-# Properties: whatever is done to what TensorRT says, no state is claimed that it did not say.
-
-
-@given(st.sampled_from([ELIGIBLE, f"{PICKED} Gemm_725", *LOG_B]), st.integers(0, 200), st.characters(), st.booleans())
-@settings(max_examples=400, deadline=None)
-def test_a_changed_word_in_a_log_line_is_not_read(line: str, at: int, character: str, insert: bool) -> None:
-    start = line.index("(Sparsity) ") + len("(Sparsity) ")
-    fixed = line[start : line.index(":", start)]
-    at %= len(fixed)
-    changed = fixed[:at] + character + fixed[at + (not insert) :]
-    assume(changed.strip() != fixed.strip() and "\x1b" not in changed)
-    log = parse_sparsity_log([line.replace(fixed, changed)])
-    number = re.search(r"\d+", changed)
-    told = not log.unread or log.eligible or log.chosen
-    assert not told or (number and re.sub(r"\d+", "N", changed) == re.sub(r"\d+", "N", fixed) and int(number[0]) == 1)
 
 
 characters = st.sampled_from("abcdefghijklmnopqrstuvwxyz0123456789_ -")

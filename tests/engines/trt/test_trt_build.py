@@ -1,46 +1,29 @@
-"""Building a plan, against the stand-in for TensorRT: what is asked of the builder, and what is told when it fails."""
+"""Building a plan with the fake TensorRT: what is requested from the builder, and the errors when it fails."""
 
 from __future__ import annotations
 
-import fcntl
-import gc
 import logging
 import os
 import re
 import signal
-import sys
-import weakref
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from fake_cuda import World
 from fake_tensorrt import Control
+from plan_builds import PROFILES, build
 from small_net import small_net
 
 from maskplan.engines.build import BuildOptions, build_engine
 from maskplan.engines.sidecar import read_engine
 from maskplan.engines.trt.build import FP32_NOTE
-from maskplan.engines.trt.log_capture import TrtLogCapture
 from maskplan.engines.trt.options import TrtOptions
 from maskplan.engines.trt.progress import _monitor_class
-from maskplan.engines.trt.versions import import_tensorrt, network_flags
 from maskplan.exporters.metadata import describe_onnx
 from maskplan.pipeline.cli.app import main
-from maskplan.pipeline.core.artifacts import EngineFile, Profile
-from maskplan.pipeline.core.errors import HostError, InputError, PipelineError
+from maskplan.pipeline.core.errors import HostError, InputError
 from maskplan.pipeline.core.interrupts import INTERRUPTS, handle_signals
-
-PROFILES = (Profile(1, 1, 1), Profile(1, 8, 16))
-
-
-def build(source: Path, *, sparse: bool = True, profiles: tuple[Profile, ...] = PROFILES, **options: Any) -> EngineFile:
-    chosen = BuildOptions("tensorrt", profiles, sparse, TrtOptions(**options))
-    return build_engine(describe_onnx(source), chosen, source.with_name("engine.plan"))
 
 
 def left(folder: Path) -> set[str]:
@@ -221,40 +204,6 @@ def test_a_version_without_a_figure_of_device_memory_leaves_it_open(trt: Control
     assert build(source).device_memory_bytes is None
 
 
-def test_a_version_in_which_every_network_is_strongly_typed_needs_no_flag() -> None:
-    trt = SimpleNamespace(NetworkDefinitionCreationFlag=SimpleNamespace(), __version__="11.0.0.114")
-    assert network_flags(trt) == 0
-
-
-def test_an_older_one_without_the_flag_is_refused() -> None:
-    """Its networks would be weakly typed, and run in FP32."""
-    trt = SimpleNamespace(NetworkDefinitionCreationFlag=SimpleNamespace(), __version__="10.13.3.9")
-    with pytest.raises(HostError, match=r"TensorRT 10.13.3.9 without the flag STRONGLY_TYPED"):
-        network_flags(trt)
-
-
-@pytest.mark.parametrize("version", ["8.6.1", "9.3.0.post12.dev1", "10.2.0", "10.0.1"])
-def test_a_tensorrt_that_is_too_old_is_told_with_what_is_needed(
-    source: Path, another: Callable[[str], Control], version: str
-) -> None:
-    another(version)
-    with pytest.raises(HostError, match="too old") as caught:
-        build(source)
-    assert f"TensorRT {version}, required is 10.3 or newer" in str(caught.value)
-
-
-def test_a_folder_that_is_called_tensorrt_is_not_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))
-    with pytest.raises(HostError, match="TensorRT is not installed"):
-        import_tensorrt()
-
-
-def test_without_a_gpu_nothing_is_built(trt: Control, gpu: World, source: Path) -> None:
-    gpu.devices = 0
-    with pytest.raises(HostError, match="no usable GPU"):
-        build(source)
-
-
 NO_EVIDENCE = "the plan cannot be inspected on this host, so it is unknown which layers run sparse: "
 
 
@@ -297,92 +246,6 @@ def test_a_plan_for_other_versions_is_inspected_like_any_other(trt: Control, sou
     assert {layer.name: layer.state for layer in record.layers}["mix"] == "sparse"
 
 
-def test_the_timing_cache_is_kept_between_builds_and_shared(trt: Control, source: Path, tmp_path: Path) -> None:
-    cache = tmp_path / "deep" / "timing.cache"
-    build(source, timing_cache=cache)
-    first = set(cache.read_bytes().splitlines())
-    other = first.copy().pop().replace(b"tactic 0", b"tactic of another process")
-
-    given = []
-
-    def meanwhile() -> None:
-        given.append(bytes(trt.config.get_timing_cache().serialize()))
-        cache.write_bytes(cache.read_bytes() + b"\n" + other)
-        trt.during_build = lambda: None
-
-    trt.during_build = meanwhile
-    build(source, timing_cache=cache)
-    assert given == [b"\n".join(first)]
-    lines = set(cache.read_bytes().splitlines())
-    assert first < lines
-    assert other in lines
-    assert len(lines) == 3
-
-
-@pytest.mark.parametrize("stored", [b"TensorRT 9.0 tactic 1", b"no cache at all"])
-def test_a_cache_of_another_tensorrt_is_begun_anew(
-    trt: Control, source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, stored: bytes
-) -> None:
-    cache = tmp_path / "timing.cache"
-    cache.write_bytes(stored)
-    with caplog.at_level(logging.WARNING):
-        build(source, timing_cache=cache)
-    assert "belongs to another TensorRT version or GPU; starting a new one" in caplog.text
-    assert b"tactic 0" in cache.read_bytes()
-    assert stored not in cache.read_bytes()
-
-
-def test_a_cache_that_another_tensorrt_wrote_during_the_build_is_replaced(
-    trt: Control, source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    cache = tmp_path / "timing.cache"
-    trt.during_build = lambda: cache.write_bytes(b"TensorRT 9.0 tactic 1") and None
-    with caplog.at_level(logging.WARNING):
-        build(source, timing_cache=cache)
-    assert "replacing it" in caplog.text
-    assert b"tactic 0" in cache.read_bytes()
-    assert b"TensorRT 9.0" not in cache.read_bytes()
-
-
-def test_a_busy_timing_cache_is_told_before_the_build(trt: Control, source: Path, tmp_path: Path) -> None:
-    cache = tmp_path / "timing.cache"
-    with (tmp_path / "timing.cache.lock").open("a") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(HostError, match="the timing cache is locked"):
-            build(source, timing_cache=cache, timing_cache_wait_s=0.2)
-    assert trt.builds == 0
-    assert not cache.exists()
-
-
-def test_a_cache_that_gets_busy_during_the_build_costs_no_plan(
-    trt: Control, source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    cache = tmp_path / "timing.cache"
-    held = []
-
-    def meanwhile() -> None:
-        if not held:
-            held.append((tmp_path / "timing.cache.lock").open("a"))
-            fcntl.flock(held[0], fcntl.LOCK_EX)
-
-    trt.during_build = meanwhile
-    with caplog.at_level(logging.WARNING):
-        record = build(source, timing_cache=cache, timing_cache_wait_s=0.2)
-    held[0].close()
-    assert record.path.is_file()
-    assert "not updated" in caplog.text
-    assert not cache.exists()
-
-
-def test_a_gpu_that_makes_no_cache_builds_without(
-    trt: Control, source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    trt.failures.add("cache")
-    with caplog.at_level(logging.WARNING):
-        assert build(source, timing_cache=tmp_path / "timing.cache").path.is_file()
-    assert "failed to create a timing cache" in caplog.text
-
-
 def test_ctrl_c_ends_a_build_between_two_steps_and_leaves_nothing(
     trt: Control, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -411,121 +274,6 @@ def test_the_outermost_phase_is_drawn(trt: Control) -> None:
     assert drawn == [(0, 2), (1, None), (2, None)]
 
 
-@pytest.mark.parametrize(
-    ("lines", "note"),
-    [
-        (
-            [
-                "(Sparsity) Found 39 layer(s) eligible to use sparse tactics",
-                "(Sparsity) Chose 12 layer(s) using sparse tactics",
-            ],
-            "found 39 layers eligible, chose 12",
-        ),
-        (
-            [
-                "(Sparsity) Found 2 layer(s) eligible to use sparse tactics: mix, mix2 + relu",
-                "(Sparsity) Chose 1 layer(s) using sparse tactics: mix",
-                "(Sparsity) Found 1 layer(s) eligible to use sparse tactics: other",
-                "(Sparsity) Chose 0 layer(s) using sparse tactics",
-            ],
-            "found 2 layers eligible, chose 1; found 1 layers eligible, chose 0;"
-            " eligible: mix, mix2 + relu, other; chosen: mix",
-        ),
-        (["(Sparsity) Perhaps"], "1 lines could not be parsed"),
-    ],
-)
-def test_what_the_builder_logs_of_sparsity_is_kept_with_the_plan(
-    trt: Control, source: Path, lines: list[str], note: str
-) -> None:
-    trt.sparsity = (*lines, "an ordinary line")
-    record = build(source)
-    assert record.notes == (f"TensorRT's log: {note}",)
-    assert read_engine(record.path).notes == record.notes
-
-
-def test_every_listener_hears_all_for_as_long_as_it_lives(trt: Control, source: Path) -> None:
-    """TensorRT takes one logger for the process; a second build must not lose what a first began."""
-    import tensorrt
-
-    first = TrtLogCapture(tensorrt)
-    second = TrtLogCapture(tensorrt)
-    assert first.logger is second.logger
-    trt.failures.add("build")
-    with pytest.raises(InputError, match="Could not find any implementation"):
-        build(source)
-    for log_capture in (first, second):
-        assert log_capture.errors == ["Could not find any implementation for node conv1."]
-        assert log_capture.warnings == []
-    gone = weakref.ref(first)
-    del first, log_capture
-    gc.collect()
-    assert gone() is None
-
-
-def test_a_warning_tells_why_where_there_is_no_error(trt: Control, source: Path) -> None:
-    """Some versions speak of a CUDA that does not start as a warning only."""
-    trt.failures.add("builder")
-    trt.says = ("WARNING", "Unable to determine GPU memory usage: CUDA driver version is insufficient")
-    with pytest.raises(HostError, match="CUDA driver version is insufficient"):
-        build(source)
-
-
-MEMORY = (
-    "Cuda Runtime (out of memory)",
-    "OutOfMemory Error in computeCosts: 0",
-    "CUDA_ERROR_OUT_OF_MEMORY",
-    "Requested amount of GPU memory (1024 bytes) could not be allocated. There may not be enough free memory.",
-    "GPU memory allocation error during getBestTactic: conv",
-    "Could not find any implementation for node conv1 due to insufficient workspace. See verbose log.",
-    "Skipping tactic 3 due to insufficient memory on requested size of 8589934592",
-    "Tactic Device request: 1146MB Available: 100MB. Device memory is insufficient to use tactic.",
-    "Cuda failure: 2",
-    "CUDA initialization failure with error: 2",
-)
-
-
-@pytest.mark.parametrize("message", MEMORY)
-def test_every_way_to_say_that_memory_does_not_suffice_is_known(trt: Control, source: Path, message: str) -> None:
-    trt.failures.add("build")
-    trt.says = ("ERROR", message)
-    with pytest.raises(HostError, match="insufficient GPU memory for the build") as caught:
-        build(source)
-    assert message in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "message",
-    [
-        "Could not find any implementation for node conv1.",
-        "CUDA initialization failure with error: 35",
-        "Cuda failure: 222",
-        "Cuda failure: 700",
-        "CUDA driver version is insufficient for CUDA runtime version",
-        "Memory usage of plan: 2 MiB",
-    ],
-)
-def test_and_other_failures_are_not_taken_for_it(trt: Control, source: Path, message: str) -> None:
-    trt.failures.add("build")
-    trt.says = ("ERROR", message)
-    with pytest.raises(InputError, match="cannot build the model"):
-        build(source)
-
-
-def test_lines_about_sparsity_and_errors_are_kept_apart(trt: Control) -> None:
-    import tensorrt
-
-    log_capture = TrtLogCapture(tensorrt)
-    log_capture.logger.log(tensorrt.ILogger.INFO, "(Sparsity) Chose 2 layer(s) using sparse tactics")
-    log_capture.logger.log(tensorrt.ILogger.WARNING, "something else")
-    assert log_capture.reason() == "something else"
-    log_capture.logger.log(tensorrt.ILogger.INTERNAL_ERROR, "an assertion failed")
-    assert log_capture.sparsity == ["(Sparsity) Chose 2 layer(s) using sparse tactics"]
-    assert log_capture.warnings == ["something else"]
-    assert log_capture.errors == ["an assertion failed"]
-    assert log_capture.reason() == "an assertion failed"
-    assert TrtLogCapture(tensorrt).reason() == "TensorRT gave no reason"
-
-
 @pytest.mark.parametrize("options", [{"optimization_level": 6}, {"optimization_level": -1}, {"workspace_bytes": 0}])
 def test_senseless_options_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(InputError):
@@ -544,47 +292,6 @@ def test_a_profile_that_the_bindings_refuse(trt: Control, source: Path, kind: ty
         build(source)
     assert "net.onnx: input" in str(caught.value)
     assert "Shape provided for min is inconsistent" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "error", ["ImportError('no bindings')", "OSError('libnvinfer.so.10: cannot open')", "RuntimeError('no wheel')"]
-)
-def test_a_tensorrt_that_does_not_load_is_told(
-    source: Path, tmp_path: Path, error: str, gpu: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its package looks for the shared libraries when it is imported."""
-    package = tmp_path / "packages" / "tensorrt"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text(f"raise {error}\n")
-    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
-    monkeypatch.syspath_prepend(package.parent)
-    with pytest.raises(HostError, match="TensorRT is not installed") as caught:
-        build(source)
-    assert error.partition("(")[0] in str(caught.value)
-
-
-def test_missing_pycuda_is_told_apart_from_a_missing_gpu(
-    trt: Control, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "pycuda.driver", None)
-    monkeypatch.setitem(sys.modules, "pycuda", None)
-    with pytest.raises(HostError, match=r"pycuda is not installed(.|\n)*pip install 'maskplan\[tensorrt\]'"):
-        build(source)
-    package = tmp_path / "packages" / "pycuda"
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    (package / "driver.py").write_text("raise ImportError('libcuda.so.1: cannot open shared object file')\n")
-    for name in ("pycuda.driver", "pycuda"):
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.syspath_prepend(package.parent)
-    with pytest.raises(HostError, match=r"no usable GPU(.|\n)*libcuda.so.1"):
-        build(source)
-
-
-def test_missing_tensorrt_is_told_with_what_to_install(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(PipelineError, match=r"pip install 'maskplan\[tensorrt\]'"):
-        build(source)
 
 
 def test_why_a_layer_runs_dense_is_told_by_inspect(
