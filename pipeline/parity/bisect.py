@@ -1,4 +1,4 @@
-"""Where two models begin to differ: the outputs of the layers that both have, compared on the same images."""
+"""Find the first layer where two models differ: compare the outputs of their common layers on the same images."""
 
 from __future__ import annotations
 
@@ -25,42 +25,42 @@ _Array = npt.NDArray[Any]
 _Pair = tuple[GraphLayer, TensorSpec, TensorSpec]
 
 
-# How much further one channel may go than a whole output. The widest of ResNet-50, pruned as below, come to 6.
-_CHANNEL = 10.0
+# One channel may differ by this many times the tolerance: pruned as described below, the widest layers of ResNet-50 reach 6.
+_CHANNEL_FACTOR = 10.0
 
 
 @dataclass(frozen=True)
 class BisectOptions:
-    """What counts as another output, and how much memory to take.
+    """When an output counts as different, and how much memory to use.
 
     Attributes:
-        tolerance: Norm of the difference over norm of the dense output, beyond which a layer departs. Everything behind the
-            first masked layer of a pruned model differs by design, the deeper the more: random weights of ResNet-50 pruned
-            2:4 by magnitude, with nothing done to mend them, come to 0.93. Beyond 1, the default, an output is further from
-            the dense one than zeros would be. Two precisions of the same weights can be held to 0.1. One channel by itself
-            may differ by ten times as much, on the scale of an average channel.
-        most_bytes: Of intermediate tensors, both models together, that one run may return; what is more is looked at in
-            several runs.
+        tolerance: Largest relative difference of a layer: norm of the difference over norm of the dense output. All layers
+            after the first masked one of a pruned model differ by design, deeper ones more: ResNet-50 with random weights,
+            pruned 2:4 by magnitude without recalibration, reaches 0.93. Above 1, the default, an output is further from the
+            dense one than zeros are. For two precisions of the same weights, 0.1 is enough. A single channel may differ by
+            ten times as much, relative to the average channel.
+        max_bytes: Bytes of intermediate tensors, both models together, that one run may return; more tensors are compared
+            in several runs.
     """
 
     tolerance: float = 1.0
-    most_bytes: int = 512 << 20
+    max_bytes: int = 512 << 20
 
     def __post_init__(self) -> None:
         at_least(0, tolerance=self.tolerance)
-        at_least(1, most_bytes=self.most_bytes)
+        at_least(1, max_bytes=self.max_bytes)
 
 
 def bisect(dense: Path, sparse: Path, images: npt.NDArray[np.float32], options: BisectOptions) -> DepthReport:
-    """Run both models on the same images and find the first layer whose output departs.
+    """Run both models on the same images and find the first layer whose output differs by more than the tolerance.
 
-    Both run on ONNX Runtime, with graph optimization off and every float tensor of the layers that both have marked as an
-    output; values are compared in double precision. An INT8 or FP16 graph is compared with what its layers compute before
-    their outputs are quantized again. NaN and infinity depart, unless both models have them at the same places.
+    Both run on ONNX Runtime without graph optimization, with every float tensor of the common layers marked as an output;
+    values are compared in double precision. In an INT8 or FP16 graph the layers' outputs are compared before they are
+    quantized again. NaN and infinity count as different, unless both models have them at the same positions.
 
     Args:
         dense: The reference: an ONNX file, an engine or a checkpoint.
-        sparse: What is held against it.
+        sparse: The model that is compared with it, of the same kinds.
         images: (N, channels, H, W), N > 0.
         options: Tolerance and memory.
 
@@ -73,55 +73,53 @@ def bisect(dense: Path, sparse: Path, images: npt.NDArray[np.float32], options: 
             Intermediates(stack.enter_context(resolve_onnx(path)), (channels, height, width))
             for path in (dense, sparse)
         )
-        layers = [
-            graph_layers(side.model, side.float_outputs(computed_tensors(side.model.graph))) for side in (first, second)
-        ]
-        found = match_layers(*layers)
-        if not found.pairs:
+        layers = [graph_layers(m.model, m.float_outputs(computed_tensors(m.model.graph))) for m in (first, second)]
+        matches = match_layers(*layers)
+        if not matches.pairs:
             raise InputError(
                 "the models have no layer in common",
                 found=f"{len(layers[0])} layers in {dense.name}, {len(layers[1])} in {sparse.name}",
-                fix="give a model and one made from it",
+                fix="compare a model with one that was derived from it",
             )
-        slices = list(_slices(found.pairs, images, (first, second), options.most_bytes))
+        slices = list(_slices(matches.pairs, images, (first, second), options.max_bytes))
         differences = [
             d for pairs in track(slices, "bisect", len(slices)) for d in _compare(first, second, pairs, images)
         ]
-    departing = (d.node for d in differences if _departs(d, options.tolerance))
-    return DepthReport(len(images), options.tolerance, tuple(differences), next(departing, None), found.unmatched)
+    beyond = (d.node for d in differences if _exceeds(d, options.tolerance))
+    return DepthReport(len(images), options.tolerance, tuple(differences), next(beyond, None), matches.unmatched)
 
 
-def _departs(found: LayerDifference, tolerance: float) -> bool:
-    if found.relative is None or found.channel is None:
+def _exceeds(layer: LayerDifference, tolerance: float) -> bool:
+    if layer.relative is None or layer.channel is None:
         return True
-    return found.relative > tolerance or found.channel > _CHANNEL * tolerance
+    return layer.relative > tolerance or layer.channel > _CHANNEL_FACTOR * tolerance
 
 
 def _slices(
-    pairs: Sequence[_Pair], images: npt.NDArray[np.float32], sides: tuple[Intermediates, Intermediates], most_bytes: int
+    pairs: Sequence[_Pair], images: npt.NDArray[np.float32], models: tuple[Intermediates, Intermediates], max_bytes: int
 ) -> Iterator[list[_Pair]]:
-    """The pairs in order, as many at a time as memory allows; at least one."""
-    step = max(side.batch for side in sides)
-    taken: list[_Pair] = []
+    """The pairs in order, as many at a time as memory allows, at least one."""
+    step = max(model.batch for model in models)
+    chosen: list[_Pair] = []
     used = 0
     for pair in pairs:
         size = sum(
-            _bytes(side, spec, images) * -(-step // side.batch) for side, spec in zip(sides, pair[1:], strict=True)
+            _bytes(model, spec, images) * -(-step // model.batch) for model, spec in zip(models, pair[1:], strict=True)
         )
-        if taken and used + size > most_bytes:
-            yield taken
-            taken, used = [], 0
-        taken.append(pair)
+        if chosen and used + size > max_bytes:
+            yield chosen
+            chosen, used = [], 0
+        chosen.append(pair)
         used += size
-    yield taken
+    yield chosen
 
 
-def _bytes(side: Intermediates, spec: TensorSpec, images: npt.NDArray[np.float32]) -> int:
-    """Of a tensor at one batch; where the graph does not tell its shape, a run does."""
+def _bytes(model: Intermediates, spec: TensorSpec, images: npt.NDArray[np.float32]) -> int:
+    """Size of a tensor for one batch; if the graph does not declare the shape, it is measured by a run."""
     known = [d for d in spec.shape if d is not None]
     if len(known) < len(spec.shape) or not known:
-        one: int = side.open([spec.name])(images[:1])[spec.name].nbytes
-        return one * side.batch
+        one: int = model.open([spec.name])(images[:1])[spec.name].nbytes
+        return one * model.batch
     return math.prod(known) * np.dtype(spec.dtype).itemsize
 
 
@@ -129,32 +127,32 @@ def _compare(
     dense: Intermediates, sparse: Intermediates, pairs: Sequence[_Pair], images: npt.NDArray[np.float32]
 ) -> list[LayerDifference]:
     run_dense, run_sparse = dense.open([a.name for _, a, _ in pairs]), sparse.open([b.name for _, _, b in pairs])
-    tallies = [_LayerSums() for _ in pairs]
+    sums = [_LayerSums() for _ in pairs]
     step = max(dense.batch, sparse.batch)
     for start in range(0, len(images), step):
         part = images[start : start + step]
         ours, theirs = run_dense(part), run_sparse(part)
-        for tally, (layer, a, b) in zip(tallies, pairs, strict=True):
+        for layer_sums, (layer, a, b) in zip(sums, pairs, strict=True):
             if ours[a.name].shape != theirs[b.name].shape:
                 raise InputError(
-                    "a layer of both models has outputs of two shapes",
+                    "the outputs of a common layer differ in shape",
                     where=layer.name,
                     found=f"{ours[a.name].shape} and {theirs[b.name].shape}",
-                    fix="give a model and one made from it",
+                    fix="compare a model with one that was derived from it",
                 )
-            # Each array goes as soon as it is counted.
-            tally.add(ours.pop(a.name), theirs.pop(b.name), len(part))
+            # Free each array as soon as it is summed.
+            layer_sums.add(ours.pop(a.name), theirs.pop(b.name), len(part))
     return [
-        LayerDifference(layer.name, layer.op, a.name, tally.relative, tally.cosine_min, tally.channel)
-        for tally, (layer, a, _) in zip(tallies, pairs, strict=True)
+        LayerDifference(layer.name, layer.op, a.name, layer_sums.relative, layer_sums.cosine_min, layer_sums.channel)
+        for layer_sums, (layer, a, _) in zip(sums, pairs, strict=True)
     ]
 
 
 @dataclass
 class _LayerSums:
-    """Sums over the images of one tensor: squares of the difference and of the dense values, and the smallest cosine.
+    """Sums over the images of one tensor: squared difference, squared dense values, and the smallest cosine.
 
-    `channels` are the difference's squares for each place of an image's first axis.
+    `channels` has the squared difference of each index of an image's first axis.
     """
 
     difference: float = 0.0
@@ -170,14 +168,14 @@ class _LayerSums:
 
     def _add_one(self, a: npt.NDArray[np.float64], b: npt.NDArray[np.float64], channels: int) -> None:
         with np.errstate(all="ignore"):
-            # What is NaN or infinite in both alike is no difference, and has no norm.
-            alike = ~np.isfinite(a) & ((a == b) | (np.isnan(a) & np.isnan(b)))
-            if alike.any():
-                a, b = np.where(alike, 0, a), np.where(alike, 0, b)
+            # The same NaN or infinity in both is no difference, and is left out of the norms.
+            same = ~np.isfinite(a) & ((a == b) | (np.isnan(a) & np.isnan(b)))
+            if same.any():
+                a, b = np.where(same, 0, a), np.where(same, 0, b)
             squares, others, product = float(a @ a), float(b @ b), float(a @ b)
-            apart = np.square(a - b).reshape(channels, -1).sum(axis=1)
-            self.channels = apart if self.channels is None else self.channels + apart
-            self.difference += float(apart.sum())
+            squared = np.square(a - b).reshape(channels, -1).sum(axis=1)
+            self.channels = squared if self.channels is None else self.channels + squared
+            self.difference += float(squared.sum())
             self.dense += squares
         if squares == 0 or others == 0:
             cosine = float(squares == others)
@@ -198,7 +196,7 @@ class _LayerSums:
     def channel(self) -> float | None:
         if self.relative is None or self.channels is None:
             return None
-        # What is no difference at all may be so of a dense output of zeros.
+        # The dense output may be all zeros if nothing differs: avoid 0 / 0.
         worst = float(self.channels.max(initial=0.0))
         return math.sqrt(worst / self.dense * len(self.channels)) if worst else 0.0
 

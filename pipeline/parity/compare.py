@@ -1,4 +1,4 @@
-"""The compare stage: may the sparse engine replace the dense one? By outputs on fixed images, and by accuracy."""
+"""The compare stage: may the sparse engine replace the dense one? By accuracy, and by outputs on the fixed images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.reports import Fidelity, MethodRow, ParityReport
 from maskplan.pipeline.core.statistics import PairedCounts, clopper_pearson, drop_interval, mcnemar_p
 from maskplan.pipeline.data.dataset import Split
-from maskplan.pipeline.parity.class_order import class_names, looks_reordered, require_one_order
+from maskplan.pipeline.parity.class_order import class_names, looks_reordered, require_same_class_order
 from maskplan.pipeline.parity.counts import OutcomeCounts, count_outcomes
 from maskplan.pipeline.parity.model_outputs import (
     UNLABELED,
@@ -26,7 +26,7 @@ from maskplan.pipeline.parity.model_outputs import (
     run_models,
 )
 from maskplan.pipeline.parity.options import CompareOptions
-from maskplan.pipeline.parity.output_metrics import output_metrics
+from maskplan.pipeline.parity.output_metrics import compare_outputs
 from maskplan.pipeline.parity.verdict import apply_thresholds
 
 _LOG = logging.getLogger(__name__)
@@ -45,48 +45,48 @@ def compare(
     *,
     dense_outputs: ModelOutputs | None = None,
 ) -> ParityReport:
-    """Compare two classifiers, and others beside them; each runs once on every image.
+    """Compare two classifiers, and baselines with the same reference; each runs once on every image.
 
     Args:
         dense: The reference.
-        sparse: What shall replace it.
+        sparse: The model that is to replace it.
         preprocessing: Preprocessing of both.
-        provenances: Of both, where known; untrained weights make parity not applicable.
-        val: Labeled images; without them the task's metrics are off. Images may be `UNLABELED`, which leaves agreement.
+        provenances: Provenance of both, where known; untrained weights make parity not applicable.
+        val: Validation images; without them only outputs on noise are compared. Without labels only agreement is measured.
         options: Thresholds.
         others: Baselines by name, for the table of methods.
-        sparse_name: What that table calls `sparse`.
-        dense_outputs: What the reference said before; it is not run then.
+        sparse_name: Name of `sparse` in that table.
+        dense_outputs: Saved outputs of the reference, which then does not run.
 
     Raises:
-        InputError: The models' inputs or outputs differ in shape, or the classes are not in one order.
+        InputError: The models' inputs or outputs differ in shape, or their classes in order.
     """
     require_comparable(dense, sparse)
-    require_one_order(val, provenances)
+    require_same_class_order(val, provenances)
     models = {_DENSE: dense, **(others or {}), sparse_name: sparse}
     if dense_outputs is not None:
         del models[_DENSE]
-    said = run_models(models, preprocessing, val, options.fixed_images)
+    outputs = run_models(models, preprocessing, val, options.fixed_images)
     if dense_outputs is not None:
-        said = {_DENSE: dense_outputs, **said}
-    return parity_report(said, sparse_name, provenances, val, options, *_names(dense, sparse))
+        outputs = {_DENSE: dense_outputs, **outputs}
+    return parity_report(outputs, sparse_name, provenances, val, options, dense.output.name, sparse.output.name)
 
 
 def require_comparable(dense: Classifier, sparse: Classifier) -> None:
-    """Refuse models whose inputs or outputs differ in shape, as far as their graphs tell. Names may differ.
+    """Refuse models whose declared inputs or outputs differ in shape. Names may differ.
 
     Raises:
-        InputError: They do; both are listed.
+        InputError: They differ; both shapes are listed.
     """
     for part in ("input", "output"):
-        mine, theirs = getattr(dense, part).shape, getattr(sparse, part).shape
-        # The batch is the caller's choice, and what a graph does not tell shows when it runs.
-        if any(a is not None and b is not None and a != b for a, b in zip(mine[1:], theirs[1:], strict=False)):
-            raise _differ(part, dense.name, mine, sparse.name, theirs)
+        shape, other = getattr(dense, part).shape, getattr(sparse, part).shape
+        # The batch size is the caller's choice; a size that a graph does not declare is checked when it runs.
+        if any(a is not None and b is not None and a != b for a, b in zip(shape[1:], other[1:], strict=False)):
+            raise _differ(part, dense.name, shape, sparse.name, other)
 
 
 def parity_report(
-    said: Mapping[str, ModelOutputs],
+    outputs: Mapping[str, ModelOutputs],
     sparse_name: str,
     provenances: Sequence[Provenance | None],
     val: Split | None,
@@ -94,35 +94,35 @@ def parity_report(
     output: str = "logits",
     sparse_output: str = "logits",
 ) -> ParityReport:
-    """Judge answers that were given before; no model runs.
+    """The report on outputs that were computed before; no model runs.
 
     Args:
-        said: By model, `dense` first; all but `dense` and `sparse_name` are baselines for the table of methods.
-        sparse_name: Whose answers are judged.
-        provenances: Of the dense and the sparse model, where known.
-        val: What was answered.
+        outputs: By model name, `dense` first; all but `dense` and `sparse_name` are baselines for the table of methods.
+        sparse_name: Name of the model whose outputs are judged.
+        provenances: Provenance of the dense and the sparse model, where known.
+        val: The images that the outputs belong to.
         options: Thresholds.
-        output: What the dense model calls its output.
-        sparse_output: What the sparse one does.
+        output: Name of the dense model's output.
+        sparse_output: Name of the sparse model's output.
 
     Raises:
-        InputError: The models differ in their number of outputs, or the dense one knows the classes in another order.
+        InputError: The models differ in their number of outputs, or the dense model's classes are in a different order.
     """
-    dense, own = said[_DENSE], said[sparse_name]
-    for name, answers in said.items():
-        if answers.fixed.shape != dense.fixed.shape:
-            raise _differ("output", _DENSE, dense.fixed.shape, name, answers.fixed.shape)
+    dense, sparse = outputs[_DENSE], outputs[sparse_name]
+    for name, other in outputs.items():
+        if other.fixed_logits.shape != dense.fixed_logits.shape:
+            raise _differ("output", _DENSE, dense.fixed_logits.shape, name, other.fixed_logits.shape)
     labels = val.labels if val is not None else np.empty(0, np.int64)
     trained = all(p is None or p.trained for p in provenances)
     tallies = (
-        {n: count_outcomes(dense, a, labels, class_names(val, provenances)) for n, a in said.items()}
+        {n: count_outcomes(dense, a, labels, class_names(val, provenances)) for n, a in outputs.items()}
         if len(labels)
         else {}
     )
-    notes = _same_classes(said, sparse_name, labels) if trained else ()
+    notes = _check_class_order(outputs, sparse_name, labels) if trained else ()
     if output != sparse_output:
-        notes = (*notes, f"the outputs are called {output!r} and {sparse_output!r}: matched by their order")
-    near = output_metrics(dense.fixed, own.fixed, output)
+        notes = (*notes, f"the outputs are named {output!r} and {sparse_output!r}: matched by position")
+    metrics = compare_outputs(dense.fixed_logits, sparse.fixed_logits, output)
     measured = ParityReport(
         verdict=NOT_APPLICABLE,
         reason=None,
@@ -134,18 +134,18 @@ def parity_report(
         top1_drop=None,
         drop_ci95=None,
         agreement=None,
-        max_abs_diff=near.max_abs,
-        cosine_min=near.cosine_min,
+        max_abs_diff=metrics.max_abs,
+        cosine_min=metrics.cosine_min,
         max_top1_drop=options.max_top1_drop,
-        outputs=(near,),
+        outputs=(metrics,),
         notes=notes,
     )
     if tallies:
-        measured = _counted(measured, tallies, sparse_name)
-    judged = apply_thresholds(measured, options, finite=dense.finite and own.finite, provenances=provenances)
-    for note in judged.notes:
+        measured = _with_counts(measured, tallies, sparse_name)
+    report = apply_thresholds(measured, options, finite=dense.finite and sparse.finite, provenances=provenances)
+    for note in report.notes:
         _LOG.warning(note)
-    return judged
+    return report
 
 
 def fidelity(
@@ -153,14 +153,14 @@ def fidelity(
 ) -> Fidelity:
     """How close an engine is to its own ONNX file on the fixed images."""
     images = load_fixed_images(preprocessing, val, count)
-    mine, own_onnx = (compute_logits(model, images) for model in (engine, reference))
-    near = output_metrics(own_onnx, mine)
-    agreement = 100 * float((mine.argmax(axis=1) == own_onnx.argmax(axis=1)).mean())
-    return Fidelity(len(images), near.max_abs, near.cosine_min, agreement)
+    logits, reference_logits = (compute_logits(model, images) for model in (engine, reference))
+    metrics = compare_outputs(reference_logits, logits)
+    agreement = 100 * float((logits.argmax(axis=1) == reference_logits.argmax(axis=1)).mean())
+    return Fidelity(len(images), metrics.max_abs, metrics.cosine_min, agreement)
 
 
-def _counted(measured: ParityReport, tallies: Mapping[str, OutcomeCounts], sparse_name: str) -> ParityReport:
-    """The report with what was counted over the images."""
+def _with_counts(measured: ParityReport, tallies: Mapping[str, OutcomeCounts], sparse_name: str) -> ParityReport:
+    """Add the numbers that were counted over the images."""
     own = tallies[sparse_name]
     changed = own.flips.changed
     low, high = clopper_pearson(changed, own.images, 0.95)
@@ -177,10 +177,10 @@ def _counted(measured: ParityReport, tallies: Mapping[str, OutcomeCounts], spars
     return replace(
         counted,
         images=own.labeled,
-        top1_dense=_first(own.top1),
-        top5_dense=_first(own.top5),
-        top1_sparse=_second(own.top1),
-        top5_sparse=_second(own.top5),
+        top1_dense=_first_accuracy(own.top1),
+        top5_dense=_first_accuracy(own.top5),
+        top1_sparse=_second_accuracy(own.top1),
+        top5_sparse=_second_accuracy(own.top5),
         top1_drop=own.top1.drop,
         drop_ci95=drop_interval(own.top1),
         top5_drop=own.top5.drop,
@@ -188,41 +188,39 @@ def _counted(measured: ParityReport, tallies: Mapping[str, OutcomeCounts], spars
         mcnemar_p=mcnemar_p(own.top1.only_first, own.top1.only_second),
         classes=own.classes,
         methods=tuple(
-            MethodRow(name, _second(t.top1), _second(t.top5), t.top1.drop, drop_interval(t.top1))
+            MethodRow(name, _second_accuracy(t.top1), _second_accuracy(t.top5), t.top1.drop, drop_interval(t.top1))
             for name, t in tallies.items()
         ),
     )
 
 
-def _first(counts: PairedCounts) -> float:
+def _first_accuracy(counts: PairedCounts) -> float:
     return 100 * (counts.both + counts.only_first) / counts.images
 
 
-def _second(counts: PairedCounts) -> float:
+def _second_accuracy(counts: PairedCounts) -> float:
     return 100 * (counts.both + counts.only_second) / counts.images
 
 
-def _same_classes(said: Mapping[str, ModelOutputs], sparse_name: str, labels: npt.NDArray[np.int64]) -> tuple[str, ...]:
-    """Refuse a dense model that knows the classes in another order; say so of a sparse one, which fails by itself."""
+def _check_class_order(
+    outputs: Mapping[str, ModelOutputs], sparse_name: str, labels: npt.NDArray[np.int64]
+) -> tuple[str, ...]:
+    """Refuse a dense model whose classes are in a different order; note it of a sparse one, which fails the gate anyway."""
     known = labels != UNLABELED
     notes = []
     for name in (_DENSE, sparse_name):
-        found = looks_reordered(said[name].first[known], labels[known]) if known.any() else None
+        found = looks_reordered(outputs[name].top1[known], labels[known]) if known.any() else None
         if found is None:
             continue
-        told = f"{found[0]:.1f}% right as it is, {found[1]:.1f}% with its classes in another order"
+        accuracies = f"top-1 is {found[0]:.1f}% as is, {found[1]:.1f}% with its classes in a different order"
         if name == _DENSE:
             raise InputError(
-                "the dense model's classes are not in the order of the data's",
-                found=told,
+                "the dense model's classes are in a different order than the data's",
+                found=accuracies,
                 fix="write classes.txt into the data folder: the class folders in the order of the model's outputs",
             )
-        notes.append(f"the sparse model's classes seem to be in another order: {told}")
+        notes.append(f"the sparse model's classes seem to be in a different order: {accuracies}")
     return tuple(notes)
-
-
-def _names(dense: Classifier, sparse: Classifier) -> tuple[str, str]:
-    return dense.output.name, sparse.output.name
 
 
 def _differ(part: str, name: str, shape: object, other: str, other_shape: object) -> InputError:

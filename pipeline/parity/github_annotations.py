@@ -27,9 +27,9 @@ def summary(report: ParityReport, title: str) -> str:
     lines = [f"### {_cell(title)}: {report.verdict.replace('_', ' ')}", ""]
     if report.reason is not None:
         lines += [_cell(report.reason), ""]
-    lines += ["| threshold | limit | measured | |", "|---|---:|---:|---|"]
+    lines += ["| threshold | limit | value | |", "|---|---:|---:|---|"]
     for check in report.checks:
-        state = {None: "not evaluated", True: PASS, False: "**fail**"}[check.passed]
+        state = {None: "not judged", True: PASS, False: "**fail**"}[check.passed]
         measured = "" if check.judged is None else f"{check.judged:.6g}"
         lines.append(f"| {_cell(check.name)} | {check.limit:g} | {measured} | {state} |")
     if report.drift:

@@ -1,4 +1,4 @@
-"""Either side of a comparison, whatever it is: an engine, an ONNX file or a checkpoint."""
+"""Open the models that are compared: engines, ONNX files and checkpoints."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from maskplan.pipeline.models.checkpoint import read_checkpoint, rebuild_module
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """An opened model; `provenance` is None for a foreign file."""
+    """An opened model; `provenance` is None for a file that other tools wrote."""
 
     classifier: Classifier
     provenance: Provenance | None
 
     @property
     def classes(self) -> int:
-        """Number of outputs; found by one run where the graph does not say."""
+        """Number of outputs; found by a run if the graph does not declare it."""
         shape = self.classifier.output.shape
         known = shape[-1] if shape else None
         if known is not None:
@@ -43,10 +43,10 @@ class OpenedModel:
 
 @contextlib.contextmanager
 def open_model(path: Path) -> Iterator[OpenedModel]:
-    """Open a file by what it is; a checkpoint is exported to a temporary ONNX file, which needs PyTorch.
+    """Open a file by its kind; a checkpoint is exported to a temporary ONNX file, which needs PyTorch.
 
     Raises:
-        InputError: The file is missing, damaged, or of no known kind.
+        InputError: The file is missing, damaged or of an unknown kind.
     """
     with contextlib.ExitStack() as stack:
         if path.suffix == ".plan" or (path.suffix == ".onnx" and sidecar_path(path).is_file()):
@@ -60,54 +60,56 @@ def open_model(path: Path) -> Iterator[OpenedModel]:
             yield OpenedModel(stack.enter_context(Classifier(OrtEngine(path), path.name)), provenance)
         elif path.suffix == ".safetensors":
             checkpoint = read_checkpoint(path)
-            made = checkpoint.provenance
+            provenance = checkpoint.provenance
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="maskplan-")))
-            (exported,) = export_onnx(rebuild_module(checkpoint), made, ExportOptions(), {"fp32": folder / "side.onnx"})
-            yield OpenedModel(stack.enter_context(Classifier(OrtEngine(exported.path), path.name)), made)
+            (exported,) = export_onnx(
+                rebuild_module(checkpoint), provenance, ExportOptions(), {"fp32": folder / "model.onnx"}
+            )
+            yield OpenedModel(stack.enter_context(Classifier(OrtEngine(exported.path), path.name)), provenance)
         else:
             raise InputError(
-                "not something to compare",
+                "cannot compare this kind of file",
                 where=path,
                 fix="give an engine, an .onnx file, or a checkpoint of maskplan",
             )
 
 
-def shared_preprocessing(sides: Sequence[OpenedModel], mean: str | None, std: str | None) -> Preprocessing:
-    """The preprocessing of both: from the record of either, or for foreign files from the input's shape and the options.
+def shared_preprocessing(models: Sequence[OpenedModel], mean: str | None, std: str | None) -> Preprocessing:
+    """The preprocessing of all models: from a record, or for foreign files from the input's shape, `mean` and `std`.
 
     Raises:
-        InputError: Both have a record and they differ, or a foreign input has no fixed size.
+        InputError: Records differ, or a foreign model has no fixed input size, or the numbers do not fit its channels.
     """
-    known = [s.provenance.preprocessing for s in sides if s.provenance is not None]
+    known = [m.provenance.preprocessing for m in models if m.provenance is not None]
     if known:
         if any(k != known[0] for k in known):
             raise InputError(
-                "the models want different preprocessing",
+                "the models need different preprocessing",
                 found=f"{known[0]}; {known[1]}",
-                fix="compare models of one input",
+                fix="compare models with the same input",
             )
         return known[0]
-    _, channels, height, width = sides[0].classifier.input.shape
+    _, channels, height, width = models[0].classifier.input.shape
     if channels not in (1, 3) or height is None or width is None:
         raise InputError(
-            "the input's size is not fixed",
-            where=sides[0].classifier.name,
-            found=sides[0].classifier.input.shape,
+            "the model has no fixed input size",
+            where=models[0].classifier.name,
+            found=models[0].classifier.input.shape,
             fix="export with fixed image sizes",
         )
     return Preprocessing(
-        channels, height, width, 0, "bilinear", _numbers(mean, channels, 0.0), _deviations(std, channels)
+        channels, height, width, 0, "bilinear", _channel_values(mean, channels, 0.0), _std_values(std, channels)
     )
 
 
-def _deviations(text: str | None, count: int) -> tuple[float, ...]:
-    values = _numbers(text, count, 1.0)
+def _std_values(text: str | None, count: int) -> tuple[float, ...]:
+    values = _channel_values(text, count, 1.0)
     if min(values) <= 0:
-        raise InputError("not a deviation", found=repr(text), fix="deviations are above zero")
+        raise InputError("invalid standard deviation", found=repr(text), fix="give numbers above zero")
     return values
 
 
-def _numbers(text: str | None, count: int, default: float) -> tuple[float, ...]:
+def _channel_values(text: str | None, count: int, default: float) -> tuple[float, ...]:
     if text is None:
         return (default,) * count
     try:
@@ -116,8 +118,8 @@ def _numbers(text: str | None, count: int, default: float) -> tuple[float, ...]:
         values = ()
     if len(values) != count or not all(map(math.isfinite, values)):
         raise InputError(
-            "not one number a channel",
+            "expected one number per channel",
             found=repr(text),
-            fix=f"write {count} numbers with commas between them",
+            fix=f"give {count} numbers, separated by commas",
         )
     return values

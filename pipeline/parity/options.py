@@ -12,17 +12,17 @@ from maskplan.pipeline.core.validation import at_least
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """What is compared, and what passes. A threshold that is None asks for nothing.
+    """Options and thresholds of the comparison. A threshold that is None is not checked.
 
     Attributes:
-        max_top1_drop: Points of top-1 that the sparse model may lose.
-        max_top5_drop: Points of top-5.
-        min_agreement: Percent of images on which the models must agree.
-        max_flip_rate: Percent of images whose first choice may change: 100 minus agreement.
-        max_class_drop: Points of top-1 that any class may lose.
-        min_cosine: Smallest cosine similarity of one fixed image's outputs.
-        use_ci: Hold the bad end of the 95% interval against the thresholds of drops, agreement and flips.
-        fixed_images: Images on which the outputs themselves are compared.
+        max_top1_drop: Largest allowed drop of top-1, in points.
+        max_top5_drop: Largest allowed drop of top-5, in points.
+        min_agreement: Smallest allowed agreement of the top-1 predictions, in percent of the images.
+        max_flip_rate: Largest allowed share of changed top-1 predictions, in percent: 100 minus agreement.
+        max_class_drop: Largest allowed drop of top-1 of any class, in points.
+        min_cosine: Smallest allowed cosine similarity of one fixed image's outputs, -1 to 1.
+        use_ci: Compare drops, agreement and flips with their thresholds by the worse end of the 95% interval.
+        fixed_images: Number of images on which the outputs themselves are compared.
     """
 
     RENAMED_FIELDS: ClassVar[Mapping[str, str]] = {"confident": "use_ci"}
@@ -42,6 +42,6 @@ class CompareOptions:
         at_least(0, min_agreement=self.min_agreement, max_flip_rate=self.max_flip_rate)
         at_least(-1, min_cosine=self.min_cosine)
         at_least(1, fixed_images=self.fixed_images)
-        for name, value, most in (("min_agreement", self.min_agreement, 100), ("min_cosine", self.min_cosine, 1)):
-            if value is not None and value > most:
-                raise InputError(f"{name} is {value}", fix=f"give a number of at most {most}: nothing could pass")
+        for name, value, highest in (("min_agreement", self.min_agreement, 100), ("min_cosine", self.min_cosine, 1)):
+            if value is not None and value > highest:
+                raise InputError(f"{name} is {value}", fix=f"give at most {highest}: nothing can pass more")

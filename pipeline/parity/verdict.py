@@ -1,4 +1,4 @@
-"""Thresholds to a verdict: every one is held against a number, or against the bad end of that number's interval."""
+"""Apply the thresholds: each is compared with a measured number, or with the worse end of that number's interval."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from maskplan.pipeline.core.artifacts import Provenance
-from maskplan.pipeline.core.choices import FAIL, NOT_APPLICABLE, PASS
+from maskplan.pipeline.core.choices import FAIL, NOT_APPLICABLE, PASS, GateVerdict
 from maskplan.pipeline.core.reports import Check, ParityReport
 from maskplan.pipeline.core.statistics import best_drop_limit, clopper_pearson, min_images
 
@@ -16,23 +16,21 @@ if TYPE_CHECKING:
 
 _CONFIDENCE = 0.95
 
-Interval = tuple[float, float]
-
 
 def apply_thresholds(
     measured: ParityReport, options: CompareOptions, *, finite: bool, provenances: Sequence[Provenance | None]
 ) -> ParityReport:
-    """The report with its checks, notes and verdict.
+    """Add the checks, notes and verdict to a report.
 
-    Outputs that are not finite fail whatever else holds. Random weights have no accuracy to keep. What cannot be judged
-    never passes: without labels, the verdict is that of the thresholds that need none, and there must be one. Outputs on
-    noise, where there are no images, can fail and not pass.
+    Outputs that are not finite always fail. With random weights the verdict is `not_applicable`. What cannot be judged
+    never passes: without labels, the thresholds that need no labels decide, and at least one must be set. Without images,
+    outputs on noise can fail but not pass.
 
     Args:
-        measured: All numbers; its own verdict is not looked at.
+        measured: All measured numbers; its verdict is ignored.
         options: Thresholds.
-        finite: Whether every output of both models was.
-        provenances: Of both, where known.
+        finite: Whether every output of both models is finite.
+        provenances: Provenance of both, where known.
     """
     checks = _checks(measured, options)
     notes = (*measured.notes, *_notes(measured, options))
@@ -42,7 +40,7 @@ def apply_thresholds(
 
 def _verdict(
     measured: ParityReport, checks: Sequence[Check], finite: bool, provenances: Sequence[Provenance | None]
-) -> tuple[str, str | None]:
+) -> tuple[GateVerdict, str | None]:
     if not finite:
         return FAIL, "outputs are NaN or infinite"
     if any(p is not None and not p.trained for p in provenances):
@@ -80,7 +78,7 @@ def _drop(top: str, found: ParityReport, limit: float, use_ci: bool) -> Check:
     if value is None or interval is None or accuracy is None:
         return _unjudged(name, limit, "no labeled images")
     judged = interval[1] if use_ci else value
-    message = f"{shown} drops by {value:.2f} points{_at_worst(judged, use_ci)}; {limit:g} are allowed"
+    message = f"{shown} drops by {value:.2f} points{_at_worst(judged, use_ci)}; the limit is {limit:g}"
     if not use_ci or judged <= limit:
         return Check(name, limit, value, judged, judged <= limit, message)
     share = accuracy / 100
@@ -89,7 +87,7 @@ def _drop(top: str, found: ParityReport, limit: float, use_ci: bool) -> Check:
         found.images,
         lambda n: best_drop_limit(n, share) <= limit,
         f"with {found.images} images, {shown} of equal models could drop by {best_drop_limit(found.images, share):.2f}"
-        f" points (95%); {limit:g} are allowed",
+        f" points (95%); the limit is {limit:g}",
     )
 
 
@@ -97,7 +95,7 @@ def _agreement(found: ParityReport, limit: float, use_ci: bool) -> Check:
     if found.agreement is None or found.flip_rate_ci95 is None:
         return _unjudged("min_agreement", limit, "no images")
     value, judged = found.agreement, 100 - found.flip_rate_ci95[1] if use_ci else found.agreement
-    message = f"the models agree on {value:.2f}% of images{_at_worst(judged, use_ci)}; {limit:g}% are asked for"
+    message = f"the models agree on {value:.2f}% of images{_at_worst(judged, use_ci)}; the minimum is {limit:g}%"
     check = Check("min_agreement", limit, value, judged, judged >= limit, message)
     return _undecided_flips(check, found, 100 - limit) if use_ci and not check.passed else check
 
@@ -106,7 +104,7 @@ def _flip_rate(found: ParityReport, limit: float, use_ci: bool) -> Check:
     if found.flip_rate is None or found.flip_rate_ci95 is None:
         return _unjudged("max_flip_rate", limit, "no images")
     value, judged = found.flip_rate, found.flip_rate_ci95[1] if use_ci else found.flip_rate
-    message = f"{value:.2f}% of first choices changed{_at_worst(judged, use_ci)}; {limit:g}% are allowed"
+    message = f"{value:.2f}% of top-1 predictions changed{_at_worst(judged, use_ci)}; the limit is {limit:g}%"
     check = Check("max_flip_rate", limit, value, judged, judged <= limit, message)
     return _undecided_flips(check, found, limit) if use_ci and not check.passed else check
 
@@ -118,15 +116,15 @@ def _class_drop(found: ParityReport, limit: float) -> Check:
     over = sum(c.drop > limit for c in found.classes)
     others = f" ({over} such classes)" if over > 1 else ""
     message = (
-        f"class {worst.name} drops by {worst.drop:.2f} points on {worst.images} images{others}; {limit:g} are allowed"
+        f"class {worst.name} drops by {worst.drop:.2f} points on {worst.images} images{others}; the limit is {limit:g}"
     )
     return Check("max_class_drop", limit, worst.drop, worst.drop, worst.drop <= limit, message)
 
 
 def _cosine(found: ParityReport, limit: float) -> Check:
     if found.cosine_min is None:
-        return Check("min_cosine", limit, None, None, False, "the outputs' cosine similarity is not a number")
-    message = f"the outputs' smallest cosine similarity is {found.cosine_min:.6f}; {limit:g} is asked for"
+        return Check("min_cosine", limit, None, None, False, "the outputs' cosine similarity is NaN")
+    message = f"the outputs' smallest cosine similarity is {found.cosine_min:.6f}; the minimum is {limit:g}"
     return Check("min_cosine", limit, found.cosine_min, found.cosine_min, found.cosine_min >= limit, message)
 
 
@@ -134,31 +132,31 @@ def _at_worst(judged: float, use_ci: bool) -> str:
     return f", at worst {judged:.2f} (95%)" if use_ci else ""
 
 
-def _unjudged(name: str, limit: float, why: str) -> Check:
-    return Check(name, limit, None, None, None, f"not judged: {why}")
+def _unjudged(name: str, limit: float, reason: str) -> Check:
+    return Check(name, limit, None, None, None, f"not judged: {reason}")
 
 
 def _undecided_flips(check: Check, found: ParityReport, limit: float) -> Check:
     images = found.images + found.unlabeled_images
 
-    def most(n: int) -> float:
+    def upper_limit(n: int) -> float:
         return 100 * clopper_pearson(0, n, _CONFIDENCE)[1]
 
     return _undecided(
         check,
         images,
-        lambda n: most(n) <= limit,
-        f"with {images} images, none of which changed, {most(images):.2f}% could (95%); {limit:g}% are allowed",
+        lambda n: upper_limit(n) <= limit,
+        f"with {images} images, none of which changed, {upper_limit(images):.2f}% could (95%); the limit is {limit:g}%",
     )
 
 
-def _undecided(check: Check, images: int, suffices: Callable[[int], bool], story: str) -> Check:
-    """A failed check, told as what it is where even equal models would fail it: too few images."""
+def _undecided(check: Check, images: int, suffices: Callable[[int], bool], explanation: str) -> Check:
+    """A failed check; if even identical models would fail it, its message says that there are too few images."""
     if suffices(images):
         return check
     needed = min_images(suffices)
-    how_many = "no number of images can show less" if needed is None else f"it takes {needed:,}"
-    return replace(check, message=f"too few images to tell: {story}; {how_many}", images_needed=needed)
+    requirement = "no number of images is enough" if needed is None else f"at least {needed:,} are needed"
+    return replace(check, message=f"too few images to decide: {explanation}; {requirement}", images_needed=needed)
 
 
 def _notes(found: ParityReport, options: CompareOptions) -> tuple[str, ...]:
@@ -168,7 +166,7 @@ def _notes(found: ParityReport, options: CompareOptions) -> tuple[str, ...]:
             f"{found.unlabeled_images} images have no labels: accuracy is not judged, only agreement and outputs"
         )
     if options.use_ci and options.max_class_drop is not None:
-        notes.append("max_class_drop is held against the drop itself: a class has too few images for an interval")
+        notes.append("max_class_drop is compared with the drop itself: a class has too few images for an interval")
     images = found.images + found.unlabeled_images
     if images and not options.use_ci:
         limits = {
@@ -180,7 +178,7 @@ def _notes(found: ParityReport, options: CompareOptions) -> tuple[str, ...]:
         tight = [name for name, limit in limits.items() if limit is not None and 0 < limit < 100 / images]
         if tight:
             notes.append(
-                f"one of {images} images is {100 / images:.2f} points, more than {' and '.join(tight)} leaves room for:"
-                " a single image decides"
+                f"one of {images} images is {100 / images:.2f} points, more than {' and '.join(tight)} allows:"
+                " a single image decides the verdict"
             )
     return tuple(notes)

@@ -194,7 +194,7 @@ def test_parity_fails_for_a_model_that_confuses_two_classes(
     assert found["top5_sparse"] == 100
 
 
-def test_without_data_parity_cannot_be_told(written: Callable[[str], Path], cli: Cli) -> None:
+def test_without_data_parity_is_not_applicable(written: Callable[[str], Path], cli: Cli) -> None:
     ran = cli("compare", written("dense"), written("sparse"))
     assert ran.code == 1
     assert "no labeled images" in ran.err
@@ -383,7 +383,7 @@ def test_sizes_that_only_the_run_would_tell_are_refused(cli: Cli, toy_data: Path
     assert "error: the model has no fixed input size" in ran.err
 
 
-def test_a_file_with_its_weights_beside_it_builds_an_engine_that_can_be_moved(cli: Cli, tmp_path: Path) -> None:
+def test_a_file_with_external_weights_builds_an_engine_that_can_be_moved(cli: Cli, tmp_path: Path) -> None:
     """The engine and what is deployed hold their weights, or the command refuses; neither points at files left behind."""
     source = tmp_path / "source"
     source.mkdir()

@@ -42,7 +42,7 @@ def test_lost_accuracy_is_reported_in_full(failed: Failed) -> None:
 
     parity = report["parity"]
     assert parity["verdict"] == "fail"
-    assert "1 are allowed" in parity["reason"]
+    assert "the limit is 1" in parity["reason"]
     assert 10 < parity["top1_drop"] < 60
     assert parity["top1_drop"] == pytest.approx(parity["top1_dense"] - parity["top1_sparse"])
     assert parity["drop_ci95"][0] < parity["top1_drop"] < parity["drop_ci95"][1]

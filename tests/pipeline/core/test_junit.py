@@ -29,7 +29,7 @@ def test_every_weight_is_a_case_and_violations_are_failures(
 
 
 OUTPUT = OutputCloseness("logits", 8, 0.5, 0.1, 0.1, 0.4, 2.0, 0.2, 0.1, 1.5, 0.99, 0.999, None)
-GOOD = Check("max_top1_drop", 1.0, 0.25, 0.25, True, "top-1 drops by 0.25 points; 1 are allowed")
+GOOD = Check("max_top1_drop", 1.0, 0.25, 0.25, True, "top-1 drops by 0.25 points; the limit is 1")
 BAD = Check("min_agreement", 99.5, 98.0, 98.0, False, '98% < 99% & "more"')
 OPEN = Check("max_class_drop", 5.0, None, None, None, "not judged: no labeled images")
 BASE = ParityReport(

@@ -66,7 +66,7 @@ PARITY = ParityReport(
 UNTRAINED = ParityReport(
     "not_applicable", "the weights are random", 0, None, None, None, None, None, None, None, 0.5, 0.99, 1.0
 )
-FAILED = replace(PARITY, verdict="fail", reason="top-1 drops by 12.50 points; 1 are allowed", top1_drop=12.5)
+FAILED = replace(PARITY, verdict="fail", reason="top-1 drops by 12.50 points; the limit is 1", top1_drop=12.5)
 NOT_FINITE = replace(UNTRAINED, verdict="fail", reason="the outputs are not finite", max_abs_diff=None, cosine_min=None)
 
 
@@ -384,7 +384,7 @@ def test_names_from_outside_are_text(tmp_path: Path) -> None:
         ({"parity": replace(PARITY, top1_drop=-0.5)}, "good", "gains 0.50 points of top-1"),
         ({"parity": replace(PARITY, top1_drop=0.0)}, "good", "The sparse engine keeps top-1"),
         (CASES["untrained"], "neutral", "accuracy was not judged: the weights are random."),
-        ({"parity": FAILED}, "bad", "accuracy is not kept: top-1 drops by 12.50 points; 1 are allowed."),
+        ({"parity": FAILED}, "bad", "accuracy is not kept: top-1 drops by 12.50 points; the limit is 1."),
         (CASES["not finite"], "bad", "accuracy is not kept: the outputs are not finite."),
         (CASES["not conforming"], "bad", "Not deployable: 1 weight violates 2:4."),
     ],
