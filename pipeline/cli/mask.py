@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from maskplan.pipeline.cli import options
 from maskplan.pipeline.cli.help_pages import add_command
 from maskplan.pipeline.cli.options import MethodChoice, choice, override, patterns, write_report
 from maskplan.pipeline.core.choices import Layout
+
+if TYPE_CHECKING:
+    from maskplan.pipeline.core.artifacts import ImageSet
 
 _EXAMPLES = """
 maskplan mask resnet50 --method magnitude -o masks.safetensors
@@ -97,7 +100,7 @@ def mask(
         keep_dense_budget=keep_dense_budget,
         learn=override(settings.learn, budget_minutes=budget_minutes),
     )
-    image_sets = ()
+    image_sets: tuple[ImageSet, ...] = ()
     if dataset is not None and needs_images(mask_options, mask_options.method):
         image_sets = (identify(dataset.train), identify(dataset.select))
     files = LearnerFiles(out.with_name(f"{out.name}.learning"), resume, log_dir)

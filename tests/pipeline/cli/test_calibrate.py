@@ -255,7 +255,7 @@ def test_a_model_without_images_is_refused(foreign: Path, refused: Callable[...,
         (("--import-trt-cache", "whole.txt", "--max-drop", "1"), "a budget needs labeled images"),
         (("--import-trt-cache", "whole.txt", "--cache", "c.json"), "both give ranges"),
         (("--cache", "some.txt"), "not a range cache"),
-        (("--std", "0"), "not a deviation"),
+        (("--std", "0"), "invalid standard deviation"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, tuple) else "",
 )

@@ -105,7 +105,7 @@ def test_saved_results_of_another_model_or_other_images_are_refused(
     assert cli("compare", dense, dense, "--save-dense", saved).code == 0
     ran = cli("compare", finished_digits / "sparse.onnx", dense, "--dense-results", saved)
     assert (ran.code, ran.out) == (3, "")
-    assert "another file" in ran.err
+    assert "the dense model is a different file" in ran.err
     ran = cli("compare", dense, dense, "--dense-results", saved, "--fixed-images", 7)
     assert ran.code == 3
     assert "7 fixed images are requested, 256 are saved" in ran.err
