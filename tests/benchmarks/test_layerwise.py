@@ -1,4 +1,4 @@
-"""The benchmark of layer-wise masks and conversion runs to the end where its data is tiny."""
+"""The benchmark of layer-wise masks and conversion runs to the end on tiny data."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from maskplan.pipeline.core.errors import InputError
 
 
 @pytest.mark.parametrize(("n", "m"), [(n, m) for m in range(1, 6) for n in range(1, m + 1)])
-def test_tiles_are_counted_as_a_search_counts_them(n: int, m: int) -> None:
+def test_exact_counts_match_an_exhaustive_search(n: int, m: int) -> None:
     rows = np.array([row for row in itertools.product((0, 1), repeat=m) if sum(row) == n])
     columns = rows
     for _ in range(m - 1):
@@ -32,13 +32,13 @@ def test_the_known_counts() -> None:
 
 @given(m=st.integers(1, 9), data=st.data())
 @settings(max_examples=40, deadline=None)
-def test_keeping_and_dropping_are_counted_alike(m: int, data: st.DataObject) -> None:
+def test_counts_are_symmetric_in_kept_and_dropped(m: int, data: st.DataObject) -> None:
     n = data.draw(st.integers(1, m))
     assert tile_masks(Pattern(1, m)) == math.factorial(m)
     assert n == m or tile_masks(Pattern(n, m)) == tile_masks(Pattern(m - n, m))
 
 
-def test_the_papers_count_is_of_its_formula_and_too_high() -> None:
+def test_the_papers_formula_is_too_high() -> None:
     assert tile_masks_by_paper(Pattern(2, 4)) == 24 * 6 == 144
     assert tile_masks_by_paper(Pattern(4, 8)) == 40320 * 5040 * 720 * 120
     # N of the paper is how many are zero: three of four, where one is kept.
@@ -51,7 +51,7 @@ def test_the_papers_count_is_of_its_formula_and_too_high() -> None:
 
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (1, 4), (3, 4), (4, 8)])
 @pytest.mark.parametrize("tiles", [1, 2, 5])
-def test_logarithms_are_those_of_the_whole_numbers(n: int, m: int, tiles: int) -> None:
+def test_logarithms_match_the_exact_integers(n: int, m: int, tiles: int) -> None:
     weights = tiles * m * m
     found = diversity([weights], Pattern(n, m))
     assert found.weights == weights
@@ -66,7 +66,7 @@ def test_logarithms_are_those_of_the_whole_numbers(n: int, m: int, tiles: int) -
         assert value == pytest.approx(len(digits) - 1 + math.log10(float(f"0.{digits}") * 10), rel=1e-9)
 
 
-def test_of_an_8x8_tile_the_papers_order_turns_round_when_counted_exactly() -> None:
+def test_exact_counts_reverse_the_papers_order_for_an_8x8_tile() -> None:
     two_four, four_eight = diversity([64], Pattern(2, 4)), diversity([64], Pattern(4, 8))
     assert four_eight.transposable_by_paper > two_four.one_axis > four_eight.transposable > two_four.transposable
     assert two_four.unstructured == four_eight.unstructured > four_eight.one_axis > four_eight.transposable_by_paper
@@ -75,7 +75,7 @@ def test_of_an_8x8_tile_the_papers_order_turns_round_when_counted_exactly() -> N
     assert 10**two_four.unstructured == pytest.approx(1.8e18, rel=0.02)
 
 
-def test_layers_multiply_but_for_unstructured_masks_which_choose_among_all() -> None:
+def test_counts_multiply_over_layers_except_unstructured_ones() -> None:
     sizes = [64, 128, 640]
     parts, whole = [diversity([size], Pattern(4, 8)) for size in sizes], diversity(sizes, Pattern(4, 8))
     assert whole.weights == 832
@@ -84,20 +84,20 @@ def test_layers_multiply_but_for_unstructured_masks_which_choose_among_all() -> 
     assert whole.unstructured > sum(part.unstructured for part in parts)
 
 
-def test_a_network_of_many_weights_is_counted_too() -> None:
+def test_counts_of_a_large_network_are_finite() -> None:
     found = diversity([25_000_000 // 16 * 16], Pattern(2, 4))
     # By Stirling's formula T choose T/2 has about T log10(2) digits.
     assert found.unstructured == pytest.approx(found.weights * math.log10(2), rel=1e-5)
 
 
-def test_sizes_without_whole_tiles_are_counted_and_shown() -> None:
+def test_sizes_without_whole_tiles_are_an_error() -> None:
     with pytest.raises(InputError, match="2 of 3 weights do not consist of whole 4x4 tiles") as raised:
         diversity([16, 20, -16], Pattern(2, 4))
     assert raised.value.found == "20, -16"
 
 
 @pytest.mark.parametrize("pattern", [Pattern(5, 4), Pattern(0, 4)])
-def test_patterns_that_no_mask_keeps_are_refused(pattern: Pattern) -> None:
+def test_invalid_patterns_are_refused(pattern: Pattern) -> None:
     for count in (tile_masks, tile_masks_by_paper, lambda p: diversity([16], p)):
         with pytest.raises(InputError, match="invalid pattern"):
             count(pattern)

@@ -1,4 +1,4 @@
-"""The benchmarks of accuracy run to the end where their data is tiny, and say the same as a count by hand."""
+"""The accuracy benchmarks run to the end on tiny data, and agree with a count by hand."""
 
 from __future__ import annotations
 
@@ -30,9 +30,7 @@ def weights(bench: Bench, toy_cifar: Path, tmp_path: Path) -> Path:
     return out
 
 
-def test_dense_goes_on_as_long_as_that_gains_and_says_what_it_gained(
-    bench: Bench, toy_cifar: Path, tmp_path: Path, weights: Path
-) -> None:
+def test_dense_training_continues_while_it_gains(bench: Bench, toy_cifar: Path, tmp_path: Path, weights: Path) -> None:
     out = tmp_path / "longer.safetensors"
     bench("dense.py", NET, "--data", toy_cifar, "--weights", weights, "--out", out, "--more", 1, "--rounds", 1)
     found = json.loads(out.with_suffix(".json").read_text())
@@ -45,9 +43,7 @@ def test_dense_goes_on_as_long_as_that_gains_and_says_what_it_gained(
     assert "/" not in found["command"].removeprefix("python benchmarks/accuracy/dense.py")
 
 
-def test_rows_of_accuracy_and_what_the_recipe_is_made_of(
-    bench: Bench, toy_cifar: Path, tmp_path: Path, weights: Path
-) -> None:
+def test_accuracy_and_ablation(bench: Bench, toy_cifar: Path, tmp_path: Path, weights: Path) -> None:
     common = (NET, "--data", toy_cifar, "--weights", weights, "--results", tmp_path, "--epochs", 1)
     bench("accuracy.py", *common)
     (run,) = written(tmp_path, "accuracy")
@@ -62,13 +58,13 @@ def test_rows_of_accuracy_and_what_the_recipe_is_made_of(
     assert [row["row"] for row in written(tmp_path, "ablation")] == ["maskplan", "no noise"]
     before = (tmp_path / "ablation.json").stat().st_mtime_ns
     bench("ablation.py", *common, "--rows", "no noise")
-    assert (tmp_path / "ablation.json").stat().st_mtime_ns == before, "a row that is there is not run again"
+    assert (tmp_path / "ablation.json").stat().st_mtime_ns == before, "an existing row is not run again"
     page = (tmp_path / "results.md").read_text()
     assert "| magnitude, recalibrated |" in page
     assert "| no noise |" in page
 
 
-def test_the_reports_recipe(bench: Bench, toy_cifar: Path, tmp_path: Path, weights: Path) -> None:
+def test_the_recipe_of_danhofer2024(bench: Bench, toy_cifar: Path, tmp_path: Path, weights: Path) -> None:
     bench("reported.py", NET, "--data", toy_cifar, "--weights", weights, "--results", tmp_path, "--epochs", 1)
     (run,) = written(tmp_path, "reported")
     assert run["layers"] == {"all convolutions": 13, "our layers": 12}
@@ -78,7 +74,7 @@ def test_the_reports_recipe(bench: Bench, toy_cifar: Path, tmp_path: Path, weigh
 
 
 @pytest.mark.slow
-def test_masks_that_stay_while_weights_change(bench: Bench, toy_cifar: Path, tmp_path: Path, weights: Path) -> None:
+def test_old_masks_on_new_weights(bench: Bench, toy_cifar: Path, tmp_path: Path, weights: Path) -> None:
     bench("exchange.py", NET, "--data", toy_cifar, "--weights", weights, "--results", tmp_path, "--epochs", 1)
     (run,) = written(tmp_path, "exchange")
     assert [row["rate"] for row in run["rows"]] == [0.001, 0.01, 0.1]
@@ -106,7 +102,7 @@ def by_hand(module: nn.Module, folder: Path, k: int) -> float:
 
 
 @pytest.mark.slow
-def test_the_reports_tables_of_imagenet(bench: Bench, toy_imagenet: Path, tmp_path: Path) -> None:
+def test_the_imagenet_tables(bench: Bench, toy_imagenet: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = torchvision.models.shufflenet_v2_x0_5(num_classes=6).eval()
     torch.save(module.state_dict(), tmp_path / "shufflenet_v2_x0_5.pth")

@@ -31,7 +31,7 @@ def best_loss(gram: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.einsum("pkmc,pcd,pkmd->pkm", error, gram, error).amin(dim=2).sum(dim=1)
 
 
-def test_masks_come_within_a_hundredth_of_the_best_of_1679616() -> None:
+def test_learned_masks_are_within_one_percent_of_the_optimum() -> None:
     rng = np.random.default_rng(0)
     correlation = 0.6 ** np.abs(np.subtract.outer(np.arange(CHANNELS), np.arange(CHANNELS)))
     inputs = rng.normal(size=(PROBLEMS, IMAGES, CHANNELS)) @ np.linalg.cholesky(correlation).T

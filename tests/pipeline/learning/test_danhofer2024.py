@@ -1,4 +1,4 @@
-"""The report's formulation: what it says of itself, and where its groups lie."""
+"""The formulation of Danhofer (2024): its gates, its groups, and how its masks are recorded."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ def test_a_sample_sums_to_two_in_every_group_and_hardens_as_the_temperature_fall
         assert (float(away) > gap) == (tau > 1)
 
 
-def test_one_of_one_is_the_identity() -> None:
+def test_the_pattern_1_1_keeps_everything() -> None:
     gates = FlatGates(torch.zeros(3, 5), Pattern(1, 1), generator())
     assert torch.equal(gates.argmax(), torch.ones(3, 5))
     assert torch.allclose(gates.sample(0.1, generator()), torch.ones(3, 5))
 
 
-def test_gates_start_as_glorot_says() -> None:
+def test_gates_have_glorot_initialization() -> None:
     gates = FlatGates(torch.zeros(64, 64, 3, 3), TWO_FOUR, generator())
     bound = math.sqrt(6 / (gates.weight.shape[0] + 6))
     assert gates.weight.shape == (64 * 64 * 9 // 4, 6)
@@ -126,7 +126,7 @@ def test_learning_changes_gates_and_statistics_but_no_weight() -> None:
     assert all(torch.equal(student[k], v) for k, v in before.items() if k.endswith("conv1.weight"))
     assert any(not torch.equal(student[k], v) for k, v in before.items() if k.endswith("running_mean"))
     assert any(not torch.equal(a, b) for a, b in zip(net.parameters(), untouched.parameters(), strict=True))
-    # Nearly undecided, whatever was learned: SGD on so flat a softmax hardly moves it.
+    # Still nearly undecided: SGD on such a flat softmax hardly changes it.
     assert net.entropy() > 0.9
     x = torch.randn(8, 1, 8, 8, generator=generator())
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_learning_changes_gates_and_statistics_but_no_weight() -> None:
     assert len(correct_predictions(net, val, PREPROCESSING, sampled=True)) == len(val)
 
 
-def test_its_masks_go_to_a_file_that_says_what_it_is(tmp_path: Path) -> None:
+def test_the_mask_file_records_method_and_layout(tmp_path: Path) -> None:
     module, provenance = open_checkpoint(ModelOptions("digits_resnet"))
     learn = LearnOptions(epochs=1, batch=256, seed=3)
     options = MaskOptions("danhofer2024", include_linear=True, layers=("nothing.*",), learn=learn)
@@ -160,7 +160,7 @@ def test_its_masks_go_to_a_file_that_says_what_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("given", [["--masks", "danhofer2024"], ["--recipe", "r.toml"]])
-def test_the_line_refuses_it_before_it_learns(
+def test_the_engine_command_refuses_it_before_learning(
     tmp_path: Path, given: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -48,7 +48,7 @@ def written_out(
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("noise", [0.0, 0.5])
-def test_draws_and_gradients_are_those_of_the_written_out_formula(
+def test_samples_and_gradients_match_the_explicit_formula(
     shape: tuple[int, int, int], n: int, m: int, noise: float
 ) -> None:
     logits, weight, table = made(shape, n, m)
@@ -63,7 +63,7 @@ def test_draws_and_gradients_are_those_of_the_written_out_formula(
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_extreme_logits_are_decided_and_not_a_number_nowhere() -> None:
+def test_extreme_logits_give_hard_samples_without_nan() -> None:
     logits, weight, table = made((4, 2, 9), 2, 4)
     logits[0], logits[1:] = 1e4, -1e4
     for tau in (1e-3, 1.0):
@@ -72,14 +72,14 @@ def test_extreme_logits_are_decided_and_not_a_number_nowhere() -> None:
         assert bool(sample_backward(logits, weight, weight, table, tau, 0, 1.0).abs().max() < 1e-6)
 
 
-def test_of_equals_the_first_pattern_is_taken() -> None:
+def test_ties_take_the_first_pattern() -> None:
     logits, weight, table = made((4, 2, 9), 2, 4)
     kept = sample(logits.zero_(), torch.ones_like(weight), table, 1.0, 0, 0.0, hard=True)
     assert torch.equal(kept.view(4, 2, 4, 9)[:, :, :2], torch.ones(4, 2, 2, 9))
 
 
 @pytest.mark.usefixtures("threads")
-def test_any_number_of_threads_gives_the_same_bits() -> None:
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
     logits, weight, table = made((128, 32, 9), 2, 4)
     found = []
     for count in (1, 2, 5):
@@ -91,7 +91,7 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
         assert torch.equal(gradient, found[0][1])
 
 
-def test_the_noise_is_gumbels() -> None:
+def test_the_noise_has_a_gumbel_distribution() -> None:
     """By Kolmogorov and Smirnov; the bound is 1 in 1,000 by chance, and the seed is fixed."""
     noise = gumbel_noise((6, 50_000), 1).numpy().astype(np.float64)
     for row in noise:
@@ -100,7 +100,7 @@ def test_the_noise_is_gumbels() -> None:
     assert noise.var() == pytest.approx(np.pi**2 / 6, rel=0.01)
 
 
-def test_the_noise_of_patterns_neighbors_and_seeds_has_nothing_in_common() -> None:
+def test_the_noise_of_patterns_neighbors_and_seeds_is_uncorrelated() -> None:
     first, second = (gumbel_noise((6, 50_000), seed).numpy() for seed in (0, 1))
     rows = np.concatenate([first, second, np.roll(first, 1, axis=1)])
     correlation = np.corrcoef(rows) - np.eye(len(rows))

@@ -78,7 +78,7 @@ def test_the_gates_start_at_the_magnitude_mask(n: int, m: int, kernel: tuple[int
 
 @pytest.mark.parametrize("init_std", [0.5, 3.0])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_the_first_logits_are_what_patterns_keep_scaled_to_the_prior(init_std: float, kernel: tuple[int, ...]) -> None:
+def test_initial_logits_are_kept_magnitudes_scaled_to_init_std(init_std: float, kernel: tuple[int, ...]) -> None:
     weight = distinct((3, 8, *kernel))
     logits = Gates(weight, Pattern(2, 4), init_std).logits
     assert logits.shape == (6, 3, 2, math.prod(kernel))
@@ -88,7 +88,7 @@ def test_the_first_logits_are_what_patterns_keep_scaled_to_the_prior(init_std: f
 
 @pytest.mark.parametrize("size", [0.0, 0.3, 1.7])
 @pytest.mark.parametrize(("n", "m"), [*PATTERNS, (5, 8)])
-def test_weights_of_one_size_leave_the_gates_undecided(size: float, n: int, m: int) -> None:
+def test_weights_of_equal_magnitude_leave_the_gates_undecided(size: float, n: int, m: int) -> None:
     gates = Gates(torch.full((2, 24), -size), Pattern(n, m), 3.0)
     assert gates.logits.detach().numpy() == pytest.approx(0, abs=1e-4)
     kept = gates.mask().reshape(-1, m)
@@ -106,7 +106,7 @@ def test_ties_keep_the_lower_index_as_in_the_magnitude_mask(n: int) -> None:
     assert np.flatnonzero((found != expected).any(axis=1)).tolist() == []
 
 
-def test_a_prior_of_zero_is_undecided() -> None:
+def test_an_init_std_of_zero_is_undecided() -> None:
     gates = Gates(distinct((2, 8, 3, 3)), Pattern(2, 4), 0.0)
     assert torch.count_nonzero(gates.logits) == 0
 
@@ -144,14 +144,14 @@ def test_a_sample_keeps_n_of_each_group_at_any_temperature(tau: float, n: int, m
 
 @pytest.mark.parametrize("tau", [0.1, 1.0, 5.0])
 def test_a_sample_is_made_of_exact_zeros_and_ones(tau: float) -> None:
-    """Else what is trained is a network with other weights than the one that is baked."""
+    """Otherwise the trained network would differ from the baked one."""
     sample = drawn(Gates(distinct((16, 16, 3, 3)), Pattern(2, 4), 1.0), tau).detach()
     assert set(sample.unique().tolist()) == {0.0, 1.0}
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (1, 2)])
 @pytest.mark.parametrize("tau", [0.2, 2.0])
-def test_patterns_are_drawn_as_often_as_the_softmax_of_the_logits_says(tau: float, n: int, m: int) -> None:
+def test_patterns_are_sampled_with_the_softmax_probabilities(tau: float, n: int, m: int) -> None:
     """The temperature softens the gradient, not the draw. 20,000 draws; the bound is 1 in 10 million by chance."""
     draws = 20_000
     gates = Gates(distinct((1, m)).expand(draws, m), Pattern(n, m), 1.0)
@@ -203,7 +203,7 @@ def test_the_gradient_is_that_of_the_soft_sample_by_finite_differences(
     assert np.array_equal(sample.detach().numpy() != 0, mask_of((logits + gumbel).argmax(axis=1), shape, n, 4))
 
 
-def test_samples_depend_on_the_generator_and_on_nothing_else() -> None:
+def test_samples_depend_on_the_seed_alone() -> None:
     gates = Gates(distinct((8, 8)), Pattern(2, 4), 0.0)
     first = drawn(gates, 1.0, 0)
     torch.manual_seed(99)
@@ -213,7 +213,7 @@ def test_samples_depend_on_the_generator_and_on_nothing_else() -> None:
     assert not torch.equal(drawn(gates, 1.0, 1), first)
 
 
-def test_only_the_logits_are_learned_and_the_weight_is_left_alone() -> None:
+def test_only_the_logits_receive_gradients() -> None:
     weight = distinct((4, 8)).requires_grad_()
     before = weight.detach().clone()
     gates = Gates(weight, Pattern(2, 4), 1.0)
@@ -225,8 +225,8 @@ def test_only_the_logits_are_learned_and_the_weight_is_left_alone() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("hard", [True, False])
-def test_other_types_go_by_torchs_own_operators(dtype: torch.dtype, hard: bool) -> None:
-    """As a GPU does. Against the written-out formula and autograd, with the noise that was drawn."""
+def test_other_dtypes_use_torchs_operators(dtype: torch.dtype, hard: bool) -> None:
+    """As on a GPU: compared with the explicit formula and autograd, with the same noise."""
     weight = distinct((7, 8, 3, 3)) / 64
     gates = Gates(weight, Pattern(2, 4), 1.0)
     fused = dtype == torch.float32
@@ -266,7 +266,7 @@ def test_entropy_is_one_for_an_even_choice_and_zero_for_a_certain_one(choices: i
     assert gates.entropy() == pytest.approx(0, abs=1e-6)
 
 
-def test_given_masks_lead() -> None:
+def test_given_masks_become_the_likeliest() -> None:
     weight = distinct((4, 8, 3, 3))
     gates = Gates(weight, Pattern(2, 4), 1.0)
     given = mask_of(np.random.default_rng(0).integers(0, 6, 4 * 2 * 9), tuple(weight.shape), 2, 4)

@@ -300,7 +300,7 @@ def test_two_processes_learn_the_same_masks(tmp_path: Path) -> None:
         )
         for rank in "01"
     ]
-    errors = [worker.communicate(timeout=120)[1] for worker in workers]
+    errors = [worker.communicate(timeout=300)[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], errors
     first, second = (dict(np.load(tmp_path / f"{rank}.npz")) for rank in (0, 1))
     assert same(first, second)

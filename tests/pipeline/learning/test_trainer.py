@@ -1,4 +1,4 @@
-"""Learned masks: what comes out, what stays as it was, and that the best mask is found where it is known."""
+"""Learned masks: the result, what does not change, and that a known best mask is found."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_learning_finds_the_best_of_all_masks_where_the_magnitude_mask_is_not() 
     assert np.array_equal(learned["1.weight"], masks[best])
 
 
-def test_the_figures_are_those_of_the_masks_on_select() -> None:
+def test_reported_scores_are_those_of_the_masks_on_select() -> None:
     module, images = cancelling()
     data = dataset(images, 96)
     options = LearnOptions(epochs=10, batch=16, lr=0.1, init_std=0.5, distill_temperature=1.5)
@@ -177,7 +177,7 @@ def test_the_figures_are_those_of_the_masks_on_select() -> None:
     assert (learning.epochs, learning.steps, learning.images) == (10, 60, 96)
 
 
-def test_masks_are_judged_with_the_statistics_of_the_masked_network(net: Net) -> None:
+def test_masks_are_scored_with_batchnorm_statistics_of_the_masked_network(net: Net) -> None:
     """All 24 training images are one batch, so that its mean and variance are the statistics."""
     images, start = random_images(36), magnitude(net, NAMES)
     _, learning = learn_masks(net, start, TWO_FOUR, PREPROCESSING, dataset(images, 24), LearnOptions(epochs=0))
@@ -193,7 +193,7 @@ def test_masks_are_judged_with_the_statistics_of_the_masked_network(net: Net) ->
     assert learning.select_divergence_start == pytest.approx(divergence(logits, dense, 2.0), rel=1e-3)
 
 
-# What comes out -------------------------------------------------------------------------------------------------------
+# The result -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (1, 2)])
@@ -209,7 +209,7 @@ def test_the_masks_have_the_weights_shapes_and_keep_n_of_each_group(net: Net, n:
     assert learning.groups_changed > 0
 
 
-def test_without_epochs_the_masks_are_those_that_were_given(net: Net) -> None:
+def test_zero_epochs_return_the_start_masks(net: Net) -> None:
     start = {name: np.ascontiguousarray(mask[::-1]) for name, mask in magnitude(net, NAMES).items()}
     masks, learning = learn_masks(
         net, start, TWO_FOUR, PREPROCESSING, dataset(random_images(36), 24), LearnOptions(epochs=0)
@@ -220,7 +220,7 @@ def test_without_epochs_the_masks_are_those_that_were_given(net: Net) -> None:
     assert learning.select_top1_start == learning.select_top1_end
 
 
-def test_masks_that_are_no_closer_to_the_dense_network_are_not_taken() -> None:
+def test_start_masks_are_returned_if_no_epoch_is_better() -> None:
     """The given masks are the best of all, and learning is far too coarse to find them."""
     module, images = cancelling()
     best = {"1.weight": np.tile(np.array([0, 0, 1, 1, 0, 1, 0, 1], np.bool_), (3, 1))}
@@ -231,7 +231,7 @@ def test_masks_that_are_no_closer_to_the_dense_network_are_not_taken() -> None:
     assert learning.select_divergence_end == learning.select_divergence_start
 
 
-def test_the_same_seed_gives_the_same_masks_whatever_ran_before(net: Net) -> None:
+def test_masks_depend_on_the_seed_and_not_on_global_random_state(net: Net) -> None:
     options = {"epochs": 4, "lr": 0.5, "init_std": 0.1}
     torch.manual_seed(1)
     masks, learning = learn(net, **options, seed=7)
@@ -244,7 +244,7 @@ def test_the_same_seed_gives_the_same_masks_whatever_ran_before(net: Net) -> Non
 
 
 @pytest.mark.parametrize("budget", [1e-9, 0.0])
-def test_a_spent_budget_ends_learning_with_masks_that_can_be_used(net: Net, budget: float) -> None:
+def test_learning_ends_with_valid_masks_when_the_time_budget_is_used_up(net: Net, budget: float) -> None:
     masks, learning = learn(net, epochs=1000, budget_minutes=budget)
     assert learning.steps < 10
     assert learning.epochs <= learning.steps
@@ -252,7 +252,9 @@ def test_a_spent_budget_ends_learning_with_masks_that_can_be_used(net: Net, budg
 
 
 @pytest.mark.parametrize(("train", "batch", "steps"), [(24, 8, 3), (23, 8, 2), (5, 8, 1), (2, 64, 1)])
-def test_any_number_of_images_will_do(net: Net, train: int, batch: int, steps: int) -> None:
+def test_sets_smaller_than_a_batch_or_not_a_multiple_of_it_are_learned_from(
+    net: Net, train: int, batch: int, steps: int
+) -> None:
     options = LearnOptions(epochs=2, batch=batch, budget_minutes=60)
     data = dataset(random_images(train + 3), train)
     _, learning = learn_masks(net, magnitude(net, NAMES), TWO_FOUR, PREPROCESSING, data, options)
@@ -272,7 +274,7 @@ def test_too_few_images_are_an_error(net: Net, train: int) -> None:
         )
 
 
-def test_a_weight_under_two_names_has_one_mask() -> None:
+def test_a_shared_weight_has_one_mask() -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Conv2d(1, 8, 1), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten())
     module[3].weight = module[1].weight
@@ -282,7 +284,7 @@ def test_a_weight_under_two_names_has_one_mask() -> None:
     assert np.array_equal(masks["1.weight"], masks["3.weight"])
 
 
-# What stays as it was -------------------------------------------------------------------------------------------------
+# What does not change -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
@@ -297,7 +299,7 @@ def test_the_model_is_bit_identical_after_learning(net: Net, mode: bool) -> None
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")], ids=["interrupt", "failure"])
 @pytest.mark.parametrize(("after", "in_backward"), [(0, False), (3, False), (9, False), (0, True), (9, True)])
-def test_the_model_is_bit_identical_after_learning_that_broke_off(
+def test_the_model_is_bit_identical_after_an_error(
     net: Net, error: BaseException, after: int, in_backward: bool
 ) -> None:
     """The error comes in a forward pass, or in the first backward pass after it; copies of the model share the count."""
@@ -321,7 +323,7 @@ def test_the_model_is_bit_identical_after_learning_that_broke_off(
     assert all(p.grad is None for p in net.parameters())
 
 
-def test_a_loss_that_is_not_a_number_is_an_error_and_changes_nothing(net: Net) -> None:
+def test_a_loss_that_is_not_finite_is_an_error_and_the_model_is_unchanged(net: Net) -> None:
     with torch.no_grad():
         net.head.weight.fill_(3e38)
     before = fingerprint(net)

@@ -1,4 +1,4 @@
-"""Layer-wise masks against all masks of small layers, and against what a layer really puts out."""
+"""Layer-wise masks compared with all masks of small layers."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def moment_of(found: Floats) -> Floats:
     return (found.T @ found / len(found)).astype(np.float32)
 
 
-def least(row: Floats, moment: Floats, pattern: Pattern) -> float:
-    """The least error of one row over all masks."""
+def min_error(row: Floats, moment: Floats, pattern: Pattern) -> float:
+    """The smallest error of one row over all masks."""
     table = pattern_table(pattern)
     choices = itertools.product(range(len(table)), repeat=len(row) // pattern.m)
     masks = table[np.array(list(choices))].reshape(-1, len(row))
@@ -48,9 +48,7 @@ def least(row: Floats, moment: Floats, pattern: Pattern) -> float:
     shape=st.sampled_from([(1, 2, 4), (2, 4, 4), (2, 4, 3), (1, 4, 4), (3, 4, 3), (2, 3, 3), (1, 3, 4), (2, 2, 3)]),
     rectified=st.booleans(),
 )
-def test_it_is_within_two_percent_of_the_best_of_all_masks(
-    seed: int, shape: tuple[int, int, int], rectified: bool
-) -> None:
+def test_masks_are_within_two_percent_of_the_optimum(seed: int, shape: tuple[int, int, int], rectified: bool) -> None:
     n, m, groups = shape
     pattern, rng = Pattern(n, m), np.random.default_rng(seed)
     moment = moment_of(inputs(rng, m * groups, rectified=rectified))
@@ -58,7 +56,7 @@ def test_it_is_within_two_percent_of_the_best_of_all_masks(
     mask = layerwise_mask(weight, moment, pattern, threads=1)
     assert (mask.reshape(3, groups, m).sum(axis=-1) == n).all()
     for row, error in zip(weight, output_error(np.where(mask, 0, weight), moment), strict=True):
-        assert error <= 1.02 * least(row, moment, pattern) + 1e-9
+        assert error <= 1.02 * min_error(row, moment, pattern) + 1e-9
 
 
 def test_one_group_is_solved_exactly_at_four_of_eight() -> None:
@@ -67,12 +65,12 @@ def test_one_group_is_solved_exactly_at_four_of_eight() -> None:
     weight = rng.normal(size=(4, 8))
     mask = layerwise_mask(weight, moment, Pattern(4, 8))
     found = output_error(np.where(mask, 0, weight), moment)
-    assert found == pytest.approx([least(row, moment, Pattern(4, 8)) for row in weight])
+    assert found == pytest.approx([min_error(row, moment, Pattern(4, 8)) for row in weight])
 
 
 @settings(max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1), pattern=st.sampled_from([Pattern(2, 4), Pattern(1, 4), Pattern(4, 8)]))
-def test_no_row_is_worse_than_at_its_start_whatever_that_is(seed: int, pattern: Pattern) -> None:
+def test_no_row_is_worse_than_its_start(seed: int, pattern: Pattern) -> None:
     rng = np.random.default_rng(seed)
     weight = rng.normal(size=(6, 16, 3, 3)).astype(np.float32)
     moment = moment_of(inputs(rng, 144))
@@ -89,8 +87,8 @@ def test_no_row_is_worse_than_at_its_start_whatever_that_is(seed: int, pattern: 
     assert output_error(np.where(both, 0, weight), moment).sum() < before.sum()
 
 
-def test_the_error_falls_with_every_further_start() -> None:
-    """What the search itself says of its error is true, and more restarts never raise it."""
+def test_more_restarts_never_raise_the_error() -> None:
+    """The error that the search returns is correct, and more restarts never raise it."""
     rng = np.random.default_rng(2)
     rows, table = rng.normal(size=(5, 48)), pattern_table(TWO_FOUR)
     moment = moment_of(inputs(rng, 48))
@@ -100,15 +98,15 @@ def test_the_error_falls_with_every_further_start() -> None:
     last = np.full(5, np.inf)
     for restarts in (0, 1, 4, 16, 64):
         choice = np.empty((5, 12), np.int64)
-        told = descend(rows, moment, starts, table, dropped, near, restarts, 7, choice)
+        errors = descend(rows, moment, starts, table, dropped, near, restarts, 7, choice)
         true = output_error(np.where(table[choice].reshape(5, 48), 0, rows), moment)
-        assert told == pytest.approx(true, rel=1e-6)
-        assert (told <= last + 1e-12).all()
-        last = told
+        assert errors == pytest.approx(true, rel=1e-6)
+        assert (errors <= last + 1e-12).all()
+        last = errors
 
 
 def test_the_moments_columns_are_taps_of_channels() -> None:
-    """A channel that nothing comes through is dropped at every tap, however large its weights."""
+    """A channel whose inputs are zero is dropped at every tap, however large its weights."""
     rng = np.random.default_rng(3)
     weight = rng.normal(size=(8, 8, 3, 2)).astype(np.float32)
     silent = (1, 2, 4, 7)
@@ -121,14 +119,14 @@ def test_the_moments_columns_are_taps_of_channels() -> None:
     assert count_violations(mask, TWO_FOUR) == 0
 
 
-def test_unfolding_is_undone() -> None:
+def test_folding_is_the_inverse_of_unfolding() -> None:
     weight = np.arange(2 * 4 * 3 * 2).reshape(2, 4, 3, 2)
     rows = unfold_weight(weight)
     assert rows[1, (2 * 2 + 1) * 4 + 3] == weight[1, 3, 2, 1]
     assert np.array_equal(fold_weight(rows, weight.shape), weight)
 
 
-def test_zeros_that_are_there_are_dropped_before_anything_that_counts() -> None:
+def test_existing_zeros_are_dropped_first() -> None:
     rng = np.random.default_rng(4)
     weight = rng.normal(size=(16, 16)).astype(np.float32)
     free = rng.permuted(np.tile([True, True, False, False], (16, 4)).reshape(16, 4, 4), axis=-1).reshape(16, 16)
@@ -137,7 +135,7 @@ def test_zeros_that_are_there_are_dropped_before_anything_that_counts() -> None:
     assert np.array_equal(mask, ~free)
 
 
-def test_threads_and_scales_change_nothing() -> None:
+def test_masks_do_not_depend_on_threads_or_scale() -> None:
     rng = np.random.default_rng(6)
     weight = rng.normal(size=(40, 16, 3, 3)).astype(np.float32)
     moment = moment_of(inputs(rng, 144))
@@ -157,13 +155,13 @@ def test_threads_and_scales_change_nothing() -> None:
         (np.ones((4, 32)), Pattern(16, 32), "compare all patterns"),
     ],
 )
-def test_what_cannot_be_masked_is_told(weight: Floats, pattern: Pattern, message: str) -> None:
+def test_weights_that_cannot_be_masked_are_an_error(weight: Floats, pattern: Pattern, message: str) -> None:
     columns = 8 if weight.shape == (4, 4) else int(np.prod(weight.shape[1:]))
     with pytest.raises(InputError, match=message):
         layerwise_mask(weight, np.eye(columns, dtype=np.float32), pattern)
 
 
-def test_inputs_that_are_not_numbers_are_told() -> None:
+def test_moments_that_are_not_finite_are_an_error() -> None:
     moment = np.eye(8, dtype=np.float32)
     moment[0, 0] = np.inf
     with pytest.raises(InputError, match="inputs on these images of conv contain NaN or infinity"):

@@ -88,7 +88,7 @@ def test_ties_keep_the_lower_index(values: list[float], n: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(96, 128, 3, 3), (2, 8, 160, 160), (70000, 4), (1, 65536 * 2)])
-def test_weights_larger_than_a_block_are_masked_as_small_ones_are(shape: tuple[int, ...]) -> None:
+def test_weights_larger_than_a_block_are_masked_correctly(shape: tuple[int, ...]) -> None:
     weight = np.random.default_rng(0).integers(-9, 10, shape).astype(np.float32)
     groups = np.abs(np.moveaxis(weight, 1, -1)).reshape(-1, 4)
     best = np.argsort(-groups, axis=-1, kind="stable")[:, :2]
@@ -99,7 +99,7 @@ def test_weights_larger_than_a_block_are_masked_as_small_ones_are(shape: tuple[i
 
 
 @pytest.mark.parametrize("layout", [CHANNEL, FLAT])
-def test_the_order_in_memory_does_not_matter(layout: str) -> None:
+def test_memory_order_does_not_matter(layout: str) -> None:
     weight = np.random.default_rng(0).standard_normal((5, 8, 3, 3))
     strided = np.asfortranarray(weight)
     before = strided.copy()
@@ -115,7 +115,7 @@ def test_channels_that_do_not_divide_are_an_error() -> None:
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_largest_works_along_any_axis(axis: int) -> None:
+def test_keep_largest_works_along_any_axis(axis: int) -> None:
     scores = np.random.default_rng(axis).permutation(8 * 12 * 4).reshape(8, 12, 4)
     kept = keep_largest(scores, axis, Pattern(1, 4))
     moved, moved_kept = np.moveaxis(scores, axis, -1), np.moveaxis(kept, axis, -1)
@@ -132,13 +132,13 @@ def test_kept_magnitude_is_the_share_of_the_absolute_sum() -> None:
     assert kept_magnitude(weight, mask) == pytest.approx(kept / sum(abs(float(w)) for w in weight.flat), rel=1e-12)
 
 
-def test_kept_magnitude_has_its_ends_at_nothing_and_all() -> None:
+def test_kept_magnitude_is_zero_for_empty_and_one_for_full_masks() -> None:
     weight = np.full((1, 4), -2.0, np.float32)
     assert kept_magnitude(weight, np.zeros((1, 4), np.bool_)) == 0
     assert kept_magnitude(weight, np.ones((1, 4), np.bool_)) == 1
     assert kept_magnitude(np.zeros((1, 4), np.float32), np.zeros((1, 4), np.bool_)) == 1
 
 
-def test_a_sum_beyond_half_precision_is_no_matter() -> None:
+def test_kept_magnitude_does_not_overflow_half_precision() -> None:
     weight = np.full((1, 4), 60000, np.float16)
     assert kept_magnitude(weight, magnitude_mask(weight, Pattern(1, 4))) == 0.25

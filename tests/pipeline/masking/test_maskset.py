@@ -1,4 +1,4 @@
-"""Mask files: what is written comes back, and what does not fit is refused with all offenders counted."""
+"""Mask files: they round-trip, and masks that do not fit are refused with all problems counted."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def write(out: Path, masks: Masks, weights: Mapping[str, npt.NDArray[np.float32]
     return write_masks(out, masks, weights, chosen, dense, **(options | changes))
 
 
-def test_what_is_written_comes_back(
+def test_masks_round_trip_through_a_file(
     tmp_path: Path, masks: Masks, weights: dict[str, npt.NDArray[np.float32]], read: Callable[..., MaskSet]
 ) -> None:
     images = (ImageSet("train", 7, "cd" * 32, ("0" * 16, "f" * 16)),)
@@ -91,7 +91,7 @@ def test_what_is_written_comes_back(
     assert all(np.array_equal(loaded[name], masks[name]) and loaded[name].dtype == np.bool_ for name in masks)
 
 
-def test_the_header_says_what_made_the_masks(
+def test_the_header_records_the_origin_of_the_masks(
     tmp_path: Path, masks: Masks, weights: dict[str, npt.NDArray[np.float32]]
 ) -> None:
     images = (ImageSet("select", 1, "ef" * 32, ("1" * 16,)),)
@@ -107,7 +107,7 @@ def test_the_header_says_what_made_the_masks(
     }
 
 
-def test_the_bytes_depend_on_neither_order_nor_folder(
+def test_the_bytes_do_not_depend_on_order_or_folder(
     tmp_path: Path, masks: Masks, weights: dict[str, npt.NDArray[np.float32]]
 ) -> None:
     first = write(tmp_path / "a" / "m.safetensors", masks, weights)
@@ -115,7 +115,7 @@ def test_the_bytes_depend_on_neither_order_nor_folder(
     assert first.path.read_bytes() == second.path.read_bytes()
 
 
-def test_a_record_keeps_what_learning_took(
+def test_the_record_of_learning_is_kept(
     tmp_path: Path, masks: Masks, weights: dict[str, npt.NDArray[np.float32]]
 ) -> None:
     learning = Learning("maskplan", 1, 2, 3, 4.0, 0.5, 1.0, 0.9, 50.0, 60.0)
@@ -168,7 +168,9 @@ def test_layers_without_a_mask_are_dense_for_a_reason(
     }
 
 
-def test_a_file_may_mask_what_our_policy_leaves_dense(file: Callable[..., Path], read: Callable[..., MaskSet]) -> None:
+def test_a_file_may_mask_layers_that_the_policy_leaves_dense(
+    file: Callable[..., Path], read: Callable[..., MaskSet]
+) -> None:
     head = np.tile([True, True, False, False], (3, 2))
     assert [layer.name for layer in read(file({"head.weight": head})).masked] == ["head.weight"]
 
@@ -248,7 +250,7 @@ def test_masks_of_another_model_are_counted_and_the_first_named(
     assert "and 2 more" in found
 
 
-def test_all_offenders_are_counted_in_one_message(file: Callable[..., Path], read: Callable[..., MaskSet]) -> None:
+def test_all_invalid_masks_are_counted_in_one_message(file: Callable[..., Path], read: Callable[..., MaskSet]) -> None:
     dense = np.ones(SHAPES["wide.weight"], np.bool_)
     offenders = {
         "wide.weight": dense,
@@ -263,7 +265,7 @@ def test_all_offenders_are_counted_in_one_message(file: Callable[..., Path], rea
 
 
 @pytest.mark.parametrize(
-    ("name", "mask", "told"),
+    ("name", "mask", "expected"),
     [
         ("wide.weight", np.ones((12, 8, 3, 3), np.bool_), "wide.weight: 216 groups keep more than 2 of 4"),
         ("last.weight", np.zeros((6, 12), np.bool_), "last.weight: shape (6, 12), but the weight has (6, 12, 1, 1)"),
@@ -271,15 +273,15 @@ def test_all_offenders_are_counted_in_one_message(file: Callable[..., Path], rea
         ("stem.weight", np.zeros((8, 3, 3, 3), np.bool_), "(channels_not_multiple_of_4)"),
     ],
 )
-def test_each_kind_of_offence_is_told(
-    file: Callable[..., Path], read: Callable[..., MaskSet], name: str, mask: npt.NDArray[np.bool_], told: str
+def test_each_kind_of_invalid_mask_is_explained(
+    file: Callable[..., Path], read: Callable[..., MaskSet], name: str, mask: npt.NDArray[np.bool_], expected: str
 ) -> None:
     with pytest.raises(InputError, match="1 of 1 masks") as raised:
         read(file({name: mask}))
-    assert told in str(raised.value.found)
+    assert expected in str(raised.value.found)
 
 
-def test_one_group_too_full_is_enough(file: Callable[..., Path], masks: Masks, read: Callable[..., MaskSet]) -> None:
+def test_one_invalid_group_is_an_error(file: Callable[..., Path], masks: Masks, read: Callable[..., MaskSet]) -> None:
     full = masks["wide.weight"]
     full[11, np.flatnonzero(~full[11, 4:, 2, 2])[0] + 4, 2, 2] = True
     with pytest.raises(InputError, match=r"wide\.weight: 1 groups keep more"):
@@ -315,7 +317,7 @@ def test_flat_masks_are_not_2_4_along_c(
     ],
     ids=str,
 )
-def test_a_header_that_makes_no_sense_is_an_error(
+def test_an_invalid_header_is_an_error(
     file: Callable[..., Path], masks: Masks, read: Callable[..., MaskSet], header: dict[str, Any]
 ) -> None:
     with pytest.raises(InputError):
@@ -323,7 +325,7 @@ def test_a_header_that_makes_no_sense_is_an_error(
 
 
 @pytest.mark.parametrize("text", ["not json", "[1, 2]", "5"])
-def test_metadata_that_is_no_table_is_an_error(
+def test_metadata_that_is_not_a_json_object_is_an_error(
     tmp_path: Path, masks: Masks, read: Callable[..., MaskSet], text: str
 ) -> None:
     path = tmp_path / "m.safetensors"

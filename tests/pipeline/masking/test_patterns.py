@@ -1,4 +1,4 @@
-"""Where the groups of N:M lie, against loops over every index."""
+"""The grouping of N:M, compared with loops over every index."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_pattern_survives_writing_and_parsing(m: int, data: st.DataObject) -> 
 @pytest.mark.parametrize(
     "text", ["", ":", "2", "2:", ":4", "2-4", "4:2", "0:4", "-1:4", "2:4:8", "2.0:4", " 2:4", "2:65", "a:b", "²:4"]
 )
-def test_what_is_not_n_of_m_is_refused_and_quoted(text: str) -> None:
+def test_an_invalid_pattern_is_refused_and_quoted(text: str) -> None:
     with pytest.raises(InputError, match="not an N:M pattern") as raised:
         parse_pattern(text)
     assert raised.value.found == repr(text)
@@ -140,7 +140,7 @@ def test_an_axis_that_does_not_divide_is_an_error(shape: tuple[int, ...], layout
 
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 4), layout=st.sampled_from([CHANNEL, FLAT]))
 @settings(max_examples=30, deadline=None)
-def test_violations_are_counted_as_a_loop_counts_them(seed: int, n: int, layout: str) -> None:
+def test_violations_match_a_count_by_loops(seed: int, n: int, layout: str) -> None:
     shape = (3, 8, 3, 1) if layout == CHANNEL else (3, 5, 3, 1)
     mask = np.random.default_rng(seed).random(shape) < 0.6
     expected = 0
@@ -154,7 +154,7 @@ def test_violations_are_counted_as_a_loop_counts_them(seed: int, n: int, layout:
     assert count_violations(mask, Pattern(n, 4), layout) == expected
 
 
-def test_a_group_with_fewer_than_n_is_no_violation() -> None:
+def test_a_group_with_fewer_than_n_is_not_a_violation() -> None:
     mask = np.zeros((1, 8, 1, 1), np.bool_)
     assert count_violations(mask, Pattern(2, 4)) == 0
     mask[0, :3] = True

@@ -86,14 +86,14 @@ def test_the_group_length_decides_which_channels_divide() -> None:
         ([conv("rgb", 3, 0), Layer("head", "Gemm", (10, 64), 1, 1, 1)], "head (10, 64) (linear)"),
     ],
 )
-def test_nothing_to_mask_is_an_error_that_lists_why(layers: list[Layer], named: str) -> None:
+def test_a_model_without_maskable_layers_is_an_error_with_reasons(layers: list[Layer], named: str) -> None:
     with pytest.raises(InputError, match="no layer of the model can be masked 2:4") as raised:
         select_layers(layers, TWO_FOUR)
     assert named in str(raised.value)
     assert "multiples of 4" in str(raised.value.fix)
 
 
-def test_resnet18_has_all_convolutions_masked_but_for_the_stem() -> None:
+def test_all_convolutions_of_resnet18_except_the_stem_are_masked() -> None:
     module = torchvision.models.resnet18(weights=None)
     layers, _ = trace_layers(module, IMAGENET)
     selection = select_layers(layers, TWO_FOUR)
@@ -118,7 +118,7 @@ def test_the_tiny_model_has_one_eligible_convolution_of_each_kind(tiny_spec: str
     }
 
 
-def test_tiles_need_output_channels_too() -> None:
+def test_transposable_masks_need_output_channels_in_multiples_too() -> None:
     layers = [conv("stem", 4, 0), conv("whole", 8, 1), Layer("cut", "Conv", (6, 8, 3, 3), 1, 2, 100)]
     assert [layer.name for layer in select_layers(layers, TWO_FOUR).masked] == ["whole", "cut"]
     selection = select_layers(layers, TWO_FOUR, LayerPolicy(transposable=True))

@@ -36,7 +36,7 @@ def groups_of(mask: np.ndarray, m: int, layout: str) -> list[str]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("pattern", [Pattern(2, 4), Pattern(1, 4), Pattern(3, 6), Pattern(4, 8)], ids=str)
-def test_patterns_are_counted_as_walking_over_the_groups_counts_them(pattern: Pattern, layout: str) -> None:
+def test_pattern_counts_match_a_count_by_loops(pattern: Pattern, layout: str) -> None:
     shapes = {"a.weight": (8, 24, 3, 3), "b.weight": (16, 48)}
     weights = {name: RANDOM.standard_normal(shape) for name, shape in shapes.items()}
     masks = {name: random_mask(shape, pattern, layout) for name, shape in shapes.items()}
@@ -91,6 +91,6 @@ def test_of_many_patterns_the_most_frequent_are_listed_and_the_rest_counted() ->
     assert sum(p.groups for p in total.patterns) + total.others == total.groups == 64
 
 
-def test_no_masks_have_no_groups() -> None:
+def test_statistics_of_no_masks_are_empty() -> None:
     total = mask_statistics({}, {}, Pattern(2, 4)).total
     assert (total.groups, total.changed_percent, total.patterns, total.keeping) == (0, 0.0, (), (0, 0, 0, 0, 0))

@@ -138,7 +138,7 @@ def test_violations_are_counted_along_each_axis() -> None:
 
 
 @pytest.mark.parametrize("shape", [(512, 1024), (4, 70000), (70000, 4), (8, 8, 160, 160), (96, 128, 3, 3)])
-def test_weights_of_many_chunks_are_masked_as_their_parts_are(shape: tuple[int, ...]) -> None:
+def test_masks_do_not_depend_on_chunks_and_threads(shape: tuple[int, ...]) -> None:
     weight = weights_of("ties", shape)
     mask = transposable_mask(weight, TWO_FOUR, threads=3)
     assert np.array_equal(mask, transposable_mask(weight, TWO_FOUR, threads=1))
@@ -149,7 +149,7 @@ def test_weights_of_many_chunks_are_masked_as_their_parts_are(shape: tuple[int, 
         assert np.array_equal(mask[part], transposable_mask(weight[part], TWO_FOUR))
 
 
-def test_the_order_in_memory_does_not_matter_and_weights_are_left_alone() -> None:
+def test_memory_order_does_not_matter_and_weights_do_not_change() -> None:
     weight = weights_of("float64", (8, 16, 3, 3))
     strided = np.asfortranarray(weight)
     strided.setflags(write=False)
@@ -165,14 +165,14 @@ def test_the_scale_of_weights_does_not_matter(scale: float) -> None:
         assert np.array_equal(transposable_mask(weight * scale, pattern), transposable_mask(weight, pattern))
 
 
-def test_a_weight_of_zeros_keeps_n_all_the_same() -> None:
+def test_a_weight_of_zeros_keeps_n_of_m() -> None:
     for n, m in ((2, 4), (3, 8)):
         mask = transposable_mask(np.zeros((2 * m, m, 3, 3), np.float32), Pattern(n, m))
         assert transposed_violations(mask, Pattern(n, m)) == (0, 0)
         assert mask.sum() * m == mask.size * n
 
 
-def test_no_weights_and_empty_weights_have_masks_too() -> None:
+def test_no_weights_and_empty_weights_are_valid() -> None:
     assert transposable_masks({}, TWO_FOUR) == {}
     assert transposable_mask(np.zeros((0, 4, 1, 1), np.float32), TWO_FOUR).shape == (0, 4, 1, 1)
 
@@ -185,7 +185,7 @@ def test_a_models_weights_are_masked_by_name() -> None:
         assert np.array_equal(mask, transposable_mask(weights[name], TWO_FOUR))
 
 
-def test_weights_without_whole_tiles_are_named_all_of_them() -> None:
+def test_all_weights_without_whole_tiles_are_named() -> None:
     weights = {
         "stem.weight": np.ones((64, 3, 7, 7), np.float32),
         "good.weight": np.ones((8, 8, 1, 1), np.float32),
@@ -202,7 +202,7 @@ def test_weights_without_whole_tiles_are_named_all_of_them() -> None:
     assert "multiples of 4" in str(raised.value.fix)
 
 
-def test_one_weight_is_named_where_its_name_is_known() -> None:
+def test_an_error_names_the_weight_if_its_name_is_known() -> None:
     with pytest.raises(InputError, match=r"layer1\.conv\.weight \(6, 8\): K = 6"):
         transposable_mask(np.ones((6, 8)), TWO_FOUR, name="layer1.conv.weight")
     with pytest.raises(InputError, match=r"the weight \(8, 8\): K = 8 and C = 8"):
@@ -219,7 +219,7 @@ def test_weights_that_are_not_finite_are_named(value: float) -> None:
 
 
 @pytest.mark.parametrize("pattern", [Pattern(5, 4), Pattern(0, 4), Pattern(-1, 4), Pattern(1, 0)])
-def test_patterns_that_keep_more_than_all_or_nothing_are_refused(pattern: Pattern) -> None:
+def test_invalid_patterns_are_refused(pattern: Pattern) -> None:
     with pytest.raises(InputError, match="invalid pattern of transposable masks") as raised:
         transposable_mask(np.ones((4, 4)), pattern)
     assert str(pattern) in str(raised.value.found)

@@ -56,14 +56,14 @@ def whole_numbers(rng: np.random.Generator, count: int, m: int, top: int) -> npt
 
 @pytest.mark.parametrize("top", [1, 3, 1000, 2**40])
 @pytest.mark.parametrize(("n", "m"), LARGE)
-def test_whole_numbers_are_kept_as_networkx_keeps_them(n: int, m: int, top: int) -> None:
+def test_integer_tiles_have_the_optimum_of_networkx(n: int, m: int, top: int) -> None:
     tiles = whole_numbers(np.random.default_rng(n * m), 4, m, top)
     assert kept_by(tiles, n).tolist() == [most_by_network_simplex(tile, n) for tile in tiles]
 
 
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 7), top=st.sampled_from([1, 2, 9, 10**6]), data=st.data())
 @settings(max_examples=40, deadline=None)
-def test_whatever_the_tile_networkx_keeps_no_more(seed: int, n: int, top: int, data: st.DataObject) -> None:
+def test_tiles_of_any_kind_have_the_optimum_of_networkx(seed: int, n: int, top: int, data: st.DataObject) -> None:
     m = data.draw(st.integers(max(n, 2), 8))
     (tile,) = whole_numbers(np.random.default_rng(seed), 1, m, top)
     # Rows and columns of very different weight need the longest paths.
@@ -84,7 +84,7 @@ def test_no_relaxed_mask_keeps_more(n: int, m: int) -> None:
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 5), (4, 8), (2, 8)])
-def test_no_mask_in_whole_numbers_keeps_more(n: int, m: int) -> None:
+def test_no_integer_mask_keeps_more(n: int, m: int) -> None:
     tiles = np.random.default_rng(m).standard_t(2, (3, m, m)) ** 2
     expected = [
         -milp(
@@ -123,13 +123,13 @@ def test_the_table_holds_every_mask_of_a_tile_once(n: int, m: int, count: int) -
     assert len({tuple(row) for row in table.tolist()}) == len(table) == count == len(all_masks(n, m))
 
 
-def test_the_first_of_equal_masks_is_the_tables_choice() -> None:
+def test_ties_take_the_first_mask_of_the_table() -> None:
     kept = solve_by_table(np.ones((300, 4, 4)), Pattern(2, 4))
     assert (kept == kept[0]).all()
     assert kept[0].astype(int).tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
 
 
-def test_rows_that_all_want_the_same_columns_share_them_out() -> None:
+def test_rows_that_prefer_the_same_columns_share_them() -> None:
     """The most paths a tile can need: every row starts with the same N columns."""
     for n, m in ((4, 8), (2, 16), (31, 64)):
         tile = np.tile(np.arange(m), (m, 1))

@@ -1,4 +1,4 @@
-"""Baking: what a mask drops is +0.0, and not a bit of anything else changes."""
+"""Baking: dropped weights become +0.0, and all other bits stay the same."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def net() -> Net:
 
 @pytest.fixture
 def masks() -> dict[str, npt.NDArray[np.bool_]]:
-    """Two of four along C, drawn by lot: the magnitude has no say in it."""
+    """Random 2:4 masks along C, independent of magnitudes."""
     rng = np.random.default_rng(0)
     drawn = {}
     for layer in LAYERS[:3]:
@@ -78,7 +78,7 @@ def masks() -> dict[str, npt.NDArray[np.bool_]]:
 
 @pytest.fixture
 def mask_set(masks: dict[str, npt.NDArray[np.bool_]], tmp_path: Path) -> Callable[..., MaskSet]:
-    """A mask file as another tool would write it, held against the model; keyword arguments go into its header."""
+    """A mask file as another tool would write it, checked against the model; keyword arguments go into its header."""
 
     def make(**header: Any) -> MaskSet:
         path = tmp_path / "masks.safetensors"
@@ -118,7 +118,7 @@ def test_dropped_weights_are_plus_zero_and_kept_ones_keep_every_bit(
     assert dropped_negatives > 50, "no product of theirs with zero would have been -0.0"
 
 
-def test_a_kept_minus_zero_stays_and_a_dropped_nan_goes(
+def test_a_kept_negative_zero_stays_and_a_dropped_nan_becomes_zero(
     net: Net, mask_set: Callable[..., MaskSet], masks: dict[str, npt.NDArray[np.bool_]]
 ) -> None:
     mask = torch.from_numpy(masks["conv.weight"])
@@ -152,20 +152,22 @@ def test_the_model_itself_stays_dense(net: Net, mask_set: Callable[..., MaskSet]
     assert all(np.array_equal(bits(tensor), before[name]) for name, tensor in net.state_dict().items())
 
 
-def test_the_order_in_memory_does_not_matter(net: Net, mask_set: Callable[..., MaskSet], tmp_path: Path) -> None:
+def test_memory_order_does_not_matter(net: Net, mask_set: Callable[..., MaskSet], tmp_path: Path) -> None:
     strided = copy.deepcopy(net).to(memory_format=torch.channels_last)
     assert not strided.conv.weight.is_contiguous()
     written = [bake(n, PROVENANCE, mask_set(), tmp_path / f"{i}.safetensors") for i, n in enumerate((net, strided))]
     assert written[0].sha256 == written[1].sha256
 
 
-def test_a_frozen_or_trained_model_is_baked_alike(net: Net, mask_set: Callable[..., MaskSet], tmp_path: Path) -> None:
+def test_training_mode_and_requires_grad_do_not_matter(
+    net: Net, mask_set: Callable[..., MaskSet], tmp_path: Path
+) -> None:
     plain = bake(net, PROVENANCE, mask_set(), tmp_path / "a.safetensors")
     again = bake(net.eval().requires_grad_(False), PROVENANCE, mask_set(), tmp_path / "b.safetensors")
     assert plain.sha256 == again.sha256
 
 
-def test_the_record_is_of_the_file_and_says_what_was_masked_in_the_order_of_use(
+def test_the_record_describes_the_file_with_layers_in_forward_order(
     net: Net, mask_set: Callable[..., MaskSet], tmp_path: Path
 ) -> None:
     out = tmp_path / "deep" / "out.safetensors"
@@ -192,7 +194,7 @@ def test_the_record_is_of_the_file_and_says_what_was_masked_in_the_order_of_use(
         ((SELECT,), (TRAIN,), (SELECT, TRAIN)),
     ],
 )
-def test_images_that_shaped_weights_or_masks_are_all_named_once(
+def test_image_sets_of_weights_and_masks_are_merged(
     net: Net,
     mask_set: Callable[..., MaskSet],
     tmp_path: Path,
@@ -246,9 +248,7 @@ def test_any_pattern_is_baked_and_recorded(net: Net, tmp_path: Path, n: int, m: 
     assert np.array_equal(safetensors.numpy.load_file(written.path)["head.weight"], expected)
 
 
-def test_a_baked_model_is_baked_again_to_the_same_weights(
-    net: Net, mask_set: Callable[..., MaskSet], tmp_path: Path
-) -> None:
+def test_baking_twice_changes_nothing(net: Net, mask_set: Callable[..., MaskSet], tmp_path: Path) -> None:
     first = bake(net, PROVENANCE, mask_set(), tmp_path / "a.safetensors")
     net.load_state_dict(safetensors.torch.load_file(first.path))
     assert bake(net, first.provenance, mask_set(), tmp_path / "b.safetensors").sha256 == first.sha256

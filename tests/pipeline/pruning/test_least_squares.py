@@ -19,7 +19,7 @@ WEIGHT = RNG.normal(size=SHAPE).astype(np.float32)
 MASK = magnitude_mask(WEIGHT, Pattern(2, 4))
 
 
-def test_the_fit_is_that_of_least_squares_over_what_is_kept() -> None:
+def test_the_fit_is_least_squares_over_the_kept_weights() -> None:
     found = unfold_weight(fit_under_mask(WEIGHT, MASK, MOMENT, damping=0))
     rows, kept = unfold_weight(WEIGHT), unfold_weight(MASK)
     for row, mask, fitted in zip(rows, kept, found, strict=True):
@@ -29,7 +29,7 @@ def test_the_fit_is_that_of_least_squares_over_what_is_kept() -> None:
         assert not np.signbit(fitted[~mask]).any()
 
 
-def test_damping_holds_weights_to_the_old_ones() -> None:
+def test_damping_pulls_weights_towards_the_old_ones() -> None:
     """The damped fit is the plain one with sqrt(damping * h) more equations a weight."""
     hold = 0.3 * float(np.diagonal(MOMENT).mean())
     found = unfold_weight(fit_under_mask(WEIGHT, MASK, MOMENT, damping=0.3))
@@ -46,12 +46,12 @@ def test_damping_holds_weights_to_the_old_ones() -> None:
     assert errors[-1] < output_error(np.where(MASK, 0, WEIGHT), MOMENT).sum()
 
 
-def test_a_whole_mask_changes_nothing() -> None:
+def test_a_full_mask_changes_nothing() -> None:
     found = fit_under_mask(WEIGHT, np.ones(SHAPE, np.bool_), MOMENT)
     assert found == pytest.approx(WEIGHT, abs=1e-4)
 
 
-def test_rows_may_keep_different_numbers_and_be_solved_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_may_keep_different_numbers_and_be_solved_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = MASK.copy()
     mask[1] = False
     mask[2, :3] = True
@@ -61,7 +61,7 @@ def test_rows_may_keep_different_numbers_and_be_solved_a_few_at_a_time(monkeypat
     assert not whole[1].any()
 
 
-def test_inputs_that_say_nothing_leave_their_weights_alone() -> None:
+def test_weights_of_zero_inputs_do_not_change() -> None:
     silent = MOMENT.copy()
     silent[:, :4] = silent[:4] = 0
     found = unfold_weight(fit_under_mask(WEIGHT, MASK, silent))

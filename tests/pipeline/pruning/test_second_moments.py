@@ -1,4 +1,4 @@
-"""Second moments against PyTorch's own unfolding, of every kind of convolution, and what a BatchNorm behind them changes."""
+"""Second moments compared with PyTorch's unfolding for all kinds of convolutions, and the effect of a BatchNorm."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_moments_are_those_of_the_unfolded_inputs(kind: str) -> None:
 
 
 @pytest.mark.parametrize("padding", ["zeros", "reflect", "circular"])
-def test_moments_tell_what_an_error_of_the_weights_does_to_outputs(padding: str) -> None:
+def test_moments_predict_the_output_error_of_changed_weights(padding: str) -> None:
     module = net(nn.Conv2d(8, 6, 3, padding="same", padding_mode=padding))
     found = found_of(module)
     other = copy.deepcopy(module)
@@ -120,7 +120,7 @@ def test_linear_layers_have_moments_too() -> None:
     assert not found.before_norm
 
 
-def test_the_mean_does_not_count_before_a_norm() -> None:
+def test_before_a_batchnorm_the_moments_are_about_the_mean() -> None:
     plain = found_of(net(nn.Conv2d(8, 6, 3), norm=False))
     normed = found_of(net(nn.Conv2d(8, 6, 3)))
     assert (plain.before_norm, normed.before_norm) == (False, True)
@@ -128,7 +128,7 @@ def test_the_mean_does_not_count_before_a_norm() -> None:
     assert np.array_equal(plain.effective, plain.about_zero)
 
 
-def test_a_norm_counts_only_where_it_takes_the_layers_very_output() -> None:
+def test_a_batchnorm_counts_only_directly_after_the_layer() -> None:
     class Branches(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -145,7 +145,7 @@ def test_a_norm_counts_only_where_it_takes_the_layers_very_output() -> None:
     assert layers_before_norm(Branches(), HOW) == {"first.weight"}
 
 
-def test_the_module_is_as_it_was() -> None:
+def test_the_module_does_not_change() -> None:
     module = net(nn.Conv2d(8, 6, 3))
     before = copy.deepcopy(module.state_dict())
     found_of(module)
@@ -153,7 +153,7 @@ def test_the_module_is_as_it_was() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
-def test_a_few_positions_say_nearly_the_same_and_always_the_same() -> None:
+def test_sampled_positions_approximate_all_positions_reproducibly() -> None:
     module = net(nn.Conv2d(8, 6, 3, padding=1))
     few = MomentOptions(images=9, batch=9, positions=30)
     whole, some = found_of(module), found_of(module, options=few)
@@ -165,12 +165,12 @@ def test_a_few_positions_say_nearly_the_same_and_always_the_same() -> None:
     assert not np.array_equal(some.about_mean, found_of(module, options=other).about_mean)
 
 
-def test_a_wide_layer_takes_the_positions_it_needs() -> None:
+def test_a_wide_layer_samples_more_positions() -> None:
     module = net(nn.Conv2d(8, 6, 3, padding=1))
     assert found_of(module, options=MomentOptions(images=9, positions=1)).rows == 72
 
 
-def test_layers_done_a_few_at_a_time_have_the_same_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moments_do_not_depend_on_which_layers_share_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     module = net(nn.Conv2d(8, 6, 3, padding=1))
     layers = trace_layers(module, HOW)[0]
     options = MomentOptions(images=9, batch=4, positions=20)
@@ -186,7 +186,7 @@ def test_layers_done_a_few_at_a_time_have_the_same_moments(monkeypatch: pytest.M
         assert np.array_equal(a.about_mean, b.about_mean)
 
 
-def test_a_layer_that_is_not_its_weight_times_its_inputs_is_told() -> None:
+def test_a_layer_that_is_not_weight_times_inputs_is_an_error() -> None:
     class Standardized(nn.Conv2d):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
@@ -201,7 +201,7 @@ def test_a_layer_that_is_not_its_weight_times_its_inputs_is_told() -> None:
         found_of(net(Padded(8, 6, 3)))
 
 
-def test_activations_that_are_not_numbers_are_told() -> None:
+def test_activations_that_are_not_finite_are_an_error() -> None:
     module = net(nn.Conv2d(8, 6, 3))
     with torch.no_grad():
         module[0].weight.fill_(3e38)
@@ -209,7 +209,7 @@ def test_activations_that_are_not_numbers_are_told() -> None:
         found_of(module)
 
 
-def test_no_images_are_told() -> None:
+def test_no_images_are_an_error() -> None:
     module = net(nn.Conv2d(8, 6, 3))
     empty = Split("train", Noise(), np.arange(0))
     with pytest.raises(InputError, match="no images to average over"):
