@@ -54,7 +54,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """An ONNX file of ours, with a masked convolution."""
-    return small_net(tmp_path / "net.onnx", made=MADE)
+    return small_net(tmp_path / "net.onnx", provenance=MADE)
 
 
 def images(batch: int) -> npt.NDArray[np.float32]:

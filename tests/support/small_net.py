@@ -17,23 +17,26 @@ def small_net(
     *,
     batch: int | str = "batch",
     size: int | str = 8,
-    made: Provenance | None = None,
+    provenance: Provenance | None = None,
 ) -> Path:
-    """Write it; float32 at its ends whatever the weights' dtype, as we export. Nodes are named after their weights."""
+    """Write the model, with float32 inputs and outputs for any dtype of the weights, like our exports.
+
+    Nodes have the names of their weights.
+    """
     generator = np.random.default_rng(0)
     mix = generator.normal(size=(16, 16, 3, 3)) / 8
     mix[:, ::2] = 0
     tensors = {"stem": generator.normal(size=(16, 3, 3, 3)), "mix": mix, "head": generator.normal(size=(5, 16))}
-    narrow = dtype == "float16"
+    is_half = dtype == "float16"
     nodes = [
-        helper.make_node("Conv", ["half" if narrow else "input", "stem"], ["a"], "stem", pads=[1, 1, 1, 1]),
+        helper.make_node("Conv", ["half" if is_half else "input", "stem"], ["a"], "stem", pads=[1, 1, 1, 1]),
         helper.make_node("Relu", ["a"], ["b"], "relu"),
         helper.make_node("Conv", ["b", "mix"], ["c"], "mix", pads=[1, 1, 1, 1]),
         helper.make_node("GlobalAveragePool", ["c"], ["d"], "pool"),
         helper.make_node("Flatten", ["d"], ["e"], "flatten"),
-        helper.make_node("Gemm", ["e", "head"], ["f" if narrow else "logits"], "head", transB=1),
+        helper.make_node("Gemm", ["e", "head"], ["f" if is_half else "logits"], "head", transB=1),
     ]
-    if narrow:
+    if is_half:
         nodes.insert(0, helper.make_node("Cast", ["input"], ["half"], "cast", to=TensorProto.FLOAT16))
         nodes.append(helper.make_node("Cast", ["f"], ["logits"], "back", to=TensorProto.FLOAT))
     graph = helper.make_graph(
@@ -44,7 +47,7 @@ def small_net(
         [numpy_helper.from_array(value.astype(dtype), name) for name, value in tensors.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    if made is not None:
-        write_provenance(model, made)
+    if provenance is not None:
+        write_provenance(model, provenance)
     path.write_bytes(model.SerializeToString())
     return path
