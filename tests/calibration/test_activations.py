@@ -136,7 +136,7 @@ def test_an_overflow_is_traced_to_the_first_node_that_makes_it() -> None:
     assert "infinity" in str(caught.value)
 
 
-def test_what_comes_late_in_the_stream_is_seen() -> None:
+def test_values_late_in_the_stream_are_counted() -> None:
     calm, wild = images(2), images(2)
     wild[1] *= 1e30
     with pytest.raises(InputError, match="output of Conv conv_2"):
@@ -144,7 +144,7 @@ def test_what_comes_late_in_the_stream_is_seen() -> None:
 
 
 @pytest.mark.parametrize("tensors", [["images"], ["pooled"]])
-def test_images_that_are_nan_are_told_as_such(tensors: list[str]) -> None:
+def test_nan_images_are_named_as_the_cause(tensors: list[str]) -> None:
     bad = images(3)
     bad[2, 1, 5, 5] = np.nan
     with pytest.raises(InputError, match="the images are NaN or infinite"):

@@ -56,7 +56,7 @@ def test_a_cache_of_another_model_is_refused_with_both_digests(tmp_path: Path) -
     assert str(path) in str(caught.value)
 
 
-def test_other_images_and_options_are_told_too(tmp_path: Path) -> None:
+def test_other_images_and_options_are_refused_together(tmp_path: Path) -> None:
     path = tmp_path / "ranges.json"
     write_cache(path, KEY, RANGES)
     with pytest.raises(InputError, match="belongs to other images and other options") as caught:
@@ -97,7 +97,7 @@ def test_what_is_no_range_is_refused(tmp_path: Path, value: object, table: str) 
         read_cache(path, KEY)
 
 
-def test_a_missing_cache_and_bad_ranges_are_told(tmp_path: Path) -> None:
+def test_a_missing_cache_and_bad_ranges_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="file not found"):
         read_cache(tmp_path / "ranges.json", KEY)
     for bad in (-1.0, float("nan"), float("inf")):
@@ -106,7 +106,7 @@ def test_a_missing_cache_and_bad_ranges_are_told(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_table_of_tensorrt_is_read_as_it_stands(tmp_path: Path) -> None:
+def test_a_calibration_cache_of_tensorrt_is_read(tmp_path: Path) -> None:
     path = tmp_path / "table"
     path.write_text("TRT-8601-EntropyCalibration2\ninput: 3c010a14\n(Unnamed Layer* 3) [Conv]: out: 3f800000\n")
     header, amax = read_tensorrt_cache(path)
@@ -144,7 +144,7 @@ def test_zeros_get_the_scale_1_and_short_digits_are_read(tmp_path: Path) -> None
     assert read_tensorrt_cache(path) == (TENSORRT_HEADER, {"a": 0.0, "b": 127 * 2.0**-126})
 
 
-def test_every_malformed_line_is_told_with_its_number(tmp_path: Path) -> None:
+def test_every_malformed_line_is_named_with_its_number(tmp_path: Path) -> None:
     path = tmp_path / "table"
     lines = [
         "TRT-x",
@@ -175,7 +175,7 @@ def test_every_malformed_line_is_told_with_its_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "amax", [{"a\nb": 1.0}, {"": 1.0}, {"a": -1.0}, {"a": 1e-60}, {"a": 1e60}, {"a": float("nan")}]
 )
-def test_what_has_no_line_is_not_written(tmp_path: Path, amax: dict[str, float]) -> None:
+def test_names_and_scales_without_a_valid_line_are_not_written(tmp_path: Path, amax: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"no float32 scale|not a name"):
         write_tensorrt_cache(tmp_path / "table", amax)
     assert not list(tmp_path.iterdir())

@@ -146,7 +146,7 @@ def test_ranges_are_of_the_training_images_and_of_no_others(folder: Folder, run:
         assert found[f"{name}_scale"] == pytest.approx(np.abs(seen[name]).max() / 127, rel=1e-6)
 
 
-def test_pruned_weights_are_exactly_the_zero_point_and_the_integers_are_the_same_beside_fp16(folder: Folder) -> None:
+def test_pruned_weights_are_exactly_the_zero_point_and_integers_do_not_depend_on_the_float_type(folder: Folder) -> None:
     done = folder.run(images_of()[0], rest=("fp16", "fp32"))
     assert [m.path.name for m in done.models] == ["int8.fp16.onnx", "int8.fp32.onnx"]
     assert [m.precision for m in done.models] == ["int8", "int8"]
@@ -181,7 +181,7 @@ def test_the_same_arguments_give_the_same_bytes_and_another_seed_others(folder: 
     assert written[0] == written[1] != written[2]
 
 
-def test_the_record_in_the_file_grows_by_the_images_that_were_looked_at(folder: Folder) -> None:
+def test_provenance_gains_the_images_that_were_used(folder: Folder) -> None:
     source, _ = images_of()
     (plain,) = folder.run(source).models
     assert plain.provenance is not None
@@ -301,7 +301,7 @@ def test_ranges_through_tensorrts_cache_give_the_same_file(folder: Folder, metho
 # --- a budget
 
 
-def test_layers_that_the_budget_leaves_are_told_apart_from_those_the_user_excludes(folder: Folder) -> None:
+def test_layers_excluded_by_the_budget_and_by_the_user_have_different_reasons(folder: Folder) -> None:
     model = parser.parse_model(
         """<ir_version: 10, opset_import: ["": 20]> g (float[n, 1, 4, 4] x) => (float[n, 2] y) {
         [stem] a = Conv(x, stem_w, stem_b)

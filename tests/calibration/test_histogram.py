@@ -59,7 +59,7 @@ def test_neither_order_nor_batches_change_the_counts(seed: int, exponents: list[
     assert (whole.count, whole.lowest, whole.highest) == (together.count, together.lowest, together.highest)
 
 
-def test_the_largest_magnitude_lies_in_the_outer_half() -> None:
+def test_the_largest_magnitude_is_in_the_outer_half() -> None:
     for amax in (1e-20, 0.9, 1.0, 1.1, 2.0**15, 3e38):
         histogram = histogram_of(np.array([amax, -amax], np.float32))
         assert HALF_BINS / 2 <= histogram.amax / histogram.width < HALF_BINS

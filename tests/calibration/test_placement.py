@@ -338,7 +338,7 @@ def test_activations_in_parts_are_not_cut(gate: str) -> None:
     assert uses(placed(body, OUTPUTS)) == {"x": [("stem", 0)], "c": [("mean", 0)]}
 
 
-def test_an_activation_reads_float_even_beside_other_readers() -> None:
+def test_an_activation_reads_float_even_with_other_readers() -> None:
     body = """
         stem | a = Conv(x, w0)
         mean | b = GlobalAveragePool(a)

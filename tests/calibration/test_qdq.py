@@ -64,7 +64,7 @@ def test_no_zero_point_is_asymmetric_and_scales_are_scalars(family: Any, quantiz
 
 
 @both_ways
-def test_nothing_stands_between_a_layer_and_its_activation(family: Any, quantize_outputs: bool) -> None:
+def test_no_pair_separates_a_layer_from_its_activation(family: Any, quantize_outputs: bool) -> None:
     before, after = Read(family.model), Read(quantized(family, quantize_outputs))
     seen = 0
     for node in before.ops("Conv", "Gemm", "Add"):

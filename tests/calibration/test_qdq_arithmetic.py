@@ -102,7 +102,7 @@ def test_zero_and_tiny_channels_give_sound_outputs(run: Run) -> None:
     assert np.isfinite(run(result, np.ones((1, 4, 8, 8), np.float32))["y"]).all()
 
 
-def test_a_weight_that_others_read_too_keeps_its_floats_beside_the_integers(run: Run) -> None:
+def test_a_weight_with_other_readers_keeps_a_float_copy(run: Run) -> None:
     model = two_layers(np.random.default_rng(4).normal(0, 0.2, (8, 8, 3, 3)), (1, 8, 9, 9))
     model.graph.node[1].input[1] = "w"
     x = np.random.default_rng(5).normal(size=(1, 8, 9, 9)).astype(np.float32)

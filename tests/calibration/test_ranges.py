@@ -199,7 +199,7 @@ def test_a_range_is_at_most_the_largest_magnitude(method: str) -> None:
         assert 0 < amax_of(histogram, RangeOptions(method)) <= histogram.amax
 
 
-def test_what_has_no_range_is_refused() -> None:
+def test_a_histogram_without_finite_values_is_refused() -> None:
     for histogram in (Histogram(), histogram_of(np.float32([1, np.nan]))):
         with pytest.raises(ValueError, match="no values"):
             amax_of(histogram, RangeOptions())

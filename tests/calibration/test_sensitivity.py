@@ -61,28 +61,28 @@ def minmax(run: Callable[..., dict[str, Any]], model: onnx.ModelProto, images: A
     return {name: float(np.abs(v).max()) for name, v in {"x": images, **run(model, images, tensors)}.items()}
 
 
-def held(run: Callable[..., dict[str, Any]], model: onnx.ModelProto, budget: float, **options: Any) -> BudgetSelection:
+def select(
+    run: Callable[..., dict[str, Any]], model: onnx.ModelProto, budget: float, **options: Any
+) -> BudgetSelection:
     images, labels = signals()
     return select_by_budget(model, PlaceOptions(**options), minmax(run, model, images), budget, images, labels)
 
 
 @pytest.mark.parametrize("name", ["middle", "m[*]", "*", "a[b]?", "[!x]", "seco*"])
-def test_the_layer_that_ruins_the_model_is_left_whatever_it_is_called(
-    run: Callable[..., dict[str, Any]], name: str
-) -> None:
+def test_the_most_sensitive_layer_is_excluded_whatever_its_name(run: Callable[..., dict[str, Any]], name: str) -> None:
     model = fragile(name)
-    kept = held(run, model, 1.0)
-    assert kept.layers == (name,)
-    placement = place(model, kept.options)
+    selection = select(run, model, 1.0)
+    assert selection.layers == (name,)
+    placement = place(model, selection.options)
     assert [w.node for w in placement.weights] == ["first", "second", "last"]
     assert [layer for layer, _ in placement.in_float] == [name]
-    assert kept.costs[0].name == name
-    assert sorted(cost.name for cost in kept.costs) == sorted(["first", name, "second", "last"])
-    assert kept.costs[0].divergence > 10 * kept.costs[1].divergence
-    assert kept.images == 60
+    assert selection.costs[0].name == name
+    assert sorted(cost.name for cost in selection.costs) == sorted(["first", name, "second", "last"])
+    assert selection.costs[0].divergence > 10 * selection.costs[1].divergence
+    assert selection.images == 60
 
 
-def test_the_drop_that_is_told_is_that_of_the_placement_that_is_told(run: Callable[..., dict[str, Any]]) -> None:
+def test_the_reported_drop_is_that_of_the_reported_placement(run: Callable[..., dict[str, Any]]) -> None:
     model, (images, labels) = fragile(), signals()
     amax = minmax(run, model, images)
 
@@ -91,23 +91,23 @@ def test_the_drop_that_is_told_is_that_of_the_placement_that_is_told(run: Callab
         return 100 * float((found.argmax(1) == labels).mean())
 
     assert (run(model, images)["y"].argmax(1) == labels).all()
-    kept = held(run, model, 1.0)
-    assert kept.drop == pytest.approx(100 - top1(kept.options)) == pytest.approx(0)
+    selection = select(run, model, 1.0)
+    assert selection.drop == pytest.approx(100 - top1(selection.options)) == pytest.approx(0)
     assert 100 - top1(PlaceOptions()) > 40, "quantized as a whole it is no better than chance"
 
 
-def test_nothing_is_left_where_the_budget_holds_at_once(run: Callable[..., dict[str, Any]]) -> None:
-    kept = held(run, fragile(), 60.0)
-    assert (kept.layers, kept.costs, kept.options) == ((), (), PlaceOptions())
-    assert 40 < kept.drop <= 60
+def test_no_layer_is_excluded_if_the_budget_holds_at_once(run: Callable[..., dict[str, Any]]) -> None:
+    selection = select(run, fragile(), 60.0)
+    assert (selection.layers, selection.costs, selection.options) == ((), (), PlaceOptions())
+    assert 40 < selection.drop <= 60
 
 
 def test_what_the_user_excludes_stays_excluded(run: Callable[..., dict[str, Any]]) -> None:
-    kept = held(run, fragile(), 1.0, exclude=("last",))
-    assert kept.layers == ("middle",)
-    assert kept.options.exclude[0] == "last"
-    assert "last" not in [cost.name for cost in kept.costs]
-    alone = held(run, fragile(), 1.0, exclude=("middle",))
+    selection = select(run, fragile(), 1.0, exclude=("last",))
+    assert selection.layers == ("middle",)
+    assert selection.options.exclude[0] == "last"
+    assert "last" not in [cost.name for cost in selection.costs]
+    alone = select(run, fragile(), 1.0, exclude=("middle",))
     assert (alone.layers, alone.options.exclude) == ((), ("middle",))
 
 
@@ -116,7 +116,7 @@ def test_a_budget_that_cannot_hold_is_an_error(run: Callable[..., dict[str, Any]
     # A model that is always right can gain nothing; one whose only layer is the fragile one has nothing to leave.
     budget = -1.0 if not exclude else 1.0
     with pytest.raises(InputError, match="does not hold even with one layer quantized") as error:
-        held(run, fragile(), budget, exclude=exclude)
+        select(run, fragile(), budget, exclude=exclude)
     assert f"on 60 images; {budget:g} are allowed" in str(error.value.found)
 
 
@@ -147,7 +147,7 @@ def test_any_selection_of_layers_of_a_resnet_has_ranges(families: Callable[[str]
     has_ranges()
 
 
-def test_ranges_are_there_for_either_branch_of_an_addition_and_for_both_ends_of_a_pooling() -> None:
+def test_either_branch_of_an_addition_and_both_ends_of_a_pooling_have_ranges() -> None:
     model = parser.parse_model(
         """<ir_version: 10, opset_import: ["": 20]> g (float[n, 4, 8, 8] x) => (float y) {
         [left] a = Conv(x, w)  [right] b = Conv(x, w)  [add] c = Add(a, b)

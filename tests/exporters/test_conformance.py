@@ -118,7 +118,7 @@ def test_excusing_every_weight_does_not_pass() -> None:
     assert check_2to4(convolutions(a=DENSE), CheckOptions(allow_dense=("*",))).verdict == FAIL
 
 
-def test_an_ineligible_weight_says_why_and_is_not_looked_into() -> None:
+def test_an_ineligible_weight_has_a_reason_and_no_counts() -> None:
     nodes = [
         helper.make_node("Conv", ["x", "stem"], ["a"], "stem"),
         helper.make_node("Conv", ["a", "deep"], ["b"], "deep", group=8),
@@ -199,7 +199,7 @@ def external(folder: Path, weight: Array, location: str, data: bytes | None = No
     return saved(folder, model)
 
 
-def test_external_data_beside_the_file_is_read(tmp_path: Path) -> None:
+def test_external_data_in_the_folder_of_the_file_is_read(tmp_path: Path) -> None:
     assert check_2to4(external(tmp_path, SPARSE, "w.bin", SPARSE.tobytes())).passed
     report = check_2to4(external(tmp_path, DENSE, "w.bin", DENSE.tobytes()))
     assert report.weights[0].violating_groups == 16
@@ -273,7 +273,7 @@ def test_require_raises_an_error_with_the_report_and_the_violating_weights(tmp_p
 # The command.
 
 
-def test_the_command_says_yes_no_and_why(
+def test_the_command_prints_verdict_and_violations(
     cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
@@ -305,7 +305,7 @@ def test_the_command_takes_its_list_from_a_mask_file(cli: Callable[..., Any], tm
     assert cli("check", model, "--masks", tmp_path / "none.safetensors").code == 3
 
 
-def test_the_commands_switches_reach_the_check(cli: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_options_of_the_command_reach_the_check(cli: Callable[..., Any], tmp_path: Path) -> None:
     listed = saved(tmp_path, three(masked=("a", "c")))
     assert cli("check", listed, "--strict").code == 1
     assert cli("check", listed, "--strict", "--allow-dense", "b").code == 0

@@ -221,7 +221,7 @@ def test_every_channel_has_its_own_zero_point() -> None:
     assert verdict.first_violation.index == (1, 0, 0, 0)
 
 
-def test_floats_that_are_quantized_later_are_held_against_zero() -> None:
+def test_floats_that_are_quantized_later_are_compared_with_zero() -> None:
     """The zero point speaks of the quantized numbers; 0.0 becomes the zero point, and 3.0 does not."""
     point = np.array(3, np.int8)
     assert check_2to4(quantized(two_of_four(np.float32), point, before=True)).passed

@@ -99,7 +99,7 @@ def test_a_quantized_graph_in_half_computes_nearly_the_same_where_every_step_is_
 
 
 @pytest.mark.parametrize("opset", [13, 18])
-def test_an_opset_without_half_scales_is_told_with_the_one_needed(opset: int) -> None:
+def test_an_opset_without_fp16_scales_is_refused_with_the_one_needed(opset: int) -> None:
     with pytest.raises(InputError, match=f"opset {opset}; FP16 scales need 19"):
         to_fp16(qdq(opset=opset))
     to_fp16(model_of([node("Relu", ["x"])]))
@@ -242,7 +242,7 @@ def test_constants_of_both_parts_exist_twice_and_only_the_named_part_is_exact() 
     assert_close_in_ort(model, half)
 
 
-def test_kept_tensors_may_be_inputs_and_outputs_and_lie_beside_each_other() -> None:
+def test_tensors_kept_in_fp32_may_be_inputs_outputs_and_neighbors() -> None:
     nodes = [
         node("Mul", ["x", "k"], "a"),
         node("Relu", ["a"], "y"),
@@ -286,7 +286,7 @@ def test_a_branch_that_reads_a_kept_tensor_stays_fp32_as_a_whole() -> None:
         assert_close_in_ort(model, half)
 
 
-def test_keeping_names_that_the_graph_has_not_is_refused() -> None:
+def test_unknown_names_to_keep_in_fp32_are_refused() -> None:
     with pytest.raises(InputError, match="no such tensors") as caught:
         to_fp16(model_of([node("Relu", ["x"])]), ["y", "layer9", "layer8"])
     assert "layer9, layer8" in str(caught.value)

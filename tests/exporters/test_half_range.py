@@ -40,7 +40,7 @@ def test_a_tensor_is_named_when_it_exceeds_half_with_the_margin(largest: float, 
     assert list(fp16_overflows(model, {"y": largest}, margin)) == (["y"] if over else [])
 
 
-def test_the_margin_is_two_unless_told() -> None:
+def test_the_default_margin_is_two() -> None:
     model = chain(step("Exp", ["x"], "y"))
     assert fp16_overflows(model, {"y": 32753.0}) == {"y": 32753.0}
     assert fp16_overflows(model, {"y": 32752.0}) == {}
@@ -52,7 +52,7 @@ def test_tensors_are_named_in_the_order_of_the_graph_and_others_passed_over() ->
     assert list(fp16_overflows(model, ranges).items()) == [("x", 1e7), ("a", 1e5), ("y", 1e6)]
 
 
-def test_what_nobody_measured_counts_as_large_as_what_it_was_made_from() -> None:
+def test_an_unmeasured_tensor_has_the_range_of_its_source() -> None:
     model = chain(
         step("Exp", ["x"], "a"), step("Relu", ["a"], "r"), step("ReduceMean", ["r"], "f"), step("Exp", ["f"], "y")
     )
@@ -76,7 +76,7 @@ def test_what_nobody_measured_counts_as_large_as_what_it_was_made_from() -> None
         (1.9, np.int16, False),
     ],
 )
-def test_a_scale_fits_where_it_and_what_its_integers_stand_for_do(scale: float, kind: type, unfit: bool) -> None:
+def test_a_scale_fits_if_it_and_the_largest_float_of_its_integers_fit(scale: float, kind: type, unfit: bool) -> None:
     model = chain(
         step("QuantizeLinear", ["x", "s", "z"], "q"),
         step("DequantizeLinear", ["q", "s", "z"], "y"),
@@ -88,7 +88,7 @@ def test_a_scale_fits_where_it_and_what_its_integers_stand_for_do(scale: float, 
     assert all(text.startswith(("q (s ", "y (s ")) for text in found)
 
 
-def test_only_what_overflows_asks_for_the_tensor_before_it() -> None:
+def test_only_an_overflow_keeps_the_tensor_before_it_in_fp32() -> None:
     for scale, before in ((1e-6, False), (1e4, True)):
         nodes = step("QuantizeLinear", ["x", "s", "z"], "q"), step("DequantizeLinear", ["q", "s", "z"], "y")
         model = chain(*nodes, s=np.float32(scale), z=np.int8(0))

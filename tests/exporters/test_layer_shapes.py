@@ -105,7 +105,7 @@ def test_only_the_named_weights_are_read() -> None:
         (graph([helper.make_node("MatMul", ["w", "x"], ["y"])], [4, 9], w=noise(8, 4)), "not known"),
     ],
 )
-def test_what_cannot_be_told_is_left_out_with_the_reason(model: onnx.ModelProto, why: str) -> None:
+def test_weights_of_unknown_shape_are_skipped_with_the_reason(model: onnx.ModelProto, why: str) -> None:
     found = shaped_weights(model, {"w"})
     assert (dict(found.shapes), dict(found.weights)) == ({}, {})
     assert why in found.skipped["w"]

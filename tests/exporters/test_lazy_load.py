@@ -10,7 +10,7 @@ from maskplan.exporters.tensors import read_values
 from maskplan.pipeline.core.errors import InputError
 
 
-def test_large_weights_are_read_from_where_they_lie(finished_digits: Path) -> None:
+def test_large_weights_are_read_from_the_file_when_needed(finished_digits: Path) -> None:
     for name in ("sparse.onnx", "dense.fp16.onnx"):
         path = finished_digits / name
         whole, mapped = onnx.load(path), load_lazily(path)
@@ -40,7 +40,7 @@ def test_tensors_that_are_external_already_keep_their_place(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("data", [b"", b"\x3a\xff\xff\xff\xff\x0f", b"\xff" * 20, b"\x3a\x7f" + bytes(3)])
-def test_what_is_no_message_is_refused(tmp_path: Path, data: bytes) -> None:
+def test_a_file_that_is_not_protobuf_is_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(data)
     with pytest.raises(InputError, match="not an ONNX file"):

@@ -242,13 +242,13 @@ def test_a_reshaped_weight_is_followed() -> None:
     assert ours(model) == {"w": VIOLATING}
 
 
-def test_a_transposed_convolution_is_told() -> None:
+def test_a_transposed_convolution_is_reported() -> None:
     model = model_of([helper.make_node("ConvTranspose", ["x", "w"], ["y"])], {"w": dense(8, 4, 3, 3)})
     assert theirs(model) == {}
     assert set(ours(model)) == {"w"}
 
 
-def test_a_mask_that_was_not_baked_is_told() -> None:
+def test_a_mask_that_was_not_baked_is_reported() -> None:
     nodes = [helper.make_node("Mul", ["w", "mask"], ["masked"]), conv("masked")]
     model = model_of(nodes, {"w": dense(4, 8, 3, 3), "mask": (halved(4, 8, 3, 3, axis=1) != 0).astype(np.float32)})
     assert theirs(model) == {}
