@@ -1,4 +1,4 @@
-"""This GPU's sparse tensor cores by PyTorch's cuSPARSELt: what packs, what multiplies, and a clock for both."""
+"""Sparse matrix products on this GPU through PyTorch's cuSPARSELt: packing, multiplication and timing."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ if TYPE_CHECKING:
     import torch
 
 _CHUNK = 10
-# More than GPUs have: a sleep that is too long costs nothing but time.
+# Higher than any GPU's clock rate: a sleep that is too long only costs time.
 _CYCLES_PER_S = 2.5e9
 _LONGEST_SLEEP_S = 1.0
 
 
 @dataclass(frozen=True)
 class SparseHost:
-    """What multiplies, and how it is timed.
+    """The device and its functions for sparse products.
 
     Attributes:
-        device: The GPU's name.
-        compute_capability: As in 9.0.
-        torch_version: PyTorch's.
-        cuda_version: What PyTorch was built for.
-        cusparselt_version: The library's.
-        place: PyTorch's name of the device.
-        compress: A 2:4 matrix (rows, columns) to its packed form.
-        multiply: A packed matrix times a dense one (columns, n), the latter stored by columns: (rows, n).
-        clock: Callables by name, warm-up runs and repeats, to the p50 of each, ms.
+        device: Name of the GPU.
+        compute_capability: Such as 9.0.
+        torch_version: Version of PyTorch.
+        cuda_version: CUDA version of the PyTorch build.
+        cusparselt_version: Version of cuSPARSELt.
+        torch_device: PyTorch's name of the device.
+        compress: Packs a 2:4 matrix (rows, columns).
+        multiply: Multiplies a packed matrix by a dense one (columns, n) in column-major order; returns (rows, n).
+        time_ms: Times callables by name, given the numbers of warm-up runs and repeats; returns the p50 of each in ms.
     """
 
     device: str
@@ -49,7 +49,7 @@ class SparseHost:
 
 
 def find_cusparselt_host() -> SparseHost:
-    """This machine's GPU.
+    """Describe this machine's GPU.
 
     Raises:
         HostError: PyTorch, a GPU of compute capability 8.0 or more, or cuSPARSELt is missing.
@@ -63,9 +63,9 @@ def find_cusparselt_host() -> SparseHost:
     )
     if torch.version.cuda is None or not torch.cuda.is_available():
         raise HostError(
-            "the probe needs an NVIDIA GPU, and PyTorch sees none",
+            "the probe needs an NVIDIA GPU, and PyTorch finds none",
             found=built,
-            fix="run it on a host where nvidia-smi sees an Ampere GPU or a newer one, with a PyTorch built for CUDA",
+            fix="run it on a host with an Ampere GPU or newer, with a CUDA build of PyTorch",
         )
     major, minor = torch.cuda.get_device_capability()
     name = torch.cuda.get_device_name()
@@ -79,7 +79,7 @@ def find_cusparselt_host() -> SparseHost:
         raise HostError(
             "this PyTorch has no cuSPARSELt",
             found=built,
-            fix="install PyTorch's CUDA wheel for Linux, which brings the library: pip install 'maskplan[learn]'",
+            fix="install PyTorch's CUDA wheel for Linux, which includes the library: pip install 'maskplan[learn]'",
         )
     return SparseHost(
         device=name,
@@ -98,7 +98,7 @@ def _compress(matrix: torch.Tensor) -> Any:
     from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, to_sparse_semi_structured
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the interface is a prototype
+        warnings.simplefilter("ignore")  # PyTorch warns that the interface is a prototype
         packed = to_sparse_semi_structured(matrix)
     if not isinstance(packed, SparseSemiStructuredTensorCUSPARSELT):
         raise RuntimeError(f"packed for {packed.BACKEND}, not for cuSPARSELt")
@@ -109,14 +109,14 @@ def _multiply(packed: Any, dense: torch.Tensor) -> torch.Tensor:
     import torch
 
     if packed.dtype == torch.int8:
-        # The operator `@` would round the sums to int8.
+        # The operator `@` would convert the int32 sums to int8.
         return torch._cslt_sparse_mm(packed.packed, dense, out_dtype=torch.int32)
     product: torch.Tensor = packed @ dense
     return product
 
 
 def _time_on_gpu(runs: Mapping[str, Callable[[], object]], warm_up: int, repeats: int) -> dict[str, float]:
-    """Events on the GPU, runs in turn. The GPU sleeps while they are queued, so that it never waits for Python."""
+    """Time interleaved runs with CUDA events. The GPU sleeps while runs are queued, so that it never waits for Python."""
     import torch
 
     pairs: dict[str, list[tuple[Any, Any]]] = {name: [] for name in runs}
@@ -135,7 +135,7 @@ def _time_on_gpu(runs: Mapping[str, Callable[[], object]], warm_up: int, repeats
         torch.cuda.synchronize()
         started = time.perf_counter()
         one_round(i)
-        # The last one counts: the first ones load kernels and choose among them.
+        # Only the last round counts: the first ones load kernels and select algorithms.
         queueing_s = time.perf_counter() - started
     torch.cuda.synchronize()
     for found in pairs.values():

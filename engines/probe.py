@@ -1,7 +1,7 @@
-"""The masks on this GPU's sparse tensor cores, by PyTorch's cuSPARSELt: no TensorRT is needed.
+"""Run masked weights on this GPU's sparse tensor cores through PyTorch's cuSPARSELt, without TensorRT.
 
 A convolution is a product of its weight, as a matrix (K, R*S*C), and the columns of its input. With columns ordered r, s, c
-each group of four along C lies side by side, which is the form that sparse tensor cores take.
+each group of four along C is contiguous, as sparse tensor cores require.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ if TYPE_CHECKING:
 
 LEFT_OUT = "left_out"
 NOTE = (
-    "GPU time, p50; both products with weights padded by zeros to what cuSPARSELt takes, without the step that makes the"
-    " columns; layers of one shape share their times; cuSPARSELt's default algorithm"
+    "GPU time, p50; weights of both products are zero-padded to the sizes that cuSPARSELt supports; im2col is not timed;"
+    " layers of the same shape share one measurement; cuSPARSELt's default algorithm"
 )
-# What cuSPARSELt takes, as PyTorch's SparseSemiStructuredTensorCUSPARSELT has it: the sparse matrix has a multiple of so
-# many rows and columns, the dense one of so many columns.
+# Sizes that cuSPARSELt supports (from PyTorch's SparseSemiStructuredTensorCUSPARSELT): multiples for the rows and columns of
+# the sparse matrix, and for the columns of the dense one.
 MULTIPLES = {"fp16": (16, 16, 8), "bf16": (16, 16, 8), "int8": (32, 32, 16)}
 _CONV, _DENSE, _SPARSE = "conv", "dense", "sparse"
 _INT8_MAX = 127
-# A normal deviate of 4 is 128.
+# Scale of normally distributed inputs: 4 standard deviations are 128.
 _INT8_STEPS = 32.0
 
 
 @dataclass(frozen=True)
 class ProbeOptions:
-    """How to probe.
+    """Options of the probe.
 
     Attributes:
         batches: Batch sizes to time.
-        dtype: `fp16`, `bf16` or `int8`.
-        warm_up: Runs of each product before the clock counts.
+        dtype: Type of weights and inputs.
+        warm_up: Untimed runs of each product.
         repeats: Timed runs of each.
-        seed: Of the made-up input.
+        seed: Seed of the random input.
     """
 
     batches: tuple[int, ...] = (1, 8, 32)
@@ -69,7 +69,7 @@ class ProbeOptions:
 
 @dataclass(frozen=True)
 class ProbeBatch:
-    """Times of one layer shape at one batch size, ms; None where it was not to be had, and `reason` says why."""
+    """Times of one layer shape at one batch size, ms; None if not measured, with the reason in `reason`."""
 
     batch: int
     conv_ms: float | None
@@ -83,14 +83,14 @@ class ProbeLayer:
     """One weight.
 
     Attributes:
-        name: Of the weight.
-        shape: Of the layer.
-        gemm: Rows and columns of the matrix that was multiplied: (K, R*S*C), padded with zeros where cuSPARSELt wants it.
+        name: Name of the weight.
+        shape: Shape of the layer.
+        gemm: Rows and columns of the multiplied matrix: (K, R*S*C), zero-padded to the sizes that cuSPARSELt supports.
         verdict: `pass`, `fail` or `left_out`.
-        reason: Of a failure, or why it was left out.
-        error: Largest difference of the sparse product from the dense one, as a share of |W| |X|.
-        tolerance: The share allowed.
-        batches: Times.
+        reason: Why it failed or was left out.
+        error: Largest difference between the sparse and the dense product, relative to |W| |X|.
+        tolerance: Largest allowed `error`.
+        batches: Times per batch size.
     """
 
     name: str
@@ -105,7 +105,7 @@ class ProbeLayer:
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """What the hardware said to each weight; `verdict` is `pass` when some were probed and none failed."""
+    """Results per weight; `verdict` is `pass` if at least one weight was probed and none failed."""
 
     verdict: str
     reason: str | None
@@ -125,14 +125,14 @@ def probe(
     options: ProbeOptions,
     host: SparseHost | None = None,
 ) -> ProbeReport:
-    """Compress each weight, hold what comes back and the sparse product against the dense ones, and time both.
+    """Pack each weight, compare its values and products with the dense ones, and time both products.
 
     Args:
         weights: (K, C, R, S), or (K, C) for a linear layer, any floats; for `int8` each output channel is scaled by its
             largest magnitude and rounded, which keeps zeros.
-        shapes: Of the layers of the same names.
-        options: The dtype, and which batch sizes to time.
-        host: This machine's GPU by default.
+        shapes: Layer shapes by the same names.
+        options: The dtype, batch sizes and repeats.
+        host: The device; this machine's GPU by default.
 
     Raises:
         HostError: There is no GPU with sparse tensor cores, or PyTorch has no cuSPARSELt.
@@ -169,7 +169,7 @@ def weight_matrix(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def columns_of(images: torch.Tensor, shape: LayerShape) -> torch.Tensor:
-    """Images (N, C, H, W) of floats to (N*P*Q, R*S*C): what each output pixel sees, in the order of `weight_matrix`."""
+    """Images (N, C, H, W) of floats to (N*P*Q, R*S*C): the inputs of each output pixel, in the order of `weight_matrix`."""
     from torch.nn import functional
 
     top, left, bottom, right = shape.pads
@@ -192,7 +192,7 @@ def _probe_layer(
     rows, columns, _ = MULTIPLES[options.dtype]
     gemm = _round_up(shape.k, rows), _round_up(shape.r * shape.s * shape.c, columns)
     if weight.shape != (shape.k, shape.c, shape.r, shape.s):
-        return ProbeLayer(name, shape, gemm, FAIL, f"the weight {weight.shape} is not the layer's")
+        return ProbeLayer(name, shape, gemm, FAIL, f"the weight {weight.shape} does not match the layer's shape")
     ineligible = ineligible_reason("Conv", shape.c, 1)
     if ineligible is not None:
         return ProbeLayer(name, shape, gemm, LEFT_OUT, ineligible)
@@ -207,7 +207,7 @@ def _probe_layer(
         error, tolerance = _error(dense, packed, shape, options, host)
         if reason is None and not error <= tolerance:
             reason = f"the sparse product differs by {error:.2g} of |W| |X|, {tolerance:.2g} is allowed"
-    except RuntimeError as refused:  # what PyTorch makes of the library's errors
+    except RuntimeError as refused:  # PyTorch raises the library's errors as RuntimeError
         return ProbeLayer(name, shape, gemm, FAIL, _error_text(refused))
     if shape not in timed:
         timed[shape] = tuple(_time(weight, dense, packed, shape, batch, options, host) for batch in options.batches)
@@ -226,19 +226,19 @@ def _violation(matrix: npt.NDArray[Any], shape: LayerShape) -> str | None:
 
 
 def _changed(dense: torch.Tensor, packed: Any, dtype: str, host: SparseHost) -> str | None:
-    """What is wrong with the values that come back from the packed form: its product with the identity, which is exact."""
+    """Compare the packed values with the original ones, by an exact product with the identity."""
     import torch
 
     identity = torch.eye(dense.shape[1], dtype=dense.dtype, device=dense.device)
     back = host.multiply(packed, identity.t()).to(torch.float32)
     wrong = int((back != dense.to(torch.float32)).sum())
-    return f"{wrong} values of {dtype} come back changed from the packed form" if wrong else None
+    return f"{wrong} {dtype} values are changed by packing" if wrong else None
 
 
 def _error(
     dense: torch.Tensor, packed: Any, shape: LayerShape, options: ProbeOptions, host: SparseHost
 ) -> tuple[float, float]:
-    """The sparse product's largest difference from the dense one as a share of |W| |X|, for one image; and what is allowed.
+    """The largest difference between sparse and dense product for one image, relative to |W| |X|, and the tolerance.
 
     Sums of whole numbers are exact. Of floats, both products round each result once and each sum of parts, in their own
     order.
@@ -281,7 +281,7 @@ def _time(
             runs[_CONV] = _convolution(weight, shape, batch, options, host)
         with _best_algorithms():
             p50_ms = host.time_ms(runs, options.warm_up, options.repeats)
-    except RuntimeError as refused:  # out of memory among them
+    except RuntimeError as refused:  # includes out of memory
         return ProbeBatch(batch, None, None, None, _error_text(refused))
     reason = None if _CONV in p50_ms else "PyTorch has no int8 convolution on GPUs"
     return ProbeBatch(batch, p50_ms.get(_CONV), p50_ms[_DENSE], p50_ms[_SPARSE], reason)
@@ -290,7 +290,7 @@ def _time(
 def _convolution(
     weight: npt.NDArray[Any], shape: LayerShape, batch: int, options: ProbeOptions, host: SparseHost
 ) -> Callable[[], object]:
-    """The dense convolution in the layout that tensor cores like, its input padded beforehand."""
+    """The dense convolution in channels-last layout, which tensor cores prefer; its input is padded in advance."""
     import torch
     from torch.nn import functional
 
@@ -324,13 +324,13 @@ def _images(shape: LayerShape, batch: int, options: ProbeOptions, host: SparseHo
 
 
 def _columns(shape: LayerShape, batch: int, width: int, options: ProbeOptions, host: SparseHost) -> torch.Tensor:
-    """Columns of made-up images in the dtype, (n, width); rows and columns beyond the layer's own are zero."""
+    """Columns of random images in the probe's dtype, (n, width); padding rows and columns are zero."""
     import torch
 
     images = _images(shape, batch, options, host)
     if options.dtype == "int8":
         images = (images * _INT8_STEPS).round().clamp(-_INT8_MAX, _INT8_MAX)
-    # Before they become as many as the kernel has places; int8 cannot be unfolded, and float16 holds such numbers.
+    # Converted before im2col multiplies them. `unfold` has no int8 kernel; float16 represents these integers exactly.
     halves = images.to(torch.float16 if options.dtype == "int8" else _torch_dtype(options.dtype))
     seen = columns_of(halves, shape).to(_torch_dtype(options.dtype))
     return _padded(seen, (_round_up(len(seen), MULTIPLES[options.dtype][2]), width))
@@ -356,7 +356,7 @@ def _torch_dtype(name: str) -> torch.dtype:
 
 
 def _padded(matrix: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Zeros below and to the right; they add nothing to a product, and a group of zeros is 2:4."""
+    """Zero-pad below and to the right; products do not change, and groups of zeros are 2:4."""
     from torch.nn import functional
 
     rows, columns = matrix.shape

@@ -144,7 +144,7 @@ def test_values_that_come_back_changed_fail(dtype: str) -> None:
 
     layer = one(replace(HOST, compress=spoiling), dtype=dtype)
     assert layer.verdict == "fail"
-    assert layer.reason == f"1 values of {dtype} come back changed from the packed form"
+    assert layer.reason == f"1 {dtype} values are changed by packing"
 
 
 @pytest.mark.parametrize("dtype", MULTIPLES)
@@ -188,7 +188,7 @@ def test_int8_uses_its_range_in_weights_and_images() -> None:
 
 def test_a_weight_that_is_not_the_layers_is_told() -> None:
     layer = one(weight=np.zeros((32, 16, 1, 1), np.float32))
-    assert (layer.verdict, layer.reason) == ("fail", "the weight (32, 16, 1, 1) is not the layer's")
+    assert (layer.verdict, layer.reason) == ("fail", "the weight (32, 16, 1, 1) does not match the layer's shape")
 
 
 def test_convolutions_are_timed_with_the_best_algorithm_found_and_what_was_set_comes_back() -> None:
@@ -207,7 +207,7 @@ def test_convolutions_are_timed_with_the_best_algorithm_found_and_what_was_set_c
 
 def test_the_host_is_this_machines_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(HostError, match="PyTorch sees none"):
+    with pytest.raises(HostError, match="PyTorch finds none"):
         probe({}, {}, QUICK)
 
 
@@ -265,7 +265,7 @@ def test_options_out_of_range(options: dict[str, Any]) -> None:
 
 def test_each_thing_missing_on_a_host_is_told_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(HostError, match="PyTorch sees none") as caught:
+    with pytest.raises(HostError, match="PyTorch finds none") as caught:
         find_cusparselt_host()
     assert torch.__version__ in str(caught.value.found)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -384,7 +384,7 @@ def test_the_command_ends_with_3_where_there_is_no_gpu(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     ran = cli("probe", digits_resnet)
     assert ran.code == 3
-    assert "PyTorch sees none" in ran.err
+    assert "PyTorch finds none" in ran.err
     assert "fix:" in ran.err
 
 
