@@ -18,7 +18,7 @@ class GroupWithExamples(TyperGroup):
     """The first help page."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the page; the epilog is printed as it is, because typer would wrap commands like prose."""
+        """Print the page; the epilog is printed verbatim, because typer would wrap commands like prose."""
         examples, self.epilog = self.epilog, None
         super().format_help(ctx, formatter)
         _print_examples(examples)

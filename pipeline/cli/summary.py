@@ -91,7 +91,7 @@ def _verdicts(report: RunReport) -> Iterator[tuple[str, str]]:
         outcome = f"{report.refine.kept} engine kept" if report.refine.refined else "skipped"
         yield "refine", f"{outcome}: {report.refine.reason}"
     if not report.model.trained:
-        yield "UNTRAINED", "the weights are random: good for timing, not for use"
+        yield "UNTRAINED", "the weights are random: use this engine for timing only"
 
 
 def _files(result: LineResult) -> Iterator[tuple[str, str]]:

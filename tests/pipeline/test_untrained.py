@@ -58,7 +58,7 @@ def test_random_weights_are_announced_loudly_and_not_to_be_deployed_next(
     shown = cli("engine", *untrained.options, "--out", untrained.out).out
 
     assert "UNTRAINED" in shown
-    assert "good for timing" in shown
+    assert "for timing only" in shown
     assert "maskplan deploy" not in shown
 
 
