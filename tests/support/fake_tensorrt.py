@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -19,11 +19,12 @@ import numpy as np
 import onnx
 import pytest
 from fake_cuda import World
+from fake_tensorrt_runtime import MAGIC, runtime_classes
+from fake_tensorrt_values import made, pure_virtual, value_classes
 from google.protobuf.message import DecodeError
 
 VERSIONS = ("10.3.0", "10.13.3.9", "10.16.1.11", "11.4.0.106")
 
-_MAGIC = b"FAKEPLAN"
 # Names that people quoted (NVIDIA/TensorRT issue 4020).
 _SPARSE = "sm80_xmma_fprop_avdt_sparse_int8int8_tilesize64x64x64_tapsperload3_threadspercta128_r3s3_u1v1_scalebias_relu"
 _DENSE = "sm70_xmma_fprop_conv1x1_i8f32_f32_f32_nchw_vect_c_4kcrs_vect_c_4_nchw_simt_small_batch_bias_relu"
@@ -97,7 +98,7 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
 
     def global_logger(logger: Any) -> Any:
         """TensorRT keeps the first logger that it is given, and has it say so when it is given another (issue 1475)."""
-        _made(logger, ILogger)
+        made(logger, ILogger)
         if not registered:
             registered.append(logger)
         elif registered[0] is not logger:
@@ -118,80 +119,11 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
             self._made = True
 
         def log(self, severity: Any, msg: str) -> None:
-            _pure_virtual("ILogger", "log")
+            pure_virtual("ILogger", "log")
 
-    class IProgressMonitor:
-        def __init__(self) -> None:
-            self._made = True
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            _pure_virtual("IProgressMonitor", "phase_start")
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            _pure_virtual("IProgressMonitor", "step_complete")
-            return False
-
-        def phase_finish(self, phase_name: str) -> None:
-            _pure_virtual("IProgressMonitor", "phase_finish")
-
-    class IHostMemory:
-        def __init__(self, data: bytes) -> None:
-            self._data = data
-
-        def __bytes__(self) -> bytes:
-            return self._data
-
-        @property
-        def nbytes(self) -> int:
-            return len(self._data)
-
-    class ITimingCache:
-        def __init__(self, data: bytes) -> None:
-            self._lines = set(data.split(b"\n")) - {b""}
-
-        def _is_ours(self) -> bool:
-            return all(line.startswith(f"TensorRT {version} ".encode()) for line in self._lines)
-
-        def combine(self, input_cache: ITimingCache, ignore_mismatch: bool) -> bool:
-            if not (ignore_mismatch or input_cache._is_ours()):
-                return False
-            self._lines |= input_cache._lines
-            return True
-
-        def serialize(self) -> IHostMemory:
-            return IHostMemory(b"\n".join(sorted(self._lines)))
-
-    class IOptimizationProfile:
-        def __init__(self) -> None:
-            self._shapes: dict[str, list[tuple[int, ...]]] = {}
-
-        def set_shape(self, input: str, min: Sequence[int], opt: Sequence[int], max: Sequence[int]) -> None:
-            shapes = [tuple(min), tuple(opt), tuple(max)]
-            if any(not isinstance(size, int) for size in (*min, *opt, *max)):
-                raise ValueError("cannot be converted to Dims")
-            for name, lower, higher in (("opt", min, opt), ("max", opt, max)):
-                if not all(a <= b for a, b in zip(lower, higher, strict=True)):
-                    raise RuntimeError(f"Shape provided for {name} is inconsistent with other shapes.")
-            self._shapes[input] = shapes
-
-    class IInt8EntropyCalibrator2:
-        def __init__(self) -> None:
-            self._made = True
-
-        def get_batch_size(self) -> int:
-            _pure_virtual("IInt8EntropyCalibrator2", "get_batch_size")
-            return 0
-
-        def get_batch(self, names: list[str]) -> list[int] | None:
-            _pure_virtual("IInt8EntropyCalibrator2", "get_batch")
-            return None
-
-        def read_calibration_cache(self) -> bytes | None:
-            _pure_virtual("IInt8EntropyCalibrator2", "read_calibration_cache")
-            return None
-
-        def write_calibration_cache(self, cache: Any) -> None:
-            _pure_virtual("IInt8EntropyCalibrator2", "write_calibration_cache")
+    IProgressMonitor, IHostMemory, ITimingCache, IOptimizationProfile, IInt8EntropyCalibrator2, ParserError = (
+        value_classes(version)
+    )  # noqa: N806
 
     class INetworkDefinition:
         def __init__(self, logger: Any, strong: bool) -> None:
@@ -275,7 +207,7 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
 
         @progress_monitor.setter
         def progress_monitor(self, value: Any) -> None:
-            self._monitor = _made(value, IProgressMonitor)
+            self._monitor = made(value, IProgressMonitor)
 
     if not newer:
 
@@ -286,7 +218,7 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
             return True
 
         def set_calibrator(self: IBuilderConfig, value: Any) -> None:
-            self._calibrator = _made(value, IInt8EntropyCalibrator2)
+            self._calibrator = made(value, IInt8EntropyCalibrator2)
 
         IBuilderConfig.set_calibration_profile = set_calibration_profile  # type: ignore[attr-defined]
         calibrator = property(lambda self: self._calibrator, set_calibrator)
@@ -376,23 +308,7 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
                 "detailed": config._verbosity == verbosity["DETAILED"],
             }
             text = json.dumps(header).encode()
-            return IHostMemory(_MAGIC + len(text).to_bytes(8, "little") + text + network._model.SerializeToString())
-
-    class ParserError:
-        def __init__(self, desc: str, node: int = -1, node_name: str = "", node_operator: str = "") -> None:
-            self._desc, self._node, self._name, self._operator = desc, node, node_name, node_operator
-
-        def desc(self) -> str:
-            return self._desc
-
-        def node(self) -> int:
-            return self._node
-
-        def node_name(self) -> str:
-            return self._name
-
-        def node_operator(self) -> str:
-            return self._operator
+            return IHostMemory(MAGIC + len(text).to_bytes(8, "little") + text + network._model.SerializeToString())
 
     class OnnxParser:
         def __init__(self, network: INetworkDefinition, logger: ILogger) -> None:
@@ -421,153 +337,9 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
         def get_error(self, index: int) -> ParserError:
             return self._errors[index]
 
-    class EngineInspector:
-        def __init__(self, header: dict[str, Any]) -> None:
-            self._header = header
-
-        def get_engine_information(self, format: Any) -> str:
-            assert format == formats["JSON"]
-            layers = self._header["layers"]
-            tensors = {"I/O Tensors": []} if newer else {"Bindings": []}
-            shown = layers if self._header["detailed"] else [layer["Name"] for layer in layers]
-            return json.dumps({"Layers": shown} | tensors)
-
-    class IExecutionContext:
-        def __init__(self, engine: ICudaEngine) -> None:
-            self._held = Owned(world)
-            self._engine = engine
-            self._shapes: dict[str, tuple[int, ...]] = {}
-            self._addresses: dict[str, int] = {}
-            self._profile: int | None = None
-
-        def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
-            if "select" in control.failures or profile_index >= len(self._engine._header["profiles"]):
-                raise RuntimeError("Error in set optimization profile async.")
-            self._profile, self._shapes = profile_index, {}
-            return True
-
-        def set_input_shape(self, name: str, shape: Sequence[int]) -> bool:
-            assert self._profile is not None
-            low, _, high = self._engine._header["profiles"][self._profile][name]
-            if "input_shape" in control.failures or not all(
-                a <= b <= c for a, b, c in zip(low, shape, high, strict=True)
-            ):
-                self._engine._logger.log(severities.ERROR, "IExecutionContext::setInputShape: Error Code 3")
-                return False
-            self._shapes[name] = tuple(shape)
-            return True
-
-        def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-            batch = next(iter(self._shapes.values()))[0]
-            value = next(o for o in self._engine._model.graph.output if o.name == name)
-            dims = [d.dim_value or -1 for d in value.type.tensor_type.shape.dim]
-            return (batch, *dims[1:])
-
-        def set_tensor_address(self, name: str, memory: int) -> bool:
-            self._addresses[name] = memory
-            return "address" not in control.failures
-
-        def execute_async_v3(self, stream_handle: int) -> bool:
-            if "execute" in control.failures:
-                self._engine._logger.log(severities.ERROR, "enqueueV3 failed")
-                return False
-            if "capture" in control.failures and world.streams[stream_handle].captured is not None:
-                return False
-            world.require_context()
-            if world.place() != self._engine._held.place:
-                self._engine._logger.log(severities.ERROR, "invalid resource handle")
-                return False
-            shapes, addresses = dict(self._shapes), dict(self._addresses)
-            world.streams[stream_handle].give(lambda: self._engine._run(shapes, addresses))
-            return True
-
-    class ICudaEngine:
-        def __init__(self, data: bytes, header: dict[str, Any], logger: Any) -> None:
-            import onnxruntime
-
-            self._header, self._logger, self._held = header, logger, Owned(world)
-            self._model = onnx.load_from_string(data)
-            self._session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-
-        def create_engine_inspector(self) -> EngineInspector | None:
-            if "inspector" in control.failures:
-                return None
-            return EngineInspector(self._header)
-
-        def create_execution_context(self) -> IExecutionContext | None:
-            if "context" in control.failures:
-                fail(self._logger, "createExecutionContext: out of memory")
-                return None
-            return IExecutionContext(self)
-
-        @property
-        def device_memory_size_v2(self) -> int:
-            return 4096
-
-        @property
-        def num_io_tensors(self) -> int:
-            return len(self._tensors())
-
-        @property
-        def num_optimization_profiles(self) -> int:
-            return len(self._header["profiles"])
-
-        def get_tensor_name(self, index: int) -> str:
-            return list(self._tensors())[index]
-
-        def get_tensor_mode(self, name: str) -> Any:
-            return modes["INPUT" if name in self._header["inputs"] else "OUTPUT"]
-
-        def get_tensor_dtype(self, name: str) -> Any:
-            return _data_type(types_, self._tensors()[name])
-
-        def _tensors(self) -> dict[str, int]:
-            return {v.name: v.type.tensor_type.elem_type for v in (*self._model.graph.input, *self._model.graph.output)}
-
-        def _run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
-            feeds = {}
-            for value in self._session.get_inputs():
-                dtype = np.dtype({"tensor(float)": "float32", "tensor(float16)": "float16"}[value.type])
-                nbytes = int(np.prod(shapes[value.name])) * dtype.itemsize
-                raw = world.at(addresses[value.name], nbytes)
-                feeds[value.name] = raw.view(dtype).reshape(shapes[value.name])
-            names = [o.name for o in self._session.get_outputs()]
-            for name, array in zip(names, self._session.run(names, feeds), strict=True):
-                raw = np.frombuffer(array.tobytes(), np.uint8)
-                np.copyto(world.at(addresses[name], raw.nbytes), raw)
-
-    class Runtime:
-        def __init__(self, logger: ILogger) -> None:
-            self._logger, self._host_code = global_logger(logger), False
-            if "runtime" in control.failures:
-                fail(self._logger, "CUDA initialization failure with error: 35")
-                raise TypeError("pybind11::init(): factory function returned nullptr")
-            self._held = Owned(world)
-
-        @property
-        def engine_host_code_allowed(self) -> bool:
-            return self._host_code
-
-        @engine_host_code_allowed.setter
-        def engine_host_code_allowed(self, value: bool) -> None:
-            self._host_code = value
-
-        def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
-            data = bytes(serialized_engine)
-            header = _header(data)
-            if "deserialize" in control.failures or header is None:
-                fail(self._logger, "Serialization assertion magicTagRead == kMAGIC_TAG failed.")
-                return None
-            if header["version_compatible"] and not self._host_code:
-                # Of any version, the one that built it included: such a plan carries code of its own.
-                self._logger.log(severities.ERROR, "The engine has host code, which setEngineHostCodeAllowed forbids")
-                return None
-            if header["version"] != version and not header["version_compatible"]:
-                self._logger.log(severities.ERROR, "The engine plan file is not compatible with this version")
-                return None
-            start = len(_MAGIC) + 8
-            length = int.from_bytes(data[len(_MAGIC) : start], "little")
-            return ICudaEngine(data[start + length :], header, self._logger)
+    EngineInspector, IExecutionContext, ICudaEngine, Runtime = runtime_classes(  # noqa: N806
+        version, world, control, global_logger, fail, severities, formats, modes, types_
+    )
 
     module = types.ModuleType("tensorrt")
     module.__version__ = version  # type: ignore[attr-defined]
@@ -601,32 +373,6 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
     return module
 
 
-class Owned:
-    """A part of each object of TensorRT's: it takes memory in the context that is current, and is to be freed there."""
-
-    def __init__(self, world: World) -> None:
-        self._world, self.place = world, world.place()
-        world.alive += 1
-
-    def __del__(self) -> None:
-        self._world.alive -= 1
-        self._world.misplaced += self._world.place() != self.place
-
-
-def _data_type(types_: Any, elem_type: int) -> Any:
-    names = {
-        onnx.TensorProto.FLOAT: "FLOAT",
-        onnx.TensorProto.FLOAT16: "HALF",
-        onnx.TensorProto.BFLOAT16: "BF16",
-        onnx.TensorProto.INT8: "INT8",
-        onnx.TensorProto.UINT8: "UINT8",
-        onnx.TensorProto.INT32: "INT32",
-        onnx.TensorProto.INT64: "INT64",
-        onnx.TensorProto.BOOL: "BOOL",
-    }
-    return types_[names[elem_type]]
-
-
 def _static_mismatch(value: onnx.ValueInfoProto, profiles: list[list[tuple[int, ...]]]) -> str:
     """What a builder says of a profile for dimensions that the network fixes (NVIDIA/TensorRT issue 939); else nothing."""
     fixed = [d.dim_value or None for d in value.type.tensor_type.shape.dim]
@@ -637,35 +383,6 @@ def _static_mismatch(value: onnx.ValueInfoProto, profiles: list[list[tuple[int, 
                     f"{value.name}: for dimension number {axis} in profile {number} does not match network definition"
                 )
     return ""
-
-
-def _pure_virtual(cls: str, method: str) -> None:
-    """What the bindings of 10.3 and 11.4 make of a method that a subclass did not override: a line, and no exception."""
-    print(
-        f'[ERROR] Exception caught in {method}(): Tried to call pure virtual function "{cls}::{method}"',
-        file=sys.stderr,
-    )
-
-
-def _made(value: Any, cls: type) -> Any:
-    """An object whose own constructor called that of the class; the bindings insist on it."""
-    assert isinstance(value, cls)
-    if not hasattr(value, "_made"):
-        raise TypeError(f"{cls.__name__}.__init__() must be called when overriding __init__")
-    return value
-
-
-def _header(data: bytes) -> dict[str, Any] | None:
-    start = len(_MAGIC) + 8
-    if not data.startswith(_MAGIC) or len(data) < start:
-        return None
-    length = int.from_bytes(data[len(_MAGIC) : start], "little")
-    try:
-        found: dict[str, Any] = json.loads(data[start : start + length])
-        onnx.load_from_string(data[start + length :])
-    except Exception:
-        return None
-    return found
 
 
 def _layers(model: onnx.ModelProto, sparse: bool, newer: bool, dense: set[str]) -> list[dict[str, Any]]:
