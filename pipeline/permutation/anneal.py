@@ -1,12 +1,12 @@
-"""One chain of annealed column swaps, compiled. `search.py` prepares its arrays and judges its results.
+"""One chain of annealed column swaps, compiled. `search.py` prepares its arrays and compares its results.
 
-What makes a swap cheap: let `rival` be, for one column and row, the n-th largest of the *other* columns of its group. With
+Why a swap is cheap: let `rival` be, for one column and row, the n-th largest of the *other* columns of its group. With
 another column in its place the group keeps the same n - 1 others and the larger of `rival` and the newcomer. So what a
 column would add to a group is one maximum and one addition a row, whatever n and m are, and only the two groups of an
-accepted swap are sorted again. These values are kept until the group changes, for most proposals meet groups that did not.
+accepted swap are sorted again. These values are cached until the group changes, as most proposals involve unchanged groups.
 
-Functions take arrays one by one: a tuple of them would be counted in and out at each call, which costs more than a proposal.
-Any order of the summation will do, so last bits depend on the processor's vector units.
+Functions take arrays one by one: numba adjusts the reference count of each array of a tuple at each call, which costs more
+than a proposal. The order of summation is free, so the last bits depend on the processor's vector units.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-# Gains this small beside what the two columns add are rounding.
+# Gains below this share of what the two columns add are rounding.
 _ROUNDING = 1e-6
-# log(u) for u uniform in (0, 1): what a proposal may lose in units of the temperature.
+# log(u) for u uniform in (0, 1): the loss that a proposal may cause, in units of the temperature.
 _LOGS = np.log((np.arange(4096) + 0.5) / 4096).astype(np.float32)
 
 
 def _compiled(function: _F) -> _F:
-    # Scores are finite, so a maximum needs no care for NaN, and sums may be taken in any order.
+    # Scores are finite, so that a maximum need not handle NaN; sums may be taken in any order.
     return cast(_F, njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz", "nnan"})(function))
 
 
@@ -39,8 +39,8 @@ class State(NamedTuple):
     Attributes:
         x: (C, R), the columns, contiguous, in [0, 1].
         rival: (C, R), see the module's text.
-        own: (C,), what a column adds where it is.
-        added: (C, C), what column j would add in place of column i, negative where unknown; (1, 1) for no such table.
+        own: (C,), what a column adds at its current place.
+        added: (C, C), what column j would add in the place of column i, negative where unknown; (1, 1) if there is no table.
         order: (C,), the columns, group after group.
         place: (C,), the inverse.
         group: (C,), each column's group.
@@ -58,7 +58,7 @@ class State(NamedTuple):
 
 
 def start(x: Floats, order: Integers, n: int, m: int, seed: int, *, table: bool) -> State:
-    """Everything that a chain needs to begin with `order`."""
+    """The state of a chain that starts from `order`."""
     columns = len(order)
     state = State(
         x,
@@ -87,7 +87,7 @@ def descend(
     n: int,
     m: int,
 ) -> int:
-    """Look at every pair of columns once and swap where that gains; returns the number of swaps."""
+    """Visit every pair of columns once, swap if that gains, and return the number of swaps."""
     swaps = 0
     for i in range(len(order)):
         for j in range(i):
@@ -112,7 +112,7 @@ def sampled_losses(
     random: npt.NDArray[np.uint64],
     count: int,
 ) -> Floats:
-    """What random swaps would lose; those within a group and those that lose nothing are infinite."""
+    """The losses of random swaps; infinite for swaps within a group and for those without a loss."""
     losses = np.full(count, np.inf, np.float32)
     for k in range(count):
         i, j, _ = _draw(random, len(order))
@@ -143,14 +143,14 @@ def anneal(
 ) -> float:
     """Propose random swaps, `steps` of them, at one temperature, which is in units of the gain.
 
-    `best` (C,) is the best order met, overwritten by a better one; `lead` is what the present order keeps above it, and
-    its new value is returned. The other arguments are the state, and n and m.
+    `best` (C,) is the best order so far, overwritten by a better one; `lead` is what the current order keeps above it,
+    and its new value is returned. The other arguments are the state, and n and m.
     """
     warmth, known = float32(temperature), added.shape[0] > 1
     for step in range(steps):
         i, j, chance = _draw(random, len(order))
         if group[i] != group[j]:
-            # As `_added`, whose call would cost more than all else that most steps do.
+            # `_added` inlined, as its call would cost more than the rest of most steps.
             here, there = (added[i, j], added[j, i]) if known else (float32(-1), float32(-1))
             if here < 0:
                 here = _sum_of_larger(rival[i], x[j])
@@ -178,7 +178,7 @@ def _sort_groups(x: Floats, rival: Floats, own: Floats, order: Integers, n: int,
 
 @_compiled
 def _added(x: Floats, rival: Floats, added: Floats, i: int, j: int) -> Any:
-    """What column j adds in the place of column i."""
+    """What column j adds in the place of column i, from the table if there is one."""
     if added.shape[0] == 1:
         return _sum_of_larger(rival[i], x[j])
     known = added[i, j]
@@ -223,7 +223,7 @@ def _swap(
 
 @_compiled
 def _sort_group(x: Floats, rival: Floats, own: Floats, columns: Integers, n: int) -> None:
-    """Renew `rival` and `own` of a group's columns."""
+    """Recompute `rival` and `own` of a group's columns."""
     if n == 2 and len(columns) == 4:
         _rivals_2to4(x, rival, columns)
     else:
@@ -238,7 +238,7 @@ def _rivals_2to4(x: Floats, rival: Floats, columns: Integers) -> None:
     ra, rb, rc, rd = rival[columns[0]], rival[columns[1]], rival[columns[2]], rival[columns[3]]
     for r in range(x.shape[1]):
         p, q, u, v = a[r], b[r], c[r], d[r]
-        # Choices between two values only, which the compiler turns into minima and maxima of rows side by side.
+        # Only choices between two values, which the compiler turns into vectorized minima and maxima.
         high, low = p if p > q else q, q if p > q else p
         other_high, other_low = u if u > v else v, v if u > v else u
         low_of_highs = high if high < other_high else other_high

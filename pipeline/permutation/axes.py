@@ -1,9 +1,15 @@
-"""Which channel each place of a tensor belongs to, and which channels are one and the same throughout a network.
+"""Which channel each position of a tensor belongs to, and which channels are the same throughout a network.
 
-Every axis of every parameter starts with channels of its own. Operators tie them: what is added, multiplied or contracted
-place by place moves together. A channel may own several places of an axis (its positions in an image that is flattened for
-a head), told apart as its *copies*, by number; places with one number correspond in all channels. Two channels can change
-places exactly if they own the same copies in every tensor of the network and nothing holds either of them.
+Every axis of every parameter starts with its own channels, numbered by integers. Operators tie them: positions that are
+added, multiplied or contracted with each other move together. The ties are a union-find forest over the channel numbers.
+
+A channel may own several positions along one axis (its pixels in an image that is flattened for a head). They are its
+*copies*, and are distinguished by number: positions with the same number correspond to each other in all channels.
+
+Two channels can be swapped if and only if they own the same copies in every tensor of the network and neither is pinned.
+Comparing these sets channel by channel would need a table of channels by tensors. Instead, each (tensor, copy, position
+class) becomes a random-looking 64-bit tag, and a channel's signature is the sum of its tags: equal sets have equal sums, and
+different sets have equal sums with a probability of about 2**-64 for each pair.
 """
 
 from __future__ import annotations
@@ -19,11 +25,12 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """The channels along some dimensions of a tensor.
+    """Which channel, and which copy of it, each position along some dimensions of a tensor belongs to.
 
     Attributes:
-        channels: As many dimensions as the tensor, each of the tensor's length or, where channels do not vary, 1.
-        copies: Which copy of its channel each place is; of the same shape.
+        channels: Channel numbers; as many dimensions as the tensor, each of the tensor's length or, where channels do not
+            vary, 1.
+        copies: The number of the copy at each position; same shape.
     """
 
     channels: Integers
@@ -34,19 +41,19 @@ class Places:
         """The dimensions along which channels vary."""
         return tuple(d for d, size in enumerate(self.channels.shape) if size > 1)
 
-    def rearranged(self, how: Callable[[Integers], Integers]) -> Places:
-        """What a movement of data makes of it."""
-        return Places(how(self.channels), how(self.copies))
+    def rearranged(self, movement: Callable[[Integers], Integers]) -> Places:
+        """The places after a movement of data."""
+        return Places(movement(self.channels), movement(self.copies))
 
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """A tensor on its way through the network, by its channels only.
+    """A tensor of the network, described by its channels only.
 
     Attributes:
-        shape: Of the tensor.
+        shape: Shape of the tensor.
         places: Channels along disjoint sets of dimensions; other dimensions, such as the batch or rows, never move.
-        constant: Dimensions along which the tensor is known not to vary.
+        constant: Dimensions along which all values of the tensor are known to be equal.
     """
 
     shape: tuple[int, ...]
@@ -58,25 +65,26 @@ class Value:
         return next((p for p in self.places if p.dims == (dim,)), None)
 
     def varies(self, dim: int) -> bool:
-        """Whether places along a dimension may differ."""
+        """Whether values along a dimension may differ."""
         return self.shape[dim] > 1 and dim not in self.constant
 
 
 class Channels:
-    """All channels of a network: which are the same, and which are held in place and why."""
+    """All channels of a network: which are the same, which are pinned (cannot move), and for what reason."""
 
     def __init__(self) -> None:
-        # A channel that is a copy of another points to it; copy 0 means that it is the other.
+        # Union-find: a channel points to the one that it was tied to. Copy 0 means that both are the same channel; any other
+        # number means that this one is that copy of its parent.
         self._parent: Integers = np.zeros(0, np.int64)
         self._copy: Integers = np.zeros(0, np.int64)
-        # The axis that each began on, and the highest number of a copy of it so far.
+        # The axis that each channel was created for, and the highest number of a copy of it so far.
         self._axis: Integers = np.zeros(0, np.int64)
         self._highest: Integers = np.zeros(0, np.int64)
-        self._held: dict[int, str] = {}
-        self._apart: list[tuple[Places, Integers]] = []
+        self._pinned: dict[int, str] = {}
+        self._distinctions: list[tuple[Places, Integers]] = []
 
-    def fresh(self, shape: Sequence[int], dim: int, held: str | None = None) -> Places:
-        """New channels along one dimension of a tensor."""
+    def fresh(self, shape: Sequence[int], dim: int, pinned: str | None = None) -> Places:
+        """Create channels along one dimension of a tensor; `pinned` is the reason reason they cannot move, if any."""
         first, count = len(self._parent), shape[dim]
         new = np.arange(first, first + count)
         self._parent = np.concatenate([self._parent, new])
@@ -86,82 +94,83 @@ class Channels:
         lengths = [1] * len(shape)
         lengths[dim] = count
         places = Places(new.reshape(lengths), np.zeros(lengths, np.int64))
-        if held is not None:
-            self.hold(places, held)
+        if pinned is not None:
+            self.pin(places, pinned)
         return places
 
     def resolved(self, places: Places) -> Places:
-        """The same places by the channels that others were found to be the same as."""
+        """The same places in terms of the representatives (roots) of tied channels."""
         channels, copies = places.channels, places.copies
         while True:
             parents = self._parent[channels]
             if np.array_equal(parents, channels):
                 return Places(channels, copies)
             step = self._copy[channels]
-            # A copy of a copy has no number.
+            # Copies have one level only: a copy of a copy cannot be numbered.
             if (nested := (step != 0) & (copies != 0)).any():
-                self._hold(np.concatenate([channels[nested], parents[nested]]), "a copy of a copy of it is used")
+                self._pin(np.concatenate([channels[nested], parents[nested]]), "a copy of a copy of it is used")
             channels, copies = parents, np.where(step != 0, step, copies)
 
     def tie(self, a: Places, b: Places) -> None:
-        """Two arrays of places correspond one by one from here on."""
+        """Make two arrays of places correspond element by element: channels at the same index move together."""
         one, other = self.resolved(a), self.resolved(b)
         if self._highest[other.channels].max() > self._highest[one.channels].max():
-            # A channel that others are copies of had better stay what they point to.
+            # The channel that already has copies stays the root, so that its copies keep their numbers.
             one, other = other, one
         rows = np.stack([x.ravel() for x in (one.channels, one.copies, other.channels, other.copies)])
         into, into_copy, new, new_copy = rows = rows[:, rows[0] != rows[2]]
-        # Channels of one axis, as the halves of a gate, cannot share a number.
+        # Two channels of one axis that are tied, such as the halves of a gate, own two positions of that axis: they become
+        # different copies of one channel. `another` is a number that no copy has yet.
         another = int(self._highest[into].max(initial=0)) + 1
-        apart = (self._axis[into] == self._axis[new]) & (into_copy == 0) & (new_copy == 0)
-        copy = np.where(apart, another, np.where(into_copy == new_copy, 0, into_copy))
+        same_axis = (self._axis[into] == self._axis[new]) & (into_copy == 0) & (new_copy == 0)
+        copy = np.where(same_axis, another, np.where(into_copy == new_copy, 0, into_copy))
         possible = (into_copy == new_copy) | (new_copy == 0)
         if possible.all() and len(np.unique(new)) == new.size and not np.isin(into, new).any():
             self._point(new, into, copy)
         else:
             for channel, number, met, met_number in rows.T.tolist():
                 self._tie(channel, number, met, met_number, another)
-        self._hold_unlike(a, b)
+        self._pin_mismatched(a, b)
 
-    def _hold_unlike(self, a: Places, b: Places) -> None:
-        """Places of one channel correspond if their copies do: number by number, the same way for all channels."""
+    def _pin_mismatched(self, a: Places, b: Places) -> None:
+        """Pin channels whose copies do not correspond number by number, in the same way for all channels."""
         a, b = self.resolved(a), self.resolved(b)
         pairs = np.unique(np.stack([a.copies.ravel(), b.copies.ravel()]), axis=1)
         if any(len(np.unique(side)) < len(side) for side in pairs):
-            self._hold(a.channels[a.copies != b.copies], "copies of it meet in another order")
+            self._pin(a.channels[a.copies != b.copies], "copies of it are combined in a different order")
 
-    def hold(self, places: Places, why: str) -> None:
-        """These channels cannot move; of several reasons the first one counts."""
-        self._hold(places.channels.ravel(), why)
+    def pin(self, places: Places, reason: str) -> None:
+        """Keep these channels in place; the first reason given is the one reported."""
+        self._pin(places.channels.ravel(), reason)
 
-    def tell_apart(self, places: Places, by: Integers) -> None:
-        """Channels at places with different numbers cannot change places; `by` broadcasts to the places."""
-        self._apart.append((places, np.broadcast_to(by, places.channels.shape)))
+    def distinguish(self, places: Places, by: Integers) -> None:
+        """Forbid swaps between channels at places with different numbers; `by` broadcasts to the places."""
+        self._distinctions.append((places, np.broadcast_to(by, places.channels.shape)))
 
-    def held(self) -> dict[int, str]:
-        """Why channels that stand for themselves cannot move."""
-        found: dict[int, str] = {}
-        for channel, why in self._held.items():
-            found.setdefault(self._root(channel), why)
-        return found
+    def pinned(self) -> dict[int, str]:
+        """The reason for each pinned channel, by its root."""
+        reasons: dict[int, str] = {}
+        for channel, reason in self._pinned.items():
+            reasons.setdefault(self._root(channel), reason)
+        return reasons
 
     def signatures(self, values: Sequence[Value]) -> npt.NDArray[np.uint64]:
-        """A digest for each channel of the places that it owns in these tensors; equal for those that can change places.
+        """For each channel, a 64-bit digest of the positions that it owns in these tensors; equal ones can be swapped.
 
-        Holds channels whose copies in some tensor are ambiguous.
+        Pins channels that own two positions of a tensor with the same copy number.
         """
-        found = np.zeros(len(self._parent), np.uint64)
+        digests = np.zeros(len(self._parent), np.uint64)
         places = [p for value in values for p in value.places]
         nothing = np.zeros(1, np.int64)
-        for number, (each, by) in enumerate([*((p, nothing) for p in places), *self._apart]):
+        for number, (each, by) in enumerate([*((p, nothing) for p in places), *self._distinctions]):
             owned = self.resolved(each)
             channels, copies = owned.channels.ravel(), owned.copies.ravel()
             keys = channels * (copies.max(initial=0) + 1) + copies
             _, first, times = np.unique(keys, return_index=True, return_counts=True)
-            self._hold(channels[first[times > 1]], "two of its places in a tensor cannot be told apart")
+            self._pin(channels[first[times > 1]], "two of its positions in a tensor cannot be distinguished")
             where = np.broadcast_to(by, owned.channels.shape).ravel()
-            np.add.at(found, channels, _scrambled(number, copies, where))
-        return found
+            np.add.at(digests, channels, _random_tags(number, copies, where))
+        return digests
 
     def _root(self, channel: int) -> int:
         while (parent := int(self._parent[channel])) != channel:
@@ -172,7 +181,7 @@ class Channels:
         while (parent := int(self._parent[channel])) != channel:
             step = int(self._copy[channel])
             if step and copy:
-                self._hold(np.array([channel, parent]), "a copy of a copy of it is used")
+                self._pin(np.array([channel, parent]), "a copy of a copy of it is used")
             channel, copy = parent, step or copy
         return channel, copy
 
@@ -187,23 +196,23 @@ class Channels:
         elif copy == 0:
             self._point(one, other, other_copy)
         else:
-            self._hold(np.array([one, other]), "copies of it meet in another order")
+            self._pin(np.array([one, other]), "copies of it are combined in a different order")
 
     def _point(self, new: Integers | int, into: Integers | int, copy: Integers | int) -> None:
         self._parent[new], self._copy[new] = into, copy
         self._highest[into] = np.maximum(np.maximum(self._highest[into], self._highest[new]), copy)
 
-    def _hold(self, channels: Integers, why: str) -> None:
+    def _pin(self, channels: Integers, reason: str) -> None:
         for channel in channels.tolist():
-            self._held.setdefault(channel, why)
+            self._pinned.setdefault(channel, reason)
 
 
-def _scrambled(*numbers: int | npt.NDArray[np.integer]) -> npt.NDArray[np.uint64]:
-    """Tuples of numbers to 64 bits that look random (the finalizer of splitmix64), so that sums of them tell sets apart."""
+def _random_tags(*numbers: int | npt.NDArray[np.integer]) -> npt.NDArray[np.uint64]:
+    """Hash tuples of numbers to 64 random-looking bits (the finalizer of splitmix64); sums of such tags identify sets."""
     z = np.zeros(1, np.uint64)
     with np.errstate(over="ignore"):
         for number in numbers:
-            # Signed and unsigned together would become floats.
+            # NumPy would promote int64 with uint64 to float64.
             z = z + np.asarray(number).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
             z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,4 +1,4 @@
-"""What rules for operators have in common: the call they are given, and what happens to channels that meet."""
+"""What the rules for operators share: the description of a call, and how channels of several tensors combine."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from maskplan.pipeline.permutation.axes import Channels, Places, Value
 
 Result = Value | list[Value | None]
 
-FIXED_VALUES = "it meets values that cannot move"
-LIES_OTHERWISE = "it meets channels that lie otherwise"
+FIXED_VALUES = "it is combined with values that cannot move"
+DIFFERENT_ORDER = "it is combined with channels in a different order"
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,11 @@ class Call:
     """One operator in the network.
 
     Attributes:
-        name: Without overload: `convolution`.
-        args: By the names of the operator's schema; tensors as `Value`.
-        shape: Of the result, or of its first tensor.
-        used: Which results are used, where there are several.
-        same_layout: The result has the shape and strides of the first argument.
+        name: Name of the operator without overload, such as `convolution`.
+        args: Arguments by their name in the operator's schema, defaults included; tensors as `Value`.
+        shape: Shape of the result, or of the first result.
+        used: Indices of the results that are used, where there are several.
+        same_layout: Whether the result has the shape and strides of the first argument.
     """
 
     name: str
@@ -33,64 +33,68 @@ class Call:
     same_layout: bool
 
     def tensors(self) -> list[Value]:
-        found = []
+        """All tensors among the arguments, in the order of the schema."""
+        tensors = []
         for value in self.args.values():
             for each in value if isinstance(value, list | tuple) else (value,):
                 if isinstance(each, Value):
-                    found.append(each)
-        return found
+                    tensors.append(each)
+        return tensors
 
 
 Rule = Callable[[Channels, Call], Result]
 
 
-def joined(channels: Channels, values: Sequence[Value], shape: tuple[int, ...]) -> Value:
-    """What broadcast values give: channels that meet move together; those that meet anything else are held."""
-    values = [aligned(value, len(shape)) for value in values]
-    found: dict[tuple[int, ...], Places] = {}
+def broadcast(channels: Channels, values: Sequence[Value], shape: tuple[int, ...]) -> Value:
+    """The result of an elementwise operator on broadcast tensors.
+
+    Channels that are combined with channels move together; channels that are combined with anything else are pinned.
+    """
+    values = [with_rank(value, len(shape)) for value in values]
+    by_dims: dict[tuple[int, ...], Places] = {}
     for value in values:
         for places in value.places:
             for other in values:
                 if other is not value:
-                    meet(channels, places, other)
-            found.setdefault(places.dims, places)
-    # Channels that meet others along some dimensions only are held, and one of them stands for all.
+                    combine(channels, places, other)
+            by_dims.setdefault(places.dims, places)
+    # Sets of dimensions that overlap in part were pinned by `combine`, so that keeping one of them is enough.
     kept: list[Places] = []
-    for dims, places in found.items():
+    for dims, places in by_dims.items():
         if not any(set(dims) & set(p.dims) for p in kept):
             kept.append(places)
     constant = frozenset(d for d in range(len(shape)) if all(not v.varies(d) for v in values))
     return Value(shape, tuple(kept), constant)
 
 
-def apart(channels: Channels, value: Value) -> Value:
-    """Of channels that come to lie along one dimension, as those of a flattened outer product, only the first can move."""
+def keep_disjoint(channels: Channels, value: Value) -> Value:
+    """Pin all but the first of several channels along one dimension, such as those of a flattened outer product."""
     kept: list[Places] = []
     for places in value.places:
         if any(set(p.dims) & set(places.dims) for p in kept):
-            channels.hold(places, LIES_OTHERWISE)
+            channels.pin(places, DIFFERENT_ORDER)
         else:
             kept.append(places)
     return value if len(kept) == len(value.places) else Value(value.shape, tuple(kept), value.constant)
 
 
-def meet(channels: Channels, places: Places, other: Value) -> None:
-    """Channels meet another tensor, place by place as broadcasting has it: they are tied to its own, or held."""
+def combine(channels: Channels, places: Places, other: Value) -> None:
+    """Combine channels with another tensor element by element, with broadcasting: tie them to its channels, or pin them."""
     dims = set(places.dims)
     for each in other.places:
         if each.dims == places.dims:
             channels.tie(places, each)
             dims -= set(each.dims)
         elif dims & set(each.dims):
-            for held in (places, each):
-                channels.hold(held, LIES_OTHERWISE)
+            for clashing in (places, each):
+                channels.pin(clashing, DIFFERENT_ORDER)
             dims -= set(each.dims)
     if any(other.varies(d) for d in dims):
-        channels.hold(places, FIXED_VALUES)
+        channels.pin(places, FIXED_VALUES)
 
 
-def aligned(value: Value, dims: int) -> Value:
-    """Leading dimensions of length 1, as broadcasting adds them."""
+def with_rank(value: Value, dims: int) -> Value:
+    """Add leading dimensions of length 1, as broadcasting does."""
     added = dims - len(value.shape)
     if added == 0:
         return value
@@ -102,32 +106,32 @@ def aligned(value: Value, dims: int) -> Value:
     )
 
 
-def hold_all(channels: Channels, value: Value, why: str) -> None:
-    """Hold all channels of a tensor."""
+def pin_all(channels: Channels, value: Value, reason: str) -> None:
+    """Pin all channels of a tensor."""
     for places in value.places:
-        channels.hold(places, why)
+        channels.pin(places, reason)
 
 
-def hold_beyond(channels: Channels, value: Value, dims: set[int], why: str) -> None:
-    """Hold channels that vary along other dimensions than these."""
+def pin_beyond(channels: Channels, value: Value, dims: set[int], reason: str) -> None:
+    """Pin channels that vary along any dimension other than these."""
     for places in value.places:
         if set(places.dims) - dims:
-            channels.hold(places, why)
+            channels.pin(places, reason)
 
 
-def moved_to(places: Places, dim: int, dims: int) -> Places:
-    """Channels along one dimension of one tensor as those along another of another."""
+def along_dim(places: Places, dim: int, dims: int) -> Places:
+    """One-dimensional places as those along dimension `dim` of a tensor with `dims` dimensions."""
     return places.rearranged(lambda p: p.reshape([-1 if d == dim else 1 for d in range(dims)]))
 
 
-def spread(vector: Value, dim: int, dims: int) -> Value:
-    """A vector as a tensor that varies along one dimension."""
+def vector_along(vector: Value, dim: int, dims: int) -> Value:
+    """A vector as a tensor with `dims` dimensions that varies along `dim` only."""
     shape = tuple(vector.shape[0] if d == dim else 1 for d in range(dims))
-    return Value(shape, tuple(moved_to(p, dim, dims) for p in vector.places))
+    return Value(shape, tuple(along_dim(p, dim, dims) for p in vector.places))
 
 
 def unknown(channels: Channels, call: Call) -> Result:
-    """The rule for operators without one: what they read stays where it is."""
+    """The rule for operators without a rule: pin everything that they read."""
     for value in call.tensors():
-        hold_all(channels, value, f"the operator {call.name} is not known")
+        pin_all(channels, value, f"the operator {call.name} is not supported")
     return Value(call.shape)

@@ -1,4 +1,10 @@
-"""Which channels of a network can change places with which others, read off its operators, whatever its modules' classes."""
+"""Which channels of a network can be swapped with which others.
+
+This is read from the ATen operators that `torch.export` records, so that the classes of the network's modules do not matter.
+The steps: (1) every axis of every parameter and buffer gets its own channels; (2) the operators are followed in order, and
+each ties channels or pins them (`operators.py`); (3) channels of tensors that share memory are tied as well; (4) channels
+with equal signatures (`axes.py`) that nothing pins form a group.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +28,25 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
-_ALONE = "no other channel is used in the same places"
-_UNSAVED = "a tensor that checkpoints do not hold goes with it"
+_ALONE = "no other channel is used in the same positions"
+_UNSAVED = "it is tied to a tensor that checkpoints do not store"
 
 
 class UnexportableError(InputError):
-    """The model cannot be permuted, because its operators cannot be read off; it can go on as it is."""
+    """The model cannot be permuted because its operators cannot be read; it can be used without a permutation."""
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where a group's channels lie along one axis of a tensor.
+    """The positions of a group's channels along one axis of a tensor of the state dict.
+
+    The same channel may occur at several positions of an axis (its copies), such as the pixels of a channel that a linear
+    layer reads flattened; all of them move with the channel.
 
     Attributes:
         tensor: Name in the state dict.
-        axis: Of the tensor.
-        positions: (channels, copies), int64: those of one channel in a row.
+        axis: Axis of the tensor.
+        positions: (channels, copies) int64; row i lists the positions of channel i.
     """
 
     tensor: str
@@ -47,11 +56,11 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Channels that can be brought into any order, if all places follow: the network's function stays the same.
+    """Channels that can be reordered freely: if all places follow, the network computes the same function.
 
     Attributes:
-        name: Of the layer that makes them, with a number where it makes several groups.
-        places: Every axis that they run along, first the one that names them; channels in one order in all of them.
+        name: Name of the layer that produces them, with a number if it produces several groups.
+        places: Every axis that they run along, first the one that the name is from; all list the channels in the same order.
     """
 
     name: str
@@ -59,6 +68,7 @@ class Group:
 
     @property
     def size(self) -> int:
+        """Number of channels."""
         return len(self.places[0].positions)
 
 
@@ -67,9 +77,9 @@ class Fixed:
     """Channels that cannot move.
 
     Attributes:
-        name: Of the layer that makes or reads them.
-        channels: How many.
-        reason: Why not.
+        name: Name of the layer that produces or reads them.
+        channels: Number of channels.
+        reason: Why they cannot move.
     """
 
     name: str
@@ -88,8 +98,12 @@ class Axes:
 def find_groups(module: nn.Module, preprocessing: Preprocessing) -> Axes:
     """Export a module to ATen operators and follow its channels from the input to the output.
 
+    Args:
+        module: Its weights do not change.
+        preprocessing: Gives the size of an image.
+
     Raises:
-        UnexportableError: `torch.export` refuses the module.
+        UnexportableError: `torch.export` cannot export the module, or sizes depend on values of the input.
     """
     program = _exported(module, preprocessing)
     channels = Channels()
@@ -104,47 +118,47 @@ def _exported(module: nn.Module, preprocessing: Preprocessing) -> ExportedProgra
         for node in program.graph.nodes:
             _require_sizes(node)
         return program
-    except Exception as error:  # the exporter raises whatever the model's code leads it to
+    except Exception as error:  # the exporter raises any exception that the model's code causes
         raise UnexportableError(
             "the model cannot be permuted: torch.export cannot read its operators",
             found=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
-            fix="go on without permuting it, or rewrite what depends on values of the input",
+            fix="continue without permuting it, or rewrite the code that depends on values of the input",
         ) from error
 
 
 def _require_sizes(node: torch.fx.Node) -> None:
-    """Sizes that only the values of an input decide are symbols."""
+    """Raise for a size that is a symbol because it depends on values of the input."""
     value = _first(node.meta.get("val"))
     if not all(isinstance(size, int) for size in getattr(value, "shape", ())):
         raise ValueError(f"the size of {node.name} depends on values of the input")
 
 
 def _walk(program: ExportedProgram, channels: Channels) -> tuple[list[Value], dict[str, Value]]:
-    """All tensors of a network, and those that it is saved by."""
+    """All tensors of a network, and its parameters and buffers by name."""
     signature = program.graph_signature
     saved = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     names = saved | signature.inputs_to_lifted_tensor_constants
     known = {node: program.constants[name] for node, name in names.items() if name in program.constants}
-    found: dict[torch.fx.Node, Any] = {}
+    values: dict[torch.fx.Node, Any] = {}
     parameters: dict[str, Value] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            found[node] = _input(channels, node, saved, _even(known.get(node.name)), parameters)
+            values[node] = _input(channels, node, saved, _uniform_dims(known.get(node.name)), parameters)
         elif node.op == "output":
-            for value in _tensors(_looked_up(node.args, found)):
+            for value in _tensors(_substituted(node.args, values)):
                 for places in value.places:
-                    channels.hold(places, "it is an output of the network")
+                    channels.pin(places, "it is an output of the network")
         elif node.op == "call_function" and isinstance(node.target, _overload()):
-            found[node] = follow(channels, _call(node, found), _is_pointwise(node.target))
+            values[node] = follow(channels, _call(node, values), _is_pointwise(node.target))
         elif node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem":
-            source, index = _looked_up(node.args, found)
-            found[node] = source[index] if isinstance(source, list) else Value(_shape(node))
+            source, index = _substituted(node.args, values)
+            values[node] = source[index] if isinstance(source, list) else Value(_shape(node))
         else:
-            for value in _tensors(_looked_up((node.args, node.kwargs), found)):
+            for value in _tensors(_substituted((node.args, node.kwargs), values)):
                 for places in value.places:
-                    channels.hold(places, f"the operator {node.target} is not known")
-            found[node] = Value(_shape(node))
-    return list(_tensors(found.values())), parameters
+                    channels.pin(places, f"the operator {node.target} is not supported")
+            values[node] = Value(_shape(node))
+    return list(_tensors(values.values())), parameters
 
 
 def _input(
@@ -166,41 +180,41 @@ def _input(
     return Value(shape, constant=even)
 
 
-def _even(constant: torch.Tensor | None) -> frozenset[int]:
-    """Dimensions along which all values are the same, as of a blurring filter that each channel gets."""
+def _uniform_dims(constant: torch.Tensor | None) -> frozenset[int]:
+    """Dimensions along which all values are equal, such as those of a blur filter that all channels share."""
     if constant is None or not constant.numel():
         return frozenset()
     return frozenset(d for d in range(constant.ndim) if bool((constant == constant.narrow(d, 0, 1)).all()))
 
 
 def _user_inputs(node: torch.fx.Node) -> set[str]:
-    # Images come last; everything before them is the module's own.
+    # The images come last, after the module's parameters, buffers and constants.
     last = [n.name for n in node.graph.nodes if n.op == "placeholder"][-1:]
     return set(last)
 
 
-def _call(node: torch.fx.Node, found: Mapping[Any, Any]) -> Call:
+def _call(node: torch.fx.Node, values: Mapping[Any, Any]) -> Call:
     target: Any = node.target
-    values = {a.name: a.default_value for a in target._schema.arguments if a.has_default_value()}
-    values |= {a.name: v for a, v in zip(target._schema.arguments, node.args, strict=False)}
-    values |= node.kwargs
+    arguments = {a.name: a.default_value for a in target._schema.arguments if a.has_default_value()}
+    arguments |= {a.name: v for a, v in zip(target._schema.arguments, node.args, strict=False)}
+    arguments |= node.kwargs
     used = {n.args[1] for n in node.users if getattr(n.target, "__name__", "") == "getitem"}
     return Call(
         target._schema.name.removeprefix("aten::"),
-        {name: _looked_up(value, found) for name, value in values.items()},
+        {name: _substituted(value, values) for name, value in arguments.items()},
         _shape(node),
         frozenset(i for i in used if isinstance(i, int)),
         _same_layout(node),
     )
 
 
-def _looked_up(value: Any, found: Mapping[Any, Any]) -> Any:
-    """An argument with `Value` in place of the graph's nodes."""
+def _substituted(value: Any, values: Mapping[Any, Any]) -> Any:
+    """An argument of a node, with each node of the graph replaced by its `Value`."""
     if isinstance(value, list | tuple):
-        return [_looked_up(v, found) for v in value]
+        return [_substituted(v, values) for v in value]
     if isinstance(value, dict):
-        return {k: _looked_up(v, found) for k, v in value.items()}
-    return found.get(value, Value(())) if hasattr(value, "users") else value
+        return {k: _substituted(v, values) for k, v in value.items()}
+    return values.get(value, Value(())) if hasattr(value, "users") else value
 
 
 def _tensors(values: Any) -> Iterable[Value]:
@@ -247,7 +261,7 @@ def _first_tensor(node: torch.fx.Node) -> torch.fx.Node | None:
 
 
 def _tie_shared(channels: Channels, parameters: Mapping[str, Value], module: nn.Module) -> None:
-    """Tensors in one memory, as those of a layer under two names, move as one; export reads only one of them."""
+    """Tie tensors that share memory, such as those of a layer with two names; export reads only one of them."""
     state = module.state_dict(keep_vars=True)
     by_memory: dict[int, list[str]] = defaultdict(list)
     for name in parameters:
@@ -261,7 +275,7 @@ def _tie_shared(channels: Channels, parameters: Mapping[str, Value], module: nn.
                     channels.tie(*pair)
             else:
                 for places in (*one.places, *other.places):
-                    channels.hold(places, "another tensor lies in the same memory")
+                    channels.pin(places, "another tensor shares its memory in a different layout")
 
 
 def _layout(tensor: torch.Tensor) -> tuple[object, ...]:
@@ -272,25 +286,25 @@ def _grouped(channels: Channels, values: Sequence[Value], parameters: Mapping[st
     for name, value in parameters.items():
         if name not in saved:
             for places in value.places:
-                channels.hold(places, _UNSAVED)
+                channels.pin(places, _UNSAVED)
     signatures = channels.signatures(values)
-    held = channels.held()
+    pinned = channels.pinned()
     owned = [
         (name, places.dims[0], channels.resolved(places))
         for name, value in sorted(parameters.items(), key=lambda item: len(item[1].shape) < 2)
         for places in value.places
         if name in saved
     ]
-    classes = _classes(owned, signatures, held)
+    classes = _classes(owned, signatures, pinned)
     movable: list[Group] = []
     fixed: list[Fixed] = []
     names: dict[str, int] = defaultdict(int)
     index = np.full(len(signatures), -1)
     for (reason, _), (members, axes) in classes.items():
         index[members] = np.arange(len(members))
-        lies = [Place(name, axis, _positions(index, each, len(members))) for name, axis, each in axes]
+        places = [Place(name, axis, _positions(index, each, len(members))) for name, axis, each in axes]
         index[members] = -1
-        layers = [p for p in lies if len(parameters[p.tensor].shape) > 1 and p.axis < 2]
+        layers = [p for p in places if len(parameters[p.tensor].shape) > 1 and p.axis < 2]
         if not layers:
             continue
         first = min(layers, key=lambda p: p.axis)
@@ -298,7 +312,7 @@ def _grouped(channels: Channels, values: Sequence[Value], parameters: Mapping[st
         if reason is None and len(members) > 1:
             names[name] += 1
             number = f"#{names[name]}" if names[name] > 1 else ""
-            movable.append(Group(name + number, (first, *(p for p in lies if p is not first))))
+            movable.append(Group(name + number, (first, *(p for p in places if p is not first))))
         else:
             fixed.append(Fixed(name, len(members), reason or _ALONE))
     return Axes(tuple(movable), _merged(fixed))
@@ -308,15 +322,15 @@ _Owned = tuple[str, int, Places]
 
 
 def _classes(
-    owned: Sequence[_Owned], signatures: npt.NDArray[np.uint64], held: Mapping[int, str]
+    owned: Sequence[_Owned], signatures: npt.NDArray[np.uint64], pinned: Mapping[int, str]
 ) -> dict[tuple[str | None, int], tuple[Integers, list[_Owned]]]:
-    """Channels by what holds them and where they lie, in the order of tensors and positions, and the axes they run along."""
+    """Channels by the reason that pins them and by signature, with the axes that they run along, in the order of tensors."""
     members: dict[tuple[str | None, int], dict[int, None]] = defaultdict(dict)
     axes: dict[tuple[str | None, int], list[_Owned]] = defaultdict(list)
     for each in owned:
         met = set()
         for channel in each[2].channels.ravel().tolist():
-            key = (held.get(channel), int(signatures[channel]))
+            key = (pinned.get(channel), int(signatures[channel]))
             members[key][channel] = None
             met.add(key)
         for key in met:
@@ -325,11 +339,11 @@ def _classes(
 
 
 def _positions(index: Integers, places: Places, count: int) -> Integers:
-    """(channels, copies), the copies in the order of their numbers."""
+    """(channels, copies) int64, the copies in the order of their numbers."""
     ids, copies = index[places.channels.ravel()], places.copies.ravel()
     own = np.flatnonzero(ids >= 0)
     order = own[np.lexsort((copies[own], ids[own]))]
-    # Of channels that are held, some may own more places than others.
+    # Of channels that are pinned, some may own more places than others.
     return order.reshape(count, -1) if order.size % count == 0 else order[:, None]
 
 

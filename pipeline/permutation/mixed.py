@@ -1,7 +1,7 @@
-"""A better order of channels that share quadruples with others, or not the same quadruples in all layers that read them.
+"""Orders of channels that share quadruples with other groups, or fill different quadruples in the layers that read them.
 
-ShuffleNet's shuffles and splits leave groups that hold every second or fourth position of a layer. `search.py` takes whole
-quadruples only; here the best swap of two channels is made until none gains, on the layers as they are.
+ShuffleNet's shuffles and splits leave groups that occupy every second or fourth position of a layer. `search.py` handles
+whole quadruples only; here the best swap of two channels is applied until no swap improves the result.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from maskplan.pipeline.permutation.axes import Integers
 
 Floats = npt.NDArray[np.float32]
 
-# Gains this small beside what is kept are rounding.
+# Gains below this share of the kept magnitude are rounding.
 _ROUNDING = 1e-6
-# Elements compared at a time.
+# Elements that are compared per block.
 _BLOCK = 1 << 22
 
 
@@ -27,9 +27,9 @@ class Reader:
     """A masked layer that reads a group.
 
     Attributes:
-        name: Of its weight.
-        scores: (rows, C), magnitudes of the whole layer.
-        positions: (channels,), the group's columns.
+        name: Name of its weight.
+        scores: (rows, C) float32, magnitudes of the whole layer.
+        positions: (channels,) int64, the group's columns.
     """
 
     name: str
@@ -38,16 +38,16 @@ class Reader:
 
 
 def descend(readers: Sequence[Reader], n: int, m: int) -> Integers:
-    """An order of the group's channels in which no swap of two gains: what was channel `order[i]` becomes channel `i`."""
+    """An order of the group's channels that no swap of two improves: channel `order[i]` becomes channel `i`."""
     states = [_State(reader, n, m) for reader in readers]
     count = len(readers[0].positions)
     order = np.arange(count)
-    least = _ROUNDING * sum(float(reader.scores.sum(dtype=np.float64)) for reader in readers) / count
-    # Each swap gains, so this ends; rounding could only make it go round in circles among equals.
+    min_gain = _ROUNDING * sum(float(reader.scores.sum(dtype=np.float64)) for reader in readers) / count
+    # Each swap improves the result, so this ends; the limit only guards against cycles among equals that rounding causes.
     for _ in range(count**2):
         gains = np.sum([state.gains() for state in states], axis=0)
         one, other = np.unravel_index(np.argmax(gains), (count, count))
-        if gains[one, other] <= least:
+        if gains[one, other] <= min_gain:
             break
         for state in states:
             state.swap(int(one), int(other))
@@ -56,17 +56,17 @@ def descend(readers: Sequence[Reader], n: int, m: int) -> Integers:
 
 
 class _State:
-    """One reader with the group's columns in their present order."""
+    """One reader with the group's columns in their current order."""
 
     def __init__(self, reader: Reader, n: int, m: int) -> None:
         self._scores, self._positions, self._n, self._m = reader.scores.copy(), reader.positions, n, m
         count = len(self._positions)
-        # What the column at place j would add at place i, next to those that are there.
+        # [i, j]: what the column at place j would add to the kept magnitude at place i.
         self._added = np.zeros((count, count))
         self._score(np.arange(count))
 
     def gains(self) -> npt.NDArray[np.float64]:
-        """(count, count), what each swap of two places would gain."""
+        """(count, count), the gain of each swap of two places."""
         own = np.diagonal(self._added)
         gains = self._added + self._added.T - own[:, None] - own[None, :]
         group = self._positions // self._m
@@ -80,7 +80,7 @@ class _State:
         self._score(np.flatnonzero(np.isin(group, group[[one, other]])))
 
     def _score(self, places: Integers) -> None:
-        """Beside the n - 1 best of the others, a group keeps the larger of the n-th and the newcomer."""
+        """With the n - 1 largest of the other columns, a quadruple keeps the larger of the n-th and the new column."""
         columns = self._scores[:, self._positions]
         for place in places:
             position = int(self._positions[place])

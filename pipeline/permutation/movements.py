@@ -1,4 +1,4 @@
-"""Rules for operators that move data and change none: channels are found again where their places went."""
+"""Rules for operators that move data without changing it: channels follow their positions."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from maskplan.pipeline.permutation.calls import (
     FIXED_VALUES,
     Call,
     Result,
-    aligned,
-    hold_all,
-    hold_beyond,
-    meet,
+    combine,
+    pin_all,
+    pin_beyond,
     unknown,
+    with_rank,
 )
 
 
 def same(channels: Channels, call: Call) -> Result:
-    """Nothing moves."""
+    """The result is the first tensor."""
     return next(iter(call.tensors()))
 
 
 def permute(channels: Channels, call: Call) -> Result:
-    """Dimensions in another order."""
+    """`permute`, `transpose`, `t` and `numpy_T`: dimensions in another order."""
     x = call.args["self"]
     dims = list(range(len(x.shape)))
     if call.name == "permute":
@@ -49,21 +49,21 @@ def view(channels: Channels, call: Call) -> Result:
 
 
 def as_strided(channels: Channels, call: Call) -> Result:
-    """Known only where it changes nothing, as behind poolings to one position."""
+    """Supported only where it changes nothing, such as after pooling to one position."""
     return same(channels, call) if call.same_layout else unknown(channels, call)
 
 
 def expand(channels: Channels, call: Call) -> Result:
     """Dimensions of length 1 repeated."""
-    x = aligned(call.args["self"], len(call.shape))
+    x = with_rank(call.args["self"], len(call.shape))
     grown = {d for d, size in enumerate(x.shape) if size == 1 and call.shape[d] > 1}
     return Value(call.shape, x.places, x.constant | grown)
 
 
 def repeat(channels: Channels, call: Call) -> Result:
-    """A tensor several times side by side: each time is a copy."""
+    """A tensor repeated along dimensions: each repetition is a copy."""
     repeats = tuple(call.args["repeats"])
-    x = aligned(call.args["self"], len(repeats))
+    x = with_rank(call.args["self"], len(repeats))
 
     def tiled(places: Places) -> Places:
         ids, copies = places.channels, places.copies
@@ -78,7 +78,7 @@ def repeat(channels: Channels, call: Call) -> Result:
 
 
 def pick(channels: Channels, call: Call) -> Result:
-    """`slice`, `select` and `flip`: places along one dimension are left out or turned round."""
+    """`slice`, `select` and `flip`: positions are left out or reversed."""
     x = call.args["self"]
     taken: list[Any] = [slice(None)] * len(x.shape)
     dims = [d % len(x.shape) for d in (call.args["dims"] if call.name == "flip" else [call.args["dim"]])]
@@ -91,13 +91,13 @@ def pick(channels: Channels, call: Call) -> Result:
             taken[d] = slice(call.args["start"], call.args["end"], call.args["step"])
 
     def picked(places: Places) -> Places:
-        # Along a dimension of length 1 there is nothing to pick; `select` takes it away.
+        # Along a dimension of length 1 there is nothing to pick; `select` removes the dimension.
         own = [
             i if places.channels.shape[d] > 1 else 0 if isinstance(i, int) else slice(None) for d, i in enumerate(taken)
         ]
         return places.rearranged(lambda p: p[tuple(own)])
 
-    return Value(call.shape, _several(channels, [picked(p) for p in x.places]))
+    return Value(call.shape, _pin_singles(channels, [picked(p) for p in x.places]))
 
 
 def split(channels: Channels, call: Call) -> Result:
@@ -112,48 +112,48 @@ def split(channels: Channels, call: Call) -> Result:
             p.rearranged(lambda q, t=taken: q[(slice(None),) * dim + (t,)]) if dim in p.dims else p for p in x.places
         ]
         shape = (*x.shape[:dim], size, *x.shape[dim + 1 :])
-        parts.append(Value(shape, _several(channels, places)))
+        parts.append(Value(shape, _pin_singles(channels, places)))
         start += size
     return parts
 
 
-def _several(channels: Channels, picked: Sequence[Places]) -> tuple[Places, ...]:
-    """What is left of channels after a part was taken; one that is left alone is held, for it is no axis any more."""
+def _pin_singles(channels: Channels, picked: Sequence[Places]) -> tuple[Places, ...]:
+    """Drop and pin single channels, which are no longer an axis."""
     for places in picked:
         if not places.dims:
-            channels.hold(places, "it is used alone")
+            channels.pin(places, "it is selected individually")
     return tuple(p for p in picked if p.dims)
 
 
 def concatenate(channels: Channels, call: Call) -> Result:
-    """Tensors one behind the other: along their channels, or along other dimensions, where channels are tied."""
+    """Concatenate along the channels, or along another dimension, where the channels of all parts are tied."""
     values = [v for v in call.args["tensors"] if math.prod(v.shape)]
     dim = call.args["dim"] % len(call.shape)
     for value in values:
         for places in value.places:
             if dim in places.dims and len(places.dims) > 1:
-                channels.hold(places, "it is concatenated in parts")
+                channels.pin(places, "a concatenation splits it")
             elif dim not in places.dims:
                 for other in values:
                     if other is not value:
-                        meet(channels, places, other)
-    found: dict[tuple[int, ...], Places] = {}
+                        combine(channels, places, other)
+    by_dims: dict[tuple[int, ...], Places] = {}
     for value in values:
         for places in value.places:
             if dim not in places.dims:
-                found.setdefault(places.dims, places)
+                by_dims.setdefault(places.dims, places)
     if any(value.along(dim) is not None for value in values):
         parts = [value.along(dim) or channels.fresh(value.shape, dim, FIXED_VALUES) for value in values]
-        found[(dim,)] = _end_to_end(channels, parts, dim)
+        by_dims[(dim,)] = _end_to_end(channels, parts, dim)
     kept: list[Places] = []
-    for dims, places in found.items():
+    for dims, places in by_dims.items():
         if not any(set(dims) & set(p.dims) for p in kept):
             kept.append(places)
     return Value(call.shape, tuple(kept))
 
 
 def _end_to_end(channels: Channels, parts: Sequence[Places], dim: int) -> Places:
-    """Channels that come again get copies of their own."""
+    """Concatenate places; channels that occur again become further copies."""
     resolved = [channels.resolved(part) for part in parts]
     seen: set[int] = set()
     copies, used = [], 0
@@ -166,7 +166,7 @@ def _end_to_end(channels: Channels, parts: Sequence[Places], dim: int) -> Places
 
 
 def pad(channels: Channels, call: Call) -> Result:
-    """Zeros around: channels of padding cannot move."""
+    """Constant padding: padded channels cannot move."""
     x, pads = call.args["self"], call.args["pad"]
     amounts = {len(x.shape) - 1 - i // 2: (pads[i], pads[i + 1]) for i in range(0, len(pads), 2)}
     amounts = {dim: pair for dim, pair in amounts.items() if any(pair)}
@@ -174,7 +174,7 @@ def pad(channels: Channels, call: Call) -> Result:
     for places in x.places:
         inside = set(places.dims) & set(amounts)
         if (len(places.dims) > 1 and inside) or any(min(amounts[d]) < 0 for d in inside):
-            channels.hold(places, "it is padded or cropped in parts")
+            channels.pin(places, "it is padded or cropped in part")
         elif inside:
             (dim,) = inside
             around = [
@@ -188,14 +188,14 @@ def pad(channels: Channels, call: Call) -> Result:
 
 
 def index(channels: Channels, call: Call) -> Result:
-    """Places along some dimensions are picked by number, as interpolation does; channels along others pass."""
+    """Selection by index along some dimensions, as interpolation does; channels along the others pass through."""
     x, indices = call.args["self"], call.args["indices"]
     for each in indices:
         if each is not None:
-            hold_all(channels, each, "it tells positions")
+            pin_all(channels, each, "it is used as an index")
     picked = [d for d, each in enumerate(indices) if each is not None]
-    hold_beyond(channels, x, set(range(len(x.shape))) - set(picked), "places are picked by number")
-    # What is picked comes where the first index is, or in front of all if dimensions lie between the indices.
+    pin_beyond(channels, x, set(range(len(x.shape))) - set(picked), "it is selected by index")
+    # As in NumPy: the selected dimensions come where the first index is, or first if the indices are not adjacent.
     start = picked[0] if picked[-1] - picked[0] < len(picked) else 0
     added = (1,) * (len(call.shape) - len(x.shape) + len(picked))
 
@@ -207,17 +207,17 @@ def index(channels: Channels, call: Call) -> Result:
 
 
 def index_select(channels: Channels, call: Call) -> Result:
-    """The same along one dimension, as a roll of positions does."""
+    """Selection by index along one dimension, as `roll` does."""
     dim = call.args["dim"] % len(call.args["self"].shape)
     indices = [None] * dim + [call.args["index"]]
     return index(channels, replace(call, args={"self": call.args["self"], "indices": indices}))
 
 
 def _reshaped(places: Places, before: tuple[int, ...], after: tuple[int, ...]) -> Places:
-    """Channels of a tensor whose elements, in their order, get another shape.
+    """The places after a reshape, which keeps the order of the elements.
 
-    Where other dimensions are merged with channels, the positions along them become copies. Where the copies come apart
-    again into a dimension of their own, that dimension is free of channels.
+    Where a dimension is merged with a dimension of channels, the positions along it become copies. Where copies are split
+    into a separate dimension again, that dimension carries no channels.
     """
     ids, copies = places.channels, places.copies
     spread, shape = list(ids.shape), [1] * len(after)
@@ -247,7 +247,7 @@ def _reshaped(places: Places, before: tuple[int, ...], after: tuple[int, ...]) -
 
 
 def _corresponding(before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[list[int], list[int]]]:
-    """The shortest runs of dimensions that hold the same elements in two shapes."""
+    """The shortest runs of dimensions of two shapes that contain the same elements."""
     i = j = 0
     while i < len(before) or j < len(after):
         old: list[int] = []

@@ -1,7 +1,7 @@
 """What each ATen operator does with channels: one rule for a kind of operator, by name.
 
-A rule takes the operator's arguments by name, tensors as `Value`, and gives its result as `Value`, or several. It ties
-channels that must move together, and holds those whose move the operator would notice. Operators without a rule hold all
+A rule takes the operator's arguments by name, tensors as `Value`, and returns its result as a `Value`, or several. It ties
+channels that must move together, and pins those whose order changes the result. Operators without a rule pin everything
 that they read.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from maskplan.pipeline.permutation import layers, movements
 from maskplan.pipeline.permutation.axes import Channels, Value
-from maskplan.pipeline.permutation.calls import Call, Result, Rule, apart, joined, unknown
+from maskplan.pipeline.permutation.calls import Call, Result, Rule, broadcast, keep_disjoint, unknown
 
 
 def follow(channels: Channels, call: Call, pointwise: bool) -> Result:
@@ -17,12 +17,12 @@ def follow(channels: Channels, call: Call, pointwise: bool) -> Result:
     rule = RULES.get(call.name, _elementwise if pointwise else unknown)
     result = rule(channels, call)
     if isinstance(result, Value):
-        return apart(channels, result)
-    return [value if value is None else apart(channels, value) for value in result]
+        return keep_disjoint(channels, result)
+    return [value if value is None else keep_disjoint(channels, value) for value in result]
 
 
 def _elementwise(channels: Channels, call: Call) -> Result:
-    return joined(channels, call.tensors(), call.shape)
+    return broadcast(channels, call.tensors(), call.shape)
 
 
 def _uniform(channels: Channels, call: Call) -> Result:
@@ -39,9 +39,9 @@ def _named(rule: Rule, names: str) -> dict[str, Rule]:
 
 RULES: dict[str, Rule] = {
     **_named(_uniform, "full full_like zeros zeros_like ones ones_like scalar_tensor new_zeros new_ones new_full"),
-    # What export asserts of types and sizes.
+    # Assertions of types and sizes, which export inserts.
     **_named(_ignored, "_assert_tensor_metadata _assert_async _assert_scalar"),
-    # Element by element, though torch does not say so of them.
+    # Elementwise, but not tagged so by PyTorch.
     **_named(_elementwise, "leaky_relu hardtanh elu celu selu hardswish hardsigmoid softplus threshold mish prelu"),
     **_named(layers.convolution, "convolution"),
     **_named(layers.matmul, "mm bmm addmm baddbmm"),

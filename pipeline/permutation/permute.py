@@ -1,4 +1,4 @@
-"""The permute stage: channels in an order that keeps more under N:M, while the network computes what it did."""
+"""The permute stage: reorder channels so that N:M keeps more, while the network computes the same function."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ class PermuteOptions:
 
     Attributes:
         effort: Multiplies the steps of the search, see `SearchOptions`.
-        restarts: Searches for each group, of which the best counts.
-        seed: Of the search.
+        restarts: Searches for each group; the best result is used.
+        seed: Seed of the search.
     """
 
     effort: float = 1.0
@@ -87,16 +87,16 @@ def permute(
     """Search an order for every group of channels that masked layers read, and write checkpoint and permutation.
 
     Args:
-        module: The dense model; it stays as it is.
-        provenance: Of its weights.
-        pattern: N:M that masks will have.
-        policy: Which layers will be masked; their weights alone count.
+        module: The dense model; it does not change.
+        provenance: Provenance of its weights.
+        pattern: N:M of the masks to come.
+        policy: Which layers will be masked; only their weights count.
         options: How long to search.
         out: The checkpoint to write.
         record: The permutation to write.
 
     Raises:
-        UnexportableError: Its operators cannot be read off; the caller may go on with the model as it is.
+        UnexportableError: Its operators cannot be read; the caller may continue with the model as given.
         InputError: Weights that are pruned, NaN or infinite, or a model without a layer that can be masked.
     """
     state = module.state_dict()
@@ -105,56 +105,57 @@ def permute(
     axes = find_groups(module, provenance.preprocessing)
     log.info("%d groups of channels can move, %d cannot", len(axes.movable), len(axes.fixed))
     scores = _scores(state, masked)
-    groups, moves = _ordered(axes, scores, pattern, options)
-    found = Permutation(record, "", provenance.model, str(pattern), tensors_sha256(state), groups)
-    return _done(module, provenance, found, moves, masked, out, written=False)
+    groups, moves = _search_groups(axes, scores, pattern, options)
+    searched = Permutation(record, "", provenance.model, str(pattern), tensors_sha256(state), groups)
+    return _apply_and_write(module, provenance, searched, moves, masked, out, written=False)
 
 
 def repermute(module: nn.Module, provenance: Provenance, permutation: Path, policy: LayerPolicy, out: Path) -> Permuted:
-    """Apply a written permutation to other weights of the same architecture; nothing is searched or exported.
+    """Apply a permutation from a file to other weights of the same architecture; nothing is searched or exported.
 
-    The pattern is the permutation's; the policy only tells which layers the figures are of.
+    The pattern is the permutation's; the policy only selects the layers that the figures cover.
 
     Raises:
-        InputError: The permutation is damaged or of another model, or weights that cannot be used.
+        InputError: The permutation is damaged or of another model, or the weights cannot be used.
     """
-    found, moves = read_permutation(permutation)
-    if found.model != provenance.model:
-        log.warning("the permutation was made for %s, and is applied to %s", found.model, provenance.model)
+    given, moves = read_permutation(permutation)
+    if given.model != provenance.model:
+        log.warning("the permutation was made for %s and is applied to %s", given.model, provenance.model)
     state = module.state_dict()
     _require_usable(state, provenance)
     require_fit(moves, {name: tuple(tensor.shape) for name, tensor in state.items()}, where=permutation)
-    masked = _masked(module, provenance.preprocessing, parse_pattern(found.pattern), policy)
-    return _done(module, provenance, found, moves, masked, out, written=True)
+    masked = _masked(module, provenance.preprocessing, parse_pattern(given.pattern), policy)
+    return _apply_and_write(module, provenance, given, moves, masked, out, written=True)
 
 
-def _done(
+def _apply_and_write(
     module: nn.Module,
     provenance: Provenance,
-    found: Permutation,
+    permutation: Permutation,
     moves: Sequence[Move],
     masked: Sequence[Layer],
     out: Path,
     *,
     written: bool,
 ) -> Permuted:
-    """Apply, see that the function is the same, and write."""
-    pattern = parse_pattern(found.pattern)
+    """Apply the moves, check that the function is unchanged, and write."""
+    pattern = parse_pattern(permutation.pattern)
     state = module.state_dict()
     moved = permuted_state(state, moves)
     difference, tolerance = _difference(module, moved, provenance.preprocessing)
     if not difference <= tolerance:
         raise InputError(
-            "the permuted network computes something else",
-            where=found.path if written else provenance.model,
+            "the permuted network computes another function",
+            where=permutation.path if written else provenance.model,
             found=f"outputs differ by {difference:.2g} of the largest",
-            fix="give the permutation that was made for this model"
+            fix="pass the permutation that was made for this model"
             if written
-            else "go on without permuting it, and report the model: it uses channels in a way that was not understood",
+            else "continue without permuting it, and report the model: an operator was misread",
         )
     before, after = (_kept(_scores(each, masked), pattern) for each in (state, moved))
     bound = sum(kept(s, s.shape[1] // pattern.m * pattern.n, s.shape[1]) for s in _scores(state, masked).values())
-    permutation = found if written else write_permutation(found, moves)
+    if not written:
+        permutation = write_permutation(permutation, moves)
     digest = permutation.sha256 if moves else provenance.permutation
     checkpoint = save_checkpoint(moved, replace(provenance, permutation=digest), out)
     return Permuted(checkpoint, permutation, before, after, bound)
@@ -163,9 +164,9 @@ def _done(
 def _require_usable(state: Mapping[str, torch.Tensor], provenance: Provenance) -> None:
     if provenance.masked:
         raise InputError(
-            "the weights are pruned already, and another order of channels would break their groups",
+            "the weights are pruned already, and reordering channels would break their groups",
             found=f"{len(provenance.masked)} masked layers, {provenance.pattern}",
-            fix="permute the dense checkpoint, then mask it anew",
+            fix="permute the dense checkpoint, then mask it again",
         )
     bad = [k for k, v in state.items() if v.is_floating_point() and not bool(v.isfinite().all())]
     if bad:
@@ -179,13 +180,13 @@ def _require_usable(state: Mapping[str, torch.Tensor], provenance: Provenance) -
 def _masked(
     module: nn.Module, preprocessing: Preprocessing, pattern: Pattern, policy: LayerPolicy
 ) -> tuple[Layer, ...]:
-    """The layers that masks are for, which alone count."""
+    """The layers that will be masked; only they count."""
     layers, _ = trace_layers(module, preprocessing)
     return select_layers(layers, pattern, policy).masked
 
 
 def _scores(state: Mapping[str, torch.Tensor], masked: Sequence[Layer]) -> Scores:
-    """Magnitudes as (rows, C), for each masked layer."""
+    """Magnitudes of each masked layer as (rows, C) float32."""
     return {
         layer.name: state[layer.name].detach().float().abs().movedim(1, -1).flatten(0, -2).cpu().numpy()
         for layer in masked
@@ -196,42 +197,42 @@ def _kept(scores: Scores, pattern: Pattern) -> float:
     return sum(kept(each, pattern.n, pattern.m) for each in scores.values())
 
 
-def _ordered(
+def _search_groups(
     axes: Axes, scores: Scores, pattern: Pattern, options: PermuteOptions
 ) -> tuple[tuple[ChannelGroup, ...], list[Move]]:
-    """Search group by group: those that have their quadruples to themselves side by side, others one after another."""
+    """Search group by group: in parallel where a group shares no quadruple with another, otherwise one after another."""
     readers = {group.name: _readers(group, scores) for group in axes.movable}
     alone = {name: _in_whole_quadruples(each, pattern.m) for name, each in readers.items()}
     shared = [group for group in axes.movable if readers[group.name] and alone[group.name] is None]
     single = [group for group in axes.movable if group not in shared]
 
-    def one(group: Group) -> _Ordered:
-        return _one_group(group, readers[group.name], alone[group.name], pattern, options)
+    def search_one(group: Group) -> _GroupResult:
+        return _search_group(group, readers[group.name], alone[group.name], pattern, options)
 
-    found = dict(zip((g.name for g in single), _side_by_side(one, single), strict=True))
+    results = dict(zip((g.name for g in single), _in_parallel(search_one, single), strict=True))
     for group in (*shared, *shared):
-        best = one(group)
+        best = search_one(group)
         for reader in readers[group.name]:
             reader.scores[:, reader.positions] = reader.scores[:, reader.positions[best.order]]
-        found[group.name] = best if group.name not in found else _after(found[group.name], best)
-    groups = [found[group.name].about for group in axes.movable]
+        results[group.name] = best if group.name not in results else _composed(results[group.name], best)
+    groups = [results[group.name].record for group in axes.movable]
     fixed = [ChannelGroup(f.name, f.channels, FIXED, f.reason) for f in axes.fixed]
-    moves = [Move(g, found[g.name].order) for g in axes.movable if found[g.name].about.state == MOVED]
+    moves = [Move(g, results[g.name].order) for g in axes.movable if results[g.name].record.state == MOVED]
     return (*groups, *fixed), moves
 
 
 @dataclass(frozen=True, eq=False)
-class _Ordered:
-    """A group's new order and what is told of it."""
+class _GroupResult:
+    """A group's new order and its record."""
 
-    about: ChannelGroup
+    record: ChannelGroup
     order: Integers
 
 
-def _side_by_side(one: Callable[[Group], _Ordered], groups: Sequence[Group]) -> list[_Ordered]:
-    """On all cores; compiled searches leave Python to others."""
+def _in_parallel(search_one: Callable[[Group], _GroupResult], groups: Sequence[Group]) -> list[_GroupResult]:
+    """Run on all cores; compiled searches release the GIL."""
     with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="permute") as pool:
-        futures = [pool.submit(one, group) for group in groups]
+        futures = [pool.submit(search_one, group) for group in groups]
         try:
             return [future.result() for future in track(futures, "groups of channels", len(futures))]
         except BaseException:
@@ -239,45 +240,47 @@ def _side_by_side(one: Callable[[Group], _Ordered], groups: Sequence[Group]) -> 
             raise
 
 
-def _after(first: _Ordered, second: _Ordered) -> _Ordered:
-    """Two orders of a group, one after the other; between them others moved, whose gains are not its own."""
+def _composed(first: _GroupResult, second: _GroupResult) -> _GroupResult:
+    """Compose two orders of a group; gains of other groups that moved in between are not counted."""
     order = first.order[second.order]
-    gain = second.about.kept_after - second.about.kept_before
-    about = replace(first.about, kept_after=first.about.kept_after + gain)
-    if second.about.state == MOVED:
-        about = replace(about, state=MOVED, reason=None)
-    return _Ordered(about, order)
+    gain = second.record.kept_after - second.record.kept_before
+    record = replace(first.record, kept_after=first.record.kept_after + gain)
+    if second.record.state == MOVED:
+        record = replace(record, state=MOVED, reason=None)
+    return _GroupResult(record, order)
 
 
-def _one_group(
+def _search_group(
     group: Group, readers: Sequence[Reader], alone: Integers | None, pattern: Pattern, options: PermuteOptions
-) -> _Ordered:
+) -> _GroupResult:
     given = np.arange(group.size)
     n, m = pattern.n, pattern.m
-    about = ChannelGroup(
+    record = ChannelGroup(
         group.name, group.size, UNREAD, tensors=len(group.places), readers=tuple(r.name for r in readers)
     )
     if not readers:
-        return _Ordered(replace(about, reason="no masked layer reads them channel by channel"), given)
+        return _GroupResult(replace(record, reason="no masked layer reads them channel by channel"), given)
     efficacy = None
     if alone is not None:
         stacked = np.concatenate([reader.scores[:, reader.positions[alone]] for reader in readers])
-        how = SearchOptions(effort=options.effort, seed=options.seed, restarts=options.restarts, m=m, n=n)
-        best = search(stacked, how)
+        search_options = SearchOptions(effort=options.effort, seed=options.seed, restarts=options.restarts, m=m, n=n)
+        best = search(stacked, search_options)
         order = given.copy()
         order[alone] = alone[best.order]
         before, after, efficacy = best.kept_before, best.kept, best.efficacy
     else:
         order = descend(readers, n, m) if n < m else given
-        before, after = (sum(_kept_near(r, o, pattern) for r in readers) for o in (given, order))
-    about = replace(about, kept_before=before, kept_after=after, efficacy=efficacy)
+        before, after = (sum(_kept_in_quadruples(r, o, pattern) for r in readers) for o in (given, order))
+    record = replace(record, kept_before=before, kept_after=after, efficacy=efficacy)
     if not after > before:
-        return _Ordered(replace(about, state=AS_GIVEN, kept_after=before, reason="no better order was found"), given)
-    return _Ordered(replace(about, state=MOVED), order)
+        return _GroupResult(
+            replace(record, state=AS_GIVEN, kept_after=before, reason="no better order was found"), given
+        )
+    return _GroupResult(replace(record, state=MOVED), order)
 
 
 def _readers(group: Group, scores: Scores) -> list[Reader]:
-    """Masked layers whose input channels they are; one that reads them flattened has no whole channels in a quadruple."""
+    """Masked layers that read the group as input channels; not those that read it flattened."""
     return [
         Reader(place.tensor, scores[place.tensor], place.positions[:, 0])
         for place in group.places
@@ -286,8 +289,8 @@ def _readers(group: Group, scores: Scores) -> list[Reader]:
 
 
 def _in_whole_quadruples(readers: Sequence[Reader], m: int) -> Integers | None:
-    """The channels in the order of their columns, if they fill the same quadruples (groups of m) in all readers."""
-    found: Integers | None = None
+    """The channels in the order of their columns if they fill the same quadruples (groups of m) in all readers."""
+    common: Integers | None = None
     partition: set[frozenset[int]] = set()
     for reader in readers:
         order = np.argsort(reader.positions)
@@ -295,15 +298,15 @@ def _in_whole_quadruples(readers: Sequence[Reader], m: int) -> Integers | None:
         if len(columns) % m or (columns[::m] % m).any() or (np.diff(columns.reshape(-1, m)) != 1).any():
             return None
         own = {frozenset(quadruple.tolist()) for quadruple in order.reshape(-1, m)}
-        if found is None:
-            found, partition = order, own
+        if common is None:
+            common, partition = order, own
         elif own != partition:
             return None
-    return found
+    return common
 
 
-def _kept_near(reader: Reader, order: Integers, pattern: Pattern) -> float:
-    """What is kept of the quadruples that a group is part of, in an order of its channels."""
+def _kept_in_quadruples(reader: Reader, order: Integers, pattern: Pattern) -> float:
+    """The magnitude kept in the quadruples that contain the group, for an order of its channels."""
     scores = reader.scores.copy()
     scores[:, reader.positions] = scores[:, reader.positions[order]]
     first = np.unique(reader.positions // pattern.m) * pattern.m
@@ -323,15 +326,15 @@ def _difference(
         break
     with torch.no_grad():
         before = module.eval()(sample)
-        after = torch.func.functional_call(module, _each_once(module, moved), (sample,), tie_weights=False)
+        after = torch.func.functional_call(module, _without_aliases(module, moved), (sample,), tie_weights=False)
     # Half-precision weights round within the network, whatever type comes out.
     steps = torch.finfo(sample.dtype), torch.finfo(before.dtype)
     difference = (before - after).abs().max() / before.abs().max().clamp(min=steps[1].tiny)
     return float(difference), max(_TOLERANCE, _ROUNDINGS * max(step.eps for step in steps))
 
 
-def _each_once(module: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A layer under two names must be exchanged by one of them, for torch puts back what it found by the second."""
+def _without_aliases(module: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One name for each tensor: `functional_call` restores a layer with two names wrongly if both are replaced."""
     names = [
         f"{path}.{name}" if path else name
         for path, layer in module.named_modules()

@@ -1,4 +1,4 @@
-"""What a permutation did, and the file from which it can be done again to other weights of the same architecture."""
+"""Records of a permutation, and the file from which it can be applied to other weights of the same architecture."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from maskplan.pipeline.permutation.apply import Move
 from maskplan.pipeline.permutation.groups import Group, Place
 
 MOVED, AS_GIVEN, UNREAD, FIXED = "moved", "as_given", "unread", "fixed"
-"""What became of a group: a better order was found; none was; no masked layer reads it, so it was left; it cannot move."""
+"""State of a group: reordered; no better order found; not searched, as no masked layer reads it; unable to move."""
 
 _ORDER = "order"
 
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels that move together, and what became of them.
+    """Channels that move together, and the result of their search.
 
     Attributes:
-        name: Of the layer that makes them (of fixed ones perhaps the layer that reads them).
-        channels: How many.
+        name: Name of the layer that produces them (for fixed ones possibly the layer that reads them).
+        channels: Number of channels.
         state: `moved`, `as_given`, `unread` or `fixed`.
-        reason: Why they stayed; None if they moved.
-        tensors: How many axes of tensors they run along.
+        reason: Why they did not move; None if they moved.
+        tensors: Number of tensor axes that they run along.
         readers: Masked layers that read them.
-        kept_before: Magnitude that N:M keeps, in the given order, of the readers' quadruples (groups of M) that they are in.
-        kept_after: What their new order makes of it.
-        efficacy: Percent of what a free choice in each row would gain; None where other channels share the quadruples.
+        kept_before: Magnitude that N:M keeps in the readers' quadruples (groups of M) that contain them, in the given order.
+        kept_after: The same in the new order.
+        efficacy: Gain in percent of the gain of a free choice in each row; None where other channels share the quadruples.
     """
 
     name: str
@@ -56,15 +56,15 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class Permutation:
-    """A safetensors file with the order of each moved group and where it lies.
+    """A safetensors file with the order and the places of each moved group.
 
     Attributes:
-        path: Of the file.
-        sha256: Of the file.
-        model: As in the checkpoint's record.
+        path: Path of the file.
+        sha256: Digest of the file.
+        model: Name of the model, as in the checkpoint's record.
         pattern: N:M.
-        weights_sha256: Digest of the tensors that it was searched for.
-        groups: All groups of the network, in the order of the modules; their figures are those of these tensors.
+        weights_sha256: Digest of the tensors that the search was run on.
+        groups: All groups of the network, in the order of the modules; their figures are for these tensors.
     """
 
     path: Path
@@ -77,13 +77,13 @@ class Permutation:
 
 @dataclass(frozen=True)
 class Permuted:
-    """A permuted checkpoint, and how.
+    """A permuted checkpoint and its permutation.
 
     Attributes:
         checkpoint: The same function, with channels in another order.
-        permutation: How to do it again.
-        kept_before: Magnitude that N:M keeps of all masked layers before.
-        kept_after: The same of the permuted ones.
+        permutation: The file to apply it again.
+        kept_before: Magnitude that N:M keeps of all masked layers, before.
+        kept_after: The same after the permutation.
         kept_bound: The same if each row of a layer could choose among all its channels; no order keeps more.
     """
 
@@ -95,12 +95,12 @@ class Permuted:
 
     @property
     def efficacy(self) -> float:
-        """Percent of what a free choice in each row would gain; 0 where there is nothing to gain."""
+        """Gain in percent of the gain of a free choice in each row; 0 where there is nothing to gain."""
         room = self.kept_bound - self.kept_before
         return 100 * (self.kept_after - self.kept_before) / room if room > 0 else 0.0
 
 
-def write_permutation(found: Permutation, moves: Sequence[Move]) -> Permutation:
+def write_permutation(permutation: Permutation, moves: Sequence[Move]) -> Permutation:
     """Write the file that the record names: `GROUP/order` and, for each axis, `GROUP/TENSOR/AXIS` with (channels, copies).
 
     Returns:
@@ -111,42 +111,42 @@ def write_permutation(found: Permutation, moves: Sequence[Move]) -> Permutation:
         tensors[f"{move.group.name}/{_ORDER}"] = move.order
         for place in move.group.places:
             tensors[f"{move.group.name}/{place.tensor}/{place.axis}"] = place.positions.astype(np.int32)
-    header = encode(replace(found, path=Path(), sha256=""))
+    header = encode(replace(permutation, path=Path(), sha256=""))
     data = safetensors.numpy.save(
         {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()},
         {METADATA_KEY: json.dumps(header, sort_keys=True)},
     )
-    return replace(found, sha256=write_atomically(found.path, data))
+    return replace(permutation, sha256=write_atomically(permutation.path, data))
 
 
 def read_permutation(path: Path) -> tuple[Permutation, list[Move]]:
-    """The record of a permutation's file and its moves.
+    """Read the record and the moves of a permutation file.
 
     Raises:
-        InputError: The file is missing, damaged, or not one of a permutation.
+        InputError: The file is missing, damaged, or not a permutation file.
     """
     if not path.is_file():
         raise InputError("permutation file not found", where=path, fix="check the path given to --permutation")
     header = read_metadata(path)
     try:
-        found = decode(Permutation, header)
+        permutation = decode(Permutation, header)
         tensors = safetensors.numpy.load_file(path)
-        moves = _moves(tensors, [g.name for g in found.groups if g.state == MOVED])
+        moves = _moves(tensors, [g.name for g in permutation.groups if g.state == MOVED])
     except (ValueError, KeyError, SafetensorError, OSError) as error:
         raise InputError(
-            "not a permutation's file",
+            "not a permutation file",
             where=path,
             found=error,
-            fix="give the file that `maskplan permute` wrote beside the checkpoint",
+            fix="pass the file that `maskplan permute` wrote next to the checkpoint",
         ) from error
-    return replace(found, path=path, sha256=sha256_of(path)), moves
+    return replace(permutation, path=path, sha256=sha256_of(path)), moves
 
 
 def require_fit(moves: Sequence[Move], shapes: Mapping[str, tuple[int, ...]], *, where: object) -> None:
-    """Raise unless every axis that moves exists and holds the positions that move, each once.
+    """Require that every axis that moves exists and contains the positions that move, each once.
 
     Raises:
-        InputError: Otherwise; every offender is counted.
+        InputError: Otherwise; all axes that do not fit are counted.
     """
     wrong = []
     taken: dict[tuple[str, int], list[npt.NDArray[np.int64]]] = {}
@@ -168,7 +168,7 @@ def require_fit(moves: Sequence[Move], shapes: Mapping[str, tuple[int, ...]], *,
             "the permutation is of another model",
             where=where,
             found=f"{len(wrong)} axes do not fit: {listed(wrong, 3)}",
-            fix="give the permutation that was made for this model",
+            fix="pass the permutation that was made for this model",
         )
 
 
@@ -184,6 +184,6 @@ def _moves(tensors: Mapping[str, npt.NDArray[Any]], names: Sequence[str]) -> lis
                     raise ValueError(f"{key}: positions of shape {positions.shape} for {len(order)} channels")
                 places.append(Place(tensor, int(axis), positions.astype(np.int64)))
         if order.ndim != 1 or not places or not np.array_equal(np.sort(order), np.arange(len(order))):
-            raise ValueError(f"{name}: no order of channels")
+            raise ValueError(f"{name}: not an order of channels")
         moves.append(Move(Group(name, tuple(places)), order))
     return moves

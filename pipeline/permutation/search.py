@@ -1,8 +1,8 @@
-"""Which order of the columns keeps the most under N:M, on one matrix of scores.
+"""Search for the order of columns that keeps the most under N:M, on one matrix of scores.
 
-Columns are channels; rows are all weights that share them. Swaps of two columns are annealed: first a plain descent,
-whose end tells the temperatures, then random swaps that may lose a little, then a descent again. Apex tries all regroupings
-of two or three groups at a time instead (Pool & Yu, NeurIPS 2021), which ends in poorer optima and costs more.
+Columns are channels; rows are all weights that share them. Swaps of two columns are annealed: first a plain descent, whose
+local optimum determines the temperatures, then random swaps that may lose a little, then another descent. Apex instead tries
+all regroupings of two or three groups at a time (Pool & Yu, NeurIPS 2021), which reaches poorer optima at a higher cost.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from maskplan.pipeline.core.errors import InputError
 Floats = npt.NDArray[np.floating]
 Order = npt.NDArray[np.int64]
 
-# Swaps accepted at the first temperature for each column, and at the last in all, if all pairs were proposed once.
+# If all pairs were proposed once: swaps accepted per column at the first temperature, and in total at the last.
 _HOT, _COLD = 0.3, 2.0
-# Proposals of a chain: for each ordered pair of columns, at the least, and the most elements that they look at.
-_STEPS_A_PAIR = 4000
-_LEAST_STEPS = 1 << 22
-_ELEMENTS = 1 << 35
-# Rows that a chain looks at; of more, it takes a sample.
-_MOST_ROWS = 1 << 14
-# Times each pair of columns must be looked at for a table of what they add to be worth its memory.
-_WORTH_A_TABLE = 16
-# Temperatures of a chain, and the most elements looked at between two looks at the clock.
+# Proposals of a chain: per ordered pair of columns, the minimum, and the maximum number of elements that they read.
+_STEPS_PER_PAIR = 4000
+_MIN_STEPS = 1 << 22
+_MAX_ELEMENTS = 1 << 35
+# Rows that a chain reads; of more, it takes a sample.
+_MAX_ROWS = 1 << 14
+# Visits per pair of columns from which a table of their gains is worth its memory.
+_MIN_VISITS_FOR_TABLE = 16
+# Temperatures of a chain, and the maximum number of elements read between two checks of the time.
 _PARTS = 256
-_ELEMENTS_A_PART = 1 << 27
-# Elements that are copied at a time to add up what is kept.
-_COPIED = 1 << 22
+_ELEMENTS_PER_PART = 1 << 27
+# Elements copied per block when summing the kept magnitude.
+_COPY_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,12 @@ class SearchOptions:
     Attributes:
         effort: Multiplies the proposals of a chain, which `steps` derives from the size. The same effort and seed give the
             same order on the same kind of processor.
-        seconds: Cool faster so as to end in about this time. The order found then depends on the machine's speed.
-        seed: Of all random numbers.
-        restarts: Chains, of which the best counts; they share the machine's cores. The first begins with the given order.
+        seconds: Cool faster, to end in about this time. The result then depends on the machine's speed.
+        seed: Seed of all random numbers.
+        restarts: Number of chains; the best result is used. They share the machine's cores. The first starts from the
+            given order.
         m: Group length.
-        n: The most that a group keeps.
+        n: Maximum number of weights that a group keeps.
     """
 
     effort: float = 1.0
@@ -62,8 +63,8 @@ class SearchOptions:
 
 
 @dataclass(frozen=True)
-class Found:
-    """An order of the columns.
+class SearchResult:
+    """An order of the columns and the magnitude that it keeps.
 
     Attributes:
         order: (C,), int64: `scores[:, order]` keeps `kept`. Columns ascend within groups, groups by their first column; the
@@ -80,20 +81,20 @@ class Found:
 
     @property
     def efficacy(self) -> float:
-        """Percent of what a free choice in each row would gain, as Apex defines it; 0 where there is nothing to gain."""
+        """Gain in percent of the gain of a free choice in each row, as Apex defines it; 0 where there is nothing to gain."""
         room = self.kept_bound - self.kept_before
         return 100 * (self.kept - self.kept_before) / room if room > 0 else 0.0
 
 
-def search(scores: Floats, options: SearchOptions | None = None) -> Found:
-    """Find an order of the columns that keeps much.
+def search(scores: Floats, options: SearchOptions | None = None) -> SearchResult:
+    """Search for an order of the columns that keeps as much as possible.
 
     Args:
-        scores: (rows, C), not negative: magnitudes or any other worth of the weights.
+        scores: (rows, C), not negative: magnitudes or any other importance of the weights.
         options: The defaults if None.
 
     Returns:
-        The best order met, never worse than the given one.
+        The best order found, never worse than the given one.
 
     Raises:
         InputError: Scores or options that cannot be used.
@@ -104,7 +105,7 @@ def search(scores: Floats, options: SearchOptions | None = None) -> Found:
     n, m = options.n, options.m
     given = np.arange(scores.shape[1])
     before, bound = kept(scores, n, m), kept(scores, scores.shape[1] // m * n, scores.shape[1])
-    best = Found(given, before, before, bound)
+    best = SearchResult(given, before, before, bound)
     if n == m or scores.shape[1] == m or not scores.any():
         return best
     columns = _columns(scores, options.seed)
@@ -114,16 +115,16 @@ def search(scores: Floats, options: SearchOptions | None = None) -> Found:
         order = regrouped[np.argsort(regrouped[:, 0])].ravel()
         now = kept(scores, n, m, order)
         if now > best.kept:
-            best = Found(order, now, before, bound)
+            best = SearchResult(order, now, before, bound)
     return best
 
 
 def kept(scores: Floats, n: int, m: int, order: Order | None = None) -> float:
     """Sum of the n largest of each m columns over all rows, exact to float64."""
     total = 0.0
-    at_a_time = max(_COPIED // scores.shape[1], 1)
-    for first in range(0, len(scores), at_a_time):
-        part = scores[first : first + at_a_time]
+    block = max(_COPY_BLOCK // scores.shape[1], 1)
+    for first in range(0, len(scores), block):
+        part = scores[first : first + block]
         part = (part if order is None else part[:, order]).astype(np.float64).reshape(-1, m)
         part.partition(m - n if n < m else 0, axis=1)
         total += float(part[:, m - n :].sum())
@@ -132,8 +133,8 @@ def kept(scores: Floats, n: int, m: int, order: Order | None = None) -> float:
 
 def steps(rows: int, columns: int, effort: float = 1.0) -> int:
     """Proposals of a chain: 4000 for each ordered pair of columns, at least 2**22, but of at most 2**35 elements."""
-    wanted = max(_STEPS_A_PAIR * columns**2, _LEAST_STEPS)
-    return max(int(effort * min(wanted, _ELEMENTS // min(rows, _MOST_ROWS))), 1)
+    wanted = max(_STEPS_PER_PAIR * columns**2, _MIN_STEPS)
+    return max(int(effort * min(wanted, _MAX_ELEMENTS // min(rows, _MAX_ROWS))), 1)
 
 
 def _require(scores: Floats, options: SearchOptions) -> None:
@@ -151,7 +152,7 @@ def _require(scores: Floats, options: SearchOptions) -> None:
         if lowest < 0:
             wrong.append(f"negative scores, down to {lowest:g}")
     if not 1 <= options.n <= options.m:
-        wrong.append(f"{options.n}:{options.m}, where at least 1 and at most all of a group are kept")
+        wrong.append(f"pattern {options.n}:{options.m}, where n must be from 1 to m")
     elif scores.ndim == 2 and scores.shape[1] % options.m:
         wrong.append(f"{scores.shape[1]} columns, not a multiple of {options.m}")
     if not (options.effort > 0 and np.isfinite(options.effort)):
@@ -162,16 +163,16 @@ def _require(scores: Floats, options: SearchOptions) -> None:
         wrong.append(f"{options.restarts} restarts")
     if wrong:
         raise InputError(
-            "no permutation can be searched for",
+            "cannot search for a permutation",
             found="; ".join(wrong),
             fix="give finite scores of at least 0, a multiple of m columns, n from 1 to m, and positive options",
         )
 
 
 def _columns(scores: Floats, seed: int) -> npt.NDArray[np.float32]:
-    """What chains look at: columns contiguous, at most 1, of a sample of the rows if there are many."""
-    if len(scores) > _MOST_ROWS:
-        rows = np.random.default_rng(seed).choice(len(scores), _MOST_ROWS, replace=False, shuffle=False)
+    """The input of chains: contiguous columns scaled to at most 1, with a sample of the rows if there are many."""
+    if len(scores) > _MAX_ROWS:
+        rows = np.random.default_rng(seed).choice(len(scores), _MAX_ROWS, replace=False, shuffle=False)
         scores = scores[np.sort(rows)]
     largest = max(float(scores.max()), np.finfo(np.float64).tiny)
     return np.ascontiguousarray(np.divide(scores, largest, dtype=np.float64).T, dtype=np.float32)
@@ -186,16 +187,16 @@ def _chain(
     count, rows = columns.shape
     random = np.random.default_rng((options.seed, number))
     order = np.arange(count) if number == 0 else random.permutation(count)
-    todo = steps(rows, count, options.effort)
-    table = todo >= _WORTH_A_TABLE * count**2
+    total_steps = steps(rows, count, options.effort)
+    table = total_steps >= _MIN_VISITS_FOR_TABLE * count**2
     state = anneal.start(columns, order, n, m, int(random.integers(1 << 62)), table=table)
     begun = time.monotonic()
 
-    def gone() -> float:
+    def elapsed_share() -> float:
         return 0.0 if deadline is None else (time.monotonic() - begun) / max(deadline - begun, 1e-9)
 
-    def descend(most: int) -> None:
-        for _ in range(most):
+    def descend(max_rounds: int) -> None:
+        for _ in range(max_rounds):
             if stop.is_set() or not anneal.descend(*state, n, m):
                 break
 
@@ -205,9 +206,9 @@ def _chain(
     if len(losses):
         hot, cold = (_temperature(losses, share) for share in (_HOT / count, _COLD / count**2))
         best, lead, done = state.order.copy(), 0.0, 0
-        at_a_time = max(min(todo // _PARTS, _ELEMENTS_A_PART // rows), 1)
-        while done < todo and (cooled := max(done / todo, gone())) < 1 and not stop.is_set():
-            share = min(at_a_time, todo - done)
+        block = max(min(total_steps // _PARTS, _ELEMENTS_PER_PART // rows), 1)
+        while done < total_steps and (cooled := max(done / total_steps, elapsed_share())) < 1 and not stop.is_set():
+            share = min(block, total_steps - done)
             lead = anneal.anneal(*state, best, lead, share, hot * (cold / hot) ** cooled, n, m)
             done += share
         state = anneal.start(columns, best, n, m, 1, table=False)
@@ -217,8 +218,8 @@ def _chain(
 
 def _temperature(losses: npt.NDArray[np.float32], share: float) -> float:
     """The temperature at which this share of swaps with these losses is accepted, by bisection."""
-    least, most = (float(f(losses)) for f in (np.min, np.max))
-    low, high = least / 64, most * 64
+    smallest, largest = (float(f(losses)) for f in (np.min, np.max))
+    low, high = smallest / 64, largest * 64
     for _ in range(40):
         middle = (low * high) ** 0.5
         if np.exp(-losses.astype(np.float64) / middle).mean() < share:
@@ -229,7 +230,7 @@ def _temperature(losses: npt.NDArray[np.float32], share: float) -> float:
 
 
 def _in_threads(work: Callable[[int, Event], Order], count: int) -> list[Order]:
-    """Chains on all cores; an interrupt ends them."""
+    """Run chains on all cores; an interrupt ends them."""
     stop = Event()
     if count == 1:
         return [work(0, stop)]

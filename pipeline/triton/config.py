@@ -31,11 +31,11 @@ class Serving:
     """How Triton runs a model.
 
     Attributes:
-        queue_delay_us: How long a request may wait for others to share its batch.
-        preferred_batches: Batch sizes that are sent at once when reached; none leaves it to the delay.
-        cuda_graphs: Replay captured launches; TensorRT only, where None means on.
-        warmup: Run every profile's batch once at load, on zeros, so that no client waits for it.
-        instances: Copies of the model, on each GPU.
+        queue_delay_us: Microseconds that a request may wait for others to share its batch.
+        preferred_batches: Batch sizes that run as soon as they are reached; if empty, only the delay counts.
+        cuda_graphs: Replay captured CUDA graphs; TensorRT only, where None means on.
+        warmup: Run every profile's batch once on zeros while loading, so that no client waits for it.
+        instances: Number of instances of the model on each GPU.
     """
 
     queue_delay_us: int = 1000
@@ -50,14 +50,14 @@ class Serving:
 
 
 def platform_of(engine: EngineFile) -> str:
-    """Triton's name for what runs the engine.
+    """Triton's platform name for an engine.
 
     Raises:
-        InputError: It has none.
+        InputError: Triton has no platform for its backend.
     """
     if engine.backend not in _PLATFORMS:
         raise InputError(
-            "Triton has no such platform",
+            "Triton has no platform for this backend",
             where=engine.path,
             found=engine.backend,
             fix=f"build for one of {', '.join(_PLATFORMS)}",
@@ -66,7 +66,7 @@ def platform_of(engine: EngineFile) -> str:
 
 
 def model_files(engines: Sequence[EngineFile]) -> dict[str, EngineFile]:
-    """File names in a version folder: `model.plan` alone, else `model_8_0.plan` for each compute capability."""
+    """File names in a version folder: `model.plan` for a single plan, else `model_8_0.plan` for each compute capability."""
     platform_of(engines[0])
     name = Path(_PLATFORMS[engines[0].backend][1])
     if len(engines) == 1:
@@ -75,7 +75,7 @@ def model_files(engines: Sequence[EngineFile]) -> dict[str, EngineFile]:
 
 
 def max_batch_size(engine: EngineFile) -> int:
-    """The largest batch that Triton may make; 0 where the graph's batch is fixed and Triton batches nothing."""
+    """The largest batch that Triton may form; 0 if the graph's batch is fixed, which turns off batching."""
     dynamic = all(spec.shape and spec.shape[0] is None for spec in (*engine.inputs, *engine.outputs))
     return max((p.max for p in engine.profiles), default=1) if dynamic else 0
 
@@ -88,20 +88,20 @@ def config_text(
     versions: Sequence[int] = (1,),
     labels: str | None = None,
 ) -> str:
-    """The config of engines that differ in nothing but the GPU they are for.
+    """The config.pbtxt of engines that differ only in the GPU they are for.
 
-    With `max_batch_size` above 0 dims leave the batch out, as Triton wants. The versions are named, so that a version folder
-    is served from the moment that the config says so, and not before.
+    With `max_batch_size` above 0, Triton expects dims without the batch. The versions are listed explicitly, so that a new
+    version folder is not served before the config names it.
 
     Args:
         engines: One, or several plans of one model.
-        name: The model's, in the repository.
+        name: Name of the model in the repository.
         serving: How to run it.
-        versions: Those to serve.
+        versions: Versions to serve.
         labels: File with the outputs' labels, in the model's folder.
 
     Raises:
-        InputError: Triton lacks a type, or the engine cannot be served as asked.
+        InputError: Triton lacks a data type, or the engine cannot be served with these options.
     """
     engine, serving = engines[0], serving or Serving()
     max_batch = max_batch_size(engine)
@@ -124,7 +124,7 @@ def config_text(
     if len(engines) > 1:
         files = [_entry(str(e.compute_capability), quoted(file)) for file, e in model_files(engines).items()]
         blocks.append(f"cc_model_filenames [\n  {_joined(files)}\n]")
-    # A free axis has no size that zeros could be made for.
+    # Warmup samples need fixed sizes.
     if serving.warmup and all(d is not None for spec in engine.inputs for d in _dims(spec, max_batch)):
         blocks.append(_warmups(engine, max_batch))
     return "\n".join(blocks) + "\n"
@@ -133,25 +133,25 @@ def config_text(
 def _require_servable(engine: EngineFile, serving: Serving, max_batch: int) -> None:
     problems = []
     if engine.backend != _TENSORRT and serving.cuda_graphs:
-        problems.append("CUDA graphs are for TensorRT plans only: leave --cuda-graphs out")
+        problems.append("CUDA graphs require a TensorRT plan: omit --cuda-graphs")
     wrong = [size for size in serving.preferred_batches if not 1 <= size <= max_batch]
     if wrong:
         sizes = f"from 1 to {max_batch}" if max_batch else "none, as the batch is fixed"
-        problems.append(f"preferred batches {listed(wrong)}: the engine takes {sizes}")
+        problems.append(f"preferred batches {listed(wrong)}: the engine accepts {sizes}")
     if engine.backend == _TENSORRT:
         taken = {size for p in engine.profiles for size in range(p.min, p.max + 1)}
         refused = [size for size in range(1, max_batch + 1) if size not in taken]
         if refused:
-            problems.append(f"Triton makes batches from 1 to {max_batch}, of which no profile takes {listed(refused)}")
+            problems.append(f"Triton forms batches from 1 to {max_batch}, but no profile covers {listed(refused)}")
     unknown = [s for s in (*engine.inputs, *engine.outputs) if s.dtype not in _TRITON_TYPES]
     if unknown:
-        problems.append(f"Triton has no such type: {listed(f'{s.name} {s.dtype}' for s in unknown)}")
+        problems.append(f"Triton does not support the data type of {listed(f'{s.name} {s.dtype}' for s in unknown)}")
     if problems:
         raise InputError(
-            "Triton cannot serve the engine like this",
+            "Triton cannot serve the engine with these options",
             where=engine.path,
             found="; ".join(problems),
-            fix="change the options named, or build again with --profile 1:OPT:MAX and float inputs and outputs",
+            fix="change these options, or rebuild with --profile 1:OPT:MAX and float inputs and outputs",
         )
 
 
@@ -177,13 +177,13 @@ def _instances(engine: EngineFile, serving: Serving, max_batch: int) -> str:
     if engine.backend == _TENSORRT:
         fields.append("kind: KIND_GPU")
         if max_batch and len(engine.profiles) > 1:
-            # Without this Triton opens the first profile alone, which may be the one for single images.
+            # By default Triton uses the first profile only, which may be the one for single images.
             fields.append(f"profile: [ {', '.join(quoted(str(i)) for i in range(len(engine.profiles)))} ]")
     return f"instance_group [ {{ {' '.join(fields)} }} ]"
 
 
 def _warmups(engine: EngineFile, max_batch: int) -> str:
-    """Zeros in each profile's tuned batch and in the largest; a fixed batch is part of the dims and counts as one."""
+    """Samples of zeros for each profile's optimal batch and the largest batch; a fixed batch is part of the dims."""
     sizes = sorted({max_batch, *(p.opt for p in engine.profiles)}) if max_batch else [1]
     samples = []
     for size in sizes:

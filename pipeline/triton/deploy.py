@@ -1,4 +1,7 @@
-"""The deploy stage: engines into a Triton model repository. The version folder appears whole, then the config names it."""
+"""The deploy stage: add engines to a Triton model repository.
+
+The complete version folder appears first, then the config names it.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +39,9 @@ class DeployOptions:
 
     Attributes:
         repository: Triton's model repository.
-        name: Of the model in it.
-        allow_untrained: Deploy an engine of random weights, for timing.
-        keep_versions: How many versions are served at a time, the new one included; older ones stay on disk.
+        name: Name of the model in it.
+        allow_untrained: Deploy an engine with random weights, for timing.
+        keep_versions: Number of versions that are served at a time, the new one included; older ones stay on disk.
         serving: How Triton runs the model.
     """
 
@@ -55,17 +58,17 @@ class DeployOptions:
 def deploy(engine_paths: Path | Sequence[Path], options: DeployOptions, golden: Golden | None = None) -> Deployment:
     """Add an engine to a repository as the model's next version.
 
-    A config names the versions that it serves, and no file that it names is ever changed: until the new config stands, the
-    old one serves what it did.
+    A config names the versions that it serves, and files that it names are never changed: until the new config is in place,
+    the old one keeps serving the old version.
 
     Args:
-        engine_paths: One engine, or several plans of one model, each for the GPUs of another compute capability.
-        options: Where and how.
-        golden: An input (batch included) and the output that the engine gave for it, to lie beside the engine.
+        engine_paths: One engine, or several plans of one model, each for GPUs of another compute capability.
+        options: Where and how to deploy.
+        golden: An input (with batch) and the engine's output for it, to be stored next to the engine.
 
     Raises:
-        InputError: An engine is untrained, without weights or not what its sidecar says, the engines are not of one model,
-            Triton cannot serve them as asked, or their inputs and outputs differ from those that are served under this name.
+        InputError: An engine has random weights or none or does not match its sidecar, the engines are not of one model,
+            Triton cannot serve them with these options, or inputs and outputs differ from those served under this name.
         HostError: The repository cannot be written.
     """
     paths = [engine_paths] if isinstance(engine_paths, Path) else list(engine_paths)
@@ -90,8 +93,8 @@ def _deploy(engines: Sequence[EngineFile], options: DeployOptions, golden: Golde
     if config.is_file():
         _require_same_io(config, text)
         copies[PREVIOUS] = config
-    beside = golden_files(golden, engines[0], options.name, version) if golden is not None else {}
-    add_version(folder, version, copies, beside)
+    extra_files = golden_files(golden, engines[0], options.name, version) if golden is not None else {}
+    add_version(folder, version, copies, extra_files)
     written = [*(folder / str(version) / name for name in model_files(engines)), config]
     if labels:
         write_atomically(folder / labels[0], labels[1], option=REPOSITORY_OPTION)
@@ -104,7 +107,7 @@ def _require_weights(engines: Sequence[EngineFile]) -> None:
     stripped = [e.path for e in engines if e.strip_plan]
     if stripped:
         raise InputError(
-            "the plan is stripped of its weights, and Triton does not refit plans",
+            "the plan is stripped of its weights, and Triton cannot refit plans",
             where=listed(stripped),
             fix="build it without --strip-plan",
         )
@@ -122,9 +125,9 @@ def _require_trained(engines: Sequence[EngineFile], options: DeployOptions) -> N
 
 
 def _require_one_model(engines: Sequence[EngineFile]) -> None:
-    """Several engines must be plans that differ in the GPU alone."""
+    """Require that several engines are plans that differ only in the GPU."""
     if not engines:
-        raise InputError("no engine to deploy", fix="name one, or several plans of one model")
+        raise InputError("no engine to deploy", fix="pass one engine, or several plans of one model")
     if len(engines) == 1:
         return
     first, problems = engines[0], []
@@ -133,7 +136,7 @@ def _require_one_model(engines: Sequence[EngineFile]) -> None:
         differs = {
             f"for {e.backend}": e.backend != "tensorrt",
             f"of another ONNX file, sha256 {e.onnx_sha256[:12]}": e.onnx_sha256 != first.onnx_sha256,
-            "other inputs or outputs": (e.inputs, e.outputs) != (first.inputs, first.outputs),
+            "different inputs or outputs": (e.inputs, e.outputs) != (first.inputs, first.outputs),
             f"of TensorRT {e.runtime_version}, not {first.runtime_version}": e.runtime_version != first.runtime_version,
             f"profiles {', '.join(map(str, e.profiles))}": e.profiles != first.profiles,
             f"compute capability {e.compute_capability}": not _CAPABILITY.fullmatch(e.compute_capability or ""),
@@ -144,15 +147,15 @@ def _require_one_model(engines: Sequence[EngineFile]) -> None:
             problems.append(f"{e.path}: {'; '.join(wrong)}")
     if problems:
         raise InputError(
-            "not plans of one model for several GPUs",
+            "the engines are not plans of one model for several GPUs",
             found="\n         ".join(problems),
             fix=f"build each from the ONNX file of {first.path} with the same TensorRT and profiles, one for each compute"
-            " capability; anything else has a model name of its own",
+            " capability; deploy any other engine under a different --name",
         )
 
 
 def _labels(folder: Path, version: int, engine: EngineFile) -> tuple[str, bytes] | None:
-    """The label file's name and bytes; a file of other labels, which the served config may name, is left as it is."""
+    """Name and bytes of the label file; an existing file with other labels may be in use and is not changed."""
     if engine.provenance is None or not engine.provenance.labels:
         return None
     data = ("\n".join(engine.provenance.labels) + "\n").encode()
@@ -162,7 +165,7 @@ def _labels(folder: Path, version: int, engine: EngineFile) -> tuple[str, bytes]
 
 
 def _kept(folder: Path, engines: Sequence[EngineFile], options: DeployOptions) -> list[int]:
-    """Earlier versions to go on serving; one config must fit them all."""
+    """Earlier versions to keep serving; one config must fit all of them."""
     earlier = versions_in(folder)[-(options.keep_versions - 1) :] if options.keep_versions > 1 else []
     files, problems = model_files(engines), []
     for version in earlier:
@@ -174,7 +177,7 @@ def _kept(folder: Path, engines: Sequence[EngineFile], options: DeployOptions) -
                 problems.append(f"version {version} has other profiles")
     if problems:
         raise InputError(
-            "the versions to keep need another config",
+            "the versions to keep need a different config",
             where=folder,
             found=listed(problems),
             fix="lower --keep-versions, or choose another --name",
@@ -191,7 +194,7 @@ def _require_same_io(config: Path, text: str) -> None:
             if served.get(t) != new.get(t)
         ]
         raise InputError(
-            "the repository serves other inputs and outputs under this name",
+            "the repository serves different inputs and outputs under this name",
             where=config,
             found=f"{listed(changed)}; clients of the served version would break",
             fix="choose another --name",

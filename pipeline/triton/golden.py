@@ -1,4 +1,4 @@
-"""A golden input and output beside a deployed engine, and the script that asks a server for the same."""
+"""A golden input and output next to a deployed engine, and the script that compares a server's output with it."""
 
 from __future__ import annotations
 
@@ -19,51 +19,51 @@ from maskplan.pipeline.triton import smoke_test
 Golden = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 
 FOLDER = "golden"
-# Shares of the largest output. The server's GPU or its release of ONNX Runtime may pick other kernels.
+# Shares of the largest output. The server's GPU or its release of ONNX Runtime may choose other kernels.
 _TOLERANCES = {"fp32": 1e-3, "fp16": 5e-2}
 _OTHER_TOLERANCE = 1e-1
 
 
 def golden_pair(engine: EngineFile, seed: int = 0) -> Golden:
-    """Run an engine once on a seeded input: one image, or as many as the graph insists on.
+    """Run an engine once on a seeded input: one image, or as many as the graph's fixed batch.
 
     Raises:
-        InputError: The engine cannot be loaded here, or has not one input and output of floats and of a known
-            shape, or gives an output that is not finite.
-        HostError: Its runtime is not here.
+        InputError: The engine cannot be loaded on this host, does not have exactly one float input of known shape and one
+            output, or its output is not finite.
+        HostError: Its runtime is not installed.
     """
     _require_one_in_and_out(engine)
     spec, (output,) = engine.inputs[0], engine.outputs
     shape = [1 if d is None else d for d in spec.shape]
     if any(d is None for d in spec.shape[1:]) or not spec.dtype.startswith("float"):
-        raise InputError("no golden input can be made up", where=engine.path, found=_told([spec]))
+        raise InputError("cannot create a golden input", where=engine.path, found=_described([spec]))
     array = np.random.default_rng(seed).standard_normal(shape).astype(spec.dtype)
     loaded = open_engine(engine)
     try:
-        answer = loaded.infer({spec.name: array})[output.name]
+        result = loaded.infer({spec.name: array})[output.name]
     finally:
         loaded.close()
-    if not np.isfinite(answer).all():
-        raise InputError("the output for noise is not finite", where=engine.path, found=output.name)
-    return array, answer
+    if not np.isfinite(result).all():
+        raise InputError("the output for random input is not finite", where=engine.path, found=output.name)
+    return array, result
 
 
 def golden_of(engines: Sequence[EngineFile]) -> tuple[Golden | None, str]:
-    """The golden pair of the first engine that runs here; without one, why there is none."""
-    why = "no engine"
+    """The golden pair of the first engine that runs on this host; if none does, None and the reason."""
+    reason = "no engine"
     for engine in engines:
         try:
             return golden_pair(engine), ""
         except PipelineError as error:
-            why = f"{error.what}{'' if error.found is None else f' ({error.found})'}"
-    return None, why
+            reason = f"{error.what}{'' if error.found is None else f' ({error.found})'}"
+    return None, reason
 
 
 def golden_files(golden: Golden, engine: EngineFile, name: str, version: int) -> dict[str, bytes]:
-    """What lies beside the engine: the two arrays, what they are and how close is close, and the script; by name.
+    """Files for the version folder, by name: the two arrays, their description with the tolerance, and the script.
 
     Raises:
-        InputError: The arrays are not of the engine's input and output, or not finite.
+        InputError: The arrays do not match the engine's input and output, or are not finite.
     """
     _require_one_in_and_out(engine)
     problems = []
@@ -72,12 +72,12 @@ def golden_files(golden: Golden, engine: EngineFile, name: str, version: int) ->
             d in (None, n) for d, n in zip(spec.shape, array.shape, strict=True)
         )
         if not fits or array.dtype.name != spec.dtype:
-            problems.append(f"{_told([spec])} is given {array.dtype.name} {array.shape}")
+            problems.append(f"{_described([spec])} does not match {array.dtype.name} {array.shape}")
         elif not np.isfinite(array).all():
             problems.append(f"{spec.name} is not finite")
     if problems:
-        raise InputError("the golden pair is not the engine's", where=engine.path, found="; ".join(problems))
-    told = {
+        raise InputError("the golden pair does not match the engine", where=engine.path, found="; ".join(problems))
+    description = {
         "model": name,
         "version": version,
         "input": engine.inputs[0].name,
@@ -85,7 +85,7 @@ def golden_files(golden: Golden, engine: EngineFile, name: str, version: int) ->
         "tolerance": _TOLERANCES.get(engine.precision, _OTHER_TOLERANCE),
     }
     files = {
-        "golden.json": (json.dumps(told, indent=2) + "\n").encode(),
+        "golden.json": (json.dumps(description, indent=2) + "\n").encode(),
         "input.npy": _npy(golden[0]),
         "output.npy": _npy(golden[1]),
         "smoke.py": Path(smoke_test.__file__).read_bytes(),
@@ -96,13 +96,13 @@ def golden_files(golden: Golden, engine: EngineFile, name: str, version: int) ->
 def _require_one_in_and_out(engine: EngineFile) -> None:
     if (len(engine.inputs), len(engine.outputs)) != (1, 1):
         raise InputError(
-            "a golden pair is one input and one output",
+            "a golden pair needs exactly one input and one output",
             where=engine.path,
-            found=_told((*engine.inputs, *engine.outputs)),
+            found=_described((*engine.inputs, *engine.outputs)),
         )
 
 
-def _told(specs: Sequence[TensorSpec]) -> str:
+def _described(specs: Sequence[TensorSpec]) -> str:
     return ", ".join(f"{s.name} {s.dtype} {s.shape}" for s in specs)
 
 

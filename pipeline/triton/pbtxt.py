@@ -1,4 +1,4 @@
-"""Protobuf's text format, as far as a Triton config needs it: read without protobuf, and strings quoted for it."""
+"""The subset of Protobuf's text format that Triton configs use: a parser without protobuf, and quoting of strings."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ _CLOSES = {"{": "}", "<": ">"}
 
 
 class Message:
-    """The fields of one message in their order; a scalar is its text, a string is without quotes.
+    """The fields of one message in order; scalars are text, strings are unquoted.
 
     Args:
-        fields: (name, value) pairs; a field that repeats stands there as often.
+        fields: (name, value) pairs; a repeated field occurs several times.
     """
 
     def __init__(self, fields: list[tuple[str, str | Message]]) -> None:
         self._fields = fields
 
     def texts(self, name: str) -> list[str]:
-        """Scalars of a field."""
+        """All scalars of a field."""
         return [value for key, value in self._fields if key == name and isinstance(value, str)]
 
     def text(self, name: str, default: str = "") -> str:
-        """The last scalar of a field, which is the one that counts."""
+        """The last scalar of a field, which overrides earlier ones."""
         return (self.texts(name) or [default])[-1]
 
     def messages(self, name: str) -> list[Message]:
-        """Messages of a field."""
+        """All messages of a field."""
         return [value for key, value in self._fields if key == name and isinstance(value, Message)]
 
 
 def parse(text: str) -> Message:
-    """Read a message.
+    """Parse a message.
 
     Raises:
-        ValueError: Not the text format.
+        ValueError: The text is not in the text format.
     """
     tokens = list(_tokens(text))
     message, end = _message(tokens, 0, "")
@@ -49,7 +49,7 @@ def parse(text: str) -> Message:
 
 
 def quoted(text: str) -> str:
-    """A string as the text format writes it; what is not plain ASCII becomes octal bytes."""
+    """Quote a string for the text format; anything but printable ASCII becomes octal escapes."""
     plain = "".join(
         c if " " <= c <= "~" and c not in '"\\' else "".join(f"\\{byte:03o}" for byte in c.encode()) for c in text
     )
@@ -61,19 +61,19 @@ def _tokens(text: str) -> Iterator[str]:
     while at < len(text):
         match = _TOKEN.match(text, at)
         if match is None:
-            raise ValueError(f"not the text format from {text[at : at + 20]!r} on")
+            raise ValueError(f"cannot parse {text[at : at + 20]!r}")
         at = match.end()
         if match.lastindex is not None:
             yield match.group(match.lastindex)
 
 
 def _message(tokens: list[str], at: int, closing: str) -> tuple[Message, int]:
-    """Fields from `at` on, up to the closing bracket or the end; and where that is."""
+    """Parse fields from `at` up to the closing bracket or the end; also returns that position."""
     fields: list[tuple[str, str | Message]] = []
     while at < len(tokens) and tokens[at] != closing:
         name = tokens[at]
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
-            raise ValueError(f"expected a field's name, found {name}")
+            raise ValueError(f"expected a field name, found {name}")
         at += 1
         if _peek(tokens, at) == ":":
             at += 1
@@ -98,11 +98,11 @@ def _value(tokens: list[str], at: int) -> tuple[str | Message, int]:
     if token in _CLOSES:
         message, end = _message(tokens, at + 1, _CLOSES[token])
         if _peek(tokens, end) != _CLOSES[token]:
-            raise ValueError(f"a {token} that is not closed")
+            raise ValueError(f"{token} is not closed")
         return message, end + 1
     if token[0] in "\"'":
         text = ""
-        while at < len(tokens) and tokens[at][0] in "\"'":  # neighbors are one string
+        while at < len(tokens) and tokens[at][0] in "\"'":  # adjacent strings are concatenated
             text += _unquoted(tokens[at])
             at += 1
         return text, at
@@ -112,7 +112,7 @@ def _value(tokens: list[str], at: int) -> tuple[str | Message, int]:
 
 
 def _unquoted(token: str) -> str:
-    # The escapes are those of Python's bytes, which the text format took from C as well.
+    # The escapes are the same as in Python's bytes literals; both come from C.
     escaped = "".join(c if c.isascii() else "".join(f"\\x{byte:02x}" for byte in c.encode()) for c in token)
     try:
         value = ast.literal_eval(f"b{escaped}")
@@ -123,5 +123,5 @@ def _unquoted(token: str) -> str:
 
 def _peek(tokens: list[str], at: int) -> str:
     if at >= len(tokens):
-        raise ValueError("it ends in the middle")
+        raise ValueError("unexpected end of the text")
     return tokens[at]

@@ -1,4 +1,4 @@
-"""A model's folder in a Triton repository: its versions, who may write to it, and how a version comes and goes whole."""
+"""A model's folder in a Triton repository: its versions, the lock for writers, and atomic changes of versions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from maskplan.pipeline.core.errors import HostError, InputError, host_error
 from maskplan.pipeline.core.file_lock import acquire_lock
 from maskplan.pipeline.core.files import TEMPORARY_SUFFIX, read_bytes, write_atomically
 
-# Kept in a version's folder for a rollback: the config that was served before the version.
+# In a version's folder, for a rollback: the config that was in place before the version.
 PREVIOUS = "previous-config.pbtxt"
 _ROLLED_BACK = "rolled-back"
 REPOSITORY_OPTION = "--repository"
@@ -22,41 +22,41 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def model_folder(repository: Path, name: str) -> Path:
-    """Where a model lies.
+    """The folder of a model.
 
     Raises:
-        InputError: Not a name for a folder of the repository.
+        InputError: The name is not valid for a folder of the repository.
     """
     if not _NAME.fullmatch(name):
         raise InputError(
-            "not a name for a model in a repository",
+            "invalid name for a model in a repository",
             found=repr(name),
-            fix="use letters, digits, '-', '_' and '.', and begin with a letter or digit",
+            fix="use letters, digits, '-', '_' and '.', starting with a letter or digit",
         )
     return repository / name
 
 
 def versions_in(folder: Path) -> list[int]:
-    """Numbers of the version folders, rising."""
+    """Numbers of the version folders, in ascending order."""
     return sorted(int(p.name) for p in folder.glob("[1-9]*") if p.name.isdecimal() and p.is_dir())
 
 
 def next_version(folder: Path) -> int:
-    """One above every version that is there or was rolled back."""
-    gone = [
+    """One above every existing or rolled-back version."""
+    rolled_back = [
         int(p.name.split(".")[1]) for p in folder.glob(f".[1-9]*.{_ROLLED_BACK}") if p.name.split(".")[1].isdecimal()
     ]
-    return 1 + max([*versions_in(folder), *gone], default=0)
+    return 1 + max([*versions_in(folder), *rolled_back], default=0)
 
 
 def add_version(folder: Path, version: int, copies: Mapping[str, Path], contents: Mapping[str, bytes]) -> None:
-    """Write a version's folder under a hidden name and rename it when it is whole.
+    """Write a version's folder under a hidden name and rename it when it is complete.
 
     Args:
-        folder: The model's, held.
-        version: Its number.
-        copies: Files by their name in the version, to copy.
-        contents: Further files, by what is in them.
+        folder: The model's folder, locked.
+        version: Number of the version.
+        copies: Files to copy, by their name in the version.
+        contents: Contents of further files, by name.
 
     Raises:
         InputError: A file to copy cannot be read.
@@ -72,16 +72,16 @@ def add_version(folder: Path, version: int, copies: Mapping[str, Path], contents
         staged.rename(folder / str(version))
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise _busy(folder, f"version {version} came from elsewhere meanwhile") from error
+            raise _busy(folder, f"another process has created version {version}") from error
         raise host_error(error, where=folder, option=REPOSITORY_OPTION) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
 
 def set_aside(folder: Path, version: int) -> Path:
-    """Hide a version from Triton under a name that keeps its number from being used again.
+    """Hide a version from Triton under a name that reserves its number.
 
-    Triton reads a folder's name as a number up to the first character that is no digit, so the new one begins with a dot.
+    Triton parses a folder's name as a number up to the first non-digit, so the new name starts with a dot.
     """
     hidden = folder / f".{version}.{_ROLLED_BACK}"
     try:
@@ -93,14 +93,14 @@ def set_aside(folder: Path, version: int) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make a model's folder if need be, keep others from writing to it, and clear away what a killed process left there.
+    """Create a model's folder if missing, lock it against other writers, and remove leftovers of a killed process.
 
-    Folders made here and still empty at the end are removed: a server that finds a model without a version does not start.
+    Folders created here that are empty at the end are removed: Triton does not start with a model without a version.
 
     Raises:
-        HostError: The folder cannot be made, or another process is writing to it.
+        HostError: The folder cannot be created, or another process is writing to it.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     handle = None
     try:
         try:
@@ -113,7 +113,7 @@ def locked(folder: Path) -> Iterator[None]:
             raise host_error(error, where=folder, option=REPOSITORY_OPTION) from error
         yield
     finally:
-        for path in made:
+        for path in created:
             with contextlib.suppress(OSError):
                 path.rmdir()
         if handle is not None:
@@ -121,7 +121,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _lock(handle: int, folder: Path) -> None:
-    # Some network file systems have no locks; there, two deployments that choose one version are detected by its folder.
+    # Some network file systems have no locks; there, the existing version folder reveals a concurrent deployment.
     with contextlib.suppress(OSError):
         acquire_lock(handle, lambda: _busy(folder, "its folder is locked"))
 

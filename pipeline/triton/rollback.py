@@ -1,4 +1,4 @@
-"""Back to the version that a Triton repository served before, with the config that it was served by."""
+"""Restore the version that a Triton repository served before, together with its config."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from maskplan.pipeline.triton.served_config import CONFIG, ServedConfig, read_co
 def rollback(repository: Path, name: str) -> Deployment:
     """Undo the last deployment of a model: restore the config that it replaced, then hide its version.
 
-    The config is replaced in one step, and by itself decides what is served. Run again after an interruption, this finishes
-    what was begun.
+    The config is replaced atomically and alone determines what is served. Calling this again after an interruption completes
+    the rollback.
 
     Returns:
-        What is served now.
+        What is served afterwards.
 
     Raises:
-        InputError: There is no such model, or nothing to go back to.
+        InputError: There is no such model, or no earlier version.
         HostError: The repository cannot be written.
     """
     folder = model_folder(repository, name)
@@ -47,21 +47,21 @@ def rollback(repository: Path, name: str) -> Deployment:
 
 
 def _last_deployed(folder: Path, served: ServedConfig) -> int:
-    """The newest version that replaced another, be its config in place (as it should be), not yet, or no longer."""
+    """The newest version that replaced another, whether its config is in place (the usual case), not yet, or no longer."""
     lowest = max(served.versions, default=0)
     undoable = [v for v in versions_in(folder) if v >= lowest and (folder / str(v) / PREVIOUS).is_file()]
     if not undoable:
         raise InputError(
             "nothing to roll back to",
             where=folder,
-            found=f"versions {listed(versions_in(folder)) or 'none'}, of which the served one replaced none",
+            found=f"versions {listed(versions_in(folder)) or 'none'}, the served one replaced none",
             fix="deploy another engine instead",
         )
     return undoable[-1]
 
 
 def _served(folder: Path, restored: ServedConfig, undone: int) -> int:
-    """The newest version under the restored config; all that the config names must still be there."""
+    """The newest version under the restored config; everything that the config names must still exist."""
     others = [v for v in versions_in(folder) if v != undone]
     versions = restored.versions or tuple(others[-1:])
     missing = [f"version {v}" for v in versions if v not in others]
@@ -70,7 +70,7 @@ def _served(folder: Path, restored: ServedConfig, undone: int) -> int:
         raise InputError(
             "nothing to roll back to",
             where=folder,
-            found=f"gone: {listed(missing) or 'every earlier version'}",
-            fix="put it back, or deploy another engine instead",
+            found=f"missing: {listed(missing) or 'every earlier version'}",
+            fix="restore it, or deploy another engine instead",
         )
     return max(versions)

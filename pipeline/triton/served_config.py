@@ -1,4 +1,4 @@
-"""What a config.pbtxt in a repository promises to clients, and which versions it serves; whoever wrote it."""
+"""The part of a repository's config.pbtxt that clients depend on, and the versions it serves, whatever tool wrote it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ CONFIG = "config.pbtxt"
 
 @dataclass(frozen=True)
 class ServedConfig:
-    """What a config in a repository says.
+    """Contents of a config in a repository.
 
     Attributes:
         platform: `tensorrt_plan` or `onnxruntime_onnx`; empty if the config leaves it to Triton.
-        tensors: Of each input and output the type and the shape that clients see, such as `TYPE_FP32 [-1, 3, 8, 8]`.
-        versions: Those that the config names; empty if it leaves the choice to Triton.
+        tensors: Type and shape of each input and output as clients see them, such as `TYPE_FP32 [-1, 3, 8, 8]`.
+        versions: Versions that the config names; empty if it leaves the choice to Triton.
         labels: Label files that it names.
     """
 
@@ -30,19 +30,19 @@ class ServedConfig:
 
 
 def read_config(path: Path) -> ServedConfig:
-    """What a config says, whoever wrote it.
+    """Read a config, whatever tool wrote it.
 
     Raises:
-        InputError: It cannot be read.
+        InputError: The file cannot be read or parsed.
     """
     return parse_config(read_bytes(path).decode(errors="replace"), path)
 
 
 def parse_config(text: str, where: Path) -> ServedConfig:
-    """The same of a config's text; `where` is for the message.
+    """Parse a config's text; `where` is for the error message.
 
     Raises:
-        InputError: It cannot be read.
+        InputError: The text cannot be parsed.
     """
     try:
         config = parse(text)
@@ -51,14 +51,17 @@ def parse_config(text: str, where: Path) -> ServedConfig:
         versions = [int(v) for s in chosen for v in s.texts("versions")]
     except ValueError as error:
         raise InputError(
-            "the repository's config cannot be read", where=where, found=error, fix="mend it, or choose another --name"
+            "the repository's config cannot be read",
+            where=where,
+            found=error,
+            fix="correct it, or choose another --name",
         ) from error
 
-    def told(tensor: Message) -> str:
+    def type_and_shape(tensor: Message) -> str:
         return f"{tensor.text('data_type')} [{', '.join(['-1'] * batched + tensor.texts('dims'))}]"
 
     tensors = {
-        f"{kind} {quoted(tensor.text('name'))}": told(tensor)
+        f"{kind} {quoted(tensor.text('name'))}": type_and_shape(tensor)
         for kind in ("input", "output")
         for tensor in config.messages(kind)
     }

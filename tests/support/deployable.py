@@ -1,4 +1,4 @@
-"""Small engines to deploy (real ones of ONNX Runtime, and what deploying sees of a TensorRT plan), and killing it."""
+"""Small engines to deploy (real ones of ONNX Runtime, and fake TensorRT plans), and a deployment killed at every step."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from maskplan.engines.sidecar import read_engine, write_sidecar
 from maskplan.exporters.metadata import describe_onnx, write_provenance
 from maskplan.pipeline.core.artifacts import EngineFile, Preprocessing, Profile, Provenance, TensorSpec
 
-HOW = Preprocessing(3, 8, 8, 0, "bilinear", (0.0,) * 3, (1.0,) * 3)
+PREPROCESSING = Preprocessing(3, 8, 8, 0, "bilinear", (0.0,) * 3, (1.0,) * 3)
 LABELS = ("blue", "green", "red", "grün-ish", "5")
-MADE = Provenance("folder_less", True, "weights.pth", "0" * 64, 5, LABELS, HOW)
+PROVENANCE = Provenance("folder_less", True, "weights.pth", "0" * 64, 5, LABELS, PREPROCESSING)
 
 
 # Runs a function on copies of a repository, killed at its first change to the file system, at its second and so on, until it
@@ -63,16 +63,16 @@ print(at - 1)
 
 def source(
     path: Path,
-    made: Provenance | None = MADE,
+    made: Provenance | None = PROVENANCE,
     *,
     batch: int | str = "batch",
     classes: int = 5,
     name: str = "logits",
-    spoilt: bool = False,
+    broken: bool = False,
 ) -> Path:
-    """A model file; a spoilt one answers with infinities."""
+    """A model file; a broken one returns infinities."""
     weight = np.random.default_rng(classes).normal(size=(192, classes)).astype(np.float32)
-    weight[0] = np.inf if spoilt else weight[0]
+    weight[0] = np.inf if broken else weight[0]
     graph = helper.make_graph(
         [helper.make_node("Flatten", ["input"], ["f"]), helper.make_node("MatMul", ["f", "w"], [name])],
         "net",
@@ -89,7 +89,7 @@ def source(
 
 def built(
     folder: Path,
-    made: Provenance | None = MADE,
+    made: Provenance | None = PROVENANCE,
     profiles: tuple[Profile, ...] = (Profile(1, 1, 1), Profile(1, 8, 32)),
     **shape: Any,
 ) -> Path:
@@ -119,7 +119,7 @@ def record(**changed: Any) -> EngineFile:
         "outputs": (TensorSpec("logits", "float32", (None, 5)),),
         "onnx_sha256": "0" * 64,
         "build_s": 1.0,
-        "provenance": MADE,
+        "provenance": PROVENANCE,
     }
     return EngineFile(**{**values, **changed})
 

@@ -15,7 +15,7 @@ from maskplan.pipeline.models.layers import sample_input
 from maskplan.pipeline.permutation.apply import Move, permuted_state
 from maskplan.pipeline.permutation.groups import Axes, Group, find_groups
 
-HOW = Preprocessing(3, 16, 16, 0, "bilinear", (0.5,) * 3, (0.25,) * 3)
+PREPROCESSING = Preprocessing(3, 16, 16, 0, "bilinear", (0.5,) * 3, (0.25,) * 3)
 
 
 class Net(nn.Module):
@@ -71,7 +71,7 @@ def difference(module: nn.Module, state: dict[str, torch.Tensor], preprocessing:
     return float((before - after).abs().max() / spread)
 
 
-def stays(module: nn.Module, preprocessing: Preprocessing = HOW) -> Axes:
+def stays(module: nn.Module, preprocessing: Preprocessing = PREPROCESSING) -> Axes:
     """Assert that some groups can move, and that moving all of them changes nothing."""
     axes = find_groups(module, preprocessing)
     assert axes.movable

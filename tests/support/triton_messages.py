@@ -1,4 +1,4 @@
-"""Triton's ModelConfig to read configs with: fields written down here, and the real one where tritonclient is at hand.
+"""Triton's ModelConfig to read configs with: fields listed here, and the real ones if tritonclient is installed.
 
 tritonclient is found where it is installed, or in the folder that TRITONCLIENT names (pip install --target). Its
 dependencies may be older than what the tests run on, so it is only ever loaded in a process of its own.
@@ -151,7 +151,7 @@ def read_by_triton(text: str) -> dict[str, Any]:
 
 
 def parsed(text: str) -> Any:
-    """A config, read by the fields above; where Triton's own message is at hand, it must see the same in it."""
+    """A config, read by the fields above; if Triton's own message type is available, it must parse to the same."""
     config = text_format.Parse(text, _written_down()())
     if _worker() is not None:
         assert read_by_triton(text) == json_format.MessageToDict(config, preserving_proto_field_name=True)

@@ -30,7 +30,7 @@ def test_tied_channels_are_one_whatever_the_order_of_the_ties() -> None:
     assert not same(channels, a, channels.fresh((4,), 0))
 
 
-def test_a_tie_in_another_order_holds_what_has_no_counterpart() -> None:
+def test_a_tie_in_another_order_pins_what_has_no_counterpart() -> None:
     """Channels 0 and 1 are one, with a place each; 2 and 3 have no second place to follow them with."""
     channels = Channels()
     a = channels.fresh((4,), 0)
@@ -38,10 +38,10 @@ def test_a_tie_in_another_order_holds_what_has_no_counterpart() -> None:
     one, two, *others = channels.resolved(a).channels
     assert one == two
     assert len({one, *others}) == 3
-    assert list(channels.held()) == [one]
+    assert list(channels.pinned()) == [one]
 
 
-def test_parts_of_one_axis_that_meet_are_copies_of_each_other() -> None:
+def test_tied_parts_of_one_axis_are_copies_of_each_other() -> None:
     channels = Channels()
     a = channels.fresh((6,), 0)
     channels.tie(*(a.rearranged(lambda x, p=part: x[p]) for part in (slice(3), slice(3, 6))))
@@ -53,7 +53,7 @@ def test_parts_of_one_axis_that_meet_are_copies_of_each_other() -> None:
     channels.tie(b, a.rearranged(lambda x: x[3:]))
     channels.tie(a.rearranged(lambda x: x[:3]), b)
     signatures = channels.signatures([Value((6,), (a,)), Value((3,), (b,))])
-    assert not channels.held()
+    assert not channels.pinned()
     assert len(set(signatures[:3])) == 1
 
 
@@ -65,17 +65,17 @@ def test_a_flattened_channel_owns_its_columns(first: bool) -> None:
     owned = channels.resolved(columns)
     np.testing.assert_array_equal(owned.copies.ravel(), [0, 1, 0, 1, 0, 1])
     np.testing.assert_array_equal(owned.channels.ravel(), np.repeat(channels.resolved(made).channels.ravel(), 2))
-    assert not channels.held()
+    assert not channels.pinned()
 
 
-def test_copies_in_another_order_are_held() -> None:
+def test_copies_in_another_order_are_pinned() -> None:
     channels = Channels()
     a, b = channels.fresh((1, 2), 1), channels.fresh((1, 2), 1)
     channels.tie(flattened(a, 2), flattened(b, 2).rearranged(lambda x: x[:, [1, 0, 3, 2]]))
-    assert set(channels.held()) >= set(channels.resolved(a).channels.ravel().tolist())
+    assert set(channels.pinned()) >= set(channels.resolved(a).channels.ravel().tolist())
 
 
-def test_a_channel_that_meets_two_makes_them_one() -> None:
+def test_a_channel_tied_to_two_makes_them_one() -> None:
     channels = Channels()
     a, b = channels.fresh((2,), 0), channels.fresh((2,), 0)
     channels.tie(a, b.rearranged(lambda x: x[[0, 0]]))
@@ -83,52 +83,52 @@ def test_a_channel_that_meets_two_makes_them_one() -> None:
     assert one == other == channels.resolved(b).channels[0]
 
 
-def test_a_copy_that_meets_another_copy_of_a_channel_is_held() -> None:
+def test_a_copy_tied_to_another_copy_is_pinned() -> None:
     channels = Channels()
     a, b = (flattened(channels.fresh((1, 2), 1), 3) for _ in range(2))
     channels.tie(a.rearranged(lambda x: x[:, 1::3]), b.rearranged(lambda x: x[:, 2::3]))
-    assert len(channels.held()) == 4
+    assert len(channels.pinned()) == 4
 
 
-def test_copies_that_meet_in_one_channel_only_are_held() -> None:
+def test_copies_that_correspond_in_one_channel_only_are_pinned() -> None:
     """The second channel's place meets a copy of it where the first one's meets itself."""
     channels = Channels()
     a = channels.fresh((2,), 0)
     channels.tie(a, Places(a.channels, np.array([0, 1])))
-    assert list(channels.held()) == [1]
+    assert list(channels.pinned()) == [1]
 
 
-def test_a_copy_of_a_copy_is_held_when_it_meets_another() -> None:
+def test_a_tied_copy_of_a_copy_is_pinned() -> None:
     channels = Channels()
     a, b, c = channels.fresh((1, 2), 1), channels.fresh((1, 4), 1), channels.fresh((1, 12), 1)
     channels.tie(flattened(a, 2), b)
     channels.tie(c, flattened(b, 3))
-    assert set(channels.held()) >= {0, 1}
+    assert set(channels.pinned()) >= {0, 1}
 
 
-def test_places_of_a_channel_that_have_one_number_hold_it() -> None:
+def test_positions_with_the_same_copy_number_pin_the_channel() -> None:
     channels = Channels()
     a = channels.fresh((3,), 0)
     channels.signatures([Value((4,), (a.rearranged(lambda x: x[[0, 0, 1, 2]]),))])
-    assert channels.held() == {0: "two of its places in a tensor cannot be told apart"}
+    assert channels.pinned() == {0: "two of its positions in a tensor cannot be distinguished"}
 
 
-def test_a_copy_of_a_copy_is_held() -> None:
+def test_a_copy_of_a_copy_is_pinned() -> None:
     channels = Channels()
     a, b = channels.fresh((1, 2), 1), channels.fresh((1, 4), 1)
     channels.tie(flattened(a, 2), b)
     channels.resolved(flattened(b, 3))
-    assert len(channels.held()) == 2
+    assert len(channels.pinned()) == 2
 
 
-def test_the_first_reason_counts_and_reaches_all_that_are_tied() -> None:
+def test_the_first_reason_is_reported_for_all_tied_channels() -> None:
     channels = Channels()
     a, b = channels.fresh((3,), 0), channels.fresh((3,), 0)
-    channels.hold(a, "first")
-    channels.hold(a, "second")
+    channels.pin(a, "first")
+    channels.pin(a, "second")
     channels.tie(b, a)
-    assert set(channels.held().values()) == {"first"}
-    assert set(channels.held()) == set(channels.resolved(b).channels.tolist())
+    assert set(channels.pinned().values()) == {"first"}
+    assert set(channels.pinned()) == set(channels.resolved(b).channels.tolist())
 
 
 @pytest.mark.parametrize("count", [2, 700])
@@ -142,7 +142,7 @@ def test_signatures_are_equal_for_channels_in_the_same_tensors_only(count: int) 
     assert signatures[0] != signatures[-1]
 
 
-def test_signatures_tell_copies_apart() -> None:
+def test_signatures_distinguish_copies() -> None:
     """A tensor that holds one half of two channels and the other half of a third."""
     channels = Channels()
     a = channels.fresh((6,), 0)
@@ -152,10 +152,10 @@ def test_signatures_tell_copies_apart() -> None:
     assert signatures[0] == signatures[1] != signatures[2]
 
 
-def test_numbers_tell_channels_apart() -> None:
+def test_numbers_distinguish_channels() -> None:
     channels = Channels()
     a = channels.fresh((6,), 0)
-    channels.tell_apart(a, np.arange(6) // 2)
+    channels.distinguish(a, np.arange(6) // 2)
     signatures = channels.signatures([Value((6,), (a,))])
     assert [len(set(signatures[i : i + 2])) for i in (0, 2, 4)] == [1, 1, 1]
     assert len(set(signatures)) == 3

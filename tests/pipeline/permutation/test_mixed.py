@@ -35,7 +35,7 @@ READERS = {
 
 @pytest.mark.parametrize("name", READERS)
 @pytest.mark.parametrize("pattern", [(2, 4), (1, 4), (3, 4), (1, 2)])
-def test_no_swap_of_two_gains_any_more(name: str, pattern: tuple[int, int]) -> None:
+def test_no_further_swap_gains(name: str, pattern: tuple[int, int]) -> None:
     readers, (n, m) = READERS[name], pattern
     before = [r.scores.copy() for r in readers]
     order = descend(readers, n, m)

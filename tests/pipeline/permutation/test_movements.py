@@ -20,9 +20,7 @@ from maskplan.pipeline.permutation.movements import view
         ([0, 1, 1, 0], (0, 1)),
     ],
 )
-def test_copies_come_apart_into_a_dimension_of_their_own_if_all_do_alike(
-    copies: list[int], dims: tuple[int, ...]
-) -> None:
+def test_copies_split_into_a_separate_dimension_if_all_channels_agree(copies: list[int], dims: tuple[int, ...]) -> None:
     channels = Channels()
     made = channels.fresh((2,), 0)
     places = Places(made.channels[[0, 1, 0, 1]], np.array(copies))

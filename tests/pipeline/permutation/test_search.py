@@ -182,7 +182,7 @@ def test_a_limit_in_seconds_ends_a_long_search() -> None:
 
 
 def test_many_rows_are_searched_by_a_sample_and_judged_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maskplan.pipeline.permutation.search._MOST_ROWS", 256)
+    monkeypatch.setattr("maskplan.pipeline.permutation.search._MAX_ROWS", 256)
     rng = np.random.default_rng(6)
     # Groups that are large throughout beside groups that are small: mixing them is worth much in every row.
     scores = rng.random((4096, 16)) + np.where(np.arange(16) % 8 < 4, 3.0, 0.0)
@@ -195,7 +195,7 @@ def test_many_rows_are_searched_by_a_sample_and_judged_by_all(monkeypatch: pytes
 def test_kept_does_not_depend_on_how_rows_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = np.random.default_rng(7).random((100, 16))
     whole = kept(scores, 2, 4)
-    monkeypatch.setattr("maskplan.pipeline.permutation.search._COPIED", 48)
+    monkeypatch.setattr("maskplan.pipeline.permutation.search._COPY_BLOCK", 48)
     assert kept(scores, 2, 4) == pytest.approx(whole, rel=1e-12)
 
 
@@ -223,8 +223,8 @@ def test_proposals_grow_with_the_pairs_until_rows_make_them_dear() -> None:
         (np.full((2, 8), np.inf), {}, "infinite scores"),
         (np.full((2, 8), -1.0), {}, "negative scores, down to -1"),
         (np.ones((2, 10)), {}, "10 columns, not a multiple of 4"),
-        (np.ones((2, 8)), {"n": 5}, "5:4, where at least 1"),
-        (np.ones((2, 8)), {"n": 0}, "0:4, where at least 1"),
+        (np.ones((2, 8)), {"n": 5}, "5:4, where n must be"),
+        (np.ones((2, 8)), {"n": 0}, "0:4, where n must be"),
         (np.empty((0, 8)), {}, "shape (0, 8)"),
         (np.empty((2, 0)), {}, "shape (2, 0)"),
         (np.ones(8), {}, "shape (8,)"),

@@ -39,11 +39,11 @@ def test_types_have_tritons_names(dtype: str, name: str) -> None:
 
 
 def test_a_type_that_triton_lacks_is_refused() -> None:
-    with pytest.raises(InputError, match="Triton has no such type"):
+    with pytest.raises(InputError, match="Triton does not support the data type"):
         config_text([record(outputs=(TensorSpec("y", "complex64", (None, 5)),))], "net")
 
 
-def test_several_inputs_and_inner_dynamic_axes_are_told() -> None:
+def test_several_inputs_and_inner_dynamic_axes_are_described() -> None:
     engine = record(
         inputs=(TensorSpec("image", "float16", (None, 3, None, None)), TensorSpec("gain", "float32", (None, 1))),
         outputs=(TensorSpec("logits", "float32", (None, 5)), TensorSpec("features", "float16", (None, 7))),
@@ -62,8 +62,8 @@ def test_tritons_own_message_agrees_with_the_onnx_file(shape: dict[str, Any], tm
     graph = onnx.load(engine).graph
     batched = config.get("max_batch_size", 0) > 0
     assert batched is ("batch" not in shape)
-    for told, values in ((config["input"], graph.input), (config["output"], graph.output)):
-        for tensor, value in zip(told, values, strict=True):
+    for written, values in ((config["input"], graph.input), (config["output"], graph.output)):
+        for tensor, value in zip(written, values, strict=True):
             dims = [d.dim_value or -1 for d in value.type.tensor_type.shape.dim]
             assert tensor["name"] == value.name
             assert tensor["data_type"] == {onnx.TensorProto.FLOAT: "TYPE_FP32"}[value.type.tensor_type.elem_type]
@@ -87,7 +87,7 @@ def test_names_are_quoted() -> None:
 
 
 def test_a_plan_is_served_with_every_profile_it_has() -> None:
-    """Triton opens the first profile alone unless told, which here takes single images."""
+    """By default Triton uses only the first profile, which here takes single images."""
     config = parsed(config_text([record(profiles=(Profile(1, 1, 1), Profile(1, 8, 32)))], "net"))
     (group,) = config.instance_group
     assert (group.count, group.kind, list(group.profile)) == (1, 1, ["0", "1"])
@@ -137,11 +137,11 @@ def test_cuda_graphs_are_for_plans() -> None:
 
     assert [graphs(asked) for asked in (None, True, False)] == [True, True, False]
     assert [graphs(asked, **ORT) for asked in (None, False)] == [False, False]
-    with pytest.raises(InputError, match="CUDA graphs are for TensorRT plans only"):
+    with pytest.raises(InputError, match="CUDA graphs require a TensorRT plan"):
         graphs(True, **ORT)
 
 
-def test_how_long_requests_wait_is_told() -> None:
+def test_the_queue_delay_is_written() -> None:
     batching = parsed(config_text([record()], "net", Serving(0, (16, 4)))).dynamic_batching
     assert (batching.max_queue_delay_microseconds, list(batching.preferred_batch_size)) == (0, [4, 16])
     assert list(parsed(config_text([record()], "net")).dynamic_batching.preferred_batch_size) == []
@@ -150,7 +150,7 @@ def test_how_long_requests_wait_is_told() -> None:
 @pytest.mark.parametrize("sizes", [(17,), (0,), (8, 400, -3)])
 def test_a_batch_that_the_engine_does_not_take_is_not_preferred(sizes: tuple[int, ...]) -> None:
     with pytest.raises(
-        InputError, match=f"{max(sizes) if max(sizes) > 16 else min(sizes)}.*: the engine takes from 1 to 16"
+        InputError, match=f"{max(sizes) if max(sizes) > 16 else min(sizes)}.*: the engine accepts from 1 to 16"
     ):
         config_text([record()], "net", Serving(preferred_batches=sizes))
 
@@ -169,26 +169,26 @@ def test_numbers_out_of_range_are_refused(wrong: dict[str, int]) -> None:
 
 def test_a_plan_that_refuses_batches_which_triton_makes_is_refused() -> None:
     gaps = record(profiles=(Profile(2, 2, 2), Profile(5, 8, 16)))
-    with pytest.raises(InputError, match="from 1 to 16, of which no profile takes 1, 3, 4"):
+    with pytest.raises(InputError, match="from 1 to 16, but no profile covers 1, 3, 4"):
         config_text([gaps], "net")
     config_text([record(**ORT, profiles=gaps.profiles)], "net")  # any batch will do
 
 
-def test_every_reason_against_serving_is_told_at_once() -> None:
+def test_all_reasons_against_serving_are_reported_at_once() -> None:
     engine = record(**ORT, outputs=(TensorSpec("y", "complex64", (None, 5)), TensorSpec("z", "string", (None, 5))))
     with pytest.raises(InputError) as refused:
         config_text([engine], "net", Serving(cuda_graphs=True, preferred_batches=(99,)))
-    for said in ("CUDA graphs", "99", "y complex64", "z string"):
-        assert said in str(refused.value)
+    for part in ("CUDA graphs", "99", "y complex64", "z string"):
+        assert part in str(refused.value)
 
 
 def test_a_backend_that_triton_does_not_know_is_refused() -> None:
-    with pytest.raises(InputError, match="no such platform"):
+    with pytest.raises(InputError, match="no platform"):
         config_text([record(backend="openvino")], "net")
 
 
 def test_the_files_of_a_backend_that_triton_does_not_know_are_refused() -> None:
-    with pytest.raises(InputError, match="no such platform"):
+    with pytest.raises(InputError, match="no platform"):
         model_files([record(backend="openvino")])
 
 

@@ -29,7 +29,7 @@ def pair(batch: int = 2, classes: int = 5, dtype: Any = np.float32) -> Golden:
     return generator.normal(size=(batch, 3, 8, 8)).astype(dtype), generator.normal(size=(batch, classes)).astype(dtype)
 
 
-def test_the_pair_lies_in_the_versions_folder_and_says_what_it_is(tmp_path: Path) -> None:
+def test_the_pair_is_in_the_version_folder_with_its_description(tmp_path: Path) -> None:
     """It is of this version's weights, and goes where the version goes."""
     engine, options, golden = built(tmp_path / "engine"), DeployOptions(tmp_path / "models", "net"), pair()
     deploy(engine, options)
@@ -40,8 +40,8 @@ def test_the_pair_lies_in_the_versions_folder_and_says_what_it_is(tmp_path: Path
         array = np.load(folder / f"{name}.npy", allow_pickle=False)
         np.testing.assert_array_equal(array, wanted)
         assert array.dtype == wanted.dtype
-    told = json.loads((folder / "golden.json").read_text())
-    assert told == {"model": "net", "version": 2, "input": "input", "output": "logits", "tolerance": 1e-3}
+    description = json.loads((folder / "golden.json").read_text())
+    assert description == {"model": "net", "version": 2, "input": "input", "output": "logits", "tolerance": 1e-3}
     assert (folder / "smoke.py").read_bytes() == Path(smoke.__file__).read_bytes()
 
 
@@ -53,7 +53,7 @@ def test_coarser_arithmetic_is_allowed_more(precision: str, tolerance: float, tm
 
 
 @pytest.mark.parametrize("batch", ["batch", 4])
-def test_the_pair_is_what_the_engine_says_of_a_seeded_input(batch: int | str, tmp_path: Path) -> None:
+def test_the_pair_is_the_engines_output_for_a_seeded_input(batch: int | str, tmp_path: Path) -> None:
     engine = read_engine(built(tmp_path / "engine", batch=batch))
     given, answer = golden_pair(engine)
     assert given.shape == (1 if batch == "batch" else 4, 3, 8, 8)
@@ -65,24 +65,24 @@ def test_the_pair_is_what_the_engine_says_of_a_seeded_input(batch: int | str, tm
 
 
 @pytest.mark.parametrize(
-    ("golden", "says"),
+    ("golden", "message"),
     [
-        (pair(classes=6), r"logits float32 \(None, 5\) is given float32 \(2, 6\)"),
-        (pair(dtype=np.float16), r"given float16 \(2, 3, 8, 8\); .* given float16 \(2, 5\)"),
-        ((pair()[0][0], pair()[1]), r"given float32 \(3, 8, 8\)"),
-        ((pair()[0][..., 0], pair()[1]), r"given float32 \(2, 3, 8\)"),
+        (pair(classes=6), r"logits float32 \(None, 5\) does not match float32 \(2, 6\)"),
+        (pair(dtype=np.float16), r"match float16 \(2, 3, 8, 8\); .* match float16 \(2, 5\)"),
+        ((pair()[0][0], pair()[1]), r"match float32 \(3, 8, 8\)"),
+        ((pair()[0][..., 0], pair()[1]), r"match float32 \(2, 3, 8\)"),
         ((pair()[0], pair()[1] * np.float32("nan")), "logits is not finite"),
     ],
 )
-def test_a_pair_that_is_not_the_engines_is_refused(golden: Golden, says: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=says):
+def test_a_pair_that_is_not_the_engines_is_refused(golden: Golden, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
         deploy(built(tmp_path / "engine"), DeployOptions(tmp_path / "models", "net"), golden)
     assert not (tmp_path / "models").exists()
 
 
 def test_a_pair_for_more_than_one_input_is_refused(tmp_path: Path) -> None:
     two = tuple(TensorSpec(name, "float32", (None, 3, 8, 8)) for name in "ab")
-    with pytest.raises(InputError, match="a golden pair is one input and one output"):
+    with pytest.raises(InputError, match="a golden pair needs exactly one input and one output"):
         deploy(plan(tmp_path / "a.plan", inputs=two), DeployOptions(tmp_path / "models", "net"), pair())
     assert not (tmp_path / "models").exists()
 
@@ -102,10 +102,10 @@ def test_no_pair_is_made_up_for_what_one_array_does_not_feed(changed: dict[str, 
 
 
 def test_no_pair_is_made_of_an_output_that_is_not_finite(tmp_path: Path) -> None:
-    engine = read_engine(built(tmp_path / "engine", spoilt=True))
+    engine = read_engine(built(tmp_path / "engine", broken=True))
     with pytest.raises(InputError, match="not finite"):
         golden_pair(engine)
-    assert golden_of([engine]) == (None, "the output for noise is not finite (logits)")
+    assert golden_of([engine]) == (None, "the output for random input is not finite (logits)")
     fine = read_engine(built(tmp_path / "fine"))
     found, why = golden_of([engine, fine])
     assert found is not None

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from google.protobuf import json_format, struct_pb2, text_format
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskplan.pipeline.triton.pbtxt import Message, parse, quoted
@@ -27,6 +27,7 @@ def value_of(message: Message) -> Any:
     return message.text("string_value")
 
 
+@settings(max_examples=40)
 @given(st.dictionaries(st.text(), VALUES, max_size=4), st.booleans(), st.booleans(), st.booleans())
 def test_what_protobuf_writes_is_read(values: dict[str, Any], one_line: bool, utf8: bool, short: bool) -> None:
     struct = json_format.ParseDict(values, struct_pb2.Struct())
@@ -34,6 +35,7 @@ def test_what_protobuf_writes_is_read(values: dict[str, Any], one_line: bool, ut
     assert value_of(parse(f"struct_value {{ {text} }}")) == values
 
 
+@settings(max_examples=50)
 @given(st.text())
 def test_what_is_quoted_is_read_by_protobuf_and_by_us(text: str) -> None:
     line = f"string_value: {quoted(text)}"
@@ -63,5 +65,5 @@ def test_what_is_not_the_format_is_refused(text: str) -> None:
 
 
 def test_a_long_comment_before_nonsense_is_refused_at_once() -> None:
-    with pytest.raises(ValueError, match="not the text format"):
+    with pytest.raises(ValueError, match="cannot parse"):
         parse("#" * 5000 + "\n" + "# #" * 50 + "\n€")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deployable import MADE, assert_served, built, contents, killed, plan
+from deployable import PROVENANCE, assert_served, built, contents, killed, plan
 
 from maskplan.pipeline.core.errors import HostError, InputError
 from maskplan.pipeline.triton.deploy import DeployOptions, deploy
@@ -21,7 +21,7 @@ def models(tmp_path: Path) -> Path:
     """A repository with three versions of a model: the second has other labels, the third is served beside the second."""
     options = DeployOptions(tmp_path / "models", "net")
     deploy(built(tmp_path / "first"), options)
-    engine = built(tmp_path / "second", dataclasses.replace(MADE, labels=("v", "w", "x", "y", "z")))
+    engine = built(tmp_path / "second", dataclasses.replace(PROVENANCE, labels=("v", "w", "x", "y", "z")))
     deploy(engine, options)
     deploy(engine, dataclasses.replace(options, keep_versions=2))
     assert assert_served(tmp_path / "models/net") == (2, 3)
@@ -38,7 +38,7 @@ def test_each_rollback_restores_the_config_and_hides_the_version(tmp_path: Path)
     folder = tmp_path / "models/net"
     states = []
     for labels in (("a", "b", "c", "d", "e"), ("v", "w", "x", "y", "z"), ()):
-        deploy(built(tmp_path / "engine", dataclasses.replace(MADE, labels=labels)), options)
+        deploy(built(tmp_path / "engine", dataclasses.replace(PROVENANCE, labels=labels)), options)
         states.append((folder / "config.pbtxt").read_bytes())
     for version in (2, 1):
         before = contents(folder / str(version))
@@ -97,12 +97,12 @@ output { name: "logits" data_type: TYPE_FP32 dims: 5 }
     deploy(built(tmp_path / "engine"), DeployOptions(tmp_path / "models", "net"))
     (folder / "7").rmdir()
     before = contents(tmp_path / "models")
-    with pytest.raises(InputError, match="gone: every earlier version"):
+    with pytest.raises(InputError, match="missing: every earlier version"):
         rollback(tmp_path / "models", "net")
     assert contents(tmp_path / "models") == before
 
 
-def test_a_version_that_cannot_be_hidden_is_told(models: Path) -> None:
+def test_a_version_that_cannot_be_hidden_is_reported(models: Path) -> None:
     """Somebody's folder has the hidden name; what is served is already the old version."""
     (models / "net/.3.rolled-back").mkdir()
     (models / "net/.3.rolled-back/mine").touch()
@@ -125,16 +125,16 @@ def test_several_plans_are_taken_back_together(tmp_path: Path) -> None:
 def test_there_is_nothing_before_the_first_version(tmp_path: Path) -> None:
     deploy(built(tmp_path / "engine"), DeployOptions(tmp_path / "models", "net"))
     before = contents(tmp_path / "models")
-    with pytest.raises(InputError, match="versions 1, of which the served one replaced none"):
+    with pytest.raises(InputError, match="versions 1, the served one replaced none"):
         rollback(tmp_path / "models", "net")
     assert contents(tmp_path / "models") == before
     shutil.rmtree(tmp_path / "models/net/1")
-    with pytest.raises(InputError, match="versions none, of which"):
+    with pytest.raises(InputError, match="versions none, the served"):
         rollback(tmp_path / "models", "net")
 
 
 @pytest.mark.parametrize("gone", ["1", "2", "labels.2.txt"])
-def test_a_version_that_is_gone_cannot_come_back(gone: str, models: Path, tmp_path: Path) -> None:
+def test_a_missing_version_cannot_be_restored(gone: str, models: Path, tmp_path: Path) -> None:
     folder = models / "net"
     deploy(built(tmp_path / "next"), DeployOptions(models, "net"))
     rollback(models, "net")
@@ -143,26 +143,26 @@ def test_a_version_that_is_gone_cannot_come_back(gone: str, models: Path, tmp_pa
     before = contents(models)
     if gone == "1":  # the version before the last is the one that counts
         assert rollback(models, "net").version == 2
-        with pytest.raises(InputError, match="gone: version 1"):
+        with pytest.raises(InputError, match="missing: version 1"):
             rollback(models, "net")
         return
-    with pytest.raises(InputError, match=f"gone: (version )?{gone}"):
+    with pytest.raises(InputError, match=f"missing: (version )?{gone}"):
         rollback(models, "net")
     assert contents(models) == before
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
-    [("other", "no such model"), *((n, "not a name for a model") for n in ("../models/net", "", "a/b"))],
+    ("name", "message"),
+    [("other", "no such model"), *((n, "invalid name for a model") for n in ("../models/net", "", "a/b"))],
 )
-def test_a_model_that_is_not_there_is_refused_and_nothing_is_made(name: str, says: str, models: Path) -> None:
+def test_a_missing_model_is_refused_and_nothing_is_created(name: str, message: str, models: Path) -> None:
     before = sorted(models.parent.rglob("*"))
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=message):
         rollback(models, name)
     assert sorted(models.parent.rglob("*")) == before
 
 
-def test_a_rollback_killed_at_any_moment_is_done_or_can_be_finished(models: Path, tmp_path: Path) -> None:
+def test_a_killed_rollback_is_complete_or_can_be_completed(models: Path, tmp_path: Path) -> None:
     copies = killed(
         models, tmp_path / "copies", "from maskplan.pipeline.triton.rollback import rollback", "rollback(models, 'net')"
     )
@@ -188,7 +188,7 @@ def test_a_deployment_that_was_killed_before_its_config_is_taken_back(models: Pa
     assert not (models / "net/4").exists()
 
 
-def test_the_command_says_what_is_served_now(cli: Callable[..., Any], models: Path) -> None:
+def test_the_command_reports_what_is_served(cli: Callable[..., Any], models: Path) -> None:
     ran = cli("deploy", "--rollback", "--repository", models, "--name", "net")
     assert (ran.code, ran.err) == (0, "")
     assert "version 2 is served again" in ran.out

@@ -1,4 +1,4 @@
-"""The script beside a golden pair: its comparison, and where tritonclient is at hand, a server of Triton's protocol."""
+"""The script next to a golden pair: its comparison, and if tritonclient is installed, a server with Triton's protocol."""
 
 from __future__ import annotations
 
@@ -83,17 +83,22 @@ class RefusedError(Exception):
 
 
 @pytest.mark.parametrize(
-    ("how", "code", "says"),
+    ("state", "code", "message"),
     [
         ("right", SAME, "same: net version 1"),
         ("not ready", NO_OUTPUT, "net version 1 is not ready"),
-        ("refused", NO_OUTPUT, "gave no output of net version 1: no such input"),
-        ("gone", NO_OUTPUT, "gave no output of net version 1: connection reset"),
-        ("silent", NO_OUTPUT, "answered without logits"),
+        ("refused", NO_OUTPUT, "returned no output of net version 1: no such input"),
+        ("gone", NO_OUTPUT, "returned no output of net version 1: connection reset"),
+        ("silent", NO_OUTPUT, "responded without logits"),
     ],
 )
-def test_each_way_for_a_server_to_fail_is_told_and_the_connection_closed(
-    how: str, code: int, says: str, golden: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_every_server_failure_is_reported_and_the_connection_closed(
+    state: str,
+    code: int,
+    message: str,
+    golden: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Over a stand-in of tritonclient, of the parts that the script uses."""
     closed = []
@@ -102,12 +107,14 @@ def test_each_way_for_a_server_to_fail_is_told_and_the_connection_closed(
         def __init__(self, url: str, *, connection_timeout: float, network_timeout: float) -> None: ...
 
         def is_model_ready(self, name: str, version: str) -> bool:
-            return how != "not ready"
+            return state != "not ready"
 
         def infer(self, name: str, inputs: Any, version: str, *, outputs: Any) -> Any:
-            if how in ("refused", "gone"):
-                raise RefusedError("no such input") if how == "refused" else ConnectionResetError("connection reset")
-            output = None if how == "silent" else np.load(golden / "output.npy")
+            if state in ("refused", "gone"):
+                raise (
+                    RefusedError("no such input") if state == "refused" else ConnectionResetError("connection reset")
+                )
+            output = None if state == "silent" else np.load(golden / "output.npy")
             return SimpleNamespace(as_numpy=lambda name: output)
 
         def close(self) -> None:
@@ -123,7 +130,7 @@ def test_each_way_for_a_server_to_fail_is_told_and_the_connection_closed(
     monkeypatch.setitem(sys.modules, "tritonclient", SimpleNamespace(http=http, utils=utils))
     assert main(["--golden", str(golden)]) == code
     captured = capsys.readouterr()
-    assert says in captured.out + captured.err
+    assert message in captured.out + captured.err
     assert closed == [True]
 
 
@@ -195,14 +202,14 @@ def smoke(golden: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(environment() is None, reason=MISSING)
-def test_a_server_of_the_same_model_says_the_same(golden: Path, server: Server) -> None:
+def test_a_server_of_the_same_model_matches(golden: Path, server: Server) -> None:
     done = smoke(golden, "--url", server.url)
     assert done.returncode == SAME, done.stderr
     assert done.stdout.startswith("same: net version 1, logits (1, 5)")
 
 
 @pytest.mark.skipif(environment() is None, reason=MISSING)
-def test_a_server_of_another_model_is_found_out(golden: Path, server: Server) -> None:
+def test_a_server_of_another_model_differs(golden: Path, server: Server) -> None:
     server.scale = 1.01
     done = smoke(golden, "--url", server.url)
     assert done.returncode == DIFFERS, done.stderr
@@ -212,13 +219,13 @@ def test_a_server_of_another_model_is_found_out(golden: Path, server: Server) ->
 
 
 @pytest.mark.skipif(environment() is None, reason=MISSING)
-def test_a_server_that_is_not_ready_or_not_there_gives_no_output(golden: Path, server: Server, tmp_path: Path) -> None:
+def test_a_missing_or_unready_server_gives_no_output(golden: Path, server: Server, tmp_path: Path) -> None:
     done = smoke(golden, "--url", server.url, "--version", 9)
     assert (done.returncode, done.stdout) == (NO_OUTPUT, "")
     assert "net version 9 is not ready" in done.stderr
     other = Path(shutil.copytree(golden, tmp_path / "other"))
-    told = json.loads((golden / "golden.json").read_text())
-    (other / "golden.json").write_text(json.dumps({**told, "input": "image"}))
+    description = json.loads((golden / "golden.json").read_text())
+    (other / "golden.json").write_text(json.dumps({**description, "input": "image"}))
     done = smoke(other, "--url", server.url)
     assert done.returncode == NO_OUTPUT
     assert "no such model, input or output" in done.stderr
