@@ -9,7 +9,7 @@ from maskplan.calibration.calibrate import calibrate as calibrate_onnx
 from maskplan.exporters.conformance import CheckOptions, require_2to4
 from maskplan.exporters.onnx_export import export_onnx
 from maskplan.pipeline.core.artifacts import Checkpoint, MaskSet, OnnxModel, Provenance
-from maskplan.pipeline.core.choices import FP16, FP32, INT8, MAGNITUDE, Precision
+from maskplan.pipeline.core.choices import FP16, FP32, INT8, MAGNITUDE, OnnxPrecision
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.reports import ConformanceReport
 from maskplan.pipeline.models.checkpoint import load_module
@@ -83,7 +83,7 @@ def calibrate(job: Job, network: Network, name: str, images: Images | None) -> N
 
     inputs = {
         "onnx": source.sha256,
-        "images": [s.sha256 for s in images.sets.shaping],
+        "images": [s.key for s in images.sets.shaping],
         "options": options,
     }
     return replace(network, int8=job.ws.stage(f"calibrate-{name}", Quantized, inputs, work))
@@ -134,7 +134,7 @@ def comparison_rows(dense: Network, sparse: Network, baselines: dict[str, OnnxMo
     }
 
 
-def row_name(provenance: Provenance, precision: Precision = FP32) -> str:
+def row_name(provenance: Provenance, precision: OnnxPrecision = FP32) -> str:
     """What the table of accuracies calls a model."""
     permuted = ", permuted" if provenance.permutation else ""
     recalibrated = ", recalibrated" if provenance.recalibrated_images else ""
