@@ -30,6 +30,7 @@ from maskplan.pipeline.stability.flip_rate import flip_rate_limit, quantile_limi
 from maskplan.pipeline.stability.network import Network, affine_maps
 from maskplan.pipeline.stability.probabilities import spread_limit, total_variation_limit
 from maskplan.pipeline.stability.reader import read_network
+from maskplan.pipeline.stability.reading_check import ReadingCheck
 from maskplan.pipeline.stability.record import (
     FlipRate,
     LayerNorms,
@@ -71,6 +72,7 @@ class StabilityOptions:
         radii: Relative norms of updates for which certified shares are reported.
         batch: Images per batch; None for a size that fits the image size.
         seed: Seed of the draw of images.
+        check_reading: Require the network as read for the bounds to compute the module's logits on all images.
     """
 
     images: int = 1000
@@ -78,6 +80,7 @@ class StabilityOptions:
     radii: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2)
     batch: int | None = None
     seed: int = 0
+    check_reading: bool = True
 
     def __post_init__(self) -> None:
         at_least(1, images=self.images, batch=self.batch)
@@ -125,6 +128,7 @@ def analyze(
 
     Raises:
         InputError: The bounds do not cover the model, or there are no images.
+        PipelineError: The network as read for the bounds differs from the module.
     """
     preprocessing = provenance.preprocessing
     if not len(val):
@@ -146,8 +150,15 @@ def analyze(
     update = None if weights.updated is None else _UpdateTally.of(pair, weights, ends)
     margins = []
     split = val.sample(options.images, options.seed)
+    check = ReadingCheck(module, weights.dense, where=provenance.model) if options.check_reading else None
     for images in _batches(split, preprocessing, options):
         observed = observe(pair, images)
+        if check is not None:
+            check.require_equal(images, observed.logits_first, observed.sizes_first)
+            if not margins:
+                # What is read does not depend on the weights, so one batch of the masked network is enough.
+                masked_check = ReadingCheck(module, weights.masked, where=provenance.model)
+                masked_check.require_equal(images, observed.logits_second, observed.sizes_second)
         masking.add(pair, observed)
         for each in ball_tallies:
             each.add(observed)
@@ -162,6 +173,7 @@ def analyze(
         method=method,
         recalibrated_images=provenance.recalibrated_images,
         arithmetic=_ARITHMETIC,
+        reading_difference=None if check is None else check.largest_difference,
         images=known,
         layers=tuple(
             LayerNorms(network.nodes[i].name, pair.first_norms[i], pair.second_norms[i], differences[i])

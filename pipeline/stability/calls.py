@@ -2,78 +2,109 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 
 class UncoveredError(Exception):
-    """An operator, or its use, without a bound; the message says why where its name does not."""
+    """An operator, or a use of one, without a bound; the message gives the reason unless the name is enough."""
+
+
+MIXES_IMAGES = "it mixes images"
 
 
 @dataclass(frozen=True)
 class Call:
-    """An operator of the exported graph: its arguments by name, tensors as `fx.Node`; shapes of one image."""
+    """One operator of an exported graph.
+
+    Attributes:
+        target: The ATen overload.
+        name: Its name without namespace and overload: `conv2d`.
+        args: All arguments by name, defaults included; tensors are `fx.Node`s.
+        positional: Values of the positional arguments after the first, in the order of the schema.
+        keywords: Names and values of the keyword-only arguments.
+        shape: Of the result, for one image.
+    """
 
     target: Any
     name: str
     args: dict[str, Any]
-    shape: tuple[int, ...]
     positional: tuple[Any, ...]
     keywords: tuple[tuple[str, Any], ...]
+    shape: tuple[int, ...]
+
+    @property
+    def input(self) -> Any:
+        """The first argument."""
+        return next(iter(self.args.values()))
 
 
-def call_of(node: Any, name: str) -> Call:
-    """An exported node with its arguments by name, defaults included."""
+def call_of(node: Any) -> Call:
+    """Bind a node's arguments to the names in its operator's schema, however they were given."""
     schema = node.target._schema.arguments
     args = {a.name: a.default_value for a in schema if a.has_default_value()}
     args |= {a.name: v for a, v in zip(schema, node.args, strict=False)} | dict(node.kwargs)
-    return Call(node.target, name, args, shape_of(node), tuple(node.args[1:]), tuple(node.kwargs.items()))
+    args = {a.name: args[a.name] for a in schema}
+    positional = tuple(args[a.name] for a in schema if not a.kwarg_only)[1:]
+    keywords = tuple((a.name, args[a.name]) for a in schema if a.kwarg_only)
+    return Call(node.target, name_of(node.target), args, positional, keywords, shape_of(node))
 
 
-def tensors_of(call: Call) -> list[Any]:
-    """The tensors that an operator reads, as often as it reads them, in order."""
-    found = []
-    for value in call.args.values():
-        found += [v for v in (value if isinstance(value, list | tuple) else [value]) if hasattr(v, "users")]
-    return found
+def is_tensor(value: Any) -> bool:
+    """Whether an argument is a tensor, that is, another node of the graph."""
+    return hasattr(value, "users")
+
+
+def tensors_in(values: Any) -> Iterator[Any]:
+    """The tensors among arguments and lists of arguments, in order."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from tensors_in(value)
+        elif is_tensor(value):
+            yield value
 
 
 def name_of(target: Any) -> str:
-    """Of an overload, without its namespace: `conv2d`."""
+    """Name of an overload, without its namespace: `conv2d`."""
     schema = getattr(target, "_schema", None)
     return str(target if schema is None else schema.name).removeprefix("aten::")
 
 
 def path_of(node: Any) -> str:
-    """Of the module that a node belongs to, or the node's own name."""
+    """Path of the module that a node belongs to, or the node's own name."""
     stack = node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values() if path]
-    # Exported under "L['self']." in some releases.
+    # Some releases of torch prefix the path with "L['self'].".
     return str(paths[-1].removeprefix("L['self'].") if paths else node.name)
 
 
-def whole_shape(node: Any) -> tuple[int, ...]:
-    """Of a node's result, or of its first one, all images together."""
+def batch_shape(node: Any) -> tuple[int, ...]:
+    """Shape of a node's result, or of its first result, for the whole batch."""
     value = node.meta.get("val")
     first = value[0] if isinstance(value, list | tuple) and value else value
     return tuple(int(size) for size in getattr(first, "shape", ()))
 
 
 def shape_of(node: Any) -> tuple[int, ...]:
-    """Of one image."""
-    return whole_shape(node)[1:]
+    """Shape of a node's result for one image."""
+    return batch_shape(node)[1:]
 
 
 def dim_of(dim: int, node: Any) -> int:
-    """A dimension counted from the front; the images' own is refused."""
-    found = dim % (len(shape_of(node)) + 1)
-    if found == 0:
-        raise UncoveredError("images do not stay apart")
-    return found
+    """A dimension of the batch, counted from the front.
+
+    Raises:
+        UncoveredError: It is the dimension of the images.
+    """
+    position = dim % len(batch_shape(node))
+    if position == 0:
+        raise UncoveredError(MIXES_IMAGES)
+    return position
 
 
 def pair_of_ints(value: Any) -> tuple[int, int]:
-    """For both axes; one number is for both."""
+    """Values for both axes; a single number is used for both."""
     if isinstance(value, int):
         return value, value
     values = [int(v) for v in value]

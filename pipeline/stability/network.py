@@ -1,4 +1,4 @@
-"""A network as a small graph of maps whose Lipschitz constants are known."""
+"""A network as a graph of maps with known Lipschitz constants."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class BatchNorm:
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution with zero padding, and the BatchNorm behind it."""
+    """A zero-padded convolution and the BatchNorm behind it, if any."""
 
     weight: str
     bias: str | None
@@ -36,7 +36,7 @@ class Conv:
 
 @dataclass(frozen=True)
 class Linear:
-    """A product with the last dimension, and the BatchNorm behind it."""
+    """A linear layer on the last dimension and the BatchNorm behind it, if any."""
 
     weight: str
     bias: str | None
@@ -45,7 +45,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Scale:
-    """A BatchNorm that follows no layer of its own."""
+    """A BatchNorm that is not folded into a layer."""
 
     norm: BatchNorm
 
@@ -56,12 +56,12 @@ class Operator:
 
     Attributes:
         target: The ATen overload.
-        arguments: What it takes behind the tensor.
-        named: What it takes by name.
-        factor: Its Lipschitz constant, an upper bound, in the Euclidean norm of an image's values.
-        at_zero: What it makes of a zero; not 0 for activations such as sigmoid.
-        is_pooling: It is a pooling.
-        is_rectifier: It makes 0 of all that is below 0.
+        args: Positional arguments after the tensor.
+        kwargs: Keyword arguments.
+        lipschitz: Upper bound of its Lipschitz constant, in the Euclidean norm of an image's values.
+        at_zero: |f(0)| of an activation f, such as 1/2 for sigmoid; 0 for all other operators.
+        is_pooling: It is a pooling or a mean.
+        is_rectifier: It maps all negative values to 0.
     """
 
     target: Any
@@ -75,12 +75,12 @@ class Operator:
 
 @dataclass(frozen=True)
 class Reshape:
-    """The same values in the node's shape."""
+    """The same values, in the same order, in the node's shape."""
 
 
 @dataclass(frozen=True)
 class Sum:
-    """Inputs times numbers, added up, plus a constant."""
+    """The inputs times `factors`, added up, plus `constant`; one input is a scaling."""
 
     factors: tuple[float, ...]
     constant: float = 0.0
@@ -88,7 +88,7 @@ class Sum:
 
 @dataclass(frozen=True)
 class Cat:
-    """Inputs side by side along a dimension."""
+    """A concatenation along a dimension of the batch."""
 
     dim: int
 
@@ -105,9 +105,9 @@ class Node:
 
     Attributes:
         name: Path of the module that it belongs to.
-        op: What it does; None for the images.
-        inputs: Numbers of the nodes it reads, all smaller than its own.
-        shape: Of its result, of one image.
+        op: The operation; None for the images.
+        inputs: Numbers of the nodes that it reads, all smaller than its own.
+        shape: Shape of its result for one image.
     """
 
     name: str
@@ -118,7 +118,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Network:
-    """Nodes in the order they are computed: the images first, the logits last, and every node leads to the logits."""
+    """Nodes in order of computation: the images first, the logits last; the logits depend on every node."""
 
     nodes: tuple[Node, ...]
 
@@ -129,7 +129,7 @@ class Network:
 
     @property
     def last_uses(self) -> tuple[int, ...]:
-        """The last node that reads each node; that of the logits is their own."""
+        """The last node that reads each node; for the logits, the logits themselves."""
         last = list(range(len(self.nodes)))
         for i, node in enumerate(self.nodes):
             for read in node.inputs:
@@ -139,13 +139,13 @@ class Network:
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """What a layer computes, BatchNorm folded in, float64.
+    """The affine map of a layer, BatchNorm folded in, float64.
 
     Attributes:
-        weight: Of the layer's shape; (C,) of a BatchNorm by itself.
+        weight: In the layer's shape; (C,) for a BatchNorm that is not folded.
         bias: (K,).
-        frobenius: Norm of the weight before folding; 0 of a BatchNorm by itself.
-        gain: The largest factor that folding multiplies a filter by, in magnitude.
+        frobenius: Frobenius norm of the weight before folding; 0 for a BatchNorm that is not folded.
+        gain: The largest magnitude of the factors by which folding multiplies filters.
     """
 
     weight: torch.Tensor
@@ -158,12 +158,12 @@ Maps = Mapping[int, Affine]
 
 
 def affine_maps(network: Network, state: Mapping[str, torch.Tensor]) -> dict[int, Affine]:
-    """The layers' maps by their nodes' numbers, with the weights and statistics of a state dict."""
+    """The affine maps of the layers, by node, with the weights and statistics of a state dict."""
     return {i: _affine(network.nodes[i].op, state) for i in network.layers}
 
 
 def apply_node(node: Node, affine: Affine | None, values: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Compute a node from what it reads; `affine` is the map of a layer."""
+    """Compute a node from the values of its inputs; `affine` is the map of a layer."""
     import torch
     from torch.nn import functional as F
 
@@ -176,8 +176,8 @@ def apply_node(node: Node, affine: Affine | None, values: Sequence[torch.Tensor]
         along = (-1, *(1,) * (x.ndim - 2))
         return x * affine.weight.view(along) + affine.bias.view(along)
     if isinstance(op, Operator):
-        made: torch.Tensor = op.target(x, *op.args, **dict(op.kwargs))
-        return made
+        result: torch.Tensor = op.target(x, *op.args, **dict(op.kwargs))
+        return result
     if isinstance(op, Sum):
         return sum((f * v for f, v in zip(op.factors, values, strict=True)), x.new_tensor(op.constant))
     if isinstance(op, Cat):

@@ -1,4 +1,4 @@
-"""A module to the graph that the bounds are for, read off its ATen operators."""
+"""Reads a module as a network for the bounds, from its exported ATen operators."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from maskplan.pipeline.core.artifacts import Preprocessing
 from maskplan.pipeline.core.errors import InputError, listed
 from maskplan.pipeline.models.aten import SAMPLE_BATCH, export_aten
 from maskplan.pipeline.stability.calls import (
+    MIXES_IMAGES,
     Call,
     UncoveredError,
+    batch_shape,
     call_of,
     dim_of,
     name_of,
     path_of,
     shape_of,
-    tensors_of,
-    whole_shape,
+    tensors_in,
 )
 from maskplan.pipeline.stability.network import BatchNorm, Conv, Linear, Network, Node, Op, Operator, Scale
 from maskplan.pipeline.stability.rules import RULES
@@ -27,6 +28,15 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
+# Operators with several results, each of which is read as a slice.
+_SPLITS = frozenset(("split", "split_with_sizes"))
+
+# BatchNorm in evaluation mode.
+_BATCH_NORM = "_native_batch_norm_legit_no_training"
+
+ACCEPTED_OPERATORS = frozenset(RULES) | _SPLITS | {_BATCH_NORM}
+"""Names of the operators that can be read; some of their uses are refused."""
+
 
 def read_network(module: nn.Module, preprocessing: Preprocessing) -> Network:
     """Export a module, in evaluation mode, and translate its operators.
@@ -34,7 +44,15 @@ def read_network(module: nn.Module, preprocessing: Preprocessing) -> Network:
     Raises:
         InputError: `torch.export` refuses the module, or some operators have no bound; all are named.
     """
-    program = _exported(module, preprocessing)
+    return read_program(_exported(module, preprocessing))
+
+
+def read_program(program: ExportedProgram) -> Network:
+    """Translate the operators of an exported module.
+
+    Raises:
+        InputError: Some operators have no bound; all are named.
+    """
     reader = _Reader(program)
     for node in program.graph.nodes:
         reader.read(node)
@@ -42,8 +60,8 @@ def read_network(module: nn.Module, preprocessing: Preprocessing) -> Network:
         raise InputError(
             "the bounds do not cover the model",
             found=listed(reader.uncovered),
-            fix="bounds are for convolutions, linear layers, BatchNorm, pooling, sums, concatenations and activations;"
-            " what was measured on images, as `compare` reports, holds for any model",
+            fix="bounds exist for convolutions, linear layers, BatchNorm, pooling, sums, concatenations and activations;"
+            " measurements on images, as in `compare`, are possible for any model",
         )
     return reader.network()
 
@@ -55,66 +73,100 @@ def _exported(module: nn.Module, preprocessing: Preprocessing) -> ExportedProgra
         raise InputError(
             "the bounds do not cover the model: torch.export cannot read its operators",
             found=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
-            fix="rewrite what depends on values of the input",
+            fix="rewrite code that depends on values of the input",
         ) from error
 
 
-_CUTS = frozenset(("chunk", "split", "split_with_sizes"))
-
-
-_NORMS = frozenset(("batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit"))
-
-
-# Evaluation leaves the values as they are.
-_SAME = frozenset(("dropout", "feature_dropout", "alias", "detach", "contiguous", "clone", "lift_fresh_copy"))
-
-
 class _Reader:
-    """Nodes so far, and where each tensor of the exported graph comes from."""
+    """Translates nodes of an exported graph in order.
 
-    def __init__(self, program: Any) -> None:
+    Attributes:
+        uncovered: Operators without a bound, with their places and reasons.
+    """
+
+    def __init__(self, program: ExportedProgram) -> None:
         signature = program.graph_signature
-        self._saved: dict[str, str] = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self._state_names: dict[str, str] = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self._not_saved = frozenset(signature.non_persistent_buffers)
         self._images = signature.user_inputs[0]
+        self._outputs = signature.user_outputs
         self._nodes: list[Node] = []
-        self._made: dict[Any, int] = {}
+        # By exported node: the number of the network's node with the same values, or the name in the state dict.
+        self._numbers: dict[Any, int] = {}
         self._names: dict[Any, str] = {}
         self._output: int | None = None
         self.uncovered: list[str] = []
 
     def read(self, node: Any) -> None:
-        """Take the next node of the exported graph."""
+        """Translate the next node of the exported graph."""
         if node.op == "placeholder":
-            if node.name in self._saved:
-                self._names[node] = self._saved[node.name]
+            if node.name in self._state_names:
+                self._names[node] = self._state_names[node.name]
             elif node.name == self._images:
-                self._made[node] = self._add("input", None, (), shape_of(node))
+                self._numbers[node] = self._add("input", None, (), shape_of(node))
         elif node.op == "output":
-            self._output = self._made.get(node.args[0][0])
-            if self._output is None and not self.uncovered:
-                self.uncovered.append("an output that does not depend on the images")
+            self._read_output(node)
         elif node.op == "call_function":
             try:
                 self._translate(node)
             except UncoveredError as error:
-                why = f" ({error})" if str(error) else ""
-                self.uncovered.append(f"{name_of(node.target)} at {path_of(node)}{why}")
-                # So that what follows is looked at too.
-                self._made[node] = 0
+                reason = f" ({error})" if str(error) else ""
+                self.uncovered.append(f"{name_of(node.target)} at {path_of(node)}{reason}")
+                # Operators that follow are checked as well.
+                self._numbers[node] = 0
 
     def network(self) -> Network:
-        """What leads to the logits, numbered anew."""
+        """The nodes that the logits depend on, renumbered."""
         assert self._output is not None
-        wanted, open_ = set(), [self._output]
-        while open_:
-            each = open_.pop()
-            if each not in wanted:
-                wanted.add(each)
-                open_ += self._nodes[each].inputs
-        number = {old: new for new, old in enumerate(sorted(wanted))}
+        used, pending = set(), [self._output]
+        while pending:
+            number = pending.pop()
+            if number not in used:
+                used.add(number)
+                pending += self._nodes[number].inputs
+        # The images come first even if the logits do not depend on them.
+        new_number = {old: new for new, old in enumerate(sorted(used | {0}))}
         return Network(
-            tuple(replace(self._nodes[old], inputs=tuple(number[i] for i in self._nodes[old].inputs)) for old in number)
+            tuple(
+                replace(self._nodes[old], inputs=tuple(new_number[i] for i in self._nodes[old].inputs))
+                for old in new_number
+            )
         )
+
+    def parameter(self, value: Any) -> str | None:
+        """Name of a tensor of the state dict; None for a missing argument.
+
+        Raises:
+            UncoveredError: The tensor is computed, a constant, or not saved in the state dict.
+        """
+        if value is None:
+            return None
+        if value not in self._names:
+            raise UncoveredError("its weight is computed")
+        if self._names[value] in self._not_saved:
+            raise UncoveredError("its weight is not part of the state dict")
+        return self._names[value]
+
+    def weight(self, value: Any) -> str:
+        """Name of a tensor of the state dict."""
+        name = self.parameter(value)
+        if name is None:
+            raise UncoveredError("without a weight")
+        return name
+
+    def is_image(self, value: Any) -> bool:
+        """Whether a tensor depends on the images."""
+        return value in self._numbers
+
+    def _read_output(self, node: Any) -> None:
+        # The node lists changed buffers before the module's own results.
+        results = [n for n in tensors_in(node.args) if n.name in self._outputs]
+        if len(self._outputs) != 1 or len(results) != 1:
+            self.uncovered.append(f"{len(self._outputs)} outputs instead of one")
+        elif results[0] not in self._numbers:
+            self.uncovered.append("an output that does not depend on the images")
+        else:
+            self._output = self._numbers[results[0]]
 
     def _add(self, name: str, op: Op | None, inputs: tuple[int, ...], shape: tuple[int, ...]) -> int:
         self._nodes.append(Node(name, op, inputs, shape))
@@ -122,53 +174,30 @@ class _Reader:
 
     def _translate(self, node: Any) -> None:
         if node.target is operator.getitem:
-            self._part(node)
+            self._read_part(node)
             return
         name = name_of(node.target)
-        if name in _CUTS:
-            return  # their parts are read one by one
-        tensors = [n for n in node.all_input_nodes if n in self._made]
-        if not tensors:
+        if name in _SPLITS:
+            return  # the parts are read one by one
+        if not any(self.is_image(n) for n in node.all_input_nodes):
             raise UncoveredError("it changes weights" if node.all_input_nodes else "it makes a constant")
-        if whole_shape(node)[:1] != (SAMPLE_BATCH,):
-            raise UncoveredError("images do not stay apart")
-        call = call_of(node, name)
-        if name in _SAME or (name == "slice" and shape_of(node) == shape_of(tensors[0])):
-            self._made[node] = self._made[tensors[0]]
-        elif name in _NORMS:
-            self._norm(node, call)
+        if batch_shape(node)[:1] != (SAMPLE_BATCH,):
+            raise UncoveredError(MIXES_IMAGES)
+        if name == _BATCH_NORM:
+            self._read_norm(node, call_of(node))
         elif name in RULES:
-            op = RULES[name](self, call)
-            inputs = tuple(self._made[n] for n in tensors_of(call) if n in self._made)
-            self._made[node] = self._add(path_of(node), op, inputs, call.shape)
+            call = call_of(node)
+            op, tensors = RULES[name](self, call)
+            numbers = tuple(self._numbers[tensor] for tensor in tensors)
+            self._numbers[node] = numbers[0] if op is None else self._add(path_of(node), op, numbers, call.shape)
         else:
             raise UncoveredError
 
-    def parameter(self, value: Any) -> str | None:
-        """The name of a saved tensor, or None where there is none.
-
-        Raises:
-            UncoveredError: It is computed.
-        """
-        if value is None:
-            return None
-        if value not in self._names:
-            raise UncoveredError("its weight is computed")
-        return self._names[value]
-
-    def weight(self, value: Any) -> str:
-        name = self.parameter(value)
-        assert name is not None
-        return name
-
-    def is_image(self, value: Any) -> bool:
-        """Whether it depends on the images."""
-        return value in self._made
-
-    def _norm(self, node: Any, call: Call) -> None:
+    def _read_norm(self, node: Any, call: Call) -> None:
         args = call.args
-        if "running_mean" not in args or args.get("training"):
-            raise UncoveredError("it takes its statistics from the batch")
+        source = args["input"]
+        if not self.is_image(source):
+            raise UncoveredError("it changes weights")
         norm = BatchNorm(
             self.parameter(args["weight"]),
             self.parameter(args["bias"]),
@@ -176,37 +205,43 @@ class _Reader:
             self.weight(args["running_var"]),
             float(args["eps"]),
         )
-        source = args["input"]
-        number = self._made[source]
+        number = self._numbers[source]
         op = self._nodes[number].op
-        alone = len(source.users) == 1 and source.op == "call_function" and name_of(source.target) not in _SAME
+        # Fold into a layer whose result nothing else reads. An identity in between may share the layer with other readers.
+        is_layer = source.op == "call_function" and name_of(source.target) in ("conv2d", "linear")
         if (
-            alone
-            and isinstance(op, Conv | Linear)
-            and op.norm is None
-            and (isinstance(op, Conv) or len(call.shape) == 1)
+            is_layer
+            and len(source.users) == 1
+            and (isinstance(op, Conv) or (isinstance(op, Linear) and len(call.shape) == 1))
         ):
             self._nodes[number] = replace(self._nodes[number], op=replace(op, norm=norm))
-            self._made[node] = number
+            self._numbers[node] = number
         else:
-            self._made[node] = self._add(path_of(node), Scale(norm), (number,), call.shape)
+            self._numbers[node] = self._add(path_of(node), Scale(norm), (number,), call.shape)
 
-    def _part(self, node: Any) -> None:
-        """One of the pieces that a tensor was cut into."""
+    def _read_part(self, node: Any) -> None:
+        """One of several results: a piece of a split tensor, or the normalized values of a BatchNorm."""
         import torch
 
         source, index = node.args
         name = name_of(source.target)
-        if name not in _CUTS:
-            # Only BatchNorm has a rule and several results, of which evaluation uses the first.
-            self._made[node] = self._made[source]
+        if name == _BATCH_NORM:
+            if index != 0:
+                raise UncoveredError(f"result {index} of {name}")
+            self._numbers[node] = self._numbers[source]
             return
-        call = call_of(source, name)
-        whole = call.args["self"]
-        dim = dim_of(call.args.get("dim", 0), whole)
-        if whole not in self._made:
+        if name not in _SPLITS:
+            # The operator itself is named already.
+            self._numbers[node] = 0
+            return
+        call = call_of(source)
+        whole = call.input
+        dim = dim_of(call.args["dim"], whole)
+        if not self.is_image(whole):
             raise UncoveredError("it changes weights")
-        start = sum(int(part.shape[dim]) for part in source.meta["val"][:index])
-        length = int(source.meta["val"][index].shape[dim])
+        parts = source.meta["val"]
+        position = index % len(parts)
+        start = sum(int(part.shape[dim]) for part in parts[:position])
+        length = int(parts[position].shape[dim])
         op = Operator(torch.ops.aten.narrow.default, (dim, start, length), (), 1.0)
-        self._made[node] = self._add(path_of(node), op, (self._made[whole],), shape_of(node))
+        self._numbers[node] = self._add(path_of(node), op, (self._numbers[whole],), shape_of(node))

@@ -182,6 +182,8 @@ class StabilityReport:
         method: Mask method.
         recalibrated_images: Number of images behind the masked network's BatchNorm statistics.
         arithmetic: Precision of networks and bounds; engines in other precisions differ by their own rounding.
+        reading_difference: Largest difference between the logits of the module and of the network as read for the bounds,
+            relative to the largest logit of the image; it is rounding. None if it was not checked.
         images: The image set from which the images were drawn.
         layers: Norms of the layers.
         masking: The dense network against the masked one.
@@ -197,6 +199,7 @@ class StabilityReport:
     method: str
     recalibrated_images: int
     arithmetic: str
+    reading_difference: float | None
     images: ImageSet
     layers: tuple[LayerNorms, ...]
     masking: PairReport

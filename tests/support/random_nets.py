@@ -6,21 +6,31 @@ layer's outputs on the first image.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
 import numpy as np
 import torch
+from operator_cases import CASES
 from torch import nn
 from torch.nn import functional as F
 
 from maskplan.pipeline.core.artifacts import Preprocessing
+from maskplan.pipeline.models.aten import export_aten
 from maskplan.pipeline.stability.bounds import ForwardObservation, Pair, change_bounds, observe, pair_of
+from maskplan.pipeline.stability.calls import name_of
 from maskplan.pipeline.stability.network import Network, affine_maps
-from maskplan.pipeline.stability.reader import read_network
+from maskplan.pipeline.stability.reader import read_program
 
 State = dict[str, torch.Tensor]
+Shape = tuple[int, int, int]
+
+CASES_PER_NETWORK = 5
+"""Operator cases in each network: networks 0, 1, ... take them in turn, so that the first `ALL_CASES` contain every case."""
+
+ALL_CASES = -(-len(CASES) // CASES_PER_NETWORK)
 
 ACTIVATIONS = (
     F.relu,
@@ -71,7 +81,7 @@ class Block(nn.Module):
 
 
 class RandomNet(nn.Module):
-    """Blocks, pooling, and perhaps hidden layers and a head."""
+    """Blocks, pooling, some of the operator cases in turn, and perhaps hidden layers and a head."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -79,10 +89,16 @@ class RandomNet(nn.Module):
         self.channels, self.size = int(rng.choice([1, 3, 4])), int(rng.choice([4, 5, 7, 8]))
         channels, size = self.channels, self.size
         steps: list[nn.Module] = []
-        for _ in range(int(rng.integers(1, 5))):
+        for _ in range(int(rng.integers(1, 3))):
             step, channels, size = _step(rng, channels, size)
             steps.append(step)
+        shape = (channels, size, size)
+        for number in range(CASES_PER_NETWORK):
+            added = _operator_case(rng, (CASES_PER_NETWORK * seed + number) % len(CASES), shape)
+            steps += added
+            shape = _shape_after(nn.Sequential(*added), shape)
         self.steps = nn.Sequential(*steps)
+        size = min(shape[1:])
         self.end = str(rng.choice(["mean", "adaptive", "flatten", "flatten"]))
         if self.end == "adaptive":
             self.pool = nn.AdaptiveAvgPool2d(int(rng.integers(1, size + 1)))
@@ -109,6 +125,28 @@ class RandomNet(nn.Module):
         for layer in self.hidden:
             x = F.relu(layer(x))
         return x if self.head is None else self.head(x)
+
+
+def _operator_case(rng: np.random.Generator, number: int, shape: Shape) -> list[nn.Module]:
+    """An operator case, perhaps behind a convolution, and smaller again if it is large."""
+    modules: list[nn.Module] = []
+    if rng.random() < 0.5:
+        filters = int(rng.choice([shape[0], 4]))
+        layer = _conv(rng, shape[0], filters, int(rng.choice([1, 3])), 1, 1)
+        modules.append(layer)
+        shape = _shape_after(layer, shape)
+    case = list(CASES.values())[number](*shape)
+    modules.append(case)
+    channels, height, width = _shape_after(case, shape)
+    if channels * height * width > 300:
+        modules.append(nn.Conv2d(channels, 4, 3, 2, 1))
+    return modules
+
+
+def _shape_after(layer: nn.Module, shape: Shape) -> Shape:
+    with torch.no_grad():
+        channels, height, width = layer.eval()(torch.zeros(2, *shape)).shape[1:]
+    return channels, height, width
 
 
 def _step(rng: np.random.Generator, channels: int, size: int) -> tuple[nn.Module, int, int]:
@@ -197,19 +235,20 @@ class Case:
 
 
 @cache
-def architecture(seed: int) -> tuple[RandomNet, Network]:
-    """A network in float64 and what is read off it."""
+def architecture(seed: int) -> tuple[RandomNet, Network, frozenset[str]]:
+    """A network in float64, the network as read, and the names of its exported operators."""
     torch.manual_seed(seed)
     module = RandomNet(seed).double().eval()
-    how = Preprocessing(
-        module.channels, module.size, module.size, 0, "bilinear", (0.0,) * module.channels, (1.0,) * module.channels
-    )
-    return module, read_network(module, how)
+    shape = (module.channels, module.size, module.size)
+    preprocessing = Preprocessing(*shape, 0, "bilinear", (0.0,) * module.channels, (1.0,) * module.channels)
+    program = export_aten(module, preprocessing, whole_layers=True)
+    calls = [node for node in program.graph.nodes if node.op == "call_function" and node.target is not operator.getitem]
+    return module, read_program(program), frozenset(name_of(node.target) for node in calls)
 
 
 def case(network: int, seed: int, images: int = 3) -> Case:
     """Random weights, masks and images for a random network."""
-    module, graph = architecture(network)
+    module, graph, _ = architecture(network)
     rng = np.random.default_rng([network, seed])
     x = _images(rng, (images, module.channels, module.size, module.size))
     # Weights of the shared module are overwritten; results depend on the state dicts only.
@@ -317,9 +356,13 @@ def _cancel(module: nn.Module, images: torch.Tensor, rng: np.random.Generator) -
     """Choose biases so that what some layers make of the first image is 0 on average."""
 
     def center(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        mean = output[0].flatten(1).mean(1) if output.ndim == 4 else output[0]
+        if isinstance(layer, nn.Linear):
+            mean = output[0].reshape(-1, output.shape[-1]).mean(0)
+            layer.bias -= mean
+            return output - mean
+        mean = output[0].flatten(1).mean(1)
         layer.bias -= mean
-        return output - mean.view(-1, *(1,) * (output.ndim - 2))
+        return output - mean.view(-1, 1, 1)
 
     chosen = [
         m

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from random_nets import Case, architecture, case, exceeds, observe_case, violated
+from random_nets import ALL_CASES, Case, architecture, case, exceeds, observe_case, violated
 from torch import nn
 
 from maskplan.pipeline.core.artifacts import Preprocessing
@@ -25,17 +25,17 @@ from maskplan.pipeline.stability.bounds import (
     worst_case,
 )
 from maskplan.pipeline.stability.certify import certify, tails
-from maskplan.pipeline.stability.network import Network, Node, Operator, affine_maps
+from maskplan.pipeline.stability.network import Network, Node, Operator, Sum, affine_maps
 from maskplan.pipeline.stability.reader import read_network
 
-ARCHITECTURES = 24
-DRAWS = 15
+ARCHITECTURES = ALL_CASES
+DRAWS = 14
 Example = tuple[Case, Pair, ForwardObservation]
 
 
 @pytest.fixture(scope="module")
 def examples() -> list[Example]:
-    """360 random networks, observed on three images each."""
+    """Random networks, observed on three images each."""
     drawn = [case(network, seed) for network in range(ARCHITECTURES) for seed in range(DRAWS)]
     return [(each, *observe_case(each)) for each in drawn]
 
@@ -71,10 +71,17 @@ def test_the_worst_case_covers_every_image_of_its_norm(examples: list[Example]) 
 
 
 def test_a_later_start_never_loosens_a_bound(examples: list[Example]) -> None:
+    """Except at a layer that a sum reads directly, where the measured change hides what the layer itself adds."""
+    compared = 0
     for drawn, pair, observed in examples:
-        bounds = [change_bounds(pair, observed, end.start)[-1] for end in tails(pair.network)]
-        for shorter, longer in pairwise(bounds):
-            assert (shorter <= longer * (1 + 1e-9) + 1e-11 * (1 + observed.sizes_first.max())).all(), drawn
+        nodes = pair.network.nodes
+        read_by_sums = {j for node in nodes if isinstance(node.op, Sum) for j in node.inputs if j in pair.first}
+        bounds = [(end.start, change_bounds(pair, observed, end.start)[-1]) for end in tails(pair.network)]
+        for (start, shorter), (_, longer) in pairwise(bounds):
+            if start not in read_by_sums:
+                assert (shorter <= longer * (1 + 1e-9) + 1e-11 * (1 + observed.sizes_first.max())).all(), drawn
+                compared += 1
+    assert compared > 500
 
 
 def of_operators(network: Network, change: Callable[[Operator], Operator]) -> Network:
@@ -138,10 +145,10 @@ def test_the_random_networks_cover_all_kinds_of_layers(examples: list[Example]) 
         assert kind in modules
     convs = [m for seed in range(ARCHITECTURES) for m in architecture(seed)[0].modules() if isinstance(m, nn.Conv2d)]
     assert {m.stride[0] for m in convs} == {1, 2} == {m.dilation[0] for m in convs}
-    assert {m.padding[0] for m in convs} == {0, 1, 2}
+    assert {m.padding[0] for m in convs} >= {0, 1, 2}
     assert any(m.groups > 1 for m in convs)
     layers = {len(pair.network.layers) for _, pair, _ in examples}
-    assert {1, 2, 3, 4, 5, 6} <= layers
+    assert {3, 4, 5, 6, 7, 8} <= layers
     grown = [pair.second_norms[i] > 1.001 * pair.first_norms[i] for _, pair, _ in examples for i in pair.network.layers]
     # Masking increases some spectral norms.
     assert sum(grown) > 20
@@ -185,7 +192,7 @@ def test_masks_that_prune_nothing_bound_all_changes_by_zero() -> None:
 
 
 def test_layers_before_the_first_change_add_nothing() -> None:
-    drawn = case(26, 0)
+    drawn = case(3, 0)
     last = drawn.network.nodes[drawn.network.layers[-1]].op
     name = last.weight
     changed = drawn.dense | {name: drawn.dense[name] * 1.01}

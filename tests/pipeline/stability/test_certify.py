@@ -79,7 +79,7 @@ def test_unchanged_images_are_certified_except_for_ties() -> None:
     assert not tied.certified[0]
 
 
-@pytest.mark.parametrize(("network", "seed"), [(1, 49), (14, 13)])
+@pytest.mark.parametrize(("network", "seed"), [(2, 7), (3, 9)])
 def test_ties_decided_by_rounding_are_not_certified(network: int, seed: int) -> None:
     """Biases cancel the products of the first network, so that its logits are rounding errors."""
     drawn = case(network, seed)

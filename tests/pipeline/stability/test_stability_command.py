@@ -19,8 +19,9 @@ from PIL import Image
 from maskplan.pipeline.cli.app import main
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.serialization import decode, encode
-from maskplan.pipeline.data.dataset import batches, identify, open_val
+from maskplan.pipeline.data.dataset import batches, open_val
 from maskplan.pipeline.data.digits import load_digits
+from maskplan.pipeline.data.image_sets import identify
 from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
 from maskplan.pipeline.models.registry import BUNDLED_WEIGHTS
 from maskplan.pipeline.stability.analyze import StabilityOptions, Weights, analyze, under_masks
@@ -189,7 +190,9 @@ def test_images_that_shaped_the_masks_are_refused(cli: Cli, tiny_spec: str, toy_
     assert ran.code == 0, ran.err
     shutil.copytree(toy_data / "train", mixed / "val")
     refused(
-        cli("-q", "stability", tiny_spec, "--masks", masks, *command, mixed), "val images were also used to make the model", "60"
+        cli("-q", "stability", tiny_spec, "--masks", masks, *command, mixed),
+        "val images were also used to make the model",
+        "60",
     )
     assert cli("-q", "stability", tiny_spec, "--masks", masks, *command, toy_data).code == 0
 
@@ -205,6 +208,27 @@ def test_images_that_recalibrated_the_checkpoint_are_refused(
     refused(cli(*command, "--data", mixed), "val images were also used to make the model")
     ran = cli(*command, "--data", toy_data)
     assert ran.code == 0, ran.err
+
+
+def test_images_that_shaped_newer_weights_are_refused(
+    cli: Cli, tiny: tuple[str, Path], toy_data: Path, tmp_path: Path
+) -> None:
+    (model, masks), mixed, newer = tiny, tmp_path / "mixed", tmp_path / "newer.safetensors"
+    ran = cli("-q", "bake", model, "--weights", "random", "--masks", masks, "--recalibrate", toy_data, "-o", newer)
+    assert ran.code == 0, ran.err
+    shutil.copytree(toy_data / "train", mixed / "val")
+    command = ("-q", "stability", model, "--weights", "random", "--masks", masks, "--data", mixed)
+    refused(cli(*command, "--updated", newer), "val images were also used to make the model")
+
+
+def test_the_seed_draws_the_images(cli: Cli, digits_files: Path, tmp_path: Path) -> None:
+    medians = []
+    for seed in (0, 1):
+        report = tmp_path / f"{seed}.json"
+        command = ("stability", "digits_resnet", "--masks", digits_files / "masks.safetensors", "--images", 9)
+        assert cli("-q", *command, "--seed", seed, "--report", report).code == 0
+        medians.append(json.loads(report.read_text())["masking"]["logits_change"]["p50"])
+    assert medians[0] != medians[1]
 
 
 def test_masks_of_another_model_are_refused(cli: Cli, tiny: tuple[str, Path]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 import numpy as np
 import pytest
 import torch
-from random_nets import Case, case, exceeds, update_within
+from random_nets import ALL_CASES, Case, case, exceeds, update_within
 from torch import nn
 
 from maskplan.pipeline.core.artifacts import Preprocessing
@@ -17,7 +17,7 @@ from maskplan.pipeline.stability.network import affine_maps
 from maskplan.pipeline.stability.reader import read_network
 from maskplan.pipeline.stability.updates import Ball, ball_changes, ball_of, keeps_class, largest_radius
 
-ARCHITECTURES = 24
+ARCHITECTURES = ALL_CASES
 
 
 def ball_around(drawn: Case, layers: Collection[int]) -> Ball:
@@ -107,7 +107,7 @@ def test_the_radius_of_a_head_is_exact() -> None:
 
 
 def test_layers_outside_the_ball_are_not_updated() -> None:
-    drawn = case(26, 0)
+    drawn = case(3, 0)
     last = drawn.network.layers[-1]
     ball = ball_around(drawn, [last])
     masked = affine_maps(drawn.network, drawn.masked)
