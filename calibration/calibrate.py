@@ -28,7 +28,8 @@ from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.files import write_atomically
 from maskplan.pipeline.core.reports import CalibrationReport
 from maskplan.pipeline.core.validation import at_least
-from maskplan.pipeline.data.dataset import Split, batches, identify
+from maskplan.pipeline.data.dataset import Split, batches
+from maskplan.pipeline.data.image_sets import identify
 
 log = logging.getLogger(__name__)
 

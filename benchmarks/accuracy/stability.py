@@ -44,7 +44,8 @@ from torch.nn import functional as F
 from maskplan.pipeline.core.artifacts import Provenance
 from maskplan.pipeline.core.files import write_json
 from maskplan.pipeline.core.serialization import encode
-from maskplan.pipeline.data.dataset import Split, batches, identify
+from maskplan.pipeline.data.dataset import Split, batches
+from maskplan.pipeline.data.image_sets import identify
 from maskplan.pipeline.masking.policy import select_layers
 from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.report.write import versions
@@ -161,7 +162,7 @@ def cifar(weights: Path, folder: Path, images: int, most: int | None) -> dict[st
         options = StabilityOptions(images=images, radii=(1e-6, 1e-5, 1e-4, 1e-3, 1e-2))
         report = analyze(masked, about, states, method, data.val, known, options)
         told = encode(report)
-        told["images"].pop("sketch")
+        told["images"].pop("members")
         found[method] = {"seconds": round(time.monotonic() - started, 1)} | told
     return {"model": "resnet20", "masked_layers": len(chosen), "update": UPDATE} | found
 
@@ -193,7 +194,7 @@ def digits() -> dict[str, Any]:
         said = maskplan("stability", "digits_resnet", "--masks", masks, "--sparse", out, "--report", report)
         seconds = time.monotonic() - started
         told = json.loads(report.read_text())
-    told["images"].pop("sketch")
+    told["images"].pop("members")
     return {"seconds": round(seconds, 1), "said": said.splitlines(), "report": told}
 
 

@@ -33,7 +33,8 @@ from maskplan.exporters.onnx_export import ExportOptions, export_onnx
 from maskplan.exporters.prune import prune_onnx
 from maskplan.pipeline.core.artifacts import Pattern, Preprocessing
 from maskplan.pipeline.core.files import write_json
-from maskplan.pipeline.data.dataset import Split, batches, identify
+from maskplan.pipeline.data.dataset import Split, batches
+from maskplan.pipeline.data.image_sets import identify
 from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
 from maskplan.pipeline.parity.compare import compare, parity_report
 from maskplan.pipeline.parity.model_outputs import fixed_image_positions, run_on_batches

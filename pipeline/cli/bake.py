@@ -35,7 +35,8 @@ def bake(
     recipe: options.RecipeFile = None,
 ) -> None:
     """Set masked weights to zero and write the pruned checkpoint; the weights may be newer than the masks."""
-    from maskplan.pipeline.data.dataset import identify, open_folder
+    from maskplan.pipeline.data.dataset import open_folder
+    from maskplan.pipeline.data.image_sets import identify
     from maskplan.pipeline.models.batchnorm import recalibrate as recalibrate_batchnorm
     from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
     from maskplan.pipeline.models.state_dict import fit_weights, read_weights

@@ -156,7 +156,7 @@ def compare(
 
     On images without labels only the thresholds that need no labels are checked; give at least one of them.
     """
-    from maskplan.pipeline.data.dataset import identify, require_disjoint
+    from maskplan.pipeline.data.image_sets import identify, require_disjoint
     from maskplan.pipeline.parity.baseline import read_baseline, with_drift
     from maskplan.pipeline.parity.model_files import open_model, shared_preprocessing
     from maskplan.pipeline.parity.model_outputs import load_fixed_images

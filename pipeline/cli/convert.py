@@ -63,7 +63,7 @@ def convert(
     """
     from maskplan.pipeline.core.errors import InputError
     from maskplan.pipeline.core.serialization import encode
-    from maskplan.pipeline.data.dataset import identify
+    from maskplan.pipeline.data.image_sets import identify
     from maskplan.pipeline.data.source import find_dataset
     from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
     from maskplan.pipeline.pruning.convert import ConvertOptions

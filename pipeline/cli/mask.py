@@ -77,7 +77,7 @@ def mask(
     Under `torchrun` all processes learn the same masks, each from its own share of the images.
     """
     from maskplan.pipeline.core.progress import is_main_process
-    from maskplan.pipeline.data.dataset import identify
+    from maskplan.pipeline.data.image_sets import identify
     from maskplan.pipeline.data.source import find_dataset
     from maskplan.pipeline.learning.options import LearnerFiles
     from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint

@@ -59,7 +59,7 @@ def stability(
     """
     from maskplan.pipeline.core.errors import InputError
     from maskplan.pipeline.core.serialization import encode
-    from maskplan.pipeline.data.dataset import identify, require_disjoint
+    from maskplan.pipeline.data.image_sets import identify, require_disjoint
     from maskplan.pipeline.masking.maskset import load_masks
     from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
     from maskplan.pipeline.pruning.bake import baked_state

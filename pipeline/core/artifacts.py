@@ -61,14 +61,22 @@ class ImageSet:
         role: `train`, `select` or `val`.
         images: How many.
         sha256: Digest of the images' own digests, sorted.
-        sketch: The smallest of those digests (at most `SKETCH_SIZE`, 16 hexadecimal digits each): all of a small set, a
-            uniform sample of a large one.
+        sketch: Only in artifacts of earlier versions: at most 512 of the smallest digests.
+        members: The set in a few bits an image, to find images that are shared with another set (`data/membership.py`).
+        labeled_sha256: Digest of the images in their order, with their labels and the names of the classes.
     """
 
     role: str
     images: int
     sha256: str
-    sketch: tuple[str, ...]
+    sketch: tuple[str, ...] = ()
+    members: str = ""
+    labeled_sha256: str = ""
+
+    @property
+    def key(self) -> str:
+        """What a stage that reads the images with their labels depends on."""
+        return f"{self.sha256}:{self.labeled_sha256}"
 
 
 @dataclass(frozen=True)

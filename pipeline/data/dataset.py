@@ -1,8 +1,8 @@
-"""Labeled images: class folders, the seeded `select` part, digests of image sets, preprocessed batches."""
+"""Labeled images: class folders, the seeded `select` part, preprocessed batches."""
 
 from __future__ import annotations
 
-import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -12,13 +12,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from maskplan.pipeline.core.artifacts import ImageSet, Preprocessing
+from maskplan.pipeline.core.artifacts import Preprocessing
 from maskplan.pipeline.core.errors import InputError, listed
 from maskplan.pipeline.core.files import read_bytes
-from maskplan.pipeline.data.preprocessing import decode, is_complete, normalize
-
-SKETCH_SIZE = 512
-"""Digests kept of an image set, so that overlaps between large sets are found without keeping all of them."""
+from maskplan.pipeline.data.preprocessing import DECODE_ERRORS, decode, normalize
 
 SELECT_SHARE, SELECT_MAX_IMAGES = 0.1, 5000
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -136,65 +133,6 @@ def split_collection(images: Images, classes: tuple[str, ...], val_share: float,
     return Dataset(classes, Split("train", images, train), Split("select", images, select), Split("val", images, val))
 
 
-def identify(split: Split) -> ImageSet:
-    """Read every image of a split once: digests of the files, and whether all of them decode.
-
-    Raises:
-        InputError: Some images are corrupt; the first few are named and all are counted.
-    """
-
-    def digest_and_check(index: int) -> tuple[str, bool]:
-        data = split.images.read(index)
-        return hashlib.blake2b(data, digest_size=8).hexdigest(), is_complete(data)
-
-    with ThreadPoolExecutor(_WORKERS) as pool:
-        results = list(pool.map(digest_and_check, split.indices.tolist(), chunksize=64))
-    corrupt = [
-        split.images.name(int(i)) for i, (_, complete) in zip(split.indices, results, strict=True) if not complete
-    ]
-    if corrupt:
-        raise InputError(
-            f"{len(corrupt)} of {len(split)} {split.role} images cannot be decoded",
-            found=listed(corrupt),
-            fix="replace or remove these files",
-        )
-    digests = sorted(digest for digest, _ in results)
-    digest_of_all = hashlib.sha256("\n".join(digests).encode()).hexdigest()
-    return ImageSet(split.role, len(digests), digest_of_all, tuple(digests[:SKETCH_SIZE]))
-
-
-def listing_sha256(images: ImageFiles) -> str:
-    """Digest of names, sizes and modification times: whether a folder has changed, without reading its images."""
-    digest = hashlib.sha256()
-    for name in images.names:
-        stat = (images.folder / name).stat()
-        digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
-
-
-def require_disjoint(evaluated: ImageSet, used: Sequence[ImageSet]) -> None:
-    """Refuse to evaluate a model on images that its masks or statistics were made from.
-
-    Sets of up to `SKETCH_SIZE` images are compared completely, larger ones by a uniform sample: an overlap of a share p
-    of the images goes unnoticed with a probability of about (1 - p) ** SKETCH_SIZE.
-
-    Args:
-        evaluated: Images to evaluate on.
-        used: Image sets of the model's provenance.
-
-    Raises:
-        InputError: Images are shared.
-    """
-    for other in used:
-        shared = set(evaluated.sketch) & set(other.sketch)
-        if shared:
-            raise InputError(
-                f"{evaluated.role} images were also used to make the model",
-                found=f"at least {len(shared)} of {evaluated.images} are among its {other.images} {other.role} images",
-                fix="compare on images that were used neither for masks nor for statistics",
-            )
-
-
 def batches(
     split: Split, preprocessing: Preprocessing, size: int, order: npt.NDArray[np.int64] | None = None
 ) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]]:
@@ -211,8 +149,15 @@ def batches(
     """
     positions = np.arange(len(split)) if order is None else order
 
+    def load_one(index: int) -> npt.NDArray[np.uint8]:
+        try:
+            return decode(split.images.read(index), preprocessing)
+        except DECODE_ERRORS as error:
+            fix = "replace or remove this file"
+            raise InputError("cannot read an image", where=split.images.name(index), found=error, fix=fix) from error
+
     def load(chunk: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-        return np.stack([decode(split.images.read(int(i)), preprocessing) for i in split.indices[chunk]])
+        return np.stack([load_one(int(i)) for i in split.indices[chunk]])
 
     chunks = [positions[start : start + size] for start in range(0, len(positions), size)]
     with ThreadPoolExecutor(_WORKERS) as pool:
@@ -242,7 +187,7 @@ def _list_images(folder: Path, part: str) -> tuple[list[tuple[str, str]], set[st
     images: list[tuple[str, str]] = []
     empty = []
     for class_folder in sorted(p for p in root.iterdir() if p.is_dir()):
-        files = sorted(p for p in class_folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+        files = sorted(_image_paths(class_folder))
         if not files:
             empty.append(class_folder.name)
         images += [(class_folder.name, p.relative_to(root).as_posix()) for p in files]
@@ -258,6 +203,18 @@ def _list_images(folder: Path, part: str) -> tuple[list[tuple[str, str]], set[st
             fix=f"one folder per class: {part}/CLASS/*.jpg",
         )
     return images, {name for name, _ in images}
+
+
+def _image_paths(folder: Path) -> Iterator[Path]:
+    """Image files below a folder, in linked folders too, as torchvision's ImageFolder finds them."""
+    for root, folders, files in os.walk(folder, followlinks=True):
+        # A link to a folder that contains it would be walked for ever.
+        above = {Path(root).resolve(), *Path(root).resolve().parents}
+        folders[:] = [name for name in folders if (Path(root) / name).resolve() not in above]
+        for name in files:
+            path = Path(root) / name
+            if path.suffix.lower() in _SUFFIXES and path.is_file():
+                yield path
 
 
 def _read_lines(path: Path) -> list[str]:

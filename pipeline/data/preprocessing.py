@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,12 @@ IMAGENET = Preprocessing(3, 224, 224, 256, "bilinear", (0.485, 0.456, 0.406), (0
 
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 """What Pillow raises for bytes that are not an image."""
+
+MAX_PIXELS = 100_000_000
+"""Of an image in its file and after resizing: 300 MB in RGB, more than any camera's."""
+
+# Pillow's own limit is lower and a warning; ours is an error that names the image.
+Image.MAX_IMAGE_PIXELS = None
 
 _RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -35,6 +41,7 @@ def decode(data: bytes, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
         One of `DECODE_ERRORS`: The bytes are not a complete image.
     """
     with Image.open(io.BytesIO(data)) as opened:
+        _require_reasonable(opened.size, "in the file")
         # Pillow warns about transparency in a palette unless it becomes a channel first; the colors are the same.
         opaque = opened.convert("RGBA") if opened.mode == "P" and "transparency" in opened.info else opened
         image = opaque.convert("RGB" if preprocessing.channels == 3 else "L")
@@ -54,10 +61,22 @@ def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> npt.NDA
         short, long = sorted(image.size)
         scaled = int(preprocessing.resize * long / short)
         size = (preprocessing.resize, scaled) if image.width <= image.height else (scaled, preprocessing.resize)
+        _require_reasonable(size, f"after resizing the shorter side to {preprocessing.resize}")
         image = image if image.size == size else image.resize(size, resampling)
         left, top = _margin(image.width, preprocessing.width), _margin(image.height, preprocessing.height)
         image = image.crop((left, top, left + preprocessing.width, top + preprocessing.height))
     return np.asarray(image, dtype=np.uint8).reshape(preprocessing.height, preprocessing.width, preprocessing.channels)
+
+
+def _require_reasonable(size: tuple[int, int], where: str) -> None:
+    """A file of 200 bytes can have billions of pixels, in itself or after resizing.
+
+    Raises:
+        ValueError: More than `MAX_PIXELS`.
+    """
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width:,} x {height:,} pixels {where}; at most {MAX_PIXELS:,} pixels are read")
 
 
 def _margin(size: int, crop: int) -> int:
@@ -74,15 +93,19 @@ def normalize(images: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> np
     return np.ascontiguousarray(scaled)
 
 
-def is_complete(data: bytes) -> bool:
-    """Whether an image file decodes to its end; a JPEG is decoded at an eighth of its size, which is faster and suffices."""
+def inspect_image(data: bytes) -> Literal["8-bit", "16-bit"] | None:
+    """The depth of an image file that decodes to its end, or None if it does not.
+
+    A JPEG is decoded at an eighth of its size, which is faster and sufficient.
+    """
     try:
         with Image.open(io.BytesIO(data)) as image:
+            _require_reasonable(image.size, "in the file")
             image.draft("RGB", (max(image.width // 8, 1), max(image.height // 8, 1)))
             image.load()
+            return "16-bit" if image.mode.startswith("I") else "8-bit"
     except DECODE_ERRORS:
-        return False
-    return True
+        return None
 
 
 def preprocessing_from_transforms(transforms: Any, channels: int = 3) -> Preprocessing:

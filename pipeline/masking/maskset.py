@@ -17,7 +17,7 @@ from maskplan.pipeline.core.artifacts import DenseLayer, ImageSet, Layer, Learni
 from maskplan.pipeline.core.choices import CHANNEL, FLAT, Layout
 from maskplan.pipeline.core.errors import InputError, listed
 from maskplan.pipeline.core.files import sha256_of, write_atomically
-from maskplan.pipeline.core.serialization import encode
+from maskplan.pipeline.core.serialization import decode, encode
 from maskplan.pipeline.masking.eligibility import ineligible_reason
 from maskplan.pipeline.masking.magnitude import kept_magnitude, magnitude_mask
 from maskplan.pipeline.masking.patterns import count_violations, group, parse_layout, parse_pattern
@@ -251,9 +251,6 @@ def describe(
 
 def _image_sets(header: Mapping[str, Any]) -> tuple[ImageSet, ...]:
     try:
-        return tuple(
-            ImageSet(str(s["role"]), int(s["images"]), str(s["sha256"]), tuple(map(str, s["sketch"])))
-            for s in header.get("image_sets", [])
-        )
-    except (KeyError, TypeError, ValueError) as error:
+        return tuple(decode(ImageSet, values) for values in header.get("image_sets", []))
+    except (TypeError, ValueError) as error:
         raise InputError("the mask file's metadata cannot be read", found=error, fix="recreate the masks") from error

@@ -175,7 +175,7 @@ def choose_masks(
             provenance.preprocessing,
             data,
             options.learn,
-            image_digests=tuple(s.sha256 for s in image_sets),
+            image_digests=tuple(s.key for s in image_sets),
             favor_start=given is not None,
             files=files,
             device=device,

@@ -38,7 +38,7 @@ _SCALARS: Mapping[Any, str] = {str: "string", Path: "string", int: "integer", fl
 # Records that the report writes otherwise than field by field: a pattern as text, and image sets without the sample of
 # digests that serves the refusal of overlaps.
 _AS_TEXT = (Pattern,)
-_OMITTED_FIELDS: Mapping[type, tuple[str, ...]] = {ImageSet: ("sketch",)}
+_OMITTED_FIELDS: Mapping[type, tuple[str, ...]] = {ImageSet: ("sketch", "members")}
 
 
 def report_schema() -> dict[str, Any]:

@@ -37,9 +37,9 @@ def report_values(report: RunReport) -> dict[str, Any]:
     """The report as JSON values. Accuracies and agreement in percent, drops in points, times in ms."""
     root = report.engine.path.parent
     model = encode(report.model)
-    # The samples of digests serve the refusal of overlaps, not readers.
+    # Only the check for overlaps needs the images' digests.
     for images in model["image_sets"]:
-        del images["sketch"]
+        del images["sketch"], images["members"]
     return {
         "schema": SCHEMA,
         "model": {**model, "seed": report.seed, "precision": report.precision},
@@ -84,7 +84,7 @@ def masks_values(masks: MaskSet, root: Path) -> dict[str, Any]:
     parameters = sum(_size(m.shape) for m in masks.masked)
     values: dict[str, Any] = encode(masks, root)
     for images in values["image_sets"]:
-        del images["sketch"]
+        del images["sketch"], images["members"]
     return {
         **values,
         "pattern": str(masks.pattern),
@@ -116,11 +116,11 @@ def engine_values(engine: EngineFile, root: Path, fidelity: Fidelity | None, rea
 
 
 def as_typed(arguments: Sequence[str]) -> str:
-    """A command line for a shell; of absolute paths the last part is left, for a report names no place on its host."""
-    return shlex.join(["maskplan", *(_without_place(argument) for argument in arguments)])
+    """The command line as typed in a shell; absolute paths are cut to their last part, so that no host path is published."""
+    return shlex.join(["maskplan", *(_without_host_path(argument) for argument in arguments)])
 
 
-def _without_place(argument: str) -> str:
+def _without_host_path(argument: str) -> str:
     option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
     if value.startswith(("/", "~")):
         # A factory's name may follow the file's: DIR/net.py:build.
@@ -129,7 +129,7 @@ def _without_place(argument: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what took part; nothing is imported to find them."""
+    """Versions of the packages used; none is imported to find them."""
     found = {"maskplan": __version__, "python": platform.python_version()}
     for name in ("numpy", "onnx", "onnxruntime", "polygraphy", "torch", "torchvision", "timm", "tensorrt"):
         try:

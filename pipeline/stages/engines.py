@@ -157,7 +157,7 @@ def compare(
         "engines": [_identity(e) for e in (engines.dense, engines.sparse)],
         "others": {name: m.sha256 for name, m in rows.items()},
         **({"untouched": untouched.sha256} if untouched is not None else {}),
-        "val": images.sets.val.sha256 if images and val else None,
+        "val": images.sets.val.key if images and val else None,
         "options": options,
     }
     return job.ws.stage("compare", Compared, inputs, work)
@@ -179,7 +179,7 @@ def compare_on_select(
     inputs = {
         "engines": [_identity(e) for e in (engines.dense, engines.sparse)],
         "dense": dense.floats.fp32.sha256,
-        "select": images.sets.select.sha256 if images and select else None,
+        "select": images.sets.select.key if images and select else None,
         "options": options,
     }
     return job.ws.stage("compare-select", ParityReport, inputs, work)

@@ -9,7 +9,8 @@ from pathlib import Path
 from maskplan.pipeline.core.artifacts import Checkpoint, MaskSet
 from maskplan.pipeline.core.choices import MaskMethod
 from maskplan.pipeline.core.files import read_bytes, sha256_of, write_atomically
-from maskplan.pipeline.data.dataset import Dataset, ImageFiles, identify, listing_sha256, require_disjoint
+from maskplan.pipeline.data.dataset import Dataset, ImageFiles
+from maskplan.pipeline.data.image_sets import identify, listing_sha256, require_disjoint
 from maskplan.pipeline.learning.options import LearnerFiles
 from maskplan.pipeline.masking.maskset import exclude_layers
 from maskplan.pipeline.masking.patterns import parse_pattern
@@ -58,7 +59,7 @@ def identify_images(job: Job, data: Dataset, dense: Checkpoint) -> Images:
         "images",
         ImageSets,
         {"listing": listing or "bundled", "classes": data.classes, "seed": job.model.seed},
-        lambda: ImageSets(identify(data.train), identify(data.select), identify(data.val)),
+        lambda: ImageSets(*(identify(part, data.classes) for part in (data.train, data.select, data.val))),
     )
     require_disjoint(sets.val, (*sets.shaping, *dense.provenance.image_sets))
     return Images(data, sets)
@@ -110,7 +111,7 @@ def mask(job: Job, dense: Checkpoint, method: MaskMethod | Path, images: Images 
     return job.ws.stage(
         "mask",
         MaskSet,
-        {"checkpoint": dense.sha256, "options": options, "images": [s.sha256 for s in sets]},
+        {"checkpoint": dense.sha256, "options": options, "images": [s.key for s in sets]},
         lambda: choose_masks(
             load_module(job.model, dense),
             dense.provenance,
@@ -158,6 +159,6 @@ def bake_and_recalibrate(
     return job.ws.stage(
         f"recalibrate-{name}",
         Checkpoint,
-        {"checkpoint": baked.sha256, "images": images.sets.train.sha256, "options": recipe},
+        {"checkpoint": baked.sha256, "images": images.sets.train.key, "options": recipe},
         lambda: recalibrate(load_module(job.model, baked), baked.provenance, train, recipe, out, shaped),
     )

@@ -31,7 +31,7 @@ def measure_depth(job: Job, dense: OnnxModel, sparse: OnnxModel, images: Images 
 
     inputs = {
         "onnx": [dense.sha256, sparse.sha256],
-        "val": images.sets.val.sha256 if images and val else None,
+        "val": images.sets.val.key if images and val else None,
         "count": count,
     }
     return job.ws.stage("depth", DepthReport, inputs, work)

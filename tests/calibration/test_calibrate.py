@@ -23,7 +23,8 @@ from maskplan.calibration.calibrate import Calibrated, CalibrateOptions, Calibra
 from maskplan.exporters.metadata import describe_onnx, write_provenance
 from maskplan.pipeline.core.artifacts import Preprocessing, Provenance
 from maskplan.pipeline.core.errors import InputError
-from maskplan.pipeline.data.dataset import Split, identify
+from maskplan.pipeline.data.dataset import Split
+from maskplan.pipeline.data.image_sets import identify
 
 HOW = Preprocessing(1, 4, 4, 0, "bilinear", (0.5,), (0.25,))
 MADE = Provenance("net", True, "w.pth", "0" * 64, 2, ("dark", "bright"), HOW, ("wide_w",), "2:4", "channel", "made")

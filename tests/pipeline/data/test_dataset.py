@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,21 +16,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from maskplan.pipeline.core.artifacts import ImageSet, Preprocessing
+from maskplan.pipeline.core.artifacts import Preprocessing
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.data.dataset import (
     SELECT_MAX_IMAGES,
-    SKETCH_SIZE,
     Dataset,
     ImageFiles,
     Split,
     batches,
     dataset_from_train_val,
-    identify,
-    listing_sha256,
     open_folder,
     open_val,
-    require_disjoint,
     split_collection,
 )
 from maskplan.pipeline.data.preprocessing import decode, normalize
@@ -281,109 +275,6 @@ def test_a_classes_txt_that_is_not_utf8_is_an_error(copied: Path) -> None:
     assert raised.value.where == copied / "classes.txt"
 
 
-def test_an_image_set_is_the_digests_of_its_files(toy_data: Path) -> None:
-    val = open_val(toy_data, (), 3)
-    digests = sorted(
-        hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest() for path in (toy_data / "val").rglob("*.png")
-    )
-    found = identify(val)
-    assert (found.role, found.images, found.sketch) == ("val", 24, tuple(digests))
-    assert found.sha256 == hashlib.sha256("\n".join(digests).encode()).hexdigest()
-
-
-def test_an_image_set_depends_only_on_content(copied: Path, toy_data: Path) -> None:
-    """Neither names nor order nor folder count; one pixel does."""
-    for i, path in enumerate(sorted((copied / "val" / "red").iterdir(), reverse=True)):
-        path.rename(path.with_name(f"renamed{i}.png"))
-    before = identify(open_val(toy_data, (), 3))
-    assert identify(open_val(copied, (), 3)) == before
-    (copied / "val" / "red" / "renamed0.png").write_bytes(encoded(77))
-    assert identify(open_val(copied, (), 3)).sha256 != before.sha256
-
-
-def test_the_sketch_of_a_large_set_is_its_smallest_digests() -> None:
-    images = in_memory(SKETCH_SIZE + 40)
-    digests = sorted(hashlib.blake2b(f, digest_size=8).hexdigest() for f in images.files)
-    found = identify(whole(images))
-    assert found.images == SKETCH_SIZE + 40
-    assert found.sketch == tuple(digests[:SKETCH_SIZE])
-
-
-def test_corrupt_images_are_counted_and_the_first_named(copied: Path) -> None:
-    folder = copied / "val" / "blue"
-    (folder / "00.png").write_bytes(encoded(5, "JPEG", (64, 64))[:-900])
-    (folder / "01.png").write_bytes(encoded(5)[:300])
-    (folder / "02.png").write_bytes(b"<html>404</html>")
-    (folder / "03.png").write_bytes(b"")
-    for i in range(4, 8):
-        (folder / f"{i:02}.png").write_bytes(b"\0" * 500)
-    with pytest.raises(InputError, match="8 of 24 val images cannot be decoded") as raised:
-        identify(open_val(copied, (), 3))
-    assert raised.value.found == "blue/00.png, blue/01.png, blue/02.png, blue/03.png, blue/04.png and 3 more"
-
-
-def test_corrupt_images_outside_the_split_are_ignored(copied: Path) -> None:
-    for path in (copied / "train").rglob("*.png"):
-        path.write_bytes(b"corrupt")
-    assert identify(open_folder(copied, (), 3, seed=0).val).images == 24
-
-
-def test_the_listing_changes_with_names_sizes_and_times(copied: Path) -> None:
-    def now() -> str:
-        images = open_val(copied, (), 3).images
-        assert isinstance(images, ImageFiles)
-        return listing_sha256(images)
-
-    seen = [now()]
-    assert now() == seen[0]
-    first = copied / "val" / "blue" / "00.png"
-    os.utime(first, ns=(1, 1))
-    seen.append(now())
-    first.write_bytes(first.read_bytes() + b"\0")
-    os.utime(first, ns=(1, 1))
-    seen.append(now())
-    first.rename(first.with_name("zz.png"))
-    seen.append(now())
-    assert len(set(seen)) == 4
-
-
-def test_disjoint_sets_are_accepted(toy_data: Path) -> None:
-    data = open_folder(toy_data, (), 3, seed=0)
-    require_disjoint(identify(data.val), [identify(data.train), identify(data.select)])
-    require_disjoint(identify(data.val), [])
-
-
-def test_one_shared_image_is_found(copied: Path) -> None:
-    shutil.copy(copied / "train" / "red" / "00.png", copied / "val" / "red" / "renamed.png")
-    data = open_folder(copied, (), 3, seed=0)
-    shaped = [identify(data.train), identify(data.select)]
-    with pytest.raises(InputError, match="val images were also used to make the model") as raised:
-        require_disjoint(identify(data.val), shaped)
-    assert "at least 1 of 25" in str(raised.value.found)
-
-
-def test_every_image_set_of_the_model_is_compared() -> None:
-    judged = identify(whole(in_memory(5), "val"))
-    strangers = identify(whole(in_memory(5, first=100)))
-    require_disjoint(judged, [strangers])
-    with pytest.raises(InputError, match="also used"):
-        require_disjoint(judged, [strangers, dataclasses.replace(judged, role="select")])
-
-
-def test_an_overlap_of_large_sets_is_found_by_their_sketches() -> None:
-    """Half of each set shared: the chance to miss it is one in 2 ** 512."""
-    images = in_memory(1500)
-    first, second = np.arange(0, 1000), np.arange(500, 1500)
-    judged, shaped = (identify(Split(r, images, i)) for r, i in (("val", first), ("train", second)))
-    assert len(judged.sketch) == len(shaped.sketch) == SKETCH_SIZE
-    with pytest.raises(InputError, match="also used"):
-        require_disjoint(judged, [shaped])
-
-
-def test_an_empty_set_overlaps_nothing() -> None:
-    require_disjoint(ImageSet("val", 0, "", ()), [ImageSet("train", 0, "", ())])
-
-
 @pytest.mark.parametrize("size", [1, 7, 24, 100])
 @pytest.mark.parametrize("seed", [None, 3])
 def test_batches_are_what_decoding_one_by_one_gives(toy_data: Path, size: int, seed: int | None) -> None:
@@ -415,6 +306,35 @@ def test_positions_are_within_the_split_not_the_collection(toy_data: Path) -> No
 
 def test_no_images_give_no_batches(toy_data: Path) -> None:
     assert list(batches(open_val(toy_data, (), 3), PREPROCESSING, 4, np.array([], dtype=np.int64))) == []
+
+
+def test_linked_folders_are_followed_and_a_loop_ends(copied: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (copied / "val" / "red").rename(elsewhere)
+    (copied / "val" / "red").symlink_to(elsewhere)
+    deeper = copied / "val" / "blue" / "more"
+    deeper.symlink_to(elsewhere)
+    (copied / "val" / "green" / "loop").symlink_to(copied / "val" / "green")
+    split = open_val(copied, (), 3)
+    assert len(split) == 8 + 16 + 8
+    expected = ImageFolder(str(copied / "val"), is_valid_file=lambda name: "loop" not in name)
+    names = [str(Path(path).relative_to(copied / "val")) for path, _ in expected.samples]
+    assert [split.images.name(int(i)) for i in split.indices] == names
+
+
+def test_an_image_that_cannot_be_read_is_named(copied: Path) -> None:
+    (copied / "val" / "blue" / "03.png").write_bytes(b"<html>404</html>")
+    with pytest.raises(InputError, match="cannot read an image") as raised:
+        list(batches(open_val(copied, (), 3), PREPROCESSING, 8))
+    assert raised.value.where == "blue/03.png"
+
+
+def test_an_image_of_billions_of_pixels_after_resizing_is_refused(copied: Path) -> None:
+    Image.new("RGB", (1, 30_000)).save(copied / "val" / "blue" / "03.png")
+    preprocessing = dataclasses.replace(PREPROCESSING, resize=256)
+    with pytest.raises(InputError, match="after resizing the shorter side to 256") as raised:
+        list(batches(open_val(copied, (), 3), preprocessing, 8))
+    assert raised.value.where == "blue/03.png"
 
 
 def test_batches_can_be_closed_early(toy_data: Path) -> None:

@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from maskplan.pipeline.core.errors import HostError
-from maskplan.pipeline.data.dataset import Split, batches, identify, require_disjoint
+from maskplan.pipeline.data.dataset import Split, batches
 from maskplan.pipeline.data.digits import CLASSES, PREPROCESSING, load_digits
+from maskplan.pipeline.data.image_sets import identify, require_disjoint
 from maskplan.pipeline.models.digits_resnet import DigitsResNet
 from maskplan.pipeline.models.registry import BUNDLED_WEIGHTS
 from maskplan.pipeline.models.state_dict import read_metadata

@@ -21,7 +21,7 @@ from maskplan.pipeline.data.preprocessing import (
     IMAGENET,
     INTERPOLATIONS,
     decode,
-    is_complete,
+    inspect_image,
     normalize,
     preprocessing_from_transforms,
 )
@@ -153,16 +153,16 @@ def test_normalizing_a_batch_is_normalizing_each_image() -> None:
 )
 def test_a_file_is_whole_only_if_it_decodes(kind: str, options: dict[str, Any]) -> None:
     data = file_of(picture(4, 33, 47), kind, **options)
-    assert is_complete(data)
+    assert inspect_image(data) is not None
     for length in range(0, len(data), len(data) // 150):
-        if is_complete(data[:length]):
+        if inspect_image(data[:length]) is not None:
             decode(data[:length], IMAGENET)
     for share in (0.2, 0.5, 0.9):
-        assert not is_complete(data[: int(share * len(data))])
+        assert inspect_image(data[: int(share * len(data))]) is None
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"P6 4 4 255\n12"])
 def test_what_is_no_image_is_not_whole_and_does_not_decode(data: bytes) -> None:
-    assert not is_complete(data)
+    assert inspect_image(data) is None
     with pytest.raises(DECODE_ERRORS):
         decode(data, IMAGENET)

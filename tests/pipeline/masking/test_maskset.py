@@ -102,7 +102,16 @@ def test_the_header_records_the_origin_of_the_masks(
         "layout": "channel",
         "method": "magnitude",
         "weights_sha256": "ab" * 32,
-        "image_sets": [{"role": "select", "images": 1, "sha256": "ef" * 32, "sketch": ["1" * 16]}],
+        "image_sets": [
+            {
+                "role": "select",
+                "images": 1,
+                "sha256": "ef" * 32,
+                "sketch": ["1" * 16],
+                "members": "",
+                "labeled_sha256": "",
+            }
+        ],
         "permutation": "cd" * 32,
     }
 

@@ -1,19 +1,32 @@
-"""Where two models begin to differ, on residual networks that are spoilt in one place."""
+"""Bisection: find the layer of a residual network that is damaged, and measure every common layer."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from residual_net import (
+    IMAGES,
+    LAYERS,
+    WEIGHTS,
+    Array,
+    assert_all_the_same,
+    by_node,
+    edited,
+    pruned,
+    residual_net,
+    run,
+    spoilt,
+    weights,
+)
 
 from maskplan.calibration.placement import place
 from maskplan.calibration.qdq import insert_qdq
@@ -25,129 +38,14 @@ from maskplan.exporters.precision import to_fp16
 from maskplan.pipeline.core.artifacts import EngineFile
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.files import sha256_of
-from maskplan.pipeline.core.reports import DepthReport, LayerDifference
 from maskplan.pipeline.models.checkpoint import ModelOptions, load_checkpoint, load_module
 from maskplan.pipeline.parity.bisect import BisectOptions, bisect
 from maskplan.pipeline.parity.intermediates import Intermediates
-
-Array = npt.NDArray[Any]
-
-IMAGES = np.random.default_rng(1).standard_normal((5, 3, 8, 8), dtype=np.float32)
-WEIGHTS = {"stem": (16, 3), "one.a": (16, 16), "one.b": (16, 16), "two.a": (32, 16), "two.b": (32, 32)}
-WEIGHTS |= {"two.short": (32, 16), "head": (5, 32)}
-LAYERS = [
-    "stem",
-    "stem.relu",
-    "one.a",
-    "one.a.relu",
-    "one.b",
-    "one.add",
-    "one.relu",
-    "two.short",
-    "two.a",
-    "two.a.relu",
-]
-LAYERS += ["two.b", "two.add", "two.relu", "pool", "flatten", "head"]
-
-
-def weights(seed: int = 0) -> dict[str, Array]:
-    generator = np.random.default_rng(seed)
-    made = {}
-    for name, (k, c) in WEIGHTS.items():
-        shape = (k, c) if name == "head" else (k, c, 3, 3)
-        made[name] = (generator.normal(size=shape) * np.sqrt(2 / np.prod(shape[1:]))).astype(np.float32)
-    return made
-
-
-def residual_net(path: Path, tensors: dict[str, Array], *, batch: int | str = "batch", norm: bool = False) -> Path:
-    """Two residual blocks, the second with a convolution on its shortcut; with BatchNormalization behind each if asked."""
-    nodes: list[onnx.NodeProto] = []
-    initializers = [numpy_helper.from_array(value, f"{name}.weight") for name, value in tensors.items()]
-
-    def conv(name: str, source: str) -> str:
-        nodes.append(helper.make_node("Conv", [source, f"{name}.weight"], [f"{name}.out"], name, pads=[1, 1, 1, 1]))
-        if not norm:
-            return f"{name}.out"
-        scale = np.linspace(0.5, 1.5, len(tensors[name])).astype(np.float32)
-        stored = {"scale": scale, "bias": 0 * scale, "mean": 0 * scale, "var": 0 * scale + 1}
-        initializers.extend(numpy_helper.from_array(value, f"{name}.{key}") for key, value in stored.items())
-        names = [f"{name}.out", *(f"{name}.{key}" for key in stored)]
-        nodes.append(helper.make_node("BatchNormalization", names, [f"{name}.normed"], f"{name}.bn", epsilon=0.0))
-        return f"{name}.normed"
-
-    def relu(name: str, source: str) -> str:
-        nodes.append(helper.make_node("Relu", [source], [f"{name}.relu.out"], f"{name}.relu"))
-        return f"{name}.relu.out"
-
-    def block(name: str, source: str, shortcut: str) -> str:
-        inner = conv(f"{name}.b", relu(f"{name}.a", conv(f"{name}.a", source)))
-        nodes.append(helper.make_node("Add", [inner, shortcut], [f"{name}.add.out"], f"{name}.add"))
-        return relu(name, f"{name}.add.out")
-
-    x = relu("stem", conv("stem", "input"))
-    x = block("one", x, x)
-    x = block("two", x, conv("two.short", x))
-    nodes.append(helper.make_node("GlobalAveragePool", [x], ["pool.out"], "pool"))
-    nodes.append(helper.make_node("Flatten", ["pool.out"], ["flatten.out"], "flatten"))
-    nodes.append(helper.make_node("Gemm", ["flatten.out", "head.weight"], ["logits"], "head", transB=1))
-    graph = helper.make_graph(
-        nodes,
-        "net",
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, [batch, 3, 8, 8])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, 5])],
-        initializers,
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    path.write_bytes(model.SerializeToString())
-    return path
-
-
-def pruned(tensors: dict[str, Array]) -> dict[str, Array]:
-    """2:4 by magnitude along the input channels, but for the stem."""
-    made = dict(tensors)
-    for name, weight in tensors.items():
-        if name != "stem":
-            groups = np.moveaxis(weight, 1, -1).reshape(-1, 4).copy()
-            np.put_along_axis(groups, np.argsort(np.abs(groups), axis=1)[:, :2], 0, axis=1)
-            shape = np.moveaxis(weight, 1, -1).shape
-            made[name] = np.ascontiguousarray(np.moveaxis(groups.reshape(shape), -1, 1))
-    return made
-
-
-def spoilt(tensors: dict[str, Array], name: str, seed: int, factor: float) -> dict[str, Array]:
-    """One weight of a layer, drawn from those that are not small, times a factor."""
-    weight = tensors[name].copy()
-    generator = np.random.default_rng(seed)
-    large = np.argwhere(np.abs(weight) > np.nanmedian(np.abs(weight[weight != 0])))
-    weight[tuple(generator.choice(large))] *= factor
-    return {**tensors, name: weight}
-
-
-def edited(path: Path, out: Path, edit: Callable[[onnx.ModelProto], None]) -> Path:
-    model = onnx.load(path)
-    edit(model)
-    out.write_bytes(model.SerializeToString())
-    return out
-
-
-def run(dense: Path, sparse: Path, images: Array = IMAGES, **options: Any) -> DepthReport:
-    return bisect(dense, sparse, images, BisectOptions(**options))
-
-
-def by_node(report: DepthReport) -> dict[str, LayerDifference]:
-    return {layer.node: layer for layer in report.layers}
 
 
 @pytest.fixture
 def dense(tmp_path: Path) -> Path:
     return residual_net(tmp_path / "dense.onnx", weights())
-
-
-def assert_all_the_same(report: DepthReport, nodes: Sequence[str] = tuple(LAYERS), most: float = 1e-5) -> None:
-    assert sorted(layer.node for layer in report.layers) == sorted(nodes)
-    assert max(layer.relative if layer.relative is not None else np.inf for layer in report.layers) <= most
-    assert report.unmatched == ()
-    assert report.first is None
 
 
 def test_a_model_does_not_differ_from_itself(dense: Path, tmp_path: Path) -> None:
@@ -304,157 +202,6 @@ def test_int8_differs_by_rounding_and_its_extra_nodes_are_no_layers(dense: Path,
     assert run(dense, quantized(bad, tmp_path / "bad.int8.onnx")).first == "two.a"
 
 
-def renamed(model: onnx.ModelProto, *, keep_weights: bool = False) -> None:
-    """No node names, and other names for all tensors."""
-    stored = {tensor.name for tensor in model.graph.initializer}
-    for node in model.graph.node:
-        node.name = ""
-        for names in (node.input, node.output):
-            names[:] = [n if keep_weights and n in stored else f"t.{n}" for n in names]
-    for value in (*model.graph.input, *model.graph.output, *([] if keep_weights else model.graph.initializer)):
-        value.name = f"t.{value.name}"
-
-
-@pytest.mark.parametrize("keep_weights", [True, False])
-def test_without_names_layers_are_told_by_weights_and_by_what_they_read(
-    keep_weights: bool, dense: Path, tmp_path: Path
-) -> None:
-    def edit(model: onnx.ModelProto) -> None:
-        renamed(model, keep_weights=keep_weights)
-        # One more activation than the dense graph has: counting would not do.
-        model.graph.node[-1].input[0] = "extra"
-        model.graph.node.insert(len(model.graph.node) - 1, helper.make_node("Relu", ["t.flatten.out"], ["extra"]))
-
-    report = run(dense, edited(dense, tmp_path / "other.onnx", edit))
-    assert report.unmatched == ("extra",)
-    assert_all_the_same(replace(report, unmatched=()), most=0)
-
-
-def test_layers_that_read_something_else_are_told_by_their_order(dense: Path, tmp_path: Path) -> None:
-    def edit(model: onnx.ModelProto) -> None:
-        renamed(model)
-        # Everything now reads a doubled image.
-        model.graph.node[0].input[0] = "doubled"
-        model.graph.node.insert(0, helper.make_node("Add", ["t.input", "t.input"], ["doubled"]))
-
-    report = run(dense, edited(dense, tmp_path / "other.onnx", edit), tolerance=0.5)
-    assert report.first == "stem"
-    assert [layer.node for layer in report.layers] == [node.name for node in onnx.load(dense).graph.node]
-    assert [layer.relative for layer in report.layers] == pytest.approx([1] * len(LAYERS), abs=1e-5)
-    assert report.unmatched == ("doubled",)
-
-
-def test_a_weights_name_counts_more_than_a_nodes(dense: Path, tmp_path: Path) -> None:
-    """Exporters that number their nodes call other layers by the same names in other graphs."""
-
-    def edit(model: onnx.ModelProto) -> None:
-        nodes = {node.name: node for node in model.graph.node}
-        nodes["one.a"].name, nodes["one.b"].name = "one.b", "one.a"
-
-    assert_all_the_same(run(dense, edited(dense, tmp_path / "other.onnx", edit)), most=0)
-
-
-def insert(model: onnx.ModelProto, before: str, *nodes: onnx.NodeProto) -> None:
-    """Put nodes where the graph has one of this name."""
-    at = next(n for n, node in enumerate(model.graph.node) if node.name == before)
-    for node in reversed(nodes):
-        model.graph.node.insert(at, node)
-
-
-def test_a_layer_that_reads_something_new_is_told_by_its_name(dense: Path, tmp_path: Path) -> None:
-    def edit(model: onnx.ModelProto) -> None:
-        model.graph.node[1].input[0] = "n.out"
-        model.graph.node[-1].input[0] = "e.out"
-        insert(model, "head", helper.make_node("Relu", ["flatten.out"], ["e.out"], "e"))
-        negations = ("Neg", ["stem.out"], ["m.out"], "m"), ("Neg", ["m.out"], ["n.out"], "n")
-        insert(model, "stem.relu", *(helper.make_node(*negation) for negation in negations))
-
-    report = run(dense, edited(dense, tmp_path / "other.onnx", edit))
-    assert report.unmatched == ("m", "n", "e")
-    assert_all_the_same(replace(report, unmatched=()), most=0)
-
-
-def test_a_layer_of_another_op_is_another_layer(dense: Path, tmp_path: Path) -> None:
-    def edit(model: onnx.ModelProto) -> None:
-        assert model.graph.node[1].name == "stem.relu"
-        model.graph.node[1].op_type = "Abs"
-
-    report = run(dense, edited(dense, tmp_path / "other.onnx", edit), tolerance=0.1)
-    assert report.unmatched == ("stem.relu", "stem.relu")
-    assert report.first == "one.a"
-
-
-def test_of_two_layers_that_read_the_same_each_keeps_its_name(dense: Path, tmp_path: Path) -> None:
-    def edit(model: onnx.ModelProto, order: int) -> None:
-        pools = [
-            helper.make_node(
-                "AveragePool", ["stem.relu.out"], [f"{name}.out"], name, kernel_shape=[k, k], pads=[k // 2] * 4
-            )
-            for name, k in (("p3", 3), ("p5", 5))
-        ]
-        insert(model, "head", *pools[::order])
-
-    one, two = (edited(dense, tmp_path / f"{n}.onnx", lambda model, n=n: edit(model, n)) for n in (1, -1))  # type: ignore[misc]
-    assert_all_the_same(run(one, two), [*LAYERS, "p3", "p5"], most=0)
-
-
-def test_order_tells_nothing_where_one_graph_has_more(dense: Path, tmp_path: Path) -> None:
-    def other(model: onnx.ModelProto) -> None:
-        renamed(model)
-        model.graph.node[0].input[0] = "doubled"
-        model.graph.node.insert(0, helper.make_node("Add", ["t.input", "t.input"], ["doubled"]))
-
-    more = edited(
-        dense,
-        tmp_path / "more.onnx",
-        lambda model: insert(model, "stem", helper.make_node("Relu", ["input"], ["more.out"], "more")),
-    )
-    report = run(more, edited(dense, tmp_path / "other.onnx", other))
-    # The convolutions are as many, and what reads them is known by them.
-    assert [layer.node for layer in report.layers] == [node.name for node in onnx.load(dense).graph.node]
-    assert report.unmatched == ("more", "doubled")
-
-
-def batchnorm_folded() -> dict[str, Array]:
-    """The weights of the net without BatchNormalization that computes the same."""
-    tensors = weights()
-    for name, value in tensors.items():
-        if name != "head":
-            tensors[name] = value * np.linspace(0.5, 1.5, len(value)).astype(np.float32)[:, None, None, None]
-    return tensors
-
-
-def test_a_folded_batchnorm_is_compared_as_what_it_was(tmp_path: Path) -> None:
-    unfolded = residual_net(tmp_path / "unfolded.onnx", weights(), norm=True)
-    folded = residual_net(tmp_path / "folded.onnx", batchnorm_folded())
-    for pair in ((unfolded, folded), (folded, unfolded)):
-        assert_all_the_same(run(*pair))
-    # Where both have it, it is a layer like any other.
-    report = run(unfolded, unfolded)
-    assert "one.a.bn" in by_node(report)
-    assert len(report.layers) == len(LAYERS) + 6
-    bad = residual_net(tmp_path / "bad.onnx", spoilt(batchnorm_folded(), "two.b", 0, 1000.0))
-    assert run(unfolded, bad).first == "two.b"
-
-
-def test_numbered_names_mislead_nobody(tmp_path: Path) -> None:
-    """With BatchNormalization in one graph only, the numbers of all other nodes move on."""
-
-    def number(model: onnx.ModelProto) -> None:
-        for n, node in enumerate(model.graph.node):
-            node.name = f"{node.op_type}_{n // 2}" if node.op_type == "Relu" else f"node_{n}"
-
-    unfolded = residual_net(tmp_path / "unfolded.onnx", weights(), norm=True)
-    folded = residual_net(tmp_path / "folded.onnx", batchnorm_folded())
-    pair = [edited(path, path.with_suffix(".numbered.onnx"), number) for path in (unfolded, folded)]
-    names = [{node.name for node in onnx.load(path).graph.node} for path in pair]
-    assert len([name for name in names[0] & names[1] if name.startswith("Relu")]) >= 2
-    report = run(*pair)
-    assert len(report.layers) == len(LAYERS)
-    assert max(layer.relative for layer in report.layers) < 1e-5
-    assert report.unmatched == ()
-
-
 def test_nan_that_both_models_have_is_no_difference(tmp_path: Path) -> None:
     both = spoilt(weights(), "one.b", 0, np.nan)
     first = residual_net(tmp_path / "first.onnx", both)
@@ -569,17 +316,6 @@ def test_images_that_a_model_does_not_take_are_one_error(dense: Path) -> None:
     for shape in ((2, 1, 8, 8), (2, 3, 9, 8)):
         with pytest.raises(InputError, match="does not accept the images"):
             run(dense, dense, np.zeros(shape, np.float32))
-
-
-def test_models_without_a_common_layer_are_refused(dense: Path, tmp_path: Path) -> None:
-    def edit(model: onnx.ModelProto) -> None:
-        del model.graph.node[:], model.graph.initializer[:]
-        model.graph.node.append(helper.make_node("Flatten", ["input"], ["f"], "f"))
-        model.graph.node.append(helper.make_node("MatMul", ["f", "w"], ["logits"], "m"))
-        model.graph.initializer.append(numpy_helper.from_array(np.ones((192, 5), np.float32), "w"))
-
-    with pytest.raises(InputError, match="no layer in common"):
-        run(dense, edited(dense, tmp_path / "other.onnx", edit))
 
 
 @pytest.mark.parametrize("options", [{"tolerance": -1}, {"tolerance": np.nan}, {"max_bytes": 0}])

@@ -1,116 +1,43 @@
-"""Parity against counts that are known beforehand.
-
-The classifiers are hand-built graphs whose logits are the mean colors of a picture. The pictures are of one color, so what
-each of them predicts, and where two of them differ, follows from a list of numbers.
-"""
+"""Parity against counts that are known beforehand."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
-import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
-from PIL import Image
+from color_models import (
+    BIAS,
+    COLORS,
+    HOW,
+    LABELS,
+    MADE,
+    Array,
+    compared,
+    graph_of,
+    opened,
+    pictures,
+    scores,
+    split_of,
+    spoilt,
+)
+from onnx import helper, numpy_helper
 from scipy.stats import binomtest
 
 from maskplan.engines.base import Arrays, Classifier
 from maskplan.engines.ort import OrtEngine
-from maskplan.exporters.metadata import write_provenance
-from maskplan.pipeline.core.artifacts import ImageSet, Preprocessing, Profile, Provenance, TensorSpec
+from maskplan.pipeline.core.artifacts import Profile, TensorSpec
 from maskplan.pipeline.core.choices import FAIL, NOT_APPLICABLE, PASS
 from maskplan.pipeline.core.errors import InputError
-from maskplan.pipeline.core.reports import Flips, ParityReport
+from maskplan.pipeline.core.reports import Flips
 from maskplan.pipeline.core.statistics import PairedCounts, drop_interval
-from maskplan.pipeline.data.dataset import Split, identify, open_folder, open_val
+from maskplan.pipeline.data.dataset import Split
 from maskplan.pipeline.parity.compare import compare, fidelity
 from maskplan.pipeline.parity.model_outputs import load_fixed_images, run_models
 from maskplan.pipeline.parity.options import CompareOptions
-
-Array = npt.NDArray[Any]
-
-HOW = Preprocessing(3, 4, 4, 0, "nearest", (0.0,) * 3, (1.0,) * 3)
-MADE = Provenance("colors", True, "test", "0" * 64, 3, (), HOW)
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Pictures of one color each, kept as PNG files in memory."""
-
-    files: tuple[bytes, ...]
-    labels: npt.NDArray[np.int64]
-
-    def name(self, index: int) -> str:
-        return f"picture {index}"
-
-    def read(self, index: int) -> bytes:
-        return self.files[index]
-
-
-def split_of(colors: Array, labels: Array) -> Split:
-    files = []
-    for color in colors:
-        buffer = io.BytesIO()
-        Image.fromarray(np.full((4, 4, 3), color, np.uint8)).save(buffer, "PNG")
-        files.append(buffer.getvalue())
-    return Split("val", Pictures(tuple(files), labels.astype(np.int64)), np.arange(len(files)))
-
-
-def graph_of(
-    path: Path, bias: Array, *, nodes: list[onnx.NodeProto] | None = None, classes: int = 3, batch: int | str = "n"
-) -> Path:
-    """Logits are the mean colors, cut or filled up to `classes`, plus a bias; or what `nodes` make of `means`."""
-    head = np.eye(3, classes, dtype=np.float32)
-    if nodes is None:
-        nodes = [helper.make_node("Gemm", ["means", "head", "bias"], ["logits"])]
-    graph = helper.make_graph(
-        [helper.make_node("ReduceMean", ["input", "axes"], ["means"], keepdims=0), *nodes],
-        "means",
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, [batch, 3, 4, 4])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, classes])],
-        [
-            numpy_helper.from_array(np.array([2, 3], np.int64), "axes"),
-            numpy_helper.from_array(head, "head"),
-            numpy_helper.from_array(np.asarray(bias, np.float32), "bias"),
-        ],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    path.write_bytes(model.SerializeToString())
-    return path
-
-
-def opened(path: Path) -> Classifier:
-    return Classifier(OrtEngine(path), path.name)
-
-
-# In tenths of full brightness: far apart, so that rounding plays no part.
-COLOURS = np.array(
-    [[9, 1, 1]] * 10 + [[6, 5, 1]] * 7 + [[1, 8, 2]] * 9 + [[2, 5, 6]] * 5 + [[3, 1, 9]] * 11 + [[4, 1, 5]] * 4
-)
-LABELS = np.array([0] * 10 + [0] * 5 + [1] * 2 + [1] * 9 + [2] * 3 + [1] * 2 + [2] * 11 + [0] * 4)
-BIAS = np.array([0.0, 0.15, 0.0])
-
-
-def pictures() -> Split:
-    return split_of(COLOURS * 25, LABELS)
-
-
-def scores(bias: Array) -> Array:
-    return COLOURS * 25 / 255 + bias
-
-
-def compared(dense: Path, sparse: Path, val: Split | None, **options: Any) -> ParityReport:
-    with opened(dense) as first, opened(sparse) as second:
-        return compare(first, second, HOW, [None, None], val, CompareOptions(**options))
 
 
 def test_the_counts_are_exactly_those_known_beforehand(tmp_path: Path) -> None:
@@ -196,22 +123,6 @@ def test_differences_of_outputs_are_those_of_numpy(tmp_path: Path) -> None:
     assert report.max_abs_diff == pytest.approx(np.abs(a - b).max(), abs=1e-6)
     cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     assert report.cosine_min == pytest.approx(cosines.min(), abs=1e-6)
-
-
-def spoilt(path: Path, number: float, only_above: float = -1.0) -> Path:
-    """As the plain graph, but with `number` in the second score of pictures whose red is above a limit."""
-    nodes = [
-        helper.make_node("Gather", ["means", "zero"], ["red"], axis=1),
-        helper.make_node("Greater", ["red", "limit"], ["hot"]),
-        helper.make_node("Where", ["hot", "fill", "means"], ["logits"]),
-    ]
-    graph_of(path, np.zeros(3), nodes=nodes)
-    model = onnx.load(path)
-    fill = np.array([0, number, 0], np.float32)
-    for name, value in (("zero", np.array([0])), ("limit", np.array(only_above, np.float32)), ("fill", fill)):
-        model.graph.initializer.append(numpy_helper.from_array(value, name))
-    path.write_bytes(model.SerializeToString())
-    return path
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
@@ -360,9 +271,6 @@ def test_an_engine_is_faithful_to_itself_and_not_to_another(tmp_path: Path) -> N
     assert apart.max_abs_diff == pytest.approx(0.15, abs=1e-6)
 
 
-# What the models and the data say of themselves.
-
-
 def test_models_of_other_image_sizes_are_refused_and_both_are_listed(tmp_path: Path) -> None:
     small, large = graph_of(tmp_path / "small.onnx", np.zeros(3)), graph_of(tmp_path / "large.onnx", np.zeros(3))
     model = onnx.load(large)
@@ -391,7 +299,7 @@ def test_outputs_of_other_names_are_matched_by_order_and_it_is_said(
 
 def many() -> Split:
     """Each picture four times: enough to be sure."""
-    return split_of(np.repeat(COLOURS, 4, axis=0) * 25, np.repeat(LABELS, 4))
+    return split_of(np.repeat(COLORS, 4, axis=0) * 25, np.repeat(LABELS, 4))
 
 
 def turned(path: Path) -> Path:
@@ -439,7 +347,7 @@ def test_each_model_runs_once_on_each_image_and_the_dense_one_not_at_all_where_i
 
 def test_images_without_labels_leave_agreement_and_outputs(tmp_path: Path) -> None:
     dense, sparse = graph_of(tmp_path / "dense.onnx", np.zeros(3)), graph_of(tmp_path / "sparse.onnx", BIAS)
-    val = split_of(COLOURS * 25, np.full(len(LABELS), -1))
+    val = split_of(COLORS * 25, np.full(len(LABELS), -1))
     report = compared(dense, sparse, val)
     assert (report.verdict, report.images, report.unlabeled_images) == (NOT_APPLICABLE, 0, 46)
     assert report.agreement == pytest.approx(100 * 34 / 46)
@@ -450,119 +358,3 @@ def test_images_without_labels_leave_agreement_and_outputs(tmp_path: Path) -> No
     assert any("no labels" in note for note in report.notes)
     assert compared(dense, sparse, val, min_agreement=70).verdict == PASS
     assert compared(dense, sparse, val, min_agreement=80).verdict == FAIL
-
-
-# The command.
-
-
-def with_record(path: Path, made: Provenance) -> Path:
-    model = onnx.load(path)
-    write_provenance(model, made)
-    path.write_bytes(model.SerializeToString())
-    return path
-
-
-def color_models(folder: Path, made: Provenance | None = None) -> tuple[Path, Path]:
-    """Classes in the order blue, green, red; the second says green where it is close."""
-    pair = []
-    for name, bias in (("dense", np.zeros(3)), ("sparse", np.array([0, 1e-4, 0]))):
-        path = folder / f"{name}.onnx"
-        nodes = [
-            helper.make_node("Gather", ["means", "order"], ["turned"], axis=1),
-            helper.make_node("Add", ["turned", "bias"], ["logits"]),
-        ]
-        graph_of(path, bias, nodes=nodes)
-        model = onnx.load(path)
-        model.graph.initializer.append(numpy_helper.from_array(np.array([2, 1, 0]), "order"))
-        path.write_bytes(model.SerializeToString())
-        pair.append(path if made is None else with_record(path, made))
-    return pair[0], pair[1]
-
-
-def test_the_command_reports_what_the_gate_saw(cli: Callable[..., Any], toy_data: Path, tmp_path: Path) -> None:
-    dense, sparse = color_models(tmp_path, MADE)
-    ran = cli("compare", dense, sparse, "--data", toy_data, "--report", tmp_path / "report.json")
-    assert ran.code == 0, ran.err
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert (report["verdict"], report["images"], report["top1_dense"], report["agreement"]) == ("pass", 24, 100, 100)
-    needed = {
-        "reason",
-        "top5_dense",
-        "top1_sparse",
-        "top5_sparse",
-        "top1_drop",
-        "drop_ci95",
-        "max_abs_diff",
-        "cosine_min",
-    }
-    assert needed <= set(report)
-    assert "100.00 dense, 100.00 sparse" in ran.out
-
-
-def test_the_commands_thresholds_reach_the_gate(cli: Callable[..., Any], toy_data: Path, tmp_path: Path) -> None:
-    dense, _ = color_models(tmp_path)
-    wrong = graph_of(tmp_path / "wrong.onnx", np.zeros(3))
-    options = ["--data", toy_data, "--max-top1-drop"]
-    assert cli("compare", dense, wrong, *options, 60).code == 1
-    assert cli("compare", dense, wrong, *options, 70).code == 0
-    assert cli("compare", dense, wrong, *options, 70, "--min-agreement", 50).code == 1
-    assert cli("compare", dense, wrong, *options, 70, "--min-agreement", 30).code == 0
-
-
-def test_random_weights_fail_the_command_with_their_reason(
-    cli: Callable[..., Any], toy_data: Path, tmp_path: Path
-) -> None:
-    dense, sparse = color_models(tmp_path, dataclasses.replace(MADE, trained=False))
-    ran = cli("compare", dense, sparse, "--data", toy_data, "--report", tmp_path / "report.json")
-    assert ran.code == 1
-    assert "the weights are random" in ran.err
-    assert json.loads((tmp_path / "report.json").read_text())["verdict"] == "not_applicable"
-
-
-def test_nan_fails_the_command_and_its_report_is_json(cli: Callable[..., Any], toy_data: Path, tmp_path: Path) -> None:
-    dense, _ = color_models(tmp_path)
-    bad = spoilt(tmp_path / "bad.onnx", math.nan)
-    ran = cli("compare", dense, bad, "--data", toy_data, "--max-top1-drop", 100, "--report", tmp_path / "report.json")
-    assert ran.code == 1
-    report = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
-    assert (report["verdict"], report["max_abs_diff"], report["cosine_min"]) == ("fail", None, None)
-
-
-@pytest.mark.parametrize("side", [0, 1])
-@pytest.mark.parametrize("shared", ["all", "one"])
-def test_images_that_made_either_model_may_not_judge_it(
-    side: int, shared: str, cli: Callable[..., Any], toy_data: Path, tmp_path: Path
-) -> None:
-    val = identify(open_val(toy_data, (), 3))
-    sketch = val.sketch if shared == "all" else ("0" * 16, val.sketch[7])
-    pair = color_models(tmp_path, MADE)
-    with_record(pair[side], MADE)
-    model = onnx.load(pair[side])
-    del model.metadata_props[:]
-    write_provenance(model, dataclasses.replace(MADE, image_sets=(ImageSet("train", len(sketch), "1" * 64, sketch),)))
-    pair[side].write_bytes(model.SerializeToString())
-    report = tmp_path / "report.json"
-    ran = cli("compare", *pair, "--data", toy_data, "--report", report)
-    assert (ran.code, ran.out) == (3, "")
-    assert ran.err.startswith("error: val images were also used to make the model")
-    assert not report.exists()
-
-
-def test_images_that_made_the_model_and_are_not_compared_on_are_no_overlap(
-    cli: Callable[..., Any], toy_data: Path, tmp_path: Path
-) -> None:
-    data = open_folder(toy_data, (), 3, seed=0)
-    sets = (identify(data.train), identify(data.select))
-    dense, sparse = color_models(tmp_path, dataclasses.replace(MADE, image_sets=sets))
-    assert cli("compare", dense, sparse, "--data", toy_data).code == 0
-
-
-def test_models_that_want_different_preprocessing_are_refused(
-    cli: Callable[..., Any], toy_data: Path, tmp_path: Path
-) -> None:
-    dense, sparse = color_models(tmp_path)
-    with_record(dense, MADE)
-    with_record(sparse, dataclasses.replace(MADE, preprocessing=dataclasses.replace(HOW, mean=(0.5, 0.5, 0.5))))
-    ran = cli("compare", dense, sparse, "--data", toy_data)
-    assert ran.code == 3
-    assert ran.err.startswith("error: the models need different preprocessing")
