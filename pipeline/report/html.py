@@ -22,30 +22,30 @@ from maskplan.pipeline.report.record import RunReport
 
 FASTER, SLOWER, NO_DIFFERENCE = "faster", "slower", "no difference"
 
-# Of codes that a reader would have to look up; others are shown with spaces for underscores.
-_WHY = {
+# Text for reason codes; other codes are shown with spaces instead of underscores.
+_REASONS = {
     "grouped": "grouped convolution",
     "channels_not_multiple_of_4": "input channels are not a multiple of {m}",
     "not_constant": "its weight is not a constant",
-    "unsupported_op": "operator without sparse kernels",
-    "dtype": "number type without sparse kernels",
+    "unsupported_op": "no sparse kernels for this operator",
+    "dtype": "no sparse kernels for this data type",
     "stem": "first convolution, left dense by choice",
     "linear": "linear layer, left dense by choice",
-    "fewer_channels_than_asked": "fewer input channels than asked for",
-    "not_named": "not among the layers asked for",
+    "fewer_channels_than_asked": "fewer input channels than requested",
+    "not_named": "not among the requested layers",
     "costs_too_much_accuracy": "its mask costs too much accuracy",
     "output_channels_not_in_tiles": "output channels are not a multiple of {m}",
-    "ran_dense": "ran dense, so its dense weights were given back",
+    "ran_dense": "ran dense, so its dense weights were restored",
     "not_2to4": "not 2:4",
     "no_documented_fp32_kernels": "no sparse kernels are documented for FP32",
-    "optimization_level_below_3": "the builder's level is below 3: it tries few kernels",
+    "optimization_level_below_3": "the builder optimization level is below 3: it tries few kernels",
     "quantized_input_float_output": "quantized input, float output: move the Q/DQ nodes",
-    "likely_few_channels": "likely too few channels to pay",
+    "likely_few_channels": "likely too few channels for a gain",
 }
 
 _STATES = {MOVED: "moved", AS_GIVEN: "left as they were", UNREAD: "left, as no masked layer reads them", FIXED: "fixed"}
 
-# Sorts a table by the column whose head is pressed. Without it the tables stand in the order of the network.
+# Sorts a table by the column whose header is clicked; initially tables are in the order of the network.
 _SORT = """
 for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
@@ -77,12 +77,12 @@ class LayerRow:
 
     Attributes:
         weight: A weight of the engine's ONNX file, with its verdict.
-        why: Why it is sparse or is not.
+        why: Why it is sparse or dense.
         kept: Share of its magnitude that its mask keeps, 0 to 1; None, as the next two, without a mask.
-        best: The most that the pattern allows.
-        changed: Percent of groups that depart from the magnitude mask; None also where that was not counted.
-        differs: Percent of the dense output's norm by which its output departs; None where that was not measured.
-        ran: `sparse`, `dense` or `unknown`; empty where the engine tells nothing of any layer.
+        best: The maximum that the pattern allows.
+        changed: Percent of groups that differ from the magnitude mask; None also if they were not counted.
+        differs: Difference of its output in percent of the dense output's norm; None if it was not measured.
+        ran: `sparse`, `dense` or `unknown`; empty if the engine reports no layers.
     """
 
     weight: WeightVerdict
@@ -111,7 +111,7 @@ def render(report: RunReport, values: dict[str, Any]) -> str:
         plots=_plots(report),
         gain=gain,
         sparse_kernels=report.engine.backend != ONNXRUNTIME,
-        farthest=farthest(report),
+        largest_differences=largest_differences(report),
         groups_by_state=_groups_by_state(report),
         changed_options=changed_options(report.recipe),
         options=dict(_flat(encode(report.recipe))),
@@ -152,7 +152,7 @@ def gain(timed: BatchTiming) -> str:
 
 
 def layer_rows(report: RunReport) -> list[LayerRow]:
-    """One row a weight of the engine's ONNX file, in its order: conformance, what its mask keeps, and what ran."""
+    """One row for each weight of the engine's ONNX file, in file order: conformance, kept magnitude, and what ran."""
     masked = {m.name: m for m in report.masks.masked}
     reasons = {d.name: d.reason for d in report.masks.dense}
     statistics = report.mask_statistics
@@ -166,12 +166,12 @@ def layer_rows(report: RunReport) -> list[LayerRow]:
     for weight in report.conformance.weights:
         mask = masked.get(weight.name)
         relative = differs.get(weight.node)
-        state, dense_because = _ran(ran.get(weight.node, ()))
+        state, dense_because = _layer_state(ran.get(weight.node, ()))
         why = weight.reason or reasons.get(weight.name, "") or dense_because
         rows.append(
             LayerRow(
                 weight=weight,
-                why=_sentence(why, report.masks.pattern.m) if why else _masked_why(weight, state, bool(ran)),
+                why=_reason_text(why, report.masks.pattern.m) if why else _masked_why(weight, state, bool(ran)),
                 kept=mask.kept if mask else None,
                 best=mask.kept_best if mask else None,
                 changed=changed.get(weight.name),
@@ -182,22 +182,22 @@ def layer_rows(report: RunReport) -> list[LayerRow]:
     return rows
 
 
-def farthest(report: RunReport, most: int = 5) -> list[LayerDifference]:
-    """The layers whose outputs differ most; those that are not finite come first."""
+def largest_differences(report: RunReport, max_layers: int = 5) -> list[LayerDifference]:
+    """The layers whose outputs differ most; outputs that are not finite come first."""
     if report.depth is None:
         return []
-    return sorted(report.depth.layers, key=lambda d: (d.relative is not None, -(d.relative or 0.0)))[:most]
+    return sorted(report.depth.layers, key=lambda d: (d.relative is not None, -(d.relative or 0.0)))[:max_layers]
 
 
 def changed_options(recipe: Recipe) -> list[tuple[str, str]]:
-    """Options that are not what they are by default, as `table.option` and value."""
+    """Options that differ from their defaults, as `table.option` and value."""
     usual = dict(_flat(encode(Recipe())))
     return [(name, value) for name, value in _flat(encode(recipe)) if usual.get(name) != value]
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for name, value in table.items():
-        # `[learn]` stands in the recipe beside `[mask]`, which holds a copy.
+        # `[mask]` holds a copy of `[learn]`.
         if f"{prefix}{name}" == "mask.learn":
             continue
         if isinstance(value, dict):
@@ -220,7 +220,7 @@ def _plots(report: RunReport) -> dict[str, str | None]:
     }
 
 
-def _ran(layers: Sequence[LayerSparsity]) -> tuple[str, str]:
+def _layer_state(layers: Sequence[LayerSparsity]) -> tuple[str, str]:
     """The state of a node in all layers that name it, as `totals` has it for a layer's profiles, and why if it is dense."""
     counted = totals(layers)
     if counted.sparse:
@@ -230,11 +230,11 @@ def _ran(layers: Sequence[LayerSparsity]) -> tuple[str, str]:
     return DENSE, next((layer.reason for layer in layers if layer.reason), "")
 
 
-def _masked_why(weight: WeightVerdict, state: str, told: bool) -> str:
-    """Of a weight that nothing speaks against."""
+def _masked_why(weight: WeightVerdict, state: str, has_evidence: bool) -> str:
+    """Why a weight without a reason against sparsity is sparse or dense."""
     if weight.verdict != CONFORMING:
         return weight.hint or ""
-    if not told:
+    if not has_evidence:
         return "masked"
     return {
         SPARSE: "a sparse kernel was chosen",
@@ -242,12 +242,12 @@ def _masked_why(weight: WeightVerdict, state: str, told: bool) -> str:
     }.get(state, "its kernel is not named")
 
 
-def _sentence(code: str, m: int) -> str:
-    return _WHY[code].format(m=m) if code in _WHY else code.replace("_", " ")
+def _reason_text(code: str, m: int) -> str:
+    return _REASONS[code].format(m=m) if code in _REASONS else code.replace("_", " ")
 
 
 def _groups_by_state(report: RunReport) -> list[tuple[str, str, int, int]]:
-    """What became of groups of channels, why, how many groups, and how many channels."""
+    """Groups of channels by outcome and reason: number of groups and of channels."""
     if report.permutation is None:
         return []
     counts: dict[tuple[str, str], tuple[int, int]] = {}

@@ -1,8 +1,7 @@
-"""The report's plots, as SVG text that stands in the page itself.
+"""The report's plots, as SVG text that is embedded in the page.
 
-Colors are the page's CSS variables, each with its light value to fall back on, so that a plot is legible on light and on
-dark paper and in a file of its own. Every plot has a title and a description for readers who do not see it, and marks name
-what they stand for when pointed at.
+Colors are the page's CSS variables with the light value as a fallback, so that a plot is legible in light and dark mode and
+as a separate file. Every plot has a title and a description for screen readers, and a tooltip for each mark.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.legend import Legend
 
-# What matplotlib draws in, and the variables of the page that take their place.
+# Colors that matplotlib draws with, and the CSS variables that replace them.
 _INK, _SOFT, _LINE, _PAPER = "#1c2026", "#59606b", "#d9dde3", "#fffffe"
 _OWN, _OTHER, _PLAIN, _BAD = "#2459a8", "#b4540a", "#727984", "#b3261d"
 _VARIABLES = {
@@ -31,18 +30,18 @@ _VARIABLES = {
     _OWN: "own", _OTHER: "other", _PLAIN: "plain", _BAD: "bad",
 }  # fmt: skip
 
-# Units of the drawing: it is about as wide as its place in the page, so that text has its nominal size there.
+# Size in points: about the width of the plot in the page, so that text has its nominal size there.
 _WIDTH, _DOT = 420, 72
 _TEXT, _SMALL = 12, 11.5
 _LONGEST_NAME = 30
 
 
 class _Style(NamedTuple):
-    """How an engine's marks look, and how far beside their batch's place they stand: equal times stay apart."""
+    """Color, marker and horizontal offset of an engine's marks; the offset keeps equal times visible."""
 
     color: str
     marker: str
-    beside: float
+    offset: float
 
 
 _STYLES = {
@@ -57,7 +56,7 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def accuracy(rows: Sequence[MethodRow]) -> str:
-    """Top-1 by method: a dot each, with the paired interval of the drop against dense as a line."""
+    """Top-1 by method: one dot each, with the paired interval of the drop from dense as a line."""
     with _axes(52 + 26 * len(rows), grid="x") as axes:
         dense = rows[0].top1
         axes.axvline(dense, color=_PLAIN, linewidth=1, linestyle=(0, (4, 3)))
@@ -69,33 +68,35 @@ def accuracy(rows: Sequence[MethodRow]) -> str:
             ends += [row.top1, low, high]
             axes.plot([low, high], [y, y], color=_OWN, linewidth=2, solid_capstyle="butt")
             axes.plot([row.top1], [y], "o", color=_PLAIN if plain else _OWN, markersize=8, gid=f"row-{y}")
-            _beside(axes, y, f"{row.top1:.2f}")
+            _write_right(axes, y, f"{row.top1:.2f}")
             tips[f"row-{y}"] = [f"{row.name}: {row.top1:.2f}%" + ("" if plain else f", {low:.2f} to {high:.2f}%")]
-        axes.set_yticks(range(len(rows)), [_short(row.name) for row in rows])
+        axes.set_yticks(range(len(rows)), [_shorten(row.name) for row in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         room = max(0.6, 0.08 * (max(ends) - min(ends)))
         axes.set_xlim(min(ends) - room, max(ends) + room)
         axes.set_xlabel("top-1 accuracy, %")
-        said = "; ".join(f"{row.name} {row.top1:.2f}%" for row in rows)
-        return _svg(axes, "accuracy", "Accuracy by method", f"Top-1: {said}. Lines are paired 95% intervals.", tips)
+        description = "; ".join(f"{row.name} {row.top1:.2f}%" for row in rows)
+        return _svg(
+            axes, "accuracy", "Accuracy by method", f"Top-1: {description}. Lines are paired 95% intervals.", tips
+        )
 
 
-def class_drops(classes: Sequence[ClassDrop], most: int = 12) -> str:
-    """Points of top-1 lost in the classes that lose most: a dot each, on a line from zero."""
-    worst = sorted((c for c in classes if c.drop > 0), key=lambda c: (-c.drop, c.name))[:most]
+def class_drops(classes: Sequence[ClassDrop], max_rows: int = 12) -> str:
+    """Drop of top-1, in points, of the classes that lose most: one dot each, on a line from zero."""
+    worst = sorted((c for c in classes if c.drop > 0), key=lambda c: (-c.drop, c.name))[:max_rows]
     with _axes(52 + 22 * len(worst), grid="x") as axes:
         at = range(len(worst))
         axes.hlines(at, 0, [c.drop for c in worst], color=_OWN, linewidth=2)
         axes.plot([c.drop for c in worst], at, "o", color=_OWN, markersize=7, gid="class")
         for y, found in enumerate(worst):
-            _beside(axes, y, f"{found.drop:+.1f}")
-        axes.set_yticks(list(at), [_short(c.name) for c in worst])
+            _write_right(axes, y, f"{found.drop:+.1f}")
+        axes.set_yticks(list(at), [_shorten(c.name) for c in worst])
         axes.set_ylim(len(worst) - 0.4, -0.6)
         axes.set_xlim(0, 1.06 * worst[0].drop if worst else 1)
         axes.set_xlabel("drop in top-1, points")
         tips = [f"{c.name}: {c.top1_dense:.1f}% dense, {c.top1_sparse:.1f}% sparse, {c.images} images" for c in worst]
-        said = "; ".join(f"{c.name} {c.drop:+.1f}" for c in worst)
-        return _svg(axes, "classes", "Drop by class", f"Points of top-1 lost: {said}.", {"class": tips})
+        description = "; ".join(f"{c.name} {c.drop:+.1f}" for c in worst)
+        return _svg(axes, "classes", "Drop by class", f"Points of top-1 lost: {description}.", {"class": tips})
 
 
 def latency(timing: TimingReport) -> str:
@@ -103,33 +104,33 @@ def latency(timing: TimingReport) -> str:
     with _axes(220, grid="y") as axes:
         tips = {}
         for name, found in _engines(timing).items():
-            at = [i + _STYLES[name].beside for i, _ in found]
+            at = [i + _STYLES[name].offset for i, _ in found]
             spans = [(v.p50_ms, v.p90_ms) for _, v in found]
             axes.vlines(at, *zip(*spans, strict=True), color=_STYLES[name].color, linewidth=2, alpha=0.45)
-            _draw(axes, name, at, [v.p50_ms for _, v in found])
+            _plot_engine(axes, name, at, [v.p50_ms for _, v in found])
             tips[name] = [
                 f"{name}, batch {timing.batches[i].batch}: {v.p50_ms:.4g} ms, 90th percentile {v.p90_ms:.4g} ms"
                 for i, v in found
             ]
-        _by_batch(axes, timing)
-        _scale(axes, [ms for found in _engines(timing).values() for _, v in found for ms in (v.p50_ms, v.p90_ms)])
+        _label_batches(axes, timing)
+        _set_scale(axes, [ms for found in _engines(timing).values() for _, v in found for ms in (v.p50_ms, v.p90_ms)])
         axes.set_ylabel("ms a batch")
-        return _svg(axes, "latency", "Latency by batch size", _told_by_batch(timing, "p50_ms", "ms"), tips)
+        return _svg(axes, "latency", "Latency by batch size", _describe_by_batch(timing, "p50_ms", "ms"), tips)
 
 
 def throughput(timing: TimingReport) -> str:
-    """Images a second of the engines by batch size, at the median latency."""
+    """Images per second of the engines by batch size, at the median latency."""
     with _axes(220, grid="y") as axes:
         tips = {}
         for name, found in _engines(timing).items():
-            _draw(axes, name, [i + _STYLES[name].beside for i, _ in found], [v.images_per_s for _, v in found])
+            _plot_engine(axes, name, [i + _STYLES[name].offset for i, _ in found], [v.images_per_s for _, v in found])
             tips[name] = [f"{name}, batch {timing.batches[i].batch}: {v.images_per_s:,.0f} images/s" for i, v in found]
-        _by_batch(axes, timing)
+        _label_batches(axes, timing)
         axes.set_ylim(0, 1.12 * max(v.images_per_s for found in _engines(timing).values() for _, v in found))
         axes.yaxis.set_major_formatter("{x:,g}")
         axes.set_ylabel("images/s")
-        said = _told_by_batch(timing, "images_per_s", "images/s")
-        return _svg(axes, "throughput", "Throughput by batch size", said, tips)
+        description = _describe_by_batch(timing, "images_per_s", "images/s")
+        return _svg(axes, "throughput", "Throughput by batch size", description, tips)
 
 
 def error_by_depth(report: DepthReport) -> str:
@@ -142,9 +143,9 @@ def error_by_depth(report: DepthReport) -> str:
         finite = [(i, layer, 100 * layer.relative) for i, layer in numbered if layer.relative is not None]
         broken = [(i, layer) for i, layer in numbered if layer.relative is None]
         limit = 100 * report.tolerance
-        # Where differences begin matters, not how small they are before: what is far below the tolerance lies at the bottom.
-        far_apart = limit > 0 and max((v for _, _, v in finite), default=0.0) > 8 * limit
-        floor = limit / 10 if far_apart else 0.0
+        # Where differences begin matters, not how small they are before: values far below the tolerance go to the bottom.
+        wide_range = limit > 0 and max((v for _, _, v in finite), default=0.0) > 8 * limit
+        floor = limit / 10 if wide_range else 0.0
         axes.axhline(limit, color=_PLAIN, linewidth=1, linestyle=(0, (4, 3)))
         axes.plot(
             [i for i, _, _ in finite],
@@ -155,8 +156,8 @@ def error_by_depth(report: DepthReport) -> str:
             markersize=5 if len(finite) <= 60 else 3,
             gid="depth",
         )
-        _scale(axes, [max(v, floor) for _, _, v in finite] + [limit])
-        if far_apart:
+        _set_scale(axes, [max(v, floor) for _, _, v in finite] + [limit])
+        if wide_range:
             axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}" if y > 1.01 * floor else f"≤ {y:g}")
         if broken:
             ended = report.first in [layer.node for _, layer in broken]
@@ -169,12 +170,12 @@ def error_by_depth(report: DepthReport) -> str:
                 markersize=7,
                 transform=top,
                 gid="broken",
-                label=f"first: {_short(str(report.first))}, not finite" if ended else "not finite",
+                label=f"first: {_shorten(str(report.first))}, not finite" if ended else "not finite",
             )
         for i, layer, value in finite:
             if layer.node == report.first:
                 axes.plot(
-                    [i], [value], "o", color=_BAD, markersize=8, gid="first", label=f"first: {_short(layer.node)}"
+                    [i], [value], "o", color=_BAD, markersize=8, gid="first", label=f"first: {_shorten(layer.node)}"
                 )
         axes.annotate(
             f"tolerance {limit:.3g}%", (1, limit), (0, 4), ("axes fraction", "data"), "offset points",
@@ -193,12 +194,12 @@ def error_by_depth(report: DepthReport) -> str:
             ],
         }
         where = f"{report.first} is the first layer beyond it" if report.first else "no layer is beyond it"
-        said = f"{len(report.layers)} layers; the tolerance is {limit:.3g}%; {where}."
-        return _svg(axes, "depth", "Difference from the dense model by depth", said, tips)
+        description = f"{len(report.layers)} layers; the tolerance is {limit:.3g}%; {where}."
+        return _svg(axes, "depth", "Difference from the dense model by depth", description, tips)
 
 
 def kept_magnitude(masks: MaskSet) -> str:
-    """Share of each masked layer's magnitude that its mask keeps, beside the most that the pattern allows."""
+    """Share of each masked layer's magnitude that its mask keeps, and the maximum that the pattern allows."""
     from matplotlib.ticker import MaxNLocator
 
     with _axes(220, grid="y") as axes:
@@ -214,22 +215,22 @@ def kept_magnitude(masks: MaskSet) -> str:
         axes.set_xlim(0.5, len(at) + 0.5)
         axes.set_xlabel("masked layer, from input to output")
         axes.set_ylabel("magnitude kept, %")
-        # Written into the legend afterwards: it would leave out a label that begins with an underscore.
+        # Set in the legend afterwards: matplotlib omits labels that begin with an underscore.
         legend = _legend(axes, ncols=2)
-        names = (f"most that {masks.pattern} allows", _short(masks.method))
+        names = (f"maximum for {masks.pattern}", _shorten(masks.method))
         for text, name in zip(legend.get_texts(), names, strict=True):
             text.set_text(name)
         tips = {
             "own": [f"{i} {m.name}: {100 * m.kept:.1f}%" for i, m in zip(at, masks.masked, strict=True)],
             "best": [f"{i} {m.name}: at most {100 * m.kept_best:.1f}%" for i, m in zip(at, masks.masked, strict=True)],
         }
-        said = f"{len(at)} masked layers keep {low:.1f}% to {max(own, default=100.0):.1f}% of their magnitude."
-        return _svg(axes, "kept", "Magnitude kept by layer", said, tips)
+        description = f"{len(at)} masked layers keep {low:.1f}% to {max(own, default=100.0):.1f}% of their magnitude."
+        return _svg(axes, "kept", "Magnitude kept by layer", description, tips)
 
 
 def pattern_histogram(found: GroupStatistics) -> str:
-    """How often groups have each pattern, beside magnitude masks of the same weights."""
-    # All in the order of what they keep; if only the most frequent are listed, by how frequent they are.
+    """Share of the groups with each pattern, compared with magnitude masks of the same weights."""
+    # Complete lists are ordered by pattern; lists of the most frequent patterns by frequency.
     rows = sorted(found.patterns, key=lambda p: p.pattern, reverse=True) if not found.others else list(found.patterns)
     own = [100 * p.groups / max(found.groups, 1) for p in rows]
     magnitude = [100 * p.by_magnitude / max(found.groups, 1) for p in rows]
@@ -247,7 +248,7 @@ def pattern_histogram(found: GroupStatistics) -> str:
         )
         for bar, name, share in zip(bars, names, own, strict=True):
             bar.set_gid(f"bar-{name}")
-            _beside(axes, bar.get_y() + bar.get_height() / 2, f"{share:.1f}%")
+            _write_right(axes, bar.get_y() + bar.get_height() / 2, f"{share:.1f}%")
         axes.set_yticks(list(at), [_squares(name) for name in names])
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_xlim(0, 1.06 * max([*own, *magnitude, 1.0]))
@@ -255,12 +256,12 @@ def pattern_histogram(found: GroupStatistics) -> str:
         _legend(axes)
         tips = {f"bar-{n}": [f"{n}: {share:.2f}%"] for n, share in zip(names, own, strict=True)}
         tips["mag"] = [f"{n} by magnitude: {share:.2f}%" for n, share in zip(names, magnitude, strict=True)]
-        said = "Shares of groups: " + "; ".join(f"{n} {share:.1f}%" for n, share in zip(names, own, strict=True)) + "."
-        return _svg(axes, "patterns", "Patterns of groups", said, tips)
+        shares = "; ".join(f"{n} {share:.1f}%" for n, share in zip(names, own, strict=True))
+        return _svg(axes, "patterns", "Patterns of groups", f"Shares of groups: {shares}.", tips)
 
 
 def _engines(timing: TimingReport) -> dict[str, list[tuple[int, Latency]]]:
-    """What was timed of each engine, with the place of its batch."""
+    """The latencies of each engine, with the index of the batch size."""
     found = {
         name: [(i, timed) for i, b in enumerate(timing.batches) if (timed := getattr(b, name)) is not None]
         for name in _STYLES
@@ -268,13 +269,13 @@ def _engines(timing: TimingReport) -> dict[str, list[tuple[int, Latency]]]:
     return {name: timed for name, timed in found.items() if timed}
 
 
-def _draw(axes: Axes, name: str, at: list[float], values: list[float]) -> None:
+def _plot_engine(axes: Axes, name: str, at: list[float], values: list[float]) -> None:
     style = _STYLES[name]
     axes.plot(at, values, color=style.color, linewidth=1, alpha=0.35)
     axes.plot(at, values, style.marker, color=style.color, markersize=7, label=name, gid=name)
 
 
-def _by_batch(axes: Axes, timing: TimingReport) -> None:
+def _label_batches(axes: Axes, timing: TimingReport) -> None:
     axes.set_xticks(range(len(timing.batches)), [str(b.batch) for b in timing.batches])
     axes.set_xlim(-0.5, len(timing.batches) - 0.5)
     axes.set_xlabel("batch")
@@ -289,15 +290,15 @@ def _legend(axes: Axes, ncols: int = 1) -> Legend:
     )  # fmt: skip
 
 
-def _told_by_batch(timing: TimingReport, field: str, unit: str) -> str:
+def _describe_by_batch(timing: TimingReport, field: str, unit: str) -> str:
     return "; ".join(
         f"batch {b.batch}: dense {getattr(b.dense, field):,.4g}, sparse {getattr(b.sparse, field):,.4g} {unit}"
         for b in timing.batches
     )
 
 
-def _scale(axes: Axes, values: Sequence[float]) -> None:
-    """Logarithmic where positive values lie far apart, else from zero."""
+def _set_scale(axes: Axes, values: Sequence[float]) -> None:
+    """Logarithmic if all values are positive and span a factor of more than 8, else from zero."""
     positive = [v for v in values if v > 0]
     if positive and len(positive) == len(values) and max(positive) > 8 * min(positive):
         from matplotlib.ticker import LogLocator, NullFormatter
@@ -312,13 +313,13 @@ def _scale(axes: Axes, values: Sequence[float]) -> None:
         axes.set_ylim(0, 1.15 * max([*values, 0.0]) or 1.0)
 
 
-def _beside(axes: Axes, y: float, text: str) -> None:
-    """Write to the right of the axes, where no mark can be."""
+def _write_right(axes: Axes, y: float, text: str) -> None:
+    """Write text to the right of the axes, clear of all marks."""
     axes.annotate(text, (1, y), (1.015, y), ("axes fraction", "data"), va="center", fontsize=_TEXT)
 
 
-def _short(name: str) -> str:
-    """A name that fits beside a plot; its end tells most."""
+def _shorten(name: str) -> str:
+    """Shorten a name to fit next to a plot; its end is kept, which is the most specific part."""
     name = _for_xml(name)
     return name if len(name) <= _LONGEST_NAME else "\N{HORIZONTAL ELLIPSIS}" + name[1 - _LONGEST_NAME :]
 
@@ -347,38 +348,38 @@ def _axes(height: float, grid: Literal["x", "y"]) -> Iterator[Axes]:
     for axis in (axes.xaxis, axes.yaxis):
         axis.label.set(color=_SOFT, size=_SMALL)
     with warnings.catch_warnings():
-        # Letters are the browser's affair; that a font for measuring lacks some does not matter.
+        # The browser renders the text; glyphs that the measuring font lacks do not matter.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         yield axes
 
 
 def _svg(axes: Axes, name: str, title: str, description: str, tips: Mapping[str, Sequence[str]]) -> str:
-    """The figure's SVG text: told apart by `name`, with a tip for each mark of the groups in `tips`."""
+    """The figure's SVG text; `name` makes its ids unique, `tips` has a tooltip for each mark of a group."""
     import matplotlib as mpl
     from matplotlib.text import Text
 
     figure = axes.get_figure(root=True)
     assert figure is not None
     for text in figure.findobj(Text):
-        # A dollar sign in a name is no formula, and black is the page's ink.
+        # A dollar sign in a name is not a formula; black is replaced by the page's text color.
         text.set_parse_math(False)
         if text.get_color() == "black":
             text.set_color(_INK)
     buffer = io.StringIO()
-    # Letters stay letters (searchable, small), and ids do not change from run to run.
+    # Keep text as text (searchable, small), and the ids the same in every run.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "maskplan", "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True, dpi=_DOT)
     root = ElementTree.fromstring(buffer.getvalue())
-    _clean(root)
+    _strip_svg(root)
     _add_tips(root, tips)
-    _name(root, name, title, description)
+    _set_identity(root, name, title, description)
     ElementTree.register_namespace("", _SVG)
     ElementTree.register_namespace("xlink", _XLINK)
     return ElementTree.tostring(root, "unicode")
 
 
-def _clean(root: ElementTree.Element) -> None:
-    """Take out what belongs to a file of its own (metadata, a sheet of styles, a fixed size) and name the page's colors."""
+def _strip_svg(root: ElementTree.Element) -> None:
+    """Remove what only a separate file needs (metadata, style sheet, fixed size) and use the page's colors."""
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):
@@ -389,7 +390,7 @@ def _clean(root: ElementTree.Element) -> None:
         if style := element.get("style"):
             for color, variable in _VARIABLES.items():
                 style = style.replace(color, f"var(--{variable}, {color})")
-            # The page's own letters.
+            # The page sets the font.
             element.set("style", _FONT.sub("", style))
     root.set("font-family", "system-ui, sans-serif")
 
@@ -403,8 +404,8 @@ def _add_tips(root: ElementTree.Element, tips: Mapping[str, Sequence[str]]) -> N
                 ElementTree.SubElement(mark, f"{{{_SVG}}}title").text = _for_xml(text)
 
 
-def _name(root: ElementTree.Element, name: str, title: str, description: str) -> None:
-    """Say what the plot shows, and make its ids its own: a page holds several."""
+def _set_identity(root: ElementTree.Element, name: str, title: str, description: str) -> None:
+    """Add title and description, and prefix all ids: a page holds several plots."""
     used = {f"#{e.get('id')}" for e in root.iter() if e.get("id")}
     for element in root.iter():
         if element.get("id"):
@@ -417,6 +418,8 @@ def _name(root: ElementTree.Element, name: str, title: str, description: str) ->
     root.set("role", "img")
     root.set("aria-labelledby", f"{name}-title {name}-description")
     for tag, text in (("desc", description), ("title", title)):
-        said = ElementTree.Element(f"{{{_SVG}}}{tag}", {"id": f"{name}-{'title' if tag == 'title' else 'description'}"})
-        said.text = _for_xml(text)
-        root.insert(0, said)
+        element = ElementTree.Element(
+            f"{{{_SVG}}}{tag}", {"id": f"{name}-{'title' if tag == 'title' else 'description'}"}
+        )
+        element.text = _for_xml(text)
+        root.insert(0, element)

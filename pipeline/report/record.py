@@ -65,7 +65,7 @@ class ReportFile:
 
 @dataclass(frozen=True)
 class ReportFiles:
-    """Where the report lies."""
+    """The files of the report."""
 
     json: ReportFile
     html: ReportFile

@@ -33,12 +33,10 @@ from maskplan.calibration.qdq import insert_qdq
 from maskplan.engines.build import BuildOptions, build_engine
 from maskplan.engines.sidecar import write_sidecar
 from maskplan.exporters.metadata import describe_onnx
-from maskplan.exporters.onnx_export import ExportOptions, export_onnx
 from maskplan.exporters.precision import to_fp16
 from maskplan.pipeline.core.artifacts import EngineFile
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.files import sha256_of
-from maskplan.pipeline.models.checkpoint import ModelOptions, load_checkpoint, load_module
 from maskplan.pipeline.parity.bisect import BisectOptions, bisect
 from maskplan.pipeline.parity.intermediates import Intermediates
 
@@ -64,7 +62,7 @@ def test_a_model_does_not_differ_from_itself(dense: Path, tmp_path: Path) -> Non
     [*itertools.product(WEIGHTS, range(3), [1000.0]), *itertools.product(WEIGHTS, [3], [np.nan, np.inf, -1000.0])],
 )
 @pytest.mark.parametrize("mask", [False, True])
-def test_one_spoilt_weight_is_found(mask: bool, name: str, seed: int, factor: float, tmp_path: Path) -> None:
+def test_a_damaged_weight_is_found(mask: bool, name: str, seed: int, factor: float, tmp_path: Path) -> None:
     tensors = weights(seed)
     good = residual_net(tmp_path / "good.onnx", tensors)
     kept = pruned(tensors) if mask else tensors
@@ -144,7 +142,7 @@ def test_one_bad_filter_of_a_wide_layer_is_found(tmp_path: Path) -> None:
     assert last.channel == pytest.approx(worst, rel=1e-4)
 
 
-def test_little_memory_means_more_runs_and_the_same_report(
+def test_a_small_memory_limit_gives_more_runs_and_the_same_report(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sparse = residual_net(tmp_path / "sparse.onnx", pruned(weights()))
@@ -166,7 +164,7 @@ def test_little_memory_means_more_runs_and_the_same_report(
         assert max(opened[:14]) == at_most
 
 
-def test_batches_that_graphs_are_fixed_to_make_no_difference(dense: Path, tmp_path: Path) -> None:
+def test_a_fixed_batch_size_makes_no_difference(dense: Path, tmp_path: Path) -> None:
     sparse = residual_net(tmp_path / "sparse.onnx", pruned(weights()))
     expected = run(dense, sparse)
     for first, second in ((4, "batch"), ("batch", 2), (2, 3), (8, 8)):
@@ -222,7 +220,7 @@ def test_outputs_of_nothing_but_zeros(tmp_path: Path) -> None:
     assert (layer.relative, layer.cosine_min) == (pytest.approx(1), 0)
 
 
-def test_shapes_that_only_a_run_can_tell(dense: Path, tmp_path: Path) -> None:
+def test_shapes_known_only_at_run_time(dense: Path, tmp_path: Path) -> None:
     def edit(model: onnx.ModelProto) -> None:
         nodes = model.graph.node
         nodes[-1].input[0] = "kept"
@@ -275,7 +273,7 @@ def engine_of(onnx_file: Path, out: Path) -> EngineFile:
     return build_engine(describe_onnx(onnx_file), BuildOptions("onnxruntime"), out)
 
 
-def test_engines_stand_for_their_graphs(dense: Path, tmp_path: Path) -> None:
+def test_an_engine_is_compared_by_its_onnx_file(dense: Path, tmp_path: Path) -> None:
     bad = residual_net(tmp_path / "bad.onnx", spoilt(weights(), "one.b", 0, 1000.0))
     engine = engine_of(bad, tmp_path / "engine.onnx")
     assert run(dense, engine.path).first == "one.b"
@@ -294,12 +292,9 @@ def test_engines_stand_for_their_graphs(dense: Path, tmp_path: Path) -> None:
     assert engine.onnx_sha256[:12] in str(caught.value.found)
 
 
-def test_a_checkpoint_stands_for_its_export(tmp_path: Path) -> None:
-    options = ModelOptions("digits_resnet")
-    checkpoint = load_checkpoint(options, tmp_path / "w.safetensors")
-    exported = tmp_path / "net.onnx"
-    export_onnx(load_module(options, checkpoint), checkpoint.provenance, ExportOptions(), {"fp32": exported})
-    report = run(checkpoint.path, exported, IMAGES[:, :1])
+def test_a_checkpoint_equals_its_export(finished_digits: Path) -> None:
+    exported = finished_digits / "dense.onnx"
+    report = run(finished_digits / "dense.safetensors", exported, IMAGES[:, :1])
     assert (report.first, report.unmatched) == (None, ())
     assert len(report.layers) == len(onnx.load(exported).graph.node)
 

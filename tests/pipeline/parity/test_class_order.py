@@ -64,7 +64,7 @@ def test_names_come_from_the_folders_before_the_records() -> None:
 
 
 def drawn(count: int, classes: int, right: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Labels, and first choices of which a share is right and the rest is chance."""
+    """Labels, and top-1 predictions of which a share is right and the rest is chance."""
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, classes, count)
     chance = generator.integers(0, classes, count)

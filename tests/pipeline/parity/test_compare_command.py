@@ -23,11 +23,11 @@ from color_models import (
 from report_schema import validate_values
 
 from maskplan.exporters.metadata import write_provenance
-from maskplan.pipeline.core.artifacts import ImageSet
-from maskplan.pipeline.data.dataset import identify, open_folder, open_val
+from maskplan.pipeline.data.dataset import open_folder, open_val
+from maskplan.pipeline.data.image_sets import identify
 
 
-def test_the_command_reports_what_the_gate_saw(cli: Callable[..., Any], toy_data: Path, tmp_path: Path) -> None:
+def test_the_report_has_the_measured_numbers(cli: Callable[..., Any], toy_data: Path, tmp_path: Path) -> None:
     dense, sparse = color_models(tmp_path, MADE)
     ran = cli("compare", dense, sparse, "--data", toy_data, "--report", tmp_path / "report.json")
     assert ran.code == 0, ran.err
@@ -68,16 +68,16 @@ def test_nan_fails_the_command_and_its_report_is_json(cli: Callable[..., Any], t
 
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("shared", ["all", "one"])
-def test_images_that_made_either_model_may_not_judge_it(
+def test_images_that_were_used_for_either_model_are_refused(
     side: int, shared: str, cli: Callable[..., Any], toy_data: Path, tmp_path: Path
 ) -> None:
-    val = identify(open_val(toy_data, (), 3))
-    sketch = val.sketch if shared == "all" else ("0" * 16, val.sketch[7])
+    val = open_val(toy_data, (), 3)
+    used = identify(val if shared == "all" else dataclasses.replace(val, indices=val.indices[7:8]))
     pair = color_models(tmp_path, MADE)
     with_record(pair[side], MADE)
     model = onnx.load(pair[side])
     del model.metadata_props[:]
-    write_provenance(model, dataclasses.replace(MADE, image_sets=(ImageSet("train", len(sketch), "1" * 64, sketch),)))
+    write_provenance(model, dataclasses.replace(MADE, image_sets=(dataclasses.replace(used, role="train"),)))
     pair[side].write_bytes(model.SerializeToString())
     report = tmp_path / "report.json"
     ran = cli("compare", *pair, "--data", toy_data, "--report", report)
@@ -86,7 +86,7 @@ def test_images_that_made_either_model_may_not_judge_it(
     assert not report.exists()
 
 
-def test_images_that_made_the_model_and_are_not_compared_on_are_no_overlap(
+def test_training_images_that_are_not_compared_on_are_no_overlap(
     cli: Callable[..., Any], toy_data: Path, tmp_path: Path
 ) -> None:
     data = open_folder(toy_data, (), 3, seed=0)
@@ -95,7 +95,7 @@ def test_images_that_made_the_model_and_are_not_compared_on_are_no_overlap(
     assert cli("compare", dense, sparse, "--data", toy_data).code == 0
 
 
-def test_models_that_want_different_preprocessing_are_refused(
+def test_models_with_different_preprocessing_are_refused(
     cli: Callable[..., Any], toy_data: Path, tmp_path: Path
 ) -> None:
     dense, sparse = color_models(tmp_path)

@@ -41,9 +41,7 @@ def renamed(model: onnx.ModelProto, *, keep_weights: bool = False) -> None:
 
 
 @pytest.mark.parametrize("keep_weights", [True, False])
-def test_without_names_layers_are_told_by_weights_and_by_what_they_read(
-    keep_weights: bool, dense: Path, tmp_path: Path
-) -> None:
+def test_without_node_names_layers_match_by_weights_and_inputs(keep_weights: bool, dense: Path, tmp_path: Path) -> None:
     def edit(model: onnx.ModelProto) -> None:
         renamed(model, keep_weights=keep_weights)
         # One more activation than the dense graph has: counting would not do.
@@ -55,7 +53,7 @@ def test_without_names_layers_are_told_by_weights_and_by_what_they_read(
     assert_all_the_same(replace(report, unmatched=()), most=0)
 
 
-def test_layers_that_read_something_else_are_told_by_their_order(dense: Path, tmp_path: Path) -> None:
+def test_layers_with_other_inputs_match_by_order(dense: Path, tmp_path: Path) -> None:
     def edit(model: onnx.ModelProto) -> None:
         renamed(model)
         # Everything now reads a doubled image.
@@ -69,7 +67,7 @@ def test_layers_that_read_something_else_are_told_by_their_order(dense: Path, tm
     assert report.unmatched == ("doubled",)
 
 
-def test_a_weights_name_counts_more_than_a_nodes(dense: Path, tmp_path: Path) -> None:
+def test_a_weight_name_takes_precedence_over_a_node_name(dense: Path, tmp_path: Path) -> None:
     """Exporters that number their nodes call other layers by the same names in other graphs."""
 
     def edit(model: onnx.ModelProto) -> None:
@@ -86,7 +84,7 @@ def insert(model: onnx.ModelProto, before: str, *nodes: onnx.NodeProto) -> None:
         model.graph.node.insert(at, node)
 
 
-def test_a_layer_that_reads_something_new_is_told_by_its_name(dense: Path, tmp_path: Path) -> None:
+def test_a_layer_with_a_new_input_matches_by_name(dense: Path, tmp_path: Path) -> None:
     def edit(model: onnx.ModelProto) -> None:
         model.graph.node[1].input[0] = "n.out"
         model.graph.node[-1].input[0] = "e.out"
@@ -99,7 +97,7 @@ def test_a_layer_that_reads_something_new_is_told_by_its_name(dense: Path, tmp_p
     assert_all_the_same(replace(report, unmatched=()), most=0)
 
 
-def test_a_layer_of_another_op_is_another_layer(dense: Path, tmp_path: Path) -> None:
+def test_layers_of_different_ops_do_not_match(dense: Path, tmp_path: Path) -> None:
     def edit(model: onnx.ModelProto) -> None:
         assert model.graph.node[1].name == "stem.relu"
         model.graph.node[1].op_type = "Abs"
@@ -109,7 +107,7 @@ def test_a_layer_of_another_op_is_another_layer(dense: Path, tmp_path: Path) -> 
     assert report.first == "one.a"
 
 
-def test_of_two_layers_that_read_the_same_each_keeps_its_name(dense: Path, tmp_path: Path) -> None:
+def test_layers_with_equal_inputs_match_by_name(dense: Path, tmp_path: Path) -> None:
     def edit(model: onnx.ModelProto, order: int) -> None:
         pools = [
             helper.make_node(
@@ -123,7 +121,7 @@ def test_of_two_layers_that_read_the_same_each_keeps_its_name(dense: Path, tmp_p
     assert_all_the_same(run(one, two), [*LAYERS, "p3", "p5"], most=0)
 
 
-def test_order_tells_nothing_where_one_graph_has_more(dense: Path, tmp_path: Path) -> None:
+def test_order_is_ignored_if_the_numbers_of_layers_differ(dense: Path, tmp_path: Path) -> None:
     def other(model: onnx.ModelProto) -> None:
         renamed(model)
         model.graph.node[0].input[0] = "doubled"
@@ -149,7 +147,7 @@ def batchnorm_folded() -> dict[str, Array]:
     return tensors
 
 
-def test_a_folded_batchnorm_is_compared_as_what_it_was(tmp_path: Path) -> None:
+def test_a_folded_batchnorm_is_compared_by_its_normalized_output(tmp_path: Path) -> None:
     unfolded = residual_net(tmp_path / "unfolded.onnx", weights(), norm=True)
     folded = residual_net(tmp_path / "folded.onnx", batchnorm_folded())
     for pair in ((unfolded, folded), (folded, unfolded)):
@@ -162,7 +160,7 @@ def test_a_folded_batchnorm_is_compared_as_what_it_was(tmp_path: Path) -> None:
     assert run(unfolded, bad).first == "two.b"
 
 
-def test_numbered_names_mislead_nobody(tmp_path: Path) -> None:
+def test_renumbered_node_names_do_not_mislead(tmp_path: Path) -> None:
     """With BatchNormalization in one graph only, the numbers of all other nodes move on."""
 
     def number(model: onnx.ModelProto) -> None:

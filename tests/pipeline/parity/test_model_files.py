@@ -1,4 +1,4 @@
-"""Either side of a comparison: engines, ONNX files and checkpoints, each by what it is."""
+"""Engines, ONNX files and checkpoints are opened by their kind."""
 
 from __future__ import annotations
 
@@ -100,27 +100,22 @@ def test_classes_are_found_where_not_even_the_rank_is_told(tmp_path: Path) -> No
         assert np.allclose(side.classifier.logits(IMAGES), IMAGES.reshape(3, -1) @ WEIGHT, atol=1e-4)
 
 
-def test_a_checkpoint_is_exported_and_nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_is_exported_with_its_own_classes_to_a_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint's record says how many classes its weights have; the model's default is 10."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    options = ModelOptions("digits_resnet")
-    made = load_checkpoint(options, tmp_path / "dense.safetensors")
+    options = ModelOptions("digits_resnet", "random", classes=3)
+    checkpoint = load_checkpoint(options, tmp_path / "three.safetensors")
     module, _ = open_checkpoint(options)
     x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    with open_model(made.path) as side:
-        assert (side.provenance, side.classes) == (made.provenance, 10)
+    with open_model(checkpoint.path) as model:
+        assert (model.provenance, model.classes) == (checkpoint.provenance, 3)
         assert [p for p in (tmp_path / "temporary").iterdir() if p.name.startswith("maskplan-")]
         with torch.no_grad():
-            assert np.allclose(side.classifier.logits(x.numpy()), module(x).numpy(), atol=1e-4)
+            assert np.allclose(model.classifier.logits(x.numpy()), module(x).numpy(), atol=1e-4)
     assert not [p for p in (tmp_path / "temporary").iterdir() if p.name.startswith("maskplan-")]
-
-
-def test_a_checkpoint_of_another_number_of_classes_opens_with_them(tmp_path: Path) -> None:
-    """The record says how many classes the weights are for; the model's own number is no longer right."""
-    options = ModelOptions("digits_resnet", "random", classes=3)
-    made = load_checkpoint(options, tmp_path / "three.safetensors")
-    with open_model(made.path) as side:
-        assert side.classes == 3
 
 
 def test_a_checkpoint_whose_model_is_a_file_elsewhere_says_what_to_do(tiny_spec: str, tmp_path: Path) -> None:
@@ -229,12 +224,13 @@ def test_a_deviation_that_would_make_nan_of_pictures_is_refused(text: str) -> No
         shared_preprocessing([side(), side()], None, text)
 
 
-def test_the_command_compares_a_checkpoint_with_its_own_export(cli: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_command_compares_a_checkpoint_with_its_own_export(
+    cli: Callable[..., Any], finished_digits: Path, tmp_path: Path
+) -> None:
     """Without --data the bundled model is judged by its own held-out digits."""
-    assert cli("export", "digits_resnet", "-o", tmp_path / "net.onnx").code == 0
-    dense = load_checkpoint(ModelOptions("digits_resnet"), tmp_path / "dense.safetensors")
     report = tmp_path / "report.json"
-    ran = cli("compare", dense.path, tmp_path / "net.onnx", "--max-top1-drop", 0, "--report", report)
+    pair = (finished_digits / "dense.safetensors", finished_digits / "dense.onnx")
+    ran = cli("compare", *pair, "--max-top1-drop", 0, "--report", report)
     assert ran.code == 0, ran.err
     assert "pass" in ran.out
     assert '"agreement": 100.0' in report.read_text()

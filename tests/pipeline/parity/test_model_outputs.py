@@ -1,4 +1,4 @@
-"""Models are asked once: first choices and hits over a stream, and logits on the fixed images picked out of it."""
+"""Each model runs once: top-1 predictions and hits over a stream, and the logits of the fixed images."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def pixels(images: Split) -> Array:
 
 @pytest.mark.parametrize("count", [1, 31, 32, 33, 100])
 @pytest.mark.parametrize("fixed", [1, 7, 64, 1000])
-def test_every_image_is_shown_once_and_answered_in_its_place(count: int, fixed: int) -> None:
+def test_every_image_runs_once_and_in_order(count: int, fixed: int) -> None:
     images = pictures(count)
     engines = {"dense": Weighing(7, 1), "sparse": Weighing(7, 2)}
     said = run_models({n: Classifier(e, n) for n, e in engines.items()}, HOW, images, fixed)
@@ -108,7 +108,7 @@ def test_the_draw_of_fixed_images_follows_the_images_and_not_their_place() -> No
     assert sorted(odd.indices[fixed_image_positions(odd, 10)]) == sorted(drawn)
 
 
-def test_without_images_noise_is_answered_and_nothing_is_counted() -> None:
+def test_without_images_models_run_on_noise_and_nothing_is_counted() -> None:
     engine = Weighing(4, 1)
     said = run_models({"net": Classifier(engine, "net")}, HOW, None, 70)["net"]
     assert (said.fixed_logits.shape, said.top1.shape, said.in_top5.shape, engine.shown) == ((70, 4), (0,), (0,), 70)

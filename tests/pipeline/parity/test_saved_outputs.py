@@ -1,4 +1,4 @@
-"""ModelOutputs that are read again are the same, and belong to the same model, images and preprocessing."""
+"""Saved outputs are read back unchanged, and only for the same model, images and preprocessing."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def asked(
 
 
 @pytest.mark.parametrize("finite", [True, False])
-def test_what_is_read_is_what_was_written(finite: bool, tmp_path: Path) -> None:
+def test_saved_outputs_are_read_back_unchanged(finite: bool, tmp_path: Path) -> None:
     said = replace(SAID, finite=finite)
     if not finite:
         said.fixed_logits[0, 0] = np.nan
@@ -79,7 +79,7 @@ def test_the_same_answers_are_the_same_bytes(tmp_path: Path) -> None:
         (replace(asked(), fixed_images=4), "4 fixed images are requested, 3 are saved"),
     ],
 )
-def test_answers_to_another_question_are_refused(other: OutputsKey, told: str, tmp_path: Path) -> None:
+def test_outputs_saved_under_another_key_are_refused(other: OutputsKey, told: str, tmp_path: Path) -> None:
     save_outputs(tmp_path / "d", asked(), SAID)
     with pytest.raises(InputError, match=told):
         load_outputs(tmp_path / "d", other)

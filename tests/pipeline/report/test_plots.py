@@ -213,7 +213,7 @@ def test_each_masked_layer_has_its_mark_and_the_most_that_the_pattern_allows() -
     assert (len(own), len(best)) == (7, 7)
     assert [tip for *_, tip in own][::6] == ["1 layer 0: 60.0%", "7 layer 6: 66.0%"]
     assert all(b[1] < o[1] and b[0] == o[0] for o, b in zip(own, best, strict=True))
-    assert "most that 2:4 allows" in words(svg)
+    assert "maximum for 2:4" in words(svg)
 
 
 def test_bars_of_patterns_begin_at_zero_and_are_as_long_as_their_share() -> None:

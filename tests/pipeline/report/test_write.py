@@ -129,7 +129,7 @@ def test_it_has_every_key_of_the_contract(values: dict[str, Any]) -> None:
             assert keys(LATENCY) <= set(batch[engine])
 
 
-def test_it_names_no_place_on_the_host(values: dict[str, Any], finished_digits: Path) -> None:
+def test_the_report_contains_no_host_paths(values: dict[str, Any], finished_digits: Path) -> None:
     texts = list(strings(values))
     assert len(texts) > 500
     for text in texts:
@@ -238,7 +238,7 @@ def test_times_are_in_milliseconds(values: dict[str, Any]) -> None:
     assert "no sparse kernels" in values["timing"]["note"]
 
 
-def test_it_says_what_took_part(values: dict[str, Any]) -> None:
+def test_versions_seed_and_image_sets_are_recorded(values: dict[str, Any]) -> None:
     for name, version in values["versions"].items():
         if name != "python":
             assert version == metadata.version(name)
@@ -308,11 +308,11 @@ def test_means_are_weighted_by_parameters_and_samples_of_digests_left_out(tmp_pa
     assert [values[n]["path"] for n in ("masks", "engine", "dense_engine")] == ["sub/m", "engine.plan", "engine.plan"]
     assert values["model"]["trained"] is False
     for part in ("model", "masks"):
-        assert values[part]["image_sets"] == [{"role": "train", "images": 9, "sha256": "3" * 64}]
+        assert values[part]["image_sets"] == [{"role": "train", "images": 9, "sha256": "3" * 64, "labeled_sha256": ""}]
     assert (weighted_mean([]), weighted_mean([(3.0, 1), (7.0, 3)])) == (0, 6)
 
 
-def test_what_was_not_asked_for_is_null(tmp_path: Path) -> None:
+def test_sections_that_were_not_requested_are_null(tmp_path: Path) -> None:
     values = report_values(small(tmp_path))
     assert [values[name] for name in ("depth", "mask_statistics", "permutation", "command")] == [None, None, None, ""]
 
@@ -339,7 +339,7 @@ def test_depth_and_statistics_stand_as_their_records_have_them(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("beside", [True, False])
-def test_a_permutation_is_told_with_its_groups_and_without_places_on_the_host(beside: bool, tmp_path: Path) -> None:
+def test_a_permutation_is_reported_with_its_groups_and_without_host_paths(beside: bool, tmp_path: Path) -> None:
     report = small(tmp_path)
     path = tmp_path / "sub/p.safetensors" if beside else tmp_path.parent / "p.safetensors"
     groups = (ChannelGroup("a", 8, "moved", None, 4, ("w",), 1.0, 1.5, 80.0), ChannelGroup("b", 16, "fixed", "why"))
@@ -367,7 +367,7 @@ def test_a_permutation_is_told_with_its_groups_and_without_places_on_the_host(be
     assert not [text for text in strings(found) if str(tmp_path.parent) in text]
 
 
-def test_why_no_permutation_was_done_stands_alone(tmp_path: Path) -> None:
+def test_the_reason_for_no_permutation_is_the_only_key(tmp_path: Path) -> None:
     values = report_values(replace(small(tmp_path), permutation_reason="no layer reads them"))
     validate_values(values)
     assert values["permutation"] == {"reason": "no layer reads them"}
@@ -384,7 +384,7 @@ def test_why_no_permutation_was_done_stands_alone(tmp_path: Path) -> None:
         (("engine", "--out", "/"), "maskplan engine --out /"),
     ],
 )
-def test_a_command_is_told_as_typed_without_places_on_the_host(arguments: tuple[str, ...], typed: str) -> None:
+def test_a_command_is_reported_as_typed_without_host_paths(arguments: tuple[str, ...], typed: str) -> None:
     assert as_typed(arguments) == typed
 
 
