@@ -302,9 +302,9 @@ def _grouped(channels: Channels, values: Sequence[Value], parameters: Mapping[st
     index = np.full(len(signatures), -1)
     for (reason, _), (members, axes) in classes.items():
         index[members] = np.arange(len(members))
-        places = [Place(name, axis, _positions(index, each, len(members))) for name, axis, each in axes]
+        members_at = [Place(name, axis, _positions(index, each, len(members))) for name, axis, each in axes]
         index[members] = -1
-        layers = [p for p in places if len(parameters[p.tensor].shape) > 1 and p.axis < 2]
+        layers = [p for p in members_at if len(parameters[p.tensor].shape) > 1 and p.axis < 2]
         if not layers:
             continue
         first = min(layers, key=lambda p: p.axis)
@@ -312,7 +312,7 @@ def _grouped(channels: Channels, values: Sequence[Value], parameters: Mapping[st
         if reason is None and len(members) > 1:
             names[name] += 1
             number = f"#{names[name]}" if names[name] > 1 else ""
-            movable.append(Group(name + number, (first, *(p for p in places if p is not first))))
+            movable.append(Group(name + number, (first, *(p for p in members_at if p is not first))))
         else:
             fixed.append(Fixed(name, len(members), reason or _ALONE))
     return Axes(tuple(movable), _merged(fixed))

@@ -104,7 +104,7 @@ def _contract(channels: Channels, one: tuple[Value, int], other: tuple[Value, in
 def batch_norm(channels: Channels, call: Call) -> Result:
     """With running statistics, or over all dimensions but the second."""
     x = call.args["input"]
-    if "running_mean" not in call.args:
+    if call.args.get("running_mean") is None or call.args.get("training"):
         _reduced_over(channels, x, set(range(len(x.shape))) - {1})
     parameters = [call.args.get(name) for name in ("weight", "bias", "running_mean", "running_var")]
     vectors = [vector_along(p, 1, len(x.shape)) for p in parameters if p is not None]
@@ -154,6 +154,8 @@ def _distinguish_along(channels: Channels, places: Places, dims: set[int]) -> No
 
 def reduce(channels: Channels, call: Call) -> Result:
     """Sums, means and extremes. The second result of `max` and `min` is indices, which depend on the order of channels."""
+    if "other" in call.args:  # `max` and `min` of two tensors
+        return broadcast(channels, call.tensors(), call.shape)
     x = call.args["self"]
     given = call.args.get("dim")
     listed = [] if given is None else [given] if isinstance(given, int) else list(given)

@@ -17,8 +17,19 @@ def follow(channels: Channels, call: Call, pointwise: bool) -> Result:
     rule = RULES.get(call.name, _elementwise if pointwise else unknown)
     result = rule(channels, call)
     if isinstance(result, Value):
+        if _misshapen(result):
+            return unknown(channels, call)
         return keep_disjoint(channels, result)
     return [value if value is None else keep_disjoint(channels, value) for value in result]
+
+
+def _misshapen(value: Value) -> bool:
+    """Whether places do not fit the tensor: the rule does not cover this overload of the operator."""
+    return any(
+        len(p.channels.shape) != len(value.shape)
+        or any(size not in (1, whole) for size, whole in zip(p.channels.shape, value.shape, strict=True))
+        for p in value.places
+    )
 
 
 def _elementwise(channels: Channels, call: Call) -> Result:
@@ -42,7 +53,7 @@ RULES: dict[str, Rule] = {
     # Assertions of types and sizes, which export inserts.
     **_named(_ignored, "_assert_tensor_metadata _assert_async _assert_scalar"),
     # Elementwise, but not tagged so by PyTorch.
-    **_named(_elementwise, "leaky_relu hardtanh elu celu selu hardswish hardsigmoid softplus threshold mish prelu"),
+    **_named(_elementwise, "leaky_relu hardtanh elu celu selu hardswish hardsigmoid softplus threshold mish"),
     **_named(layers.convolution, "convolution"),
     **_named(layers.matmul, "mm bmm addmm baddbmm"),
     **_named(layers.batch_norm, "_native_batch_norm_legit_no_training _native_batch_norm_legit"),

@@ -20,7 +20,7 @@ from maskplan.pipeline.core.validation import above, at_least
 from maskplan.pipeline.masking.patterns import parse_pattern
 from maskplan.pipeline.masking.policy import LayerPolicy, select_layers
 from maskplan.pipeline.models.checkpoint import save_checkpoint
-from maskplan.pipeline.models.layers import sample_input, trace_layers
+from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.models.state_dict import tensors_sha256
 from maskplan.pipeline.permutation.apply import Move, permuted_state
 from maskplan.pipeline.permutation.axes import Integers
@@ -39,6 +39,7 @@ from maskplan.pipeline.permutation.record import (
     write_permutation,
 )
 from maskplan.pipeline.permutation.search import SearchOptions, kept, search
+from maskplan.pipeline.permutation.verify import OutputChange, output_change, shuffled_change
 
 if TYPE_CHECKING:
     import torch
@@ -46,13 +47,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_MISREAD = "continue without permuting it, and report the model: an operator was misread"
+
 Floats = npt.NDArray[np.float32]
 Scores = dict[str, Floats]
-
-# Differences of outputs, beside the largest of them, that another order of summation explains: in float32, and in steps
-# of rounding in shorter types.
-_TOLERANCE = 1e-3
-_ROUNDINGS = 16
 
 
 @dataclass(frozen=True)
@@ -104,6 +102,10 @@ def permute(
     masked = _masked(module, provenance.preprocessing, pattern, policy)
     axes = find_groups(module, provenance.preprocessing)
     log.info("%d groups of channels can move, %d cannot", len(axes.movable), len(axes.fixed))
+    # A misread operator shows here at the cost of two forward passes; the search may take minutes.
+    _require_same_outputs(
+        shuffled_change(module, axes.movable, provenance.preprocessing), where=provenance.model, fix=_MISREAD
+    )
     scores = _scores(state, masked)
     groups, moves = _search_groups(axes, scores, pattern, options)
     searched = Permutation(record, "", provenance.model, str(pattern), tensors_sha256(state), groups)
@@ -142,16 +144,11 @@ def _apply_and_write(
     pattern = parse_pattern(permutation.pattern)
     state = module.state_dict()
     moved = permuted_state(state, moves)
-    difference, tolerance = _difference(module, moved, provenance.preprocessing)
-    if not difference <= tolerance:
-        raise InputError(
-            "the permuted network computes another function",
-            where=permutation.path if written else provenance.model,
-            found=f"outputs differ by {difference:.2g} of the largest",
-            fix="pass the permutation that was made for this model"
-            if written
-            else "continue without permuting it, and report the model: an operator was misread",
-        )
+    change = output_change(module, moved, provenance.preprocessing)
+    if written:
+        _require_same_outputs(change, where=permutation.path, fix="pass the permutation that was made for this model")
+    else:
+        _require_same_outputs(change, where=provenance.model, fix=_MISREAD)
     before, after = (_kept(_scores(each, masked), pattern) for each in (state, moved))
     bound = sum(kept(s, s.shape[1] // pattern.m * pattern.n, s.shape[1]) for s in _scores(state, masked).values())
     if not written:
@@ -161,12 +158,29 @@ def _apply_and_write(
     return Permuted(checkpoint, permutation, before, after, bound)
 
 
+def _require_same_outputs(change: OutputChange, *, where: object, fix: str) -> None:
+    if not change.is_rounding:
+        raise InputError(
+            "the permuted network computes another function",
+            where=where,
+            found=f"outputs differ by {change.difference:.2g} of the largest; rounding explains {change.tolerance:.2g}",
+            fix=fix,
+        )
+
+
 def _require_usable(state: Mapping[str, torch.Tensor], provenance: Provenance) -> None:
     if provenance.masked:
         raise InputError(
             "the weights are pruned already, and reordering channels would break their groups",
             found=f"{len(provenance.masked)} masked layers, {provenance.pattern}",
             fix="permute the dense checkpoint, then mask it again",
+        )
+    special = [f"{name} ({kind})" for name, value in state.items() if (kind := _special(value))]
+    if special:
+        raise InputError(
+            f"{len(special)} tensors have no channels that can be reordered",
+            found=listed(special),
+            fix="use a model with initialized, dense, unquantized tensors",
         )
     bad = [k for k, v in state.items() if v.is_floating_point() and not bool(v.isfinite().all())]
     if bad:
@@ -175,6 +189,22 @@ def _require_usable(state: Mapping[str, torch.Tensor], provenance: Provenance) -
             found=listed(bad),
             fix="use a checkpoint from before training diverged",
         )
+
+
+def _special(value: object) -> str | None:
+    """What makes an entry of a state dict unusable, if anything."""
+    import torch
+    from torch.nn.parameter import is_lazy
+
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    if is_lazy(value):
+        return "not initialized"
+    if value.is_meta:
+        return "without values"
+    if value.is_quantized:
+        return "quantized"
+    return None if value.layout == torch.strided else "sparse"
 
 
 def _masked(
@@ -312,33 +342,3 @@ def _kept_in_quadruples(reader: Reader, order: Integers, pattern: Pattern) -> fl
     first = np.unique(reader.positions // pattern.m) * pattern.m
     columns = (first[:, None] + np.arange(pattern.m)).ravel()
     return kept(scores[:, columns], pattern.n, pattern.m)
-
-
-def _difference(
-    module: nn.Module, moved: Mapping[str, torch.Tensor], preprocessing: Preprocessing
-) -> tuple[float, float]:
-    """The largest difference of the outputs on noise, beside the largest output; and how much of it may be rounding."""
-    import torch
-
-    sample = sample_input(preprocessing, 2)
-    for parameter in module.parameters():
-        sample = sample.to(parameter)
-        break
-    with torch.no_grad():
-        before = module.eval()(sample)
-        after = torch.func.functional_call(module, _without_aliases(module, moved), (sample,), tie_weights=False)
-    # Half-precision weights round within the network, whatever type comes out.
-    steps = torch.finfo(sample.dtype), torch.finfo(before.dtype)
-    difference = (before - after).abs().max() / before.abs().max().clamp(min=steps[1].tiny)
-    return float(difference), max(_TOLERANCE, _ROUNDINGS * max(step.eps for step in steps))
-
-
-def _without_aliases(module: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """One name for each tensor: `functional_call` restores a layer with two names wrongly if both are replaced."""
-    names = [
-        f"{path}.{name}" if path else name
-        for path, layer in module.named_modules()
-        for kind in (layer.named_parameters, layer.named_buffers)
-        for name, _ in kind(recurse=False, remove_duplicate=False)
-    ]
-    return {name: state[name] for name in names if name in state}

@@ -24,9 +24,11 @@ Order = npt.NDArray[np.int64]
 
 # If all pairs were proposed once: swaps accepted per column at the first temperature, and in total at the last.
 _HOT, _COLD = 0.3, 2.0
-# Proposals of a chain: per ordered pair of columns, the minimum, and the maximum number of elements that they read.
+# Proposals of a chain: per ordered pair of columns, the minimum and the maximum, and the maximum number of elements that
+# they read. The maximum of proposals is for wide, short matrices, as of MobileNets: without it, 64 x 384 gains 1 point of
+# efficacy in ten times the time.
 _STEPS_PER_PAIR = 4000
-_MIN_STEPS = 1 << 22
+_MIN_STEPS, _MAX_STEPS = 1 << 22, 1 << 26
 _MAX_ELEMENTS = 1 << 35
 # Rows that a chain reads; of more, it takes a sample.
 _MAX_ROWS = 1 << 14
@@ -132,8 +134,8 @@ def kept(scores: Floats, n: int, m: int, order: Order | None = None) -> float:
 
 
 def steps(rows: int, columns: int, effort: float = 1.0) -> int:
-    """Proposals of a chain: 4000 for each ordered pair of columns, at least 2**22, but of at most 2**35 elements."""
-    wanted = max(_STEPS_PER_PAIR * columns**2, _MIN_STEPS)
+    """Proposals of a chain: 4000 for each ordered pair of columns, from 2**22 to 2**26, but of at most 2**35 elements."""
+    wanted = min(max(_STEPS_PER_PAIR * columns**2, _MIN_STEPS), _MAX_STEPS)
     return max(int(effort * min(wanted, _MAX_ELEMENTS // min(rows, _MAX_ROWS))), 1)
 
 
