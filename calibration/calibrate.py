@@ -22,7 +22,7 @@ from maskplan.exporters.external_data import load_external_data
 from maskplan.exporters.half_range import fp16_overflows
 from maskplan.exporters.metadata import describe_onnx, load_onnx, opset_of, read_provenance, write_provenance
 from maskplan.exporters.precision import FP16_SCALES_OPSET, to_fp16
-from maskplan.pipeline.core.artifacts import ImageSet, OnnxModel, Preprocessing
+from maskplan.pipeline.core.artifacts import ImageSet, OnnxModel, Preprocessing, merge_image_sets
 from maskplan.pipeline.core.choices import FP16, FP32
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.files import write_atomically
@@ -145,7 +145,7 @@ def calibrate(
         ranges, origin = Ranges(source, {}), "imported"
     quantized = insert_qdq(model, placement, ranges.amax)
     if (provenance := read_provenance(model, onnx_model.path)) is not None:
-        all_sets = tuple(dict.fromkeys((*provenance.image_sets, *image_sets)))
+        all_sets = merge_image_sets(provenance.image_sets, image_sets)
         write_provenance(quantized, replace(provenance, image_sets=all_sets))
     report = CalibrationReport(
         method=options.method,

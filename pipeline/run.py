@@ -121,7 +121,7 @@ def run(options: LineOptions) -> LineResult:
     target = _target(backend, options.precision)
     with Workspace(options.out) as ws:
         job = Job(ws, options.model, options.recipe, options.device)
-        checkpoint = model.load(job)
+        checkpoint, job = model.load(job)
         data = _data(options, checkpoint)
         if target.precision == INT8 and data is None:
             raise InputError("INT8 needs images to calibrate on", fix="give --data DIR with train/ and val/")

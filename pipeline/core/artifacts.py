@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -79,6 +79,11 @@ class ImageSet:
         return f"{self.sha256}:{self.labeled_sha256}"
 
 
+def merge_image_sets(known: Iterable[ImageSet], added: Iterable[ImageSet]) -> tuple[ImageSet, ...]:
+    """Both without repetition: one record for each role and content, the last one, at the place of the first."""
+    return tuple({(images.role, images.sha256): images for images in (*known, *added)}.values())
+
+
 @dataclass(frozen=True)
 class Provenance:
     """What a set of weights is and how it was made; copied from the checkpoint into the ONNX file and the engine.
@@ -98,6 +103,8 @@ class Provenance:
         recalibrated_images: Images that BatchNorm statistics were re-estimated from; 0 if they were not.
         image_sets: Images that masks or statistics were made from.
         permutation: Digest of the permutation file that reordered the channels; None for the model's own order.
+        folded: Names of weights that the model's own code computes, such as standardized ones, and that the checkpoint
+            stores as computed.
     """
 
     model: str
@@ -114,6 +121,8 @@ class Provenance:
     recalibrated_images: int = 0
     image_sets: tuple[ImageSet, ...] = ()
     permutation: str | None = None
+    # Left out where empty, so that files of other models do not change.
+    folded: tuple[str, ...] = field(default=(), metadata={"omit_empty": True})
 
 
 @dataclass(frozen=True)
@@ -137,6 +146,7 @@ class Layer:
         groups: Of the convolution; 1 for a linear layer.
         position: Order of first use, from 0; None when the forward pass does not use it.
         macs: Multiply-accumulates for one image.
+        computed: The operator reads a value that is computed from the weight, such as a standardized one.
     """
 
     name: str
@@ -145,6 +155,7 @@ class Layer:
     groups: int
     position: int | None
     macs: int
+    computed: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from maskplan.pipeline.core.artifacts import Checkpoint, ImageSet, Preprocessing, Provenance
+from maskplan.pipeline.core.artifacts import Checkpoint, ImageSet, Preprocessing, Provenance, merge_image_sets
 from maskplan.pipeline.core.validation import at_least
 from maskplan.pipeline.data.augmentation import augment_images, require_augmentation
 from maskplan.pipeline.data.dataset import Split, batches
@@ -70,8 +70,8 @@ def recalibrate(
     if images == 0:
         reason = "there are fewer than two images" if batchnorm_layers(module) else "the model has no BatchNorm"
         log.info("recalibration is not applicable: %s", reason)
-    added = tuple(s for s in image_sets if images and s not in provenance.image_sets)
-    recalibrated = replace(provenance, recalibrated_images=images, image_sets=(*provenance.image_sets, *added))
+    all_sets = merge_image_sets(provenance.image_sets, image_sets if images else ())
+    recalibrated = replace(provenance, recalibrated_images=images, image_sets=all_sets)
     return save_checkpoint(module.state_dict(), recalibrated, out)
 
 

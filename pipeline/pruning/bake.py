@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskplan.pipeline.core.artifacts import Checkpoint, MaskSet, Provenance
+from maskplan.pipeline.core.artifacts import Checkpoint, MaskSet, Provenance, merge_image_sets
 from maskplan.pipeline.core.choices import CHANNEL
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.masking.maskset import load_masks
@@ -57,10 +57,7 @@ def bake(module: nn.Module, provenance: Provenance, masks: MaskSet, out: Path) -
             pattern=str(masks.pattern),
             layout=masks.layout,
             method=masks.method,
-            image_sets=(
-                *provenance.image_sets,
-                *(s for s in masks.image_sets if s not in provenance.image_sets),
-            ),
+            image_sets=merge_image_sets(provenance.image_sets, masks.image_sets),
         ),
         out,
     )

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from maskplan.pipeline.core.artifacts import Checkpoint, ImageSet, Layer, Provenance
+from maskplan.pipeline.core.artifacts import Checkpoint, ImageSet, Layer, Provenance, merge_image_sets
 from maskplan.pipeline.core.choices import CHANNEL
 from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.core.validation import at_least
-from maskplan.pipeline.data.dataset import Dataset, Split, batches
+from maskplan.pipeline.data.dataset import Dataset, Split, batches, require_select
 from maskplan.pipeline.masking.layerwise import layerwise_mask, output_error, unfold_weight
 from maskplan.pipeline.masking.magnitude import kept_magnitude
 from maskplan.pipeline.masking.patterns import parse_pattern
@@ -130,11 +130,12 @@ def convert(
         device: Where the network runs: `auto`, `cpu` or `cuda`.
 
     Raises:
-        InputError: No layer can be converted, or weights or activations are not finite; nothing is written.
+        InputError: No layer can be converted, no image is left for the `select` part, or weights or activations are not finite; nothing is written.
         HostError: numba is not installed.
     """
     import torch
 
+    require_select(data.select)
     pattern = parse_pattern(options.pattern)
     preprocessing = provenance.preprocessing
     layers, _ = trace_layers(module, preprocessing)
@@ -171,7 +172,7 @@ def convert(
         pattern=str(pattern),
         layout=CHANNEL,
         method=UPDATED if options.update else CONVERTED,
-        image_sets=(*provenance.image_sets, *(s for s in image_sets if s not in provenance.image_sets)),
+        image_sets=merge_image_sets(provenance.image_sets, image_sets),
     )
     source_top1 = _top1(source, provenance, data.select)
     checkpoint = recalibrate(converted, converted_provenance, data.train, recalibrate_options, out, image_sets)

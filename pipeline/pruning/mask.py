@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,23 +25,33 @@ from maskplan.pipeline.core.choices import (
     Layout,
     MaskMethod,
 )
-from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.errors import InputError, listed
 from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.core.validation import at_least
 from maskplan.pipeline.data.dataset import Dataset
 from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions
 from maskplan.pipeline.masking.layerwise import layerwise_mask
 from maskplan.pipeline.masking.magnitude import magnitude_mask
-from maskplan.pipeline.masking.maskset import load_masks, read_masks, require_fit, write_masks
+from maskplan.pipeline.masking.maskset import (
+    is_mask_file,
+    load_masks,
+    mask_problem,
+    read_masks,
+    require_fit,
+    write_masks,
+)
 from maskplan.pipeline.masking.patterns import LAYOUTS, parse_pattern
 from maskplan.pipeline.masking.policy import LINEAR, TOO_COSTLY, LayerPolicy, select_layers
 from maskplan.pipeline.masking.transposable import transposable_masks
+from maskplan.pipeline.models.key_matching import match_names
 from maskplan.pipeline.models.layers import trace_layers
-from maskplan.pipeline.models.state_dict import tensors_sha256
+from maskplan.pipeline.models.state_dict import stored_masks, tensors_sha256
 from maskplan.pipeline.pruning.method import NEED_IMAGES, require_known_method, resolve_method
 
 if TYPE_CHECKING:
     from torch import nn
+
+log = logging.getLogger(__name__)
 
 InitMethod = Literal["magnitude", "layerwise"]
 INIT_METHODS: tuple[InitMethod, ...] = get_args(InitMethod)
@@ -125,7 +136,7 @@ def choose_masks(
         data: Required by learned and layer-wise masks, and by `keep_dense_budget`.
         image_sets: Digests of the images in `data`, recorded in the mask file.
         only: Names of the weights to mask, among those that the policy selects; all by default.
-        init: Mask file to start learning from; only the layers it names are masked.
+        init: Mask file, or checkpoint with pruning masks, to start learning from; only the layers it names are masked.
         files: Files of the learner; its checkpoint is deleted once the masks are written.
         device: Where the network runs for learned and layer-wise masks: `auto`, `cpu` or `cuda`.
 
@@ -273,19 +284,30 @@ def _danhofer(
 
 
 def _load_fitting(path: Path, layers: Sequence[Layer], pattern: Pattern) -> dict[str, npt.NDArray[np.bool_]]:
+    masks = checkpoint_masks(path, layers, pattern)
+    if masks is not None:
+        return masks
     masks = load_masks(path)
     require_fit(masks, layers, pattern, CHANNEL, where=path)
     return masks
 
 
-def masks_from_file(module: nn.Module, provenance: Provenance, path: Path, *, deployable: bool = True) -> MaskSet:
+def masks_from_file(
+    module: nn.Module,
+    provenance: Provenance,
+    path: Path,
+    *,
+    deployable: bool = True,
+    converted: Path | None = None,
+) -> MaskSet:
     """Read the masks of a file and check them against the model.
 
     Args:
         module: The model.
         provenance: Of its weights.
-        path: A mask file.
+        path: A mask file, or a checkpoint with pruning masks.
         deployable: Refuse the flat layout, which TensorRT does not accept.
+        converted: The mask file to write if `path` is a checkpoint; without it, checkpoints are refused.
 
     Raises:
         InputError: The masks do not fit the model, or are not N:M.
@@ -293,4 +315,57 @@ def masks_from_file(module: nn.Module, provenance: Provenance, path: Path, *, de
     layers, _ = trace_layers(module, provenance.preprocessing)
     state = module.state_dict()
     weights = {layer.name: state[layer.name].detach().cpu().float().numpy() for layer in layers}
-    return read_masks(path, weights, layers, model=provenance.model, deployable=deployable)
+    pattern = Pattern(2, 4)
+    stored = checkpoint_masks(path, layers, pattern) if converted is not None else None
+    if stored is None or converted is None:
+        return read_masks(path, weights, layers, model=provenance.model, deployable=deployable)
+    write_masks(
+        converted,
+        stored,
+        weights,
+        [layer for layer in layers if layer.name in stored],
+        [],
+        model=provenance.model,
+        pattern=pattern,
+        layout=CHANNEL,
+        method=f"file {path.name}",
+        weights_sha256="",
+        permutation=provenance.permutation,
+    )
+    return read_masks(converted, weights, layers, model=provenance.model, deployable=deployable)
+
+
+def checkpoint_masks(path: Path, layers: Sequence[Layer], pattern: Pattern) -> dict[str, npt.NDArray[np.bool_]] | None:
+    """The N:M masks in a checkpoint of `torch.nn.utils.prune` or Apex ASP, by the model's names; None for other files.
+
+    Masks that are not N:M or belong to layers that cannot be masked are left out, with a line in the log.
+
+    Raises:
+        InputError: The checkpoint has masks, but none can be used.
+    """
+    if is_mask_file(path):
+        return None
+    stored = stored_masks(path)
+    if not stored:
+        return None
+    names = match_names(stored, [layer.name for layer in layers])
+    known = {layer.name: layer for layer in layers}
+    usable, left_out = {}, []
+    for key, mask in stored.items():
+        name = names.get(key, key)
+        layer = known.get(name)
+        if layer is not None and not mask_problem(mask, layer, pattern, CHANNEL):
+            usable[name] = mask
+        elif not mask.all():
+            left_out.append(name)
+    if not usable:
+        raise InputError(
+            f"the checkpoint has {len(stored)} pruning masks, but none is {pattern} along C of a layer that can be masked",
+            where=path,
+            found=listed(left_out),
+            fix="for unstructured zeros, use maskplan convert, or choose layerwise masks, for which zeros cost nothing",
+        )
+    if left_out:
+        log.info("%s: masks that are not %s are left out: %s", path.name, pattern, listed(left_out))
+    log.info("%s: %d pruning masks are used", path.name, len(usable))
+    return usable

@@ -19,7 +19,7 @@ from maskplan.pipeline.core.artifacts import Layer, Preprocessing
 from maskplan.pipeline.core.errors import InputError, listed
 from maskplan.pipeline.core.validation import at_least
 from maskplan.pipeline.data.dataset import Split, batches
-from maskplan.pipeline.models.layers import sample_input
+from maskplan.pipeline.models.layers import layer_modules, sample_input
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +105,10 @@ def second_moments(
         raise InputError("no images to average over", where=train.role, fix="give --data DIR with train/ and val/")
     module.eval()
     followed = layers_before_norm(module, preprocessing)
-    by_name = _modules(module)
+    by_name = layer_modules(module)
+    unseen = [layer.name for layer in layers if layer.name not in by_name]
+    if unseen:
+        raise _not_called(unseen)
     for part in _parts(layers):
         accumulators = [_MomentAccumulator(layer, by_name[layer.name], len(images), options) for layer in part]
         hooks = [a.module.register_forward_hook(a.add) for a in accumulators]
@@ -120,6 +123,9 @@ def second_moments(
             for hook in hooks:
                 hook.remove()
         _require_no_problems(accumulators)
+        unseen = [a.layer.name for a in accumulators if a.rows == 0]
+        if unseen:
+            raise _not_called(unseen)
         while accumulators:
             # Removed before its moments are finished, so that at most one layer's moments are in memory twice.
             done = accumulators.pop(0)
@@ -143,7 +149,7 @@ def layers_before_norm(module: nn.Module, preprocessing: Preprocessing) -> froze
     def match_input(norm: nn.Module, inputs: Any) -> None:
         names.update(name for name, output in outputs if output is inputs[0])
 
-    hooks = [m.register_forward_hook(record_output(name)) for name, m in _modules(module).items()]
+    hooks = [m.register_forward_hook(record_output(name)) for name, m in layer_modules(module).items()]
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     hooks += [m.register_forward_pre_hook(match_input) for m in norms]
     device = next(module.parameters()).device
@@ -154,15 +160,6 @@ def layers_before_norm(module: nn.Module, preprocessing: Preprocessing) -> froze
         for hook in hooks:
             hook.remove()
     return frozenset(names)
-
-
-def _modules(module: nn.Module) -> dict[str, nn.Module]:
-    """Layers by the names of their weights, as in `trace_layers`."""
-    from torch import nn
-    from torch.nn.modules.conv import _ConvNd
-
-    kinds = (_ConvNd, nn.Linear)
-    return {f"{n}.weight" if n else "weight": m for n, m in module.named_modules() if isinstance(m, kinds)}
 
 
 def _parts(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
@@ -189,7 +186,7 @@ class _MomentAccumulator:
         self._positions = max(options.positions, -(-self._columns // images))
         self._seed = options.seed
         self._random = np.random.default_rng(options.seed)
-        self._rows = 0
+        self.rows = 0
         self._shift: torch.Tensor | None = None
         self._sum: torch.Tensor | None = None
         self._products: torch.Tensor | None = None
@@ -221,15 +218,15 @@ class _MomentAccumulator:
         rows -= self._shift
         self._sum += rows.sum(dim=0)
         self._products.addmm_(rows.T, rows)
-        self._rows += len(rows)
+        self.rows += len(rows)
 
     def finish(self, *, before_norm: bool) -> SecondMoments:
         """Return the averages and release the sums."""
         assert self._shift is not None
         assert self._sum is not None
         assert self._products is not None
-        offset = self._sum / self._rows
-        products = self._products.div_(self._rows).addr_(offset, offset, alpha=-1)
+        offset = self._sum / self.rows
+        products = self._products.div_(self.rows).addr_(offset, offset, alpha=-1)
         mean = (self._shift + offset).cpu().numpy()
         self._products = None
         if not bool(products.isfinite().all()):
@@ -237,7 +234,7 @@ class _MomentAccumulator:
                 f"the inputs of {self.layer.name} contain NaN or infinity",
                 fix="check the weights and the images' normalization",
             )
-        return SecondMoments(products.cpu().numpy(), mean, self._rows, before_norm)
+        return SecondMoments(products.cpu().numpy(), mean, self.rows, before_norm)
 
     def _unfold(self, x: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Unfolded inputs (N * positions, D) and their outputs (N * positions, K); None if the shapes do not match."""
@@ -302,3 +299,11 @@ def _require_no_problems(accumulators: Sequence[_MomentAccumulator]) -> None:
             found=listed(problems, 3),
             fix="choose magnitude masks, or leave these layers out with --layers; for NaN, check weights and images",
         )
+
+
+def _not_called(names: Sequence[str]) -> InputError:
+    return InputError(
+        f"the inputs of {len(names)} layers cannot be observed: the model uses their weights without calling the layers",
+        found=listed(names, 3),
+        fix="choose learned or magnitude masks, or leave these layers out with --layers",
+    )

@@ -9,6 +9,7 @@ from maskplan.pipeline.core.choices import FP16, FP32, FloatPrecision
 from maskplan.pipeline.core.reports import CalibrationReport, ConformanceReport
 from maskplan.pipeline.data.dataset import Dataset
 from maskplan.pipeline.models.checkpoint import ModelOptions
+from maskplan.pipeline.models.sources import SourceFile
 from maskplan.pipeline.permutation.record import Permuted
 from maskplan.pipeline.recipe import Recipe
 from maskplan.pipeline.stages.workspace import Workspace
@@ -16,12 +17,26 @@ from maskplan.pipeline.stages.workspace import Workspace
 
 @dataclass(frozen=True)
 class Job:
-    """What every stage of one run has at hand: the folder, the model and the options."""
+    """What every stage of one run has at hand: the folder, the model and the options; `code` is known after `load`."""
 
     ws: Workspace
     model: ModelOptions
     recipe: Recipe
     device: str = "auto"
+    code: str = ""
+
+    @property
+    def code_key(self) -> dict[str, str]:
+        """For the key of every stage that builds the module: its code beside the user's file, if there is any."""
+        return {"code": self.code} if self.code else {}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The dense checkpoint, and the files beside the model's own that its code was imported from."""
+
+    checkpoint: Checkpoint
+    sources: tuple[SourceFile, ...]
 
 
 @dataclass(frozen=True)

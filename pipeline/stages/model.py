@@ -16,10 +16,12 @@ from maskplan.pipeline.masking.maskset import exclude_layers
 from maskplan.pipeline.masking.patterns import parse_pattern
 from maskplan.pipeline.models.batchnorm import recalibrate
 from maskplan.pipeline.models.checkpoint import load_checkpoint, load_module, weights_file
-from maskplan.pipeline.models.registry import model_identity
+from maskplan.pipeline.models.registry import model_folder, model_identity, model_sources
+from maskplan.pipeline.models.sources import code_sha256, unchanged
+from maskplan.pipeline.models.weight_files import weights_digest
 from maskplan.pipeline.pruning.bake import bake
 from maskplan.pipeline.pruning.mask import choose_masks, masks_from_file, needs_images, policy_of
-from maskplan.pipeline.stages.job import Images, ImageSets, Job, PermuteResult
+from maskplan.pipeline.stages.job import Images, ImageSets, Job, Loaded, PermuteResult
 from maskplan.pipeline.stages.refine import RAN_DENSE
 
 log = logging.getLogger(__name__)
@@ -27,25 +29,36 @@ log = logging.getLogger(__name__)
 _STATE, _LOG = "learning.safetensors", "learning"
 
 
-def load(job: Job) -> Checkpoint:
-    """Load the dense checkpoint.
+def load(job: Job) -> tuple[Checkpoint, Job]:
+    """Load the dense checkpoint; the job is the same, with the digest of the model's code.
 
-    Weights that a library downloads are identified by their name, those of a file by its digest.
+    Weights that a library downloads are identified by their name, those of a file by its digest. The code of a model in a
+    file is that file and what it imported from outside the installed packages, which is only known once it was built.
     """
     model = job.model
     file = weights_file(model)
-    return job.ws.stage(
+    identity, folder = model_identity(model.model), model_folder(model.model)
+
+    def work() -> Loaded:
+        checkpoint = load_checkpoint(model, job.ws.path("dense.safetensors"))
+        return Loaded(checkpoint, model_sources(model.model))
+
+    loaded = job.ws.stage(
         "load",
-        Checkpoint,
+        Loaded,
         {
-            "model": model_identity(model.model),
-            "weights": sha256_of(file) if file is not None else model.weights,
+            "model": identity,
+            "weights": weights_digest(file) if file is not None else model.weights,
             "classes": model.classes,
             # Only random weights depend on the seed.
             "seed": model.seed if file is None and model.weights != "pretrained" else None,
+            **({} if model.ema is None else {"ema": model.ema}),
+            **({"fuse": True} if model.fuse else {}),
         },
-        lambda: load_checkpoint(model, job.ws.path("dense.safetensors")),
+        work,
+        intact=lambda known: unchanged(known.sources, folder),
     )
+    return loaded.checkpoint, replace(job, code=code_sha256(identity, loaded.sources))
 
 
 def identify_images(job: Job, data: Dataset, dense: Checkpoint) -> Images:
@@ -90,6 +103,7 @@ def permute(job: Job, dense: Checkpoint, method: MaskMethod) -> PermuteResult:
         "pattern": options.pattern,
         "policy": policy,
         "options": job.recipe.permute,
+        **job.code_key,
     }
     return job.ws.stage("permute", PermuteResult, inputs, work)
 
@@ -101,7 +115,7 @@ def mask(job: Job, dense: Checkpoint, method: MaskMethod | Path, images: Images 
         return job.ws.stage(
             "mask",
             MaskSet,
-            {"checkpoint": dense.sha256, "file": sha256_of(method)},
+            {"checkpoint": dense.sha256, "file": sha256_of(method), **job.code_key},
             lambda: _copy_masks(masks_from_file(load_module(job.model, dense), dense.provenance, method), out),
         )
     options = replace(job.recipe.mask, method=method)
@@ -111,7 +125,7 @@ def mask(job: Job, dense: Checkpoint, method: MaskMethod | Path, images: Images 
     return job.ws.stage(
         "mask",
         MaskSet,
-        {"checkpoint": dense.sha256, "options": options, "images": [s.key for s in sets]},
+        {"checkpoint": dense.sha256, "options": options, "images": [s.key for s in sets], **job.code_key},
         lambda: choose_masks(
             load_module(job.model, dense),
             dense.provenance,
@@ -145,7 +159,7 @@ def bake_and_recalibrate(
     baked = job.ws.stage(
         f"bake-{name}",
         Checkpoint,
-        {"checkpoint": dense.sha256, "masks": masks.sha256},
+        {"checkpoint": dense.sha256, "masks": masks.sha256, **job.code_key},
         lambda: bake(
             load_module(job.model, dense),
             dense.provenance,
@@ -159,6 +173,6 @@ def bake_and_recalibrate(
     return job.ws.stage(
         f"recalibrate-{name}",
         Checkpoint,
-        {"checkpoint": baked.sha256, "images": images.sets.train.key, "options": recipe},
+        {"checkpoint": baked.sha256, "images": images.sets.train.key, "options": recipe, **job.code_key},
         lambda: recalibrate(load_module(job.model, baked), baked.provenance, train, recipe, out, shaped),
     )

@@ -24,7 +24,7 @@ def export(job: Job, checkpoint: Checkpoint, name: str) -> Network:
     pair = job.ws.stage(
         f"export-{name}",
         OnnxPair,
-        {"checkpoint": checkpoint.sha256, "options": job.recipe.export},
+        {"checkpoint": checkpoint.sha256, "options": job.recipe.export, **job.code_key},
         lambda: OnnxPair(
             *export_onnx(load_module(job.model, checkpoint), checkpoint.provenance, job.recipe.export, paths)
         ),
@@ -38,7 +38,7 @@ def export_fp32(job: Job, checkpoint: Checkpoint, name: str) -> OnnxModel:
     return job.ws.stage(
         f"export-{name}",
         OnnxModel,
-        {"checkpoint": checkpoint.sha256, "options": job.recipe.export},
+        {"checkpoint": checkpoint.sha256, "options": job.recipe.export, **job.code_key},
         lambda: export_onnx(load_module(job.model, checkpoint), checkpoint.provenance, job.recipe.export, paths)[0],
     )
 
@@ -102,7 +102,7 @@ def magnitude_rows(job: Job, dense: Checkpoint, masks: MaskSet, images: Images |
     magnitude = job.ws.stage(
         "baseline-mask",
         MaskSet,
-        {"checkpoint": dense.sha256, "options": options, "layers": names},
+        {"checkpoint": dense.sha256, "options": options, "layers": names, **job.code_key},
         lambda: choose_masks(load_module(job.model, dense), dense.provenance, options, out, only=names),
     )
     rows: dict[str, OnnxModel] = {}

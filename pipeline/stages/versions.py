@@ -4,7 +4,7 @@ Folders of older versions then run this stage again and keep the others, learned
 """
 
 STAGE_VERSIONS = {
-    "load": 1,
+    "load": 2,
     "images": 1,
     "permute": 1,
     "mask": 1,

@@ -138,7 +138,7 @@ def go_through(name: str, folder: Path) -> None:
     """One model from mask to engine."""
     with Workspace(folder / name) as ws:
         job = Job(ws, ModelOptions(name, "random"), Recipe())
-        checkpoint = stages.load(job)
+        checkpoint, job = stages.load(job)
         how = checkpoint.provenance.preprocessing
         x = torch.randn(2, how.channels, how.height, how.width, generator=torch.Generator().manual_seed(1))
         dense, masked = expected_reasons(load_module(job.model, checkpoint), x[:1])

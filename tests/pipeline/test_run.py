@@ -322,3 +322,56 @@ def test_another_process_elsewhere_makes_the_same_bytes(line: Line, tmp_path: Pa
         for folder in (out, line.out)
     ]
     assert np.array_equal(*logits)
+
+
+# --- inputs that once left an old answer in place
+
+
+def test_images_moved_between_classes_of_val_are_compared_again(
+    again: Line, toy_data: Path, cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(toy_data, tmp_path / "data"))
+    options = [str(data) if option == str(toy_data) else option for option in again.options]
+    assert cli("engine", *options, "--out", again.out).code == 0
+    (data / "val" / "red").rename(data / "swap")
+    (data / "val" / "blue").rename(data / "val" / "red")
+    (data / "swap").rename(data / "val" / "blue")
+
+    ran = cli("engine", *options, "--out", again.out)
+
+    assert ran.code == 0
+    assert {"images", "compare"} <= set(stages_of(ran.err).made)
+    assert "mask" in stages_of(ran.err).reused
+    fresh = cli("engine", *options, "--masks", again.out / "masks.safetensors", "--out", tmp_path / "fresh")
+    assert fresh.code == 0
+    reports = [read_json(folder / "report.json")["parity"] for folder in (again.out, tmp_path / "fresh")]
+    assert reports[0]["top1_dense"] == reports[1]["top1_dense"]
+
+
+def test_a_changed_neighbor_of_the_models_file_makes_the_model_again(
+    line: Line, cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "net_blocks_of_this_test.py").write_text("SLOPE = 0.0\n")
+    lines = Path(line.options[0].rpartition(":")[0]).read_text()
+    body = "from net_blocks_of_this_test import SLOPE\n" + lines.replace(
+        "return self.head(", "return SLOPE + self.head("
+    )
+    assert "return SLOPE" in body
+    (tmp_path / "small.py").write_text(body)
+    options = [f"{tmp_path}/small.py:net", *line.options[1:], "--masks", "magnitude", "--out", tmp_path / "out"]
+    assert cli("engine", *options).code == 0
+    assert stages_of(cli("engine", *options).err).made == ()
+    (tmp_path / "net_blocks_of_this_test.py").write_text("SLOPE = 0.25\n")
+    del sys.modules["net_blocks_of_this_test"]
+
+    ran = cli("engine", *options)
+
+    assert ran.code == 0
+    assert {"load", "export-dense", "export-sparse", "build-sparse", "compare"} <= set(stages_of(ran.err).made)
+    images = np.zeros((1, 3, 16, 16), np.float32)
+    dense, untouched = (
+        onnxruntime.InferenceSession(folder / "dense.onnx").run(["logits"], {"input": images})[0]
+        for folder in (tmp_path / "out", line.out)
+    )
+    assert dense == pytest.approx(untouched + 0.25, abs=1e-6)
+    del sys.modules["net_blocks_of_this_test"]
