@@ -3,7 +3,7 @@
     python benchmarks/accuracy/stability.py random
 
 checks them on random networks (tests/support/random_nets.py), each with many samples of weights, masks, images and
-updates.
+updates. Together the networks contain every operator that the bounds accept, with uncommon arguments.
 
     python benchmarks/accuracy/stability.py cifar --weights resnet20.safetensors --data DIR
 
@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accuracy import PATTERN, by_magnitude, dense_network, pruned, recalibrated
+from accuracy import PATTERN, by_magnitude, dense_network, pruned
 from cifar import HOW, load_cifar10
 from layerwise import masks_of
 from torch import nn
@@ -47,12 +47,14 @@ from maskplan.pipeline.core.serialization import encode
 from maskplan.pipeline.data.dataset import Split, batches
 from maskplan.pipeline.data.image_sets import identify
 from maskplan.pipeline.masking.policy import select_layers
+from maskplan.pipeline.models.batchnorm import RecalibrateOptions, update_statistics
 from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.report.write import versions
 from maskplan.pipeline.stability.analyze import StabilityOptions, Weights, analyze, under_masks
 from maskplan.pipeline.stability.bounds import change_bounds, difference_norms, observe, pair_of, worst_case
 from maskplan.pipeline.stability.certify import certify, tails
 from maskplan.pipeline.stability.network import affine_maps
+from maskplan.pipeline.stability.reader import ACCEPTED_OPERATORS
 from maskplan.pipeline.stability.updates import ball_changes, ball_of, keeps_class
 from maskplan.pipeline.timing.compare_latency import cpu_name
 
@@ -64,20 +66,29 @@ import random_nets  # noqa: E402 - tests and this script draw the same networks
 RADII = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
-def random(examples: int, architectures: int, workers: int) -> dict[str, Any]:
-    """Count violations and flips of certified images; both must be 0."""
+def random(examples: int, architectures: int, images: int, workers: int) -> dict[str, Any]:
+    """Count violations, flips of certified images, and differences between networks as read and modules; all must be 0.
+
+    A certificate is one image certified by the bounds from one node on; an image can have several.
+    """
     each = math.ceil(examples / architectures)
     counts: Counter[str] = Counter()
     above: list[float] = []
+    operators: set[str] = set()
     started = time.monotonic()
     with ExitStack() as stack:
         spread = stack.enter_context(ProcessPoolExecutor(workers)).map if workers > 1 else map
-        for found, ratios in spread(one_network, range(architectures), [each] * architectures):
+        for found, ratios, names in spread(
+            one_network, range(architectures), [each] * architectures, [images] * architectures
+        ):
             counts += found
             above += ratios
+            operators |= names
     tightness = {f"p{q}": round(float(np.quantile(above, q / 100)), 3) for q in (10, 50, 90)}
     return {
         "architectures": architectures,
+        "operators": sorted(operators),
+        "accepted_operators_not_covered": sorted(ACCEPTED_OPERATORS - operators),
         "minutes": round((time.monotonic() - started) / 60, 1),
         **{name: counts[name] for name in COUNTED},
         "log10_of_bound_over_measured": tightness,
@@ -88,6 +99,7 @@ COUNTED = (
     "examples",
     "images",
     "flips",
+    "reading_mismatches",
     "violations",
     "worst_case_violations",
     "ball_violations",
@@ -98,15 +110,18 @@ COUNTED = (
 )
 
 
-def one_network(number: int, draws: int) -> tuple[Counter[str], list[float]]:
+def one_network(number: int, draws: int, images: int) -> tuple[Counter[str], list[float], frozenset[str]]:
     """All draws of one network."""
     torch.set_num_threads(1)
     counts: Counter[str] = Counter()
     above: list[float] = []
     for seed in range(draws):
-        case = random_nets.case(number, seed)
+        case = random_nets.case(number, seed, images)
         pair, observed = random_nets.observe_case(case)
-        flips = case.logits(case.first).argmax(1).numpy() != case.logits(case.second).argmax(1).numpy()
+        first, second = case.logits(case.first).numpy(), case.logits(case.second).numpy()
+        flips = first.argmax(1) != second.argmax(1)
+        counts["reading_mismatches"] += differs(first, observed.logits_first, observed.sizes_first)
+        counts["reading_mismatches"] += differs(second, observed.logits_second, observed.sizes_second)
         counts.update(examples=1, images=len(flips), flips=int(flips.sum()))
         for end in tails(pair.network):
             bounds = change_bounds(pair, observed, end.start)
@@ -119,7 +134,13 @@ def one_network(number: int, draws: int) -> tuple[Counter[str], list[float]]:
         worst = worst_case(pair, difference_norms(pair.network, pair.first, pair.second), observed.sizes_first[0].max())
         counts["worst_case_violations"] += random_nets.exceeds(observed, worst.changes[:, None])
         counts += ball_counts(case, np.random.default_rng([number, seed, 1]))
-    return counts, above
+    return counts, above, random_nets.architecture(number)[2]
+
+
+def differs(logits: np.ndarray, as_read: np.ndarray, sizes: np.ndarray) -> bool:
+    """Whether a module and the network as read differ by more than rounding, on some image."""
+    allowed = 1e-9 * np.abs(logits).max(axis=1) + 1e-13 * sizes.max(axis=0)
+    return bool((np.abs(logits - as_read).max(axis=1) > allowed).any())
 
 
 def ball_counts(case: random_nets.Case, rng: np.random.Generator) -> Counter[str]:
@@ -152,8 +173,18 @@ def cifar(weights: Path, folder: Path, images: int, most: int | None) -> dict[st
     known = identify(data.val)
     found = {}
     for method, masks in (("magnitude", magnitude), ("layerwise", layerwise)):
-        masked = recalibrated(pruned(module, masks), data)
-        about = Provenance("resnet20", True, weights.name, "", len(data.classes), data.classes, HOW)
+        masked = pruned(module, masks)
+        recalibrated_images = update_statistics(masked, data.train, HOW, RecalibrateOptions())
+        about = Provenance(
+            "resnet20",
+            True,
+            weights.name,
+            "",
+            len(data.classes),
+            data.classes,
+            HOW,
+            recalibrated_images=recalibrated_images,
+        )
         state = masked.state_dict()
         states = Weights(module.state_dict(), state)
         if method == "magnitude":
@@ -207,8 +238,9 @@ def main() -> None:
     """Measure one section."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("section", choices=("random", "cifar", "digits"))
-    parser.add_argument("--examples", type=int, default=20_000, help="of random networks (default: %(default)s)")
-    parser.add_argument("--architectures", type=int, default=400, help="that they are of (default: %(default)s)")
+    parser.add_argument("--examples", type=int, default=4_140, help="of random networks (default: %(default)s)")
+    parser.add_argument("--architectures", type=int, default=69, help="that they are of (default: %(default)s)")
+    parser.add_argument("--images-per-example", type=int, default=16, help="of random networks (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
     parser.add_argument("--weights", type=Path, help="weights of the dense ResNet-20")
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10 as .npz files")
@@ -218,8 +250,9 @@ def main() -> None:
     args = parser.parse_args()
     command = f"python benchmarks/accuracy/stability.py {args.section}"
     if args.section == "random":
-        found = random(args.examples, args.architectures, args.workers)
+        found = random(args.examples, args.architectures, args.images_per_example, args.workers)
         command += f" --examples {args.examples} --architectures {args.architectures}"
+        command += f" --images-per-example {args.images_per_example}"
     elif args.section == "digits":
         found = digits()
     elif args.weights is None or args.data is None:

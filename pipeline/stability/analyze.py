@@ -148,7 +148,7 @@ def analyze(
     masking = _PairTally("dense against masked", ends)
     ball_tallies = [_BallTally(end, ball, options.radii) for end, ball in balls]
     update = None if weights.updated is None else _UpdateTally.of(pair, weights, ends)
-    margins = []
+    margins: list[Floats] = []
     split = val.sample(options.images, options.seed)
     check = ReadingCheck(module, weights.dense, where=provenance.model) if options.check_reading else None
     for images in _batches(split, preprocessing, options):

@@ -15,12 +15,13 @@ Bench = Callable[..., None]
 
 @pytest.mark.slow
 def test_random_networks_are_counted(bench: Bench, tmp_path: Path) -> None:
-    results = tmp_path / "stability.json"
-    bench("stability.py", "random", "--examples", 20, "--architectures", 4, "--workers", 1, "--results", results)
+    results, size = tmp_path / "stability.json", ("--examples", 20, "--architectures", 4, "--images-per-example", 3)
+    bench("stability.py", "random", *size, "--workers", 1, "--results", results)
     found = json.loads(results.read_text())["random"]
-    assert found["command"] == "python benchmarks/accuracy/stability.py random --examples 20 --architectures 4"
+    assert found["command"] == f"python benchmarks/accuracy/stability.py random {' '.join(map(str, size))}"
     assert (found["examples"], found["images"], found["architectures"]) == (20, 60, 4)
     assert [value for name, value in found.items() if "violations" in name or "certified_flips" in name] == [0] * 5
+    assert found["reading_mismatches"] == 0
     assert found["certificates"] > 0
     assert found["ball_certificates"] > 0
 
@@ -38,6 +39,7 @@ def test_regimes_of_resnet20(bench: Bench, toy_cifar: Path, tmp_path: Path) -> N
     for method in ("magnitude", "layerwise"):
         report = found[method]
         assert report["masking"]["images"] == 20
+        assert report["recalibrated_images"] > 0
         assert [regime["name"] for regime in report["masking"]["regimes"]][:2] == ["head", "last 3 layers"]
         assert [ball["name"] for ball in report["balls"]] == ["head", "last 3 layers", "whole network"]
         assert report["masking"]["certified_flips"] == 0
