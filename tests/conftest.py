@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import subprocess
 import sys
@@ -119,14 +121,30 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def build_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], None]) -> Path:
+    """A folder that the first test process to need it builds for all of them. Do not write to it."""
+    base = factory.getbasetemp()
+    # Under pytest-xdist each worker has a folder of its own below the common one.
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{name}"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            build(folder)
+            (folder / "done").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def finished_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of `maskplan engine digits_resnet`, run once. Do not write to it; `digits` is a copy."""
-    out = tmp_path_factory.mktemp("line") / "digits_resnet"
-    ran = spawn("engine", "digits_resnet", "--out", out)
-    assert ran.code == 0, ran.err
-    validate_report(out / "report.json")
-    return out
+
+    def build(folder: Path) -> None:
+        ran = spawn("engine", "digits_resnet", "--out", folder / "digits_resnet")
+        assert ran.code == 0, ran.err
+        validate_report(folder / "digits_resnet" / "report.json")
+
+    return build_once(tmp_path_factory, "digits", build) / "digits_resnet"
 
 
 @pytest.fixture

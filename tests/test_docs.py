@@ -1,0 +1,166 @@
+"""Every command in the README and in docs/ is run in order, with a small network in place of resnet50.
+
+docs/gpu-host.md has a test of its own (test_gpu_host.py).
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fake_cuda
+import fake_tensorrt
+import pytest
+import torch
+
+from maskplan.pipeline.core.artifacts import Preprocessing
+from maskplan.pipeline.models import registry
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/masks.md", "docs/int8.md", "docs/stability.md", "docs/ci.md")
+# Commands of other programs: what they do is tested elsewhere, or is not ours.
+OTHERS = ("make ", "pip install ", "torchrun --nproc-per-node 8 -m maskplan.pipeline mask ")
+
+NET = """
+import torch
+from torch import nn
+
+PREPROCESSING = {"height": 16, "width": 16, "resize": 0, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.fc = nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return self.fc(torch.relu(self.bn2(self.conv2(x))).mean((2, 3)))
+
+
+def build():
+    return Net()
+"""
+QUICK = """
+[learn]
+epochs = 1
+[time]
+seconds = 0.05
+batches = [1]
+"""
+
+
+def commands(page: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```console\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [line.removeprefix("$ ") for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+
+
+def build() -> torch.nn.Module:
+    namespace: dict[str, Any] = {}
+    exec(NET, namespace)
+    net: torch.nn.Module = namespace["build"]()
+    return net
+
+
+def trained() -> torch.nn.Module:
+    """Tells the classes of the toy data, which are colors."""
+    torch.manual_seed(5)
+    net = build()
+    optimizer = torch.optim.Adam(net.parameters(), 0.02)
+    for _ in range(60):
+        labels = torch.randint(3, (32,))
+        pixels = 120 * torch.rand(32, 3, 16, 16)
+        pixels[torch.arange(32), 2 - labels] += 120
+        loss = torch.nn.functional.cross_entropy(net((pixels / 255 - 0.5) / 0.25), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, toy_data: Path, finished_digits: Path) -> Path:
+    """What a reader has: weights, images, a model's file, ONNX files of other tools, a finished run of the digits."""
+    folder = tmp_path_factory.mktemp("reader")
+    net = trained()
+    torch.save(net.state_dict(), folder / "w.pth")
+    from safetensors.torch import save_file
+
+    save_file(net.state_dict(), folder / "w.safetensors")
+    (folder / "my_net.py").write_text(NET)
+    (folder / "quick.toml").write_text(QUICK)
+    (folder / "gate.toml").write_text("[compare]\nmax_top1_drop = 50.0\n")
+    for name in ("imagenet", "photos"):
+        (folder / name).symlink_to(toy_data)
+    shutil.copytree(finished_digits, folder / "build" / "digits_resnet")
+    return folder
+
+
+@pytest.fixture
+def small_resnet50(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`resnet50` is the small network."""
+    preprocessing = Preprocessing(3, 16, 16, 0, "bilinear", (0.5,) * 3, (0.25,) * 3)
+    monkeypatch.setattr(
+        registry,
+        "_torchvision",
+        lambda name, classes, pretrained: registry.Architecture("", build(), preprocessing, ()),
+    )
+
+
+def after(words: list[str]) -> None:
+    """The files that later commands name."""
+    out = Path("build/resnet50")
+    if words[:3] == ["maskplan", "engine", "resnet50"]:
+        for name, source in {
+            "sparse.onnx": "sparse.onnx",
+            "dense.onnx": "dense.onnx",
+            "first.onnx": "sparse.onnx",
+            "second.onnx": "sparse.onnx",
+            "somebody_elses.onnx": "sparse.onnx",
+            "masks.safetensors": "masks.safetensors",
+            "sparse.safetensors": "sparse.safetensors",
+        }.items():
+            shutil.copy(out / source, name)
+
+
+def test_the_commands_of_other_programs_are_known() -> None:
+    others = [command for page in PAGES for command in commands(page) if not command.startswith("maskplan ")]
+    assert others
+    assert [command for command in others if not command.startswith(OTHERS)] == []
+
+
+def test_every_command_is_in_a_console_block() -> None:
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert len(re.findall(r"^\s*\$ ", text, re.MULTILINE)) == len(commands(page)), page
+    assert sum(len(commands(page)) for page in PAGES) > 25
+
+
+def test_the_commands_run_as_printed(
+    folder: Path, small_resnet50: None, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    for page in PAGES:
+        for command in commands(page):
+            words = shlex.split(command)
+            if words[0] != "maskplan":
+                continue
+            extra = ["--recipe", "quick.toml"] if words[1] in ("engine", "mask") else []
+            if words[1] == "engine":
+                # The small network loses more than a real one may.
+                extra += ["--max-top1-drop", "100"]
+            with monkeypatch.context() as context:
+                if "tensorrt" in words:
+                    fake_tensorrt.install("10.13.3.9", fake_cuda.install(context), context)
+                ran = cli(*words[1:], *extra)
+            # A gate may judge the small network either way; anything else must succeed.
+            allowed = (0, 1) if words[1] == "compare" else (0,)
+            assert ran.code in allowed, f"{page}: {command}\n{ran.out}\n{ran.err}"
+            after(words)
