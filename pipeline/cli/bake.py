@@ -24,9 +24,11 @@ def register(app: typer.Typer) -> None:
 
 def bake(
     model: options.Model,
-    masks: Annotated[Path, typer.Option(help="Mask file.")],
+    masks: Annotated[Path, typer.Option(help="Mask file, or a checkpoint with pruning masks (torch prune, ASP).")],
     out: options.Out = Path("sparse.safetensors"),
     weights: options.Weights = "auto",
+    ema: options.Ema = None,
+    fuse: options.Fuse = False,
     recalibrate: Annotated[
         Path | None, typer.Option(help="Data folder; its train/ images recalibrate the BatchNorm statistics.")
     ] = None,
@@ -45,15 +47,15 @@ def bake(
     from maskplan.pipeline.recipe import read_recipe
 
     settings = read_recipe(recipe, seed)
-    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed))
+    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed, ema, fuse))
     dataset = open_folder(recalibrate, provenance.labels, provenance.classes, seed) if recalibrate else None
-    mask_set = masks_from_file(module, provenance, masks)
-    if dataset is None:
-        pruned = bake_masks(module, provenance, mask_set, out)
-    else:
-        with tempfile.TemporaryDirectory(prefix="maskplan-") as folder:
-            pruned = bake_masks(module, provenance, mask_set, Path(folder) / out.name)
+    with tempfile.TemporaryDirectory(prefix="maskplan-") as folder:
+        converted = Path(folder) / "masks.safetensors"
+        mask_set = masks_from_file(module, provenance, masks, converted=converted)
+        pruned = bake_masks(module, provenance, mask_set, out if dataset is None else Path(folder) / out.name)
+        if dataset is not None:
             fit_weights(module, read_weights(pruned.path), where=pruned.path)
+    if dataset is not None:
         image_sets = (identify(dataset.train),)
         pruned = recalibrate_batchnorm(module, pruned.provenance, dataset.train, settings.recalibrate, out, image_sets)
     print(f"{pruned.path}: {mask_set.pattern} on {len(mask_set.masked)} layers, {pruned.bytes:,} bytes")

@@ -35,6 +35,8 @@ def convert(
     model: options.Model,
     out: options.Out = Path("converted.safetensors"),
     weights: options.Weights = "auto",
+    ema: options.Ema = None,
+    fuse: options.Fuse = False,
     data: options.Data = None,
     update: Annotated[
         bool | None,
@@ -81,7 +83,7 @@ def convert(
         min_channels=min_channels,
     )
     settings = read_recipe(recipe, seed)
-    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed))
+    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed, ema, fuse))
     dataset = find_dataset(data, model=model, labels=provenance.labels, outputs=provenance.classes, seed=seed)
     if dataset is None:
         raise InputError("conversion needs images", fix="give --data DIR with train/ and val/")

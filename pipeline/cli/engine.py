@@ -40,6 +40,8 @@ def engine(
     context: typer.Context,
     model: options.Model = "digits_resnet",
     weights: options.Weights = "auto",
+    ema: options.Ema = None,
+    fuse: options.Fuse = False,
     data: options.Data = None,
     masks: Annotated[
         str | None,
@@ -100,7 +102,7 @@ def engine(
         compare=override(settings.compare, max_top1_drop=max_top1_drop),
     )
     line_options = LineOptions(
-        model=ModelOptions(model, weights, classes, seed),
+        model=ModelOptions(model, weights, classes, seed, ema, fuse),
         data=data,
         masks=masks,
         precision=precision,

@@ -27,6 +27,8 @@ def export(
     model: options.Model,
     out: options.Out = Path("model.onnx"),
     weights: options.Weights = "auto",
+    ema: options.Ema = None,
+    fuse: options.Fuse = False,
     precision: Annotated[
         FloatPrecision, choice(FloatPrecision, "precision", help="Precision of the weights and activations.")
     ] = FP32,
@@ -40,6 +42,6 @@ def export(
     from maskplan.pipeline.recipe import read_recipe
 
     settings = read_recipe(recipe, seed)
-    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed))
+    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed, ema, fuse))
     (onnx_model,) = export_onnx(module, provenance, settings.export, {precision: out})
     print(f"{onnx_model.path}: {onnx_model.precision}, {onnx_model.bytes:,} bytes")

@@ -47,6 +47,8 @@ def mask(
         ),
     ] = None,
     weights: options.Weights = "auto",
+    ema: options.Ema = None,
+    fuse: options.Fuse = False,
     data: options.Data = None,
     pattern: options.Pattern = None,
     layout: Annotated[
@@ -60,7 +62,9 @@ def mask(
         float | None,
         typer.Option(help="Percent of the MACs that may stay dense: the layers whose masks cost most accuracy."),
     ] = None,
-    init: Annotated[Path | None, typer.Option(help="Mask file to start learning from.")] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Mask file, or checkpoint with pruning masks, to start learning from.")
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Continue an interrupted run of the same command.")] = False,
     log_dir: Annotated[
         Path | None, typer.Option(help="Folder for learning.csv (and TensorBoard files, if it is installed).")
@@ -87,7 +91,7 @@ def mask(
     from maskplan.pipeline.report.write import masks_values
 
     settings = read_recipe(recipe, seed).mask
-    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed))
+    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed, ema, fuse))
     dataset = find_dataset(data, model=model, labels=provenance.labels, outputs=provenance.classes, seed=seed)
     mask_options = override(
         settings,

@@ -90,6 +90,17 @@ Model = Annotated[
 ]
 OnnxFile = Annotated[Path, typer.Argument(help="An ONNX file, written by any tool.", show_default=False)]
 Weights = Annotated[str, typer.Option(help="auto, pretrained, random, or a .safetensors or .pth file.")]
+Ema = Annotated[
+    bool | None,
+    typer.Option(
+        "--ema/--no-ema",
+        help="Take the averaged weights (EMA, SWA) of the file, or its raw ones; by default raw ones, if there are any.",
+        show_default=False,
+    ),
+]
+Fuse = Annotated[
+    bool, typer.Option("--fuse", help="First fuse the training branches of the model's blocks (RepVGG, MobileOne).")
+]
 Classes = Annotated[int | None, typer.Option(help="Number of classes, if not the model's own.")]
 Data = Annotated[
     Path | None,

@@ -39,6 +39,8 @@ def permute(
     model: options.Model,
     out: options.Out = Path("permuted.safetensors"),
     weights: options.Weights = "auto",
+    ema: options.Ema = None,
+    fuse: options.Fuse = False,
     permutation: Annotated[
         Path | None,
         typer.Option(help="Apply the permutation in this file, written by an earlier run, instead of searching."),
@@ -78,7 +80,7 @@ def permute(
     )
     permute_options = override(PermuteOptions(seed=seed), effort=effort)
     policy = LayerPolicy(masks.include_linear, masks.layers, masks.min_channels)
-    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed))
+    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed, ema, fuse))
     if permutation is not None:
         permuted = repermute(module, provenance, permutation, policy, out)
     else:

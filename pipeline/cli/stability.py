@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,8 +37,10 @@ def _defaults() -> dict[str, object]:
 
 def stability(
     model: options.Model,
-    masks: Annotated[Path, typer.Option(help="Mask file.")],
+    masks: Annotated[Path, typer.Option(help="Mask file, or a checkpoint with pruning masks (torch prune, ASP).")],
     weights: options.Weights = "auto",
+    ema: options.Ema = None,
+    fuse: options.Fuse = False,
     sparse: Annotated[
         Path | None,
         typer.Option(help="Analyze this pruned (and perhaps recalibrated) checkpoint instead of masks times weights."),
@@ -67,8 +70,11 @@ def stability(
     from maskplan.pipeline.stability.analyze import StabilityOptions, Weights, analyze, require_masked, under_masks
 
     stability_options = override(StabilityOptions(seed=seed), images=images, confidence=confidence)
-    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed))
-    mask_set = masks_from_file(module, provenance, masks, deployable=False)
+    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed, ema, fuse))
+    with tempfile.TemporaryDirectory(prefix="maskplan-") as folder:
+        converted = Path(folder) / "masks.safetensors"
+        mask_set = masks_from_file(module, provenance, masks, deployable=False, converted=converted)
+        tensors, masked_state = load_masks(mask_set.path), baked_state(module, mask_set)
     if mask_set.permutation != provenance.permutation:
         raise InputError(
             "the channels of the masks and of the weights are in different orders",
@@ -76,8 +82,7 @@ def stability(
             fix="give the weights that the masks were chosen for, such as permuted.safetensors of the same run",
         )
     used_images = [*provenance.image_sets, *mask_set.image_sets]
-    dense, masked, masked_provenance = module.state_dict(), baked_state(module, mask_set), provenance
-    tensors = load_masks(masks)
+    dense, masked, masked_provenance = module.state_dict(), masked_state, provenance
     if sparse is not None:
         pruned, masked_provenance = open_checkpoint(ModelOptions(model, str(sparse), classes, seed))
         masked = pruned.state_dict()
@@ -85,7 +90,7 @@ def stability(
         used_images += masked_provenance.image_sets
     new = new_masked = None
     if updated is not None:
-        newer, newer_provenance = open_checkpoint(ModelOptions(model, str(updated), classes, seed))
+        newer, newer_provenance = open_checkpoint(ModelOptions(model, str(updated), classes, seed, ema, fuse))
         new = newer.state_dict()
         new_masked = under_masks(newer, tensors, None if sparse is None else masked)
         used_images += newer_provenance.image_sets

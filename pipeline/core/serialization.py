@@ -17,10 +17,15 @@ T = TypeVar("T")
 def encode(value: object, root: Path | None = None) -> Any:
     """A JSON-ready copy of a record.
 
-    Paths below `root` become relative to it, so that a folder can be moved; numbers that JSON cannot hold become None.
+    Paths below `root` become relative to it, so that a folder can be moved; numbers that JSON cannot hold become None. Empty
+    values of fields with `omit_empty` in their metadata are left out.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: encode(getattr(value, f.name), root) for f in dataclasses.fields(value)}
+        return {
+            f.name: encode(getattr(value, f.name), root)
+            for f in dataclasses.fields(value)
+            if getattr(value, f.name) or not f.metadata.get("omit_empty")
+        }
     if isinstance(value, Path):
         if root is not None and value.is_relative_to(root):
             return value.relative_to(root).as_posix()

@@ -119,6 +119,21 @@ def open_val(folder: Path, labels: Sequence[str], outputs: int) -> Split:
     return _all_of("val", _image_files(folder / "val", images, _class_order(folder, names, labels, outputs)))
 
 
+def require_select(select: Split) -> None:
+    """Raise if no training image was left for the `select` part.
+
+    Raises:
+        InputError: No class has two training images.
+    """
+    if len(select) == 0:
+        raise InputError(
+            "too few training images: none is left for the select part, on which choices are measured",
+            where="train/",
+            found="at most one image in each class",
+            fix="give at least 2 training images of a class; of 10 or more in each class, one in ten is set aside",
+        )
+
+
 def dataset_from_train_val(train: Images, val: Images, classes: tuple[str, ...], seed: int) -> Dataset:
     """Split the seeded `select` part off the training images of a collection that has its own held-out part."""
     share = min(SELECT_SHARE, SELECT_MAX_IMAGES / len(train.labels))

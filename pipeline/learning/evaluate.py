@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from maskplan.pipeline.core.artifacts import Preprocessing
 from maskplan.pipeline.core.choices import CHANNEL, FLAT, Layout
 from maskplan.pipeline.core.errors import InputError
-from maskplan.pipeline.data.dataset import Dataset, batches
+from maskplan.pipeline.data.dataset import Dataset, batches, require_select
 from maskplan.pipeline.learning.masked_net import Masks
 from maskplan.pipeline.learning.options import LearnOptions
 from maskplan.pipeline.masking.patterns import group
@@ -64,6 +64,7 @@ class MaskEvaluator:
     """
 
     def __init__(self, dense: nn.Module, preprocessing: Preprocessing, data: Dataset, options: LearnOptions) -> None:
+        require_select(data.select)
         self._dense, self._preprocessing, self._data = dense, preprocessing, data
         self._temperature, self._batch = options.distill_temperature, options.batch
         self._recalibrate = RecalibrateOptions(seed=options.seed, augment=options.judge_augment)

@@ -70,7 +70,12 @@ class MaskedNet(nn.Module):
         return logits, self._kept(sampled)
 
     def _kept(self, sampled: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        shares = [sampled[name].square().sum() / weight.square().sum() for name, weight in self._weights.items()]
+        # A weight of zeros keeps nothing; without a lower bound on the divisor that would be 0/0.
+        tiny = torch.finfo(torch.float32).tiny
+        shares = [
+            sampled[name].square().sum() / weight.square().sum().clamp_min(tiny)
+            for name, weight in self._weights.items()
+        ]
         return torch.stack(shares).mean()
 
     def start_from(self, masks: Mapping[str, npt.NDArray[np.bool_]], init_margin: float) -> None:

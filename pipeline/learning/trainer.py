@@ -129,7 +129,7 @@ class Learner:
         self.start, self.pattern, self.preprocessing, self.data = start, pattern, preprocessing, data
         self.options, self.process, self.files = options, process, files
         teacher = copy.deepcopy(module).eval().requires_grad_(False).to(process.device)
-        self.teacher = teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.teacher = _channels_last(teacher)
         student = copy.deepcopy(self.teacher)
         self.net = MaskedNet(student, list(start), pattern, options.init_std, hard=options.hard).to(process.device)
         if favor_start:
@@ -294,6 +294,18 @@ class Learner:
             return
         adam = [dict(self.adam.state[p]) for p in self.net.logits()] if self.adam.state else []
         save_state(LearnerState(key, progress, list(self.net.logits()), adam, self.average), self.files.checkpoint)
+
+
+def _channels_last(module: nn.Module) -> nn.Module:
+    """The module with its images and filters in channels-last order, in place, which is faster."""
+    tensors = [*module.parameters(), *module.buffers()]
+    if all(t.ndim != 5 for t in tensors):
+        return module.to(memory_format=torch.channels_last)  # type: ignore[no-any-return, call-overload]
+    # PyTorch's conversion refuses modules that also have tensors of five axes.
+    for tensor in tensors:
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    return module
 
 
 def _running_mean(mean: float, value: float) -> float:

@@ -21,7 +21,7 @@ from maskplan.pipeline.core.serialization import decode, encode
 from maskplan.pipeline.masking.eligibility import ineligible_reason
 from maskplan.pipeline.masking.magnitude import kept_magnitude, magnitude_mask
 from maskplan.pipeline.masking.patterns import count_violations, group, parse_layout, parse_pattern
-from maskplan.pipeline.masking.policy import UNUSED
+from maskplan.pipeline.masking.policy import COMPUTED, UNUSED
 from maskplan.pipeline.models.state_dict import METADATA_KEY, read_metadata
 
 Masks = Mapping[str, npt.NDArray[np.bool_]]
@@ -146,6 +146,15 @@ def load_masks(path: Path) -> dict[str, npt.NDArray[np.bool_]]:
     return masks
 
 
+def is_mask_file(path: Path) -> bool:
+    """Whether a file is safetensors and holds bool tensors only."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return all(file.get_slice(name).get_dtype() == "BOOL" for name in file.keys())  # noqa: SIM118 (no dict)
+    except (SafetensorError, OSError, ValueError):
+        return False
+
+
 def read_masks(
     path: Path, weights: Weights, layers: Sequence[Layer], *, model: str, deployable: bool = True
 ) -> MaskSet:
@@ -181,7 +190,7 @@ def read_masks(
             layer.shape,
             layer.macs,
             ineligible_reason(layer.op, layer.shape[1], layer.groups, pattern.m)
-            or (UNUSED if layer.position is None else NOT_IN_FILE),
+            or (UNUSED if layer.position is None else COMPUTED if layer.computed else NOT_IN_FILE),
         )
         for layer in layers
         if layer.name not in masks
@@ -218,15 +227,9 @@ def require_fit(masks: Masks, layers: Sequence[Layer], pattern: Pattern, layout:
         )
     problems = []
     for name, mask in masks.items():
-        layer = known[name]
-        # The flat layout fits any weight: its rows are padded.
-        reason = ineligible_reason(layer.op, layer.shape[1], layer.groups, pattern.m) if layout == CHANNEL else None
-        if mask.shape != layer.shape:
-            problems.append(f"{name}: shape {mask.shape}, but the weight has {layer.shape}")
-        elif reason is not None:
-            problems.append(f"{name}: the layer cannot be {pattern} ({reason})")
-        elif count := count_violations(mask, pattern, layout):
-            problems.append(f"{name}: {count} groups keep more than {pattern.n} of {pattern.m}")
+        problem = mask_problem(mask, known[name], pattern, layout)
+        if problem is not None:
+            problems.append(f"{name}: {problem}")
     if problems:
         raise InputError(
             f"{len(problems)} of {len(masks)} masks cannot be used",
@@ -234,6 +237,20 @@ def require_fit(masks: Masks, layers: Sequence[Layer], pattern: Pattern, layout:
             found=listed(problems, 3),
             fix=f"make {pattern} masks along C for this model",
         )
+
+
+def mask_problem(mask: npt.NDArray[np.bool_], layer: Layer, pattern: Pattern, layout: Layout) -> str | None:
+    """Why a mask cannot be used for a layer; None if it can."""
+    if mask.shape != layer.shape:
+        return f"shape {mask.shape}, but the weight has {layer.shape}"
+    # The flat layout fits any weight: its rows are padded.
+    reason = ineligible_reason(layer.op, layer.shape[1], layer.groups, pattern.m) if layout == CHANNEL else None
+    if reason is None and layer.computed:
+        reason = COMPUTED
+    if reason is not None:
+        return f"the layer cannot be {pattern} ({reason})"
+    count = count_violations(mask, pattern, layout)
+    return f"{count} groups keep more than {pattern.n} of {pattern.m}" if count else None
 
 
 def describe(

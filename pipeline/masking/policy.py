@@ -12,7 +12,7 @@ from maskplan.pipeline.masking.eligibility import ineligible_reason
 
 STEM, LINEAR, UNUSED = "stem", "linear", "not_used_in_inference"
 NARROW, NOT_NAMED, TOO_COSTLY = "fewer_channels_than_asked", "not_named", "costs_too_much_accuracy"
-OUTPUTS = "output_channels_not_in_tiles"
+OUTPUTS, COMPUTED = "output_channels_not_in_tiles", "weight_is_computed"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ def select_layers(layers: Sequence[Layer], pattern: Pattern, policy: LayerPolicy
     """Split a model's layers: every eligible convolution except the stem is masked.
 
     The stem (the first convolution) has few input channels and costs the most accuracy; linear layers are usually the
-    head. The stem is never masked, linear layers only if the policy says so; ineligible layers stay dense by necessity.
+    head. The stem is never masked, linear layers only if the policy says so; ineligible layers stay dense by necessity, and
+    so do layers whose operator reads a value that is computed from the weight: computing makes zeros dense.
 
     Args:
         layers: All layers of the model, in any order.
@@ -65,6 +66,8 @@ def select_layers(layers: Sequence[Layer], pattern: Pattern, policy: LayerPolicy
         reason = ineligible_reason(layer.op, layer.shape[1], layer.groups, pattern.m)
         if reason is None and layer.position is None:
             reason = UNUSED
+        elif reason is None and layer.computed:
+            reason = COMPUTED
         elif reason is None and layer.op != "Conv" and not policy.include_linear:
             reason = LINEAR
         elif reason is None and layer is stem:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +14,20 @@ from maskplan.pipeline.core.files import sha256_of, write_atomically
 from maskplan.pipeline.core.serialization import decode, encode
 from maskplan.pipeline.core.validation import at_least
 from maskplan.pipeline.data.digits import BUNDLED_MODEL
+from maskplan.pipeline.models.computed_weights import fold_computed_weights, fold_computed_with_note
+from maskplan.pipeline.models.fusing import fusable_blocks, fuse_blocks, note_fusable
+from maskplan.pipeline.models.key_matching import match_keys
 from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.models.registry import BUNDLED_WEIGHTS, Architecture, build_model
-from maskplan.pipeline.models.state_dict import fit_weights, read_metadata, read_weights, serialize, tensors_sha256
+from maskplan.pipeline.models.state_dict import (
+    fit_weights,
+    fold_with_note,
+    read_metadata,
+    read_state,
+    serialize,
+    tensors_sha256,
+)
+from maskplan.pipeline.models.state_selection import StateDict
 
 if TYPE_CHECKING:
     import torch
@@ -34,12 +45,16 @@ class ModelOptions:
         weights: `auto`, `pretrained`, `random` or a file.
         classes: Number of outputs; None keeps the model's own.
         seed: For random weights.
+        ema: Take the averaged weights of a file (True) or its raw ones (False); None prefers raw ones.
+        fuse: Fuse the training branches of re-parameterizable blocks (RepVGG, MobileOne).
     """
 
     model: str
     weights: str = "auto"
     classes: int | None = None
     seed: int = 0
+    ema: bool | None = None
+    fuse: bool = False
 
     def __post_init__(self) -> None:
         at_least(1, classes=self.classes)
@@ -83,9 +98,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def load_module(options: ModelOptions, checkpoint: Checkpoint) -> nn.Module:
     """The model with a checkpoint's weights, in evaluation mode."""
-    module = build_model(options.model, seed=options.seed, classes=options.classes).module
-    fit_weights(module, read_weights(checkpoint.path), where=checkpoint.path)
-    return module
+    architecture = build_model(options.model, seed=options.seed, classes=options.classes)
+    _load_own(architecture, checkpoint.provenance, read_state(checkpoint.path), checkpoint.path)
+    return architecture.module
 
 
 def rebuild_module(checkpoint: Checkpoint) -> nn.Module:
@@ -108,10 +123,18 @@ def rebuild_module(checkpoint: Checkpoint) -> nn.Module:
 
 def _load(options: ModelOptions) -> tuple[Architecture, Provenance]:
     file = weights_file(options)
-    architecture, origin, trained = _build_with_weights(options, file)
     recorded = None if file is None else _read_provenance(file)
+    architecture, origin, trained = _build_with_weights(options, file, recorded)
+    folded = recorded.folded if recorded is not None else ()
+    if options.fuse and (recorded is None or fusable_blocks(architecture.module)):
+        count = fuse_blocks(architecture.module, architecture.preprocessing, architecture.name)
+        log.info("%s: %d blocks are fused", architecture.name, count)
+    elif not options.fuse:
+        note_fusable(architecture.module, architecture.name)
+    if not folded:
+        folded = fold_computed_with_note(architecture.module, architecture.preprocessing, architecture.name)
     if recorded is not None:
-        return architecture, recorded
+        return architecture, replace(recorded, folded=folded)
     _, outputs = trace_layers(architecture.module, architecture.preprocessing)
     if options.classes not in (None, outputs):
         raise InputError(
@@ -135,8 +158,20 @@ def _load(options: ModelOptions) -> tuple[Architecture, Provenance]:
         classes=outputs,
         labels=architecture.labels,
         preprocessing=architecture.preprocessing,
+        folded=folded,
     )
     return architecture, provenance
+
+
+def _load_own(architecture: Architecture, provenance: Provenance, state: StateDict, path: Path) -> None:
+    """Load a checkpoint that maskplan wrote: its weights are plain, and so is the module afterwards."""
+    fold_with_note(architecture.module, architecture.name)
+    is_fused = match_keys(state.tensors, architecture.module.state_dict(), where=path) is None
+    if is_fused and fusable_blocks(architecture.module):
+        fuse_blocks(architecture.module, architecture.preprocessing, architecture.name)
+    if provenance.folded:
+        fold_computed_weights(architecture.module, architecture.preprocessing, provenance.folded)
+    fit_weights(architecture.module, state, where=path)
 
 
 def weights_file(options: ModelOptions) -> Path | None:
@@ -148,27 +183,38 @@ def weights_file(options: ModelOptions) -> Path | None:
     return None
 
 
-def _build_with_weights(options: ModelOptions, file: Path | None) -> tuple[Architecture, str, bool]:
+def _build_with_weights(
+    options: ModelOptions, file: Path | None, recorded: Provenance | None
+) -> tuple[Architecture, str, bool]:
     """The module with the requested weights, their origin, and whether they are trained."""
 
     def build(pretrained: bool = False) -> Architecture:
         return build_model(options.model, seed=options.seed, classes=options.classes, pretrained=pretrained)
 
+    def folded(architecture: Architecture) -> Architecture:
+        fold_with_note(architecture.module, architecture.name)
+        return architecture
+
     if file is not None:
-        state = read_weights(file)
+        state = read_state(file, ema=options.ema)
         architecture = build()
-        fit_weights(architecture.module, state, where=file)
+        if recorded is not None:
+            _load_own(architecture, recorded, state, file)
+        else:
+            fit_weights(architecture.module, state, where=file, ema=options.ema)
         return architecture, file.name, True
+    if options.ema is not None:
+        raise InputError("--ema and --no-ema choose between the weights of a file", fix="give --weights FILE")
     if options.weights == "pretrained":
-        return build(pretrained=True), "pretrained", True
+        return folded(build(pretrained=True)), "pretrained", True
     if options.weights == "auto":
         try:
             if options.classes is not None:
                 raise HostError("pretrained weights have their own classes")
-            return build(pretrained=True), "pretrained", True
+            return folded(build(pretrained=True)), "pretrained", True
         except HostError as error:
             log.warning("%s; using random weights: suitable for timing only, not for accuracy", error.what)
-    return build(), f"random, seed {options.seed}", False
+    return folded(build()), f"random, seed {options.seed}", False
 
 
 def _read_provenance(path: Path) -> Provenance | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import logging
 import math
 import os
@@ -24,6 +25,8 @@ from maskplan.pipeline.core.serialization import decode, encode
 from maskplan.pipeline.data.digits import BUNDLED_MODEL, CLASSES
 from maskplan.pipeline.data.digits import PREPROCESSING as DIGITS_PREPROCESSING
 from maskplan.pipeline.data.preprocessing import IMAGENET, INTERPOLATIONS, preprocessing_from_transforms
+from maskplan.pipeline.models.factory_modules import prepare_module
+from maskplan.pipeline.models.sources import SourceFile, imported_sources
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,6 +57,23 @@ def model_identity(spec: str) -> tuple[str, str]:
     if file is None:
         return spec, hashlib.sha256(spec.encode()).hexdigest()
     return f"{file.stem}_{factory}", hashlib.sha256(f"{sha256_of(file)}:{factory}".encode()).hexdigest()
+
+
+def model_folder(spec: str) -> Path:
+    """The folder of a model's own file; the current folder for other models."""
+    file, _ = _split_file(spec)
+    return file.resolve().parent if file is not None else Path.cwd()
+
+
+def model_sources(spec: str) -> tuple[SourceFile, ...]:
+    """What a model's own file imported from outside the installed packages, after it was built in this process."""
+    file, _ = _split_file(spec)
+    source = sys.modules.get(_module_name(file)) if file is not None else None
+    return imported_sources(source) if source is not None else ()
+
+
+def _module_name(file: Path) -> str:
+    return f"maskplan_model_{file.stem}"
 
 
 def folder_name(spec: str) -> str:
@@ -94,8 +114,10 @@ def build_model(spec: str, *, seed: int, classes: int | None = None, pretrained:
         architecture = _timm(spec.removeprefix("timm/"), classes, pretrained)
     else:
         architecture = _torchvision(spec, classes, pretrained)
-    architecture.module.eval()
-    return replace(architecture, name=model_identity(spec)[0])
+    name = model_identity(spec)[0]
+    return replace(
+        architecture, name=name, module=prepare_module(architecture.module, architecture.preprocessing, name)
+    )
 
 
 def _split_file(spec: str) -> tuple[Path | None, str]:
@@ -230,7 +252,7 @@ def _from_file(file: Path, factory: str) -> Architecture:
 
     if not file.is_file():
         raise InputError("model file not found", where=file, fix="check the path before the colon")
-    imported = importlib.util.spec_from_file_location(f"maskplan_model_{file.stem}", file)
+    imported = importlib.util.spec_from_file_location(_module_name(file), file)
     if imported is None or imported.loader is None:
         raise InputError("not a Python file", where=file)
     source = importlib.util.module_from_spec(imported)
@@ -247,7 +269,7 @@ def _from_file(file: Path, factory: str) -> Architecture:
             "the model's file raises an exception",
             where=f"{file}:{factory}",
             found=f"{type(error).__name__}: {error}",
-            fix="run it in Python to see the traceback",
+            fix=_factory_fix(source, factory),
         ) from error
     if not isinstance(module, nn.Module):
         functions = [name for name, value in vars(source).items() if callable(value) and not name.startswith("_")]
@@ -258,6 +280,17 @@ def _from_file(file: Path, factory: str) -> Architecture:
             fix="name a function without arguments that returns a torch.nn.Module",
         )
     return Architecture("", module, _own_preprocessing(source, file), _own_labels(source, file))
+
+
+def _factory_fix(source: Any, factory: str) -> str:
+    """What to do about a factory that raised an exception."""
+    try:
+        inspect.signature(getattr(source, factory)).bind()
+    except TypeError as error:
+        return f"give a function that needs no arguments ({error})"
+    except (AttributeError, ValueError):
+        pass
+    return "run it in Python to see the traceback"
 
 
 @contextmanager

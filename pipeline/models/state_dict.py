@@ -4,34 +4,49 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from maskplan.pipeline.core.errors import InputError, listed
+from maskplan.pipeline.models.key_matching import match_keys, without_wrappers
+from maskplan.pipeline.models.older_formats import load_older_format
+from maskplan.pipeline.models.reparametrization import describe_folded, fold_module, fold_state, is_reparametrized
+from maskplan.pipeline.models.state_selection import StateDict, missing_kind, select_state
+from maskplan.pipeline.models.weight_files import read_content, unreadable
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_WRAPPER_KEYS = ("state_dict", "model_state_dict", "model", "net", "module", "model_ema")
-_PREFIXES = ("module.", "_orig_mod.")
 METADATA_KEY = "maskplan"
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Read a `.safetensors` file, or a PyTorch file with `weights_only=True`.
+def read_weights(path: Path, *, ema: bool | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a weights file, under the file's own keys; see `read_state`."""
+    return read_state(path, ema=ema).tensors
 
-    A state dict inside a training checkpoint is found, and the prefixes of DataParallel and `torch.compile` are removed.
+
+def read_state(path: Path, *, ema: bool | None = None) -> StateDict:
+    """Read a `.safetensors` file, a PyTorch file with `weights_only=True`, or the index of a sharded checkpoint.
+
+    A state dict inside a training checkpoint is found. Sparse and quantized tensors become dense ones.
+
+    Args:
+        path: The file.
+        ema: Take averaged weights (True) or raw ones (False); None prefers raw ones and names the others in the log.
 
     Raises:
         InputError: The file is missing, truncated, without tensors, or a pickle that would run code.
     """
-    if not path.is_file():
-        raise InputError("checkpoint not found", where=path, fix="check the path given to --weights")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    return _unwrap(content, path)
+    return select_state(read_content(path), path, ema)
 
 
 def read_metadata(path: Path) -> dict[str, Any] | None:
@@ -46,15 +61,15 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
         with safe_open(path, "np") as file:
             text = (file.metadata() or {}).get(METADATA_KEY)
     except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if text is None:
         return None
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if not isinstance(value, dict):
-        raise _unreadable(path, "metadata that is not a table")
+        raise unreadable(path, "metadata that is not a table")
     return value
 
 
@@ -71,7 +86,8 @@ def serialize(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) 
     for name, tensor in tensors.items():
         # A layer under two names shares its memory, which safetensors rejects.
         shared = tensor.untyped_storage().data_ptr() in owners
-        separate[name] = tensor.clone() if shared else tensor.contiguous()
+        # Contiguous first: a clone keeps strides such as those of channels-last.
+        separate[name] = tensor.contiguous().clone() if shared else tensor.contiguous()
         owners.add(tensor.untyped_storage().data_ptr())
     return safetensors.torch.save(separate, {METADATA_KEY: text})
 
@@ -88,12 +104,86 @@ def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def fit_weights(module: nn.Module, state: Mapping[str, torch.Tensor], *, where: object) -> None:
-    """Load a state dict into a module, in place.
+def fit_weights(
+    module: nn.Module, state: Mapping[str, torch.Tensor] | StateDict, *, where: object, ema: bool | None = None
+) -> None:
+    """Load weights into a module, in place, and fold reparametrized weights of module and file into plain ones.
+
+    Keys are matched to the model's own: prefixes and names of wrappers are removed where the model lacks them.
+
+    Args:
+        module: The model. A reparametrized one (weight normalization, pruning) is plain afterwards.
+        state: Tensors by the file's keys.
+        where: The file, for messages.
+        ema: As for `read_state`, for files that tell averaged weights by prefixes.
 
     Raises:
         InputError: Keys or shapes do not fit, or weights are NaN or infinite; the first few are named, all are counted.
     """
+    if not isinstance(state, StateDict):
+        state = StateDict(dict(state))
+    if is_reparametrized(module):
+        match = match_keys(state.tensors, module.state_dict(), where=where, ema=_prefix_kind(state, ema))
+        if match is not None:
+            _load(module, match.tensors, state.versions, where)
+            fold_with_note(module, where)
+            return
+        fold_with_note(module, where)
+    folded = fold_state(state.tensors)
+    if folded.folded:
+        log.info("%s: folded into plain weights: %s", _name(where), describe_folded(folded.folded))
+    if folded.masks:
+        log.info(
+            "%s: the pruning masks of %d weights are applied; `maskplan mask --init` takes them from this file",
+            _name(where),
+            len(folded.masks),
+        )
+    match = match_keys(folded.tensors, module.state_dict(), where=where, ema=_prefix_kind(state, ema))
+    if match is None:
+        if ema and not state.averaged:
+            raise missing_kind(["no averaged weights that fit the model"], where, ema=True)
+        _load(module, without_wrappers(folded.tensors, module.state_dict()), state.versions, where)
+        return
+    if match.averaged:
+        others = "; --no-ema uses the raw ones" if match.others else ""
+        log.info("%s: averaged weights (EMA or SWA) are used%s", _name(where), others)
+    elif match.others:
+        log.info("%s: raw weights are used; --ema uses the averaged ones (%s)", _name(where), listed(match.others))
+    left_out = [k for k in match.left_out if not any(k.startswith(p) for p in match.others)]
+    if left_out:
+        log.info("%s: %d tensors do not belong to the model: %s", _name(where), len(left_out), listed(left_out))
+    _load(module, match.tensors, state.versions, where)
+
+
+def fold_with_note(module: nn.Module, where: object) -> None:
+    """Fold a module's reparametrized weights and log what was folded."""
+    folded = fold_module(module)
+    if folded:
+        log.info("%s: folded into plain weights: %s", _name(where), describe_folded(folded))
+
+
+def stored_masks(path: Path) -> dict[str, npt.NDArray[np.bool_]]:
+    """The pruning masks in a checkpoint of `torch.nn.utils.prune` or Apex ASP, by the weight's key; empty without any.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    return {name: mask.cpu().numpy() for name, mask in fold_state(read_weights(path)).masks.items()}
+
+
+def _prefix_kind(state: StateDict, ema: bool | None) -> bool | None:
+    """The kind of weights to look for behind prefixes; a state dict that was chosen as averaged has no prefix for it."""
+    return None if state.averaged else ema
+
+
+def _name(where: object) -> object:
+    return where.name if isinstance(where, Path) else where
+
+
+def _load(
+    module: nn.Module, state: Mapping[str, torch.Tensor], versions: Mapping[str, Any] | None, where: object
+) -> None:
+    """Load tensors by the model's own keys, in place, after checking keys, shapes and values."""
     own = module.state_dict()
     # Old checkpoints have no batch counter, which inference does not use.
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
@@ -112,6 +202,10 @@ def fit_weights(module: nn.Module, state: Mapping[str, torch.Tensor], *, where: 
         )
         if keys
     ]
+    if problems and (upgraded := load_older_format(module, state, versions)) is not None:
+        log.info("%s: %s", _name(where), upgraded)
+        _require_finite({k: v for k, v in module.state_dict().items() if k in state}, where)
+        return
     if problems:
         raise InputError(
             "the checkpoint does not fit the model",
@@ -121,7 +215,15 @@ def fit_weights(module: nn.Module, state: Mapping[str, torch.Tensor], *, where: 
         )
     # Checked in the model's type: a value that is finite in float64 may be infinite in float32.
     typed = OrderedDict((k, state[k].to(v.dtype)) for k, v in own.items() if k in state)
-    bad = [k for k, v in typed.items() if v.is_floating_point() and not bool(v.isfinite().all())]
+    _require_finite(typed, where)
+    # The format versions of the installed libraries: the values above are already in their format, and MNASNet rejects
+    # a state dict without versions.
+    typed._metadata = own._metadata  # type: ignore[attr-defined]
+    module.load_state_dict(typed, strict=False)
+
+
+def _require_finite(state: Mapping[str, torch.Tensor], where: object) -> None:
+    bad = [k for k, v in state.items() if v.is_floating_point() and not bool(v.isfinite().all())]
     if bad:
         raise InputError(
             f"{len(bad)} tensors contain NaN or infinity",
@@ -129,94 +231,3 @@ def fit_weights(module: nn.Module, state: Mapping[str, torch.Tensor], *, where: 
             found=listed(bad),
             fix="use a checkpoint from before training diverged",
         )
-    # The format versions of the installed libraries: the values above are already in their format, and MNASNet rejects
-    # a state dict without versions.
-    typed._metadata = own._metadata  # type: ignore[attr-defined]
-    module.load_state_dict(typed, strict=False)
-
-
-def _read_safetensors(path: Path) -> Mapping[str, Any]:
-    import safetensors.torch
-    from safetensors import SafetensorError
-
-    try:
-        return safetensors.torch.load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _read_torch(path: Path) -> Mapping[str, Any]:
-    import pickle  # noqa: TID251 - only for its exception; torch reads with weights_only
-
-    import torch
-
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        text = str(error)
-        if "Unsupported global" in text or "GLOBAL" in text or "unrecognized function" in text:
-            raise InputError(
-                "the checkpoint would run code while it loads; refused",
-                where=path,
-                found=_refused_global(text),
-                fix="save only tensors: torch.save(model.state_dict(), F), or use safetensors",
-            ) from error
-        raise _unreadable(path, text.partition("\n")[0]) from error
-    except Exception as error:  # torch's reader trusts the bytes, and corrupt ones raise many kinds of exceptions
-        raise _unreadable(path, str(error).partition("\n")[0] or type(error).__name__) from error
-    if not isinstance(content, Mapping):
-        raise InputError(
-            "no state dict in the checkpoint",
-            where=path,
-            found=type(content).__name__,
-            fix="save model.state_dict()",
-        )
-    return content
-
-
-def _refused_global(text: str) -> str:
-    """The function or class that torch's error message names."""
-    for marker in (
-        "Unsupported global: GLOBAL ",
-        "Trying to call reduce for unrecognized function ",
-        "GLOBAL ",
-    ):
-        if marker in text:
-            return text.partition(marker)[2].split(maxsplit=1)[0]
-    return "a pickle opcode that tensors do not need"
-
-
-def _unreadable(path: Path, error: object) -> InputError:
-    return InputError(
-        "the checkpoint cannot be read",
-        where=path,
-        found=str(error) or type(error).__name__,
-        fix="it may be truncated: copy or download it again",
-    )
-
-
-def _unwrap(content: Mapping[str, Any], path: Path) -> dict[str, torch.Tensor]:
-    import torch
-
-    # Bounded: a mapping in a pickle may contain itself.
-    for _ in _WRAPPER_KEYS:
-        inner = next((content[k] for k in _WRAPPER_KEYS if isinstance(content.get(k), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    tensors = {str(k): v for k, v in content.items() if isinstance(v, torch.Tensor)}
-    if not tensors:
-        raise InputError(
-            "no tensors in the checkpoint",
-            where=path,
-            found=listed(content) or "nothing",
-            fix="save model.state_dict()",
-        )
-    stripped = True
-    while stripped:
-        stripped = False
-        for prefix in _PREFIXES:
-            if all(k.startswith(prefix) for k in tensors):
-                tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
-                stripped = True
-    return tensors

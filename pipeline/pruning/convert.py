@@ -130,7 +130,8 @@ def convert(
         device: Where the network runs: `auto`, `cpu` or `cuda`.
 
     Raises:
-        InputError: No layer can be converted, no image is left for the `select` part, or weights or activations are not finite; nothing is written.
+        InputError: No layer can be converted, no image is left for the `select` part, or weights or activations are not
+            finite; nothing is written.
         HostError: numba is not installed.
     """
     import torch

@@ -343,9 +343,15 @@ def checkpoint_masks(path: Path, layers: Sequence[Layer], pattern: Pattern) -> d
     Raises:
         InputError: The checkpoint has masks, but none can be used.
     """
-    if is_mask_file(path):
+    if not path.is_file() or is_mask_file(path):
         return None
-    stored = stored_masks(path)
+    try:
+        stored = stored_masks(path)
+    except InputError:
+        # A damaged mask file, for which `load_masks` has the message; a damaged checkpoint is named as such.
+        if path.suffix == ".safetensors":
+            return None
+        raise
     if not stored:
         return None
     names = match_names(stored, [layer.name for layer in layers])

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,8 @@ _OMITTED_FIELDS: Mapping[type, tuple[str, ...]] = {ImageSet: ("sketch", "members
 def report_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of report.json.
 
-    Records become objects with all their fields required and no others allowed, `Literal` an enum, a tuple an array, and
-    `None` null.
+    Records become objects with all their fields required, but for those that are left out where empty, and no others
+    allowed; `Literal` becomes an enum, a tuple an array, and `None` null.
     """
     defs: dict[str, Any] = {}
 
@@ -78,7 +78,9 @@ def report_schema() -> dict[str, Any]:
     )
     sections = {
         "schema": {"const": SCHEMA},
-        "model": _table(_fields(Provenance, defs) | {"seed": of(int), "precision": of(Precision)}),
+        "model": _table(
+            _fields(Provenance, defs) | {"seed": of(int), "precision": of(Precision)}, optional=_optional(Provenance)
+        ),
         "permutation": {"oneOf": [of(None), _table({"reason": of(str)}), permutation]},
         "masks": masks,
         "mask_statistics": of(MaskStatistics | None),
@@ -113,7 +115,7 @@ def _schema_of(annotation: Any, defs: dict[str, Any]) -> dict[str, Any]:
     if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
         if annotation.__name__ not in defs:
             defs[annotation.__name__] = {}  # so that a record that holds its own kind ends
-            defs[annotation.__name__] = _table(_fields(annotation, defs))
+            defs[annotation.__name__] = _table(_fields(annotation, defs), optional=_optional(annotation))
         return {"$ref": f"#/$defs/{annotation.__name__}"}
     if origin is typing.Literal:
         return {"enum": list(arguments)}
@@ -143,11 +145,16 @@ def _fields(record: type, defs: dict[str, Any], omit: tuple[str, ...] = ()) -> d
     return {name: _schema_of(hints[name], defs) for name in names}
 
 
-def _table(properties: Mapping[str, Any]) -> dict[str, Any]:
+def _optional(record: type) -> frozenset[str]:
+    """Fields that `encode` leaves out where they are empty."""
+    return frozenset(f.name for f in dataclasses.fields(record) if f.metadata.get("omit_empty"))
+
+
+def _table(properties: Mapping[str, Any], optional: Collection[str] = ()) -> dict[str, Any]:
     return {
         "type": "object",
         "properties": dict(properties),
-        "required": list(properties),
+        "required": [name for name in properties if name not in optional],
         "additionalProperties": False,
     }
 

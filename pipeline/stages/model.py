@@ -116,7 +116,9 @@ def mask(job: Job, dense: Checkpoint, method: MaskMethod | Path, images: Images 
             "mask",
             MaskSet,
             {"checkpoint": dense.sha256, "file": sha256_of(method), **job.code_key},
-            lambda: _copy_masks(masks_from_file(load_module(job.model, dense), dense.provenance, method), out),
+            lambda: _copy_masks(
+                masks_from_file(load_module(job.model, dense), dense.provenance, method, converted=out), out
+            ),
         )
     options = replace(job.recipe.mask, method=method)
     uses_images = needs_images(options, method)
@@ -147,6 +149,8 @@ def restore_dense(job: Job, masks: MaskSet, names: tuple[str, ...]) -> MaskSet:
 
 
 def _copy_masks(masks: MaskSet, out: Path) -> MaskSet:
+    if masks.path == out:
+        return masks
     return replace(masks, path=out, sha256=write_atomically(out, read_bytes(masks.path)))
 
 

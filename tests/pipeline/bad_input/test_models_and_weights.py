@@ -182,13 +182,13 @@ def test_a_pickle_with_code_is_refused_and_not_run(
 def test_keys_that_do_not_fit_are_counted_and_the_first_few_named(
     refused: Refused, tiny_spec: str, state: dict[str, torch.Tensor], tmp_path: Path, out: Path
 ) -> None:
-    torch.save({f"encoder.{k}": v for k, v in state.items()}, tmp_path / "w.pth")
+    torch.save({f"encoder.{k}s": v for k, v in state.items()}, tmp_path / "w.pth")
     counted = [k for k in state if not k.endswith("num_batches_tracked")]
 
     message = refused("engine", tiny_spec, "--weights", "w.pth", "--out", out)
 
     assert f"{len(counted)} missing: {', '.join(counted[:5])} and {len(counted) - 5} more" in message
-    assert f"{len(state)} not in the model: encoder.stem.weight" in message
+    assert f"{len(state)} not in the model: encoder.stem.weights" in message
 
 
 def test_shapes_that_do_not_fit_are_named_with_both_shapes(
