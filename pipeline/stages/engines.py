@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +18,12 @@ from maskplan.pipeline.core.files import read_bytes, write_atomically
 from maskplan.pipeline.core.reports import Fidelity, ParityReport, TimingReport
 from maskplan.pipeline.parity.compare import compare as compare_models
 from maskplan.pipeline.parity.compare import fidelity
+from maskplan.pipeline.parity.held_out import held_out_note
 from maskplan.pipeline.stages.job import Images, Job, Network
 from maskplan.pipeline.stages.onnx_files import row_name
 from maskplan.pipeline.timing.compare_latency import time_engines
+
+log = logging.getLogger(__name__)
 
 # Images for comparing an engine with its own ONNX file, and noise images for comparing random weights.
 _FIDELITY_IMAGES, _NOISE_IMAGES = 32, 32
@@ -148,6 +152,11 @@ def compare(
                 models,
                 sparse_name=row_name(provenance, own_onnx.precision),
             )
+            if val is not None and images is not None and parity.top1_dense is not None:
+                note = held_out_note(dense_model, provenance.preprocessing, images.data, parity.top1_dense)
+                if note is not None:
+                    log.warning("%s", note)
+                    parity = replace(parity, notes=(*parity.notes, note))
             # Graph optimizations round differently; the reference runs the nodes as they are in the file.
             exact = stack.enter_context(_onnx_classifier(own_onnx, "its ONNX file", optimized=False))
             count = min(options.fixed_images, _FIDELITY_IMAGES)
@@ -158,6 +167,8 @@ def compare(
         "others": {name: m.sha256 for name, m in rows.items()},
         **({"untouched": untouched.sha256} if untouched is not None else {}),
         "val": images.sets.val.key if images and val else None,
+        # Whether `select` is held out is read off samples of these parts.
+        "shaping": [s.key for s in images.sets.shaping] if images and val else None,
         "options": options,
     }
     return job.ws.stage("compare", Compared, inputs, work)
