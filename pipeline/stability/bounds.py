@@ -125,9 +125,9 @@ def head_of(network: Network) -> int | None:
 def pairwise_distances(rows: Floats) -> Floats:
     """Euclidean distances between the rows of a (K, C) matrix, shape (K, K), never too small."""
     squares = (rows**2).sum(axis=1)
-    apart = np.sqrt(np.maximum(squares[:, None] + squares - 2 * rows @ rows.T, 0))
+    rounded = np.sqrt(np.maximum(squares[:, None] + squares - 2 * rows @ rows.T, 0))
     # Cancellation leaves a rounding error relative to the squares, so round up by more than that.
-    found: Floats = apart + 1e-7 * np.sqrt(squares.max(initial=0.0))
+    found: Floats = rounded + 1e-7 * np.sqrt(squares.max(initial=0.0))
     return found
 
 

@@ -14,7 +14,7 @@ Floats = npt.NDArray[np.float64]
 def spread(differences: npt.ArrayLike) -> Floats:
     """Omega = max D - min D, shape (...): no |log p_k| moves by more, nor does the cross-entropy.
 
-    log p_k moves by D_k - log sum_j p_j e^(D_j), and that logarithm lies between min D and max D.
+    log p_k moves by D_k - log sum_j p_j e^(D_j), and that logarithm is between min D and max D.
     """
     array = np.asarray(differences, dtype=np.float64)
     return np.asarray(array.max(axis=-1) - array.min(axis=-1))

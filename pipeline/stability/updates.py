@@ -101,8 +101,8 @@ def keeps_class(ball: Ball, sizes: Floats, logits: Floats, rho: Floats) -> np.nd
         read = ball.network.nodes[head].inputs[0]
         # Two rows of an update differ by at most sqrt(2) times its norm.
         moved = 2**0.5 * ball.max_update_norms[head] * rho
-        apart = between[top]
-        pairs = (moved * sizes[read])[:, None] + (apart + moved[:, None]) * changes[read][:, None]
+        row_distances = between[top]
+        pairs = (moved * sizes[read])[:, None] + (row_distances + moved[:, None]) * changes[read][:, None]
         limits = np.minimum(limits, pairs)
     rounding = ROUNDING * max_product(ball.network, ball.norms, sizes)
     kept = margins - limits * (1 + 1e-9) > rounding[:, None]

@@ -49,7 +49,7 @@ ACTIVATIONS = (
 
 
 class Block(nn.Module):
-    """Layers in a row, each with or without BatchNorm and activation, and what becomes of the input beside them."""
+    """Layers in sequence, each with or without BatchNorm and activation, joined with the block's input."""
 
     def __init__(
         self, layers: Sequence[nn.Module], activations: Sequence, joined: str, shortcut: nn.Module | None
@@ -62,15 +62,15 @@ class Block(nn.Module):
         y = x
         for layer, activation in zip(self.layers, self.activations, strict=True):
             y = activation(layer(y))
-        beside = x if self.shortcut is None else self.shortcut(x)
+        shortcut = x if self.shortcut is None else self.shortcut(x)
         if self.joined == "add":
-            return F.relu(y + beside)
+            return F.relu(y + shortcut)
         if self.joined == "sum":
-            return y + beside
+            return y + shortcut
         if self.joined == "difference":
-            return 0.5 * (beside - y)
+            return 0.5 * (shortcut - y)
         if self.joined == "cat":
-            return torch.cat([beside, y], 1)
+            return torch.cat([shortcut, y], 1)
         if self.joined == "shuffle":
             one, other = y.chunk(2, 1)
             return torch.cat([other, F.relu(one)], 1)

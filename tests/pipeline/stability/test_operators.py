@@ -199,6 +199,10 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "double_precision": (lambda self, x: x.double(), "cases.double_precision"),
     "reflect": (lambda self, x: F.pad(x, (1, 1, 1, 1), "reflect"), "pad"),
     "pad_ones": (lambda self, x: F.pad(x, (1, 1), value=1.0), "cases.pad_ones (other than with zeros)"),
+    # Unbounded slopes, or steps.
+    "square_root": (lambda self, x: x.sqrt(), "sqrt"),
+    "power": (lambda self, x: x**3, "pow"),
+    "shrink": (lambda self, x: F.hardshrink(x), "where at cases.shrink"),
     "upsample": (lambda self, x: F.interpolate(x, scale_factor=2), "upsample"),
     "softmax": (lambda self, x: F.softmax(x, 1), "softmax"),
     "layer_norm": (lambda self, x: F.layer_norm(x, x.shape[1:]), "layer_norm"),
