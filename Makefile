@@ -10,7 +10,7 @@ ENGINE = $(or $(wildcard $(DIR)/engine.plan),$(DIR)/engine.onnx)
 DENSE_ENGINE = $(or $(wildcard $(DIR)/dense_engine.plan),$(DIR)/dense_engine.onnx)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine parity deploy test test-all lint bench clean
+.PHONY: help setup engine parity deploy test test-all mutants lint bench clean
 
 help: ## This help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -58,6 +58,9 @@ test: .venv/.bindings .venv/.triton ## The tests except the slow ones
 
 test-all: .venv/.bindings .venv/.triton ## All tests
 	$(PYTEST)
+
+mutants: .venv/.ready ## Break the code in 77 places, one at a time; the tests must notice (tests/mutants/)
+	$(BIN)/python tests/mutants/run.py $(ARGS)
 
 lint: .venv/.ready ## Style and types
 	$(BIN)/ruff format --check .

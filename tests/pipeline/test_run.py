@@ -19,6 +19,8 @@ import torch
 from safetensors import safe_open
 from small_line import RECIPE, STAGES, TIMED, VISIBLE, Line, Stages, digests, read_json, stages_of
 
+from maskplan.engines.ort import OrtEngine
+
 # --- a first run
 
 
@@ -322,6 +324,28 @@ def test_another_process_elsewhere_makes_the_same_bytes(line: Line, tmp_path: Pa
         for folder in (out, line.out)
     ]
     assert np.array_equal(*logits)
+
+
+def test_fidelity_is_measured_against_the_graph_as_it_is_in_the_file(
+    again: Line, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ShiftedWithoutOptimization(OrtEngine):
+        def __init__(self, path: Path, *, optimized: bool = True) -> None:
+            super().__init__(path, optimized=optimized)
+            self.shift = np.float32(0 if optimized else 0.5)
+
+        def infer(self, feeds: Any) -> Any:
+            return {name: output + self.shift for name, output in super().infer(feeds).items()}
+
+    monkeypatch.setattr("maskplan.pipeline.stages.engines.OrtEngine", ShiftedWithoutOptimization)
+    shutil.copy(again.out / "report.json", again.out / "before.json")
+    options = changed_recipe(again, "max_top1_drop = 100.0", "max_top1_drop = 90.0")
+
+    assert cli("engine", *options, "--out", again.out).code == 0
+
+    report = read_json(again.out / "report.json")
+    assert report["engine"]["fidelity"]["max_abs_diff"] == pytest.approx(0.5, abs=1e-4)
+    assert report["parity"]["max_abs_diff"] == read_json(again.out / "before.json")["parity"]["max_abs_diff"]
 
 
 # --- inputs that once left an old answer in place

@@ -1,0 +1,86 @@
+"""What a stage depends on: other images or a new version of the stage run it again, the same inputs do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from maskplan.pipeline.core.artifacts import Checkpoint, ImageSet, MaskSet, Pattern, Preprocessing, Provenance
+from maskplan.pipeline.core.files import write_atomically
+from maskplan.pipeline.models.checkpoint import ModelOptions
+from maskplan.pipeline.recipe import Recipe
+from maskplan.pipeline.stages import model
+from maskplan.pipeline.stages.job import Images, ImageSets, Job
+from maskplan.pipeline.stages.versions import STAGE_VERSIONS
+from maskplan.pipeline.stages.workspace import Workspace
+
+PROVENANCE = Provenance("net", True, "file w.pth", "0" * 64, 2, (), Preprocessing(1, 8, 8, 0, "bilinear", (0.5,), (1,)))
+SETS = ImageSets(
+    *(ImageSet(role, 9, role, labeled_sha256=f"{role} with labels") for role in ("train", "select", "val"))
+)
+
+
+def images_of(sets: ImageSets) -> Images:
+    data: Any = type("Data", (), {"train": None, "select": None, "val": None})()
+    return Images(data, sets)
+
+
+def checkpoint(path: Path, *_: object, **__: object) -> Checkpoint:
+    return Checkpoint(path, write_atomically(path, b"weights"), 7, PROVENANCE)
+
+
+@pytest.fixture
+def stages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[ImageSets], set[str]]:
+    """Runs the stages that read training images, with work that only writes files; the names of those that worked."""
+    dense = checkpoint(tmp_path / "dense.safetensors")
+
+    def masks(_module: object, _provenance: object, _options: object, out: Path, *_: object, **__: object) -> MaskSet:
+        return MaskSet(out, write_atomically(out, b"masks"), "net", Pattern(2, 4), "channel", "learned", "", (), ())
+
+    monkeypatch.setattr(model, "load_module", lambda *_: None)
+    monkeypatch.setattr(model, "choose_masks", masks)
+    monkeypatch.setattr(model, "bake", lambda _module, _provenance, _masks, out: checkpoint(out))
+    monkeypatch.setattr(
+        model, "recalibrate", lambda _module, _provenance, _train, _options, out, _sets: checkpoint(out)
+    )
+
+    def run(sets: ImageSets) -> set[str]:
+        with Workspace(tmp_path / "out") as ws:
+            job = Job(ws, ModelOptions("net.py:build"), Recipe())
+            chosen = model.mask(job, dense, "learned", images_of(sets))
+            model.bake_and_recalibrate(job, dense, chosen, "sparse", ws.path("sparse.safetensors"), images_of(sets))
+            return set(ws.seconds)
+
+    assert run(SETS) == {"mask", "bake-sparse", "recalibrate-sparse"}
+    return run
+
+
+def test_nothing_runs_again_for_the_same_images(stages_run: Callable[[ImageSets], set[str]]) -> None:
+    assert stages_run(SETS) == set()
+
+
+@pytest.mark.parametrize("field", ["sha256", "labeled_sha256"])
+def test_other_images_run_what_was_made_from_them_again(
+    field: str, stages_run: Callable[[ImageSets], set[str]]
+) -> None:
+    other_train = replace(SETS, train=replace(SETS.train, **{field: "other"}))
+    assert stages_run(other_train) == {"mask", "recalibrate-sparse"}
+    assert stages_run(replace(other_train, select=replace(SETS.select, **{field: "other"}))) == {"mask"}
+
+
+def test_other_validation_images_change_neither_masks_nor_statistics(
+    stages_run: Callable[[ImageSets], set[str]],
+) -> None:
+    assert stages_run(replace(SETS, val=replace(SETS.val, sha256="other"))) == set()
+
+
+def test_a_new_version_of_a_stage_runs_that_stage_again(
+    stages_run: Callable[[ImageSets], set[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(STAGE_VERSIONS, "recalibrate", STAGE_VERSIONS["recalibrate"] + 1)
+    assert stages_run(SETS) == {"recalibrate-sparse"}
+    assert stages_run(SETS) == set()
