@@ -47,6 +47,8 @@ class CalibrateOptions:
         method: As in `RangeOptions`.
         percentile: As in `RangeOptions`.
         exclude: Patterns (globs) of names of nodes or weights that stay in higher precision.
+        keep_fp32: Patterns (globs) of names of nodes or tensors that stay FP32 where the layers that are not quantized
+            are FP16.
         quantize_outputs: Also quantize the outputs of layers, to allow kernels with INT8 inputs and outputs.
         max_drop: Points of top-1 on `select` that quantization may cost; the most sensitive layers stay in higher precision
             until this holds. None quantizes all layers.
@@ -58,6 +60,7 @@ class CalibrateOptions:
     method: RangeMethod = RangeOptions.method
     percentile: float = RangeOptions.percentile
     exclude: tuple[str, ...] = ()
+    keep_fp32: tuple[str, ...] = ()
     quantize_outputs: bool = False
     max_drop: float | None = None
     seed: int = 0
@@ -157,7 +160,7 @@ def calibrate(
         select_images=0 if selection is None else selection.images,
     )
     # Convert all models before writing the first: an error leaves no file.
-    protos = [_with_float_type(quantized, precision, ranges) for precision in paths]
+    protos = [_with_float_type(quantized, precision, ranges, options.keep_fp32) for precision in paths]
     models = tuple(_write(proto, path) for proto, path in zip(protos, paths.values(), strict=True))
     return Calibrated(models, {a.tensor: ranges.amax[a.tensor] for a in placement.activations}, report)
 
@@ -232,9 +235,11 @@ def _place_by_budget(model: onnx.ModelProto, selection: BudgetSelection) -> Plac
     return replace(placement, in_float=tuple((name, reasons.get(name, why)) for name, why in placement.in_float))
 
 
-def _with_float_type(quantized: onnx.ModelProto, precision: str, ranges: Ranges) -> onnx.ModelProto:
+def _with_float_type(
+    quantized: onnx.ModelProto, precision: str, ranges: Ranges, keep_fp32: tuple[str, ...]
+) -> onnx.ModelProto:
     """The model with everything that is not INT8 in one float type."""
-    return quantized if precision == FP32 else to_fp16(quantized, _overflowing(quantized, ranges))
+    return quantized if precision == FP32 else to_fp16(quantized, _overflowing(quantized, ranges), keep_fp32)
 
 
 def _write(model: onnx.ModelProto, path: Path) -> OnnxModel:

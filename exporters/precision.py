@@ -232,14 +232,15 @@ def _cast_io(graph: onnx.GraphProto, islands: Islands) -> None:
         # What reads FP32 reads the graph's inputs directly.
         precision.rename(node, {}, half_inputs)
         rename_reads(node, half_outputs)
+    node_names = {node.name for node in graph.node}
     nodes = [
-        helper.make_node("Cast", [name], [half], f"{name}_to_fp16", to=TensorProto.FLOAT16)
+        helper.make_node("Cast", [name], [half], unused_name(f"{name}_to_fp16", node_names), to=TensorProto.FLOAT16)
         for name, half in half_inputs.items()
         if name in read_in_half
     ]
     nodes += graph.node
     nodes += [
-        helper.make_node("Cast", [half], [name], f"{name}_to_fp32", to=TensorProto.FLOAT)
+        helper.make_node("Cast", [half], [name], unused_name(f"{name}_to_fp32", node_names), to=TensorProto.FLOAT)
         for name, half in half_outputs.items()
     ]
     del graph.node[:]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import typer
 
@@ -16,6 +19,7 @@ from maskplan.pipeline.cli import (
     check,
     compare,
     convert,
+    convert_precision,
     deploy,
     engine,
     export,
@@ -31,8 +35,10 @@ from maskplan.pipeline.cli.exit_codes import BAD_INPUT, GATE_FAILED, PASSED, SIG
 from maskplan.pipeline.cli.help_pages import GroupWithExamples
 from maskplan.pipeline.cli.renamed_flags import with_new_flags
 from maskplan.pipeline.core.errors import PipelineError
+from maskplan.pipeline.core.escaping import one_line
 from maskplan.pipeline.core.interrupts import INTERRUPTS, handle_signals
 from maskplan.pipeline.core.progress import is_main_process, stderr_console
+from maskplan.pipeline.core.terminal import escaped_output
 
 _SUMMARY = """Turn a CNN checkpoint into a checked 2:4-sparse engine.
 
@@ -67,6 +73,7 @@ for module in (
     prune,
     compare,
     calibrate,
+    convert_precision,
     build,
     time_engines,
     inspect_engine,
@@ -106,7 +113,11 @@ def common(
 class _StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        stderr_console().print(f"{prefix}{record.getMessage()}")
+        # Names cannot start a line; errors, which have several lines, are escaped where they are made.
+        arguments = record.args if isinstance(record.args, tuple) else ()
+        named = tuple(one_line(a) if isinstance(a, str | Path) else a for a in arguments)
+        message = str(record.msg) % named if named else record.getMessage()
+        stderr_console().print(f"{prefix}{message}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,6 +129,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code. An exception that is a bug of maskplan is not caught.
     """
+    with escaped_output():
+        # A copy, so that what a command sets for its messages ends with it.
+        return contextvars.copy_context().run(_main, argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     try:
         with handle_signals():
             arguments, notes = with_new_flags(sys.argv[1:] if argv is None else argv)
@@ -127,6 +144,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             app(args=arguments, prog_name="maskplan", obj=tuple(arguments))
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except OSError as error:
+        # What the system refused where nothing more specific was known: a name too long, a folder in place of a file.
+        if logging.getLogger("maskplan").isEnabledFor(logging.DEBUG):
+            raise
+        print(f"error: {_system_error(error)}", file=sys.stderr)
         return BAD_INPUT
     except GateError as error:
         print(f"failed: {error}", file=sys.stderr)
@@ -138,3 +161,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return SIGNALED + (INTERRUPTS.pending or signal.SIGINT)
         return code
     return PASSED
+
+
+def _system_error(error: OSError) -> PipelineError:
+    where = None if error.filename is None else os.fsdecode(error.filename)
+    return PipelineError(
+        "the operating system refuses an operation",
+        where=where,
+        found=error.strerror or f"{type(error).__name__}: {error}",
+        fix="check the path, its permissions and the space on the disk; -v shows where it happened",
+    )

@@ -11,7 +11,8 @@ from maskplan.pipeline.cli import options
 from maskplan.pipeline.cli.exit_codes import GateError
 from maskplan.pipeline.cli.help_pages import add_command
 from maskplan.pipeline.cli.options import choice, override, patterns, write_report
-from maskplan.pipeline.core.choices import FP32, FloatPrecision
+from maskplan.pipeline.core.choices import FP16, FP32, FloatPrecision
+from maskplan.pipeline.core.terminal import print_line
 
 if TYPE_CHECKING:
     from maskplan.calibration.calibrate import CalibrationImages
@@ -49,6 +50,7 @@ def calibrate(
             help="Type of the layers that are not quantized: fp32 for ONNX Runtime, fp16 for TensorRT.",
         ),
     ] = FP32,
+    keep_fp32: options.KeepFp32 = None,
     images: Annotated[int | None, typer.Option(min=1, help="Training images to measure ranges on.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images per batch.")] = None,
     method: Annotated[
@@ -97,6 +99,8 @@ def calibrate(
         raise InputError("the INT8 file would overwrite the model", where=target, fix="give another -o")
     if import_trt_cache is not None and cache is not None:
         raise InputError("--cache and --import-trt-cache both give ranges", fix="remove one of them")
+    if keep_fp32 and float_dtype != FP16:
+        raise InputError("--keep-fp32 without --float-dtype fp16", fix="add --float-dtype fp16, or remove --keep-fp32")
     calibrate_options = override(
         CalibrateOptions(seed=seed),
         images=images,
@@ -104,6 +108,7 @@ def calibrate(
         method=method,
         percentile=percentile,
         exclude=patterns(exclude),
+        keep_fp32=patterns(keep_fp32),
         quantize_outputs=quantize_outputs,
         max_drop=max_drop,
     )
@@ -124,11 +129,13 @@ def calibrate(
 
 def _show(report: CalibrationReport, target: Path, float_dtype: str) -> None:
     floats = f", {len(report.in_float)} in {float_dtype}" if report.in_float else ""
-    print(f"{target}: {report.quantized_layers} layers in INT8{floats}; ranges by {_origin(report)}")
+    print_line(f"{target}: {report.quantized_layers} layers in INT8{floats}; ranges by {_origin(report)}")
     for name, reason in report.in_float:
-        print(f"  {name}: {reason}")
+        print_line(f"  {name}: {reason}")
     if report.select_drop is not None:
-        print(f"drop of top-1: {report.select_drop:+.2f} points on {report.select_images} held-out training images")
+        print_line(
+            f"drop of top-1: {report.select_drop:+.2f} points on {report.select_images} held-out training images"
+        )
 
 
 def _origin(report: CalibrationReport) -> str:
@@ -142,7 +149,9 @@ def _check(int8_file: Path, pattern: str | None) -> None:
     from maskplan.exporters.conformance import CheckOptions, check_2to4
 
     conformance = check_2to4(int8_file, override(CheckOptions(), pattern=pattern))
-    print(f"conformance {conformance.verdict}: {conformance.conforming} of {conformance.eligible} eligible weights")
+    print_line(
+        f"conformance {conformance.verdict}: {conformance.conforming} of {conformance.eligible} eligible weights"
+    )
     if not conformance.passed:
         raise GateError(f"{int8_file}: {conformance.reason}")
 

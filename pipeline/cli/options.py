@@ -119,6 +119,10 @@ Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Device that 
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="TOML file with options of the stages.")]
 Report = Annotated[Path | None, typer.Option(help="Write the result as JSON to this file.")]
 Out = Annotated[Path, typer.Option("--output", "-o", help="File to write.")]
+KeepFp32 = Annotated[
+    list[str] | None,
+    typer.Option(help="Pattern of names of nodes or tensors that stay FP32 in an FP16 file. Repeatable."),
+]
 Mean = Annotated[
     str | None, typer.Option(help="For an ONNX file of another tool: mean of each channel, such as 0.5,0.5,0.5.")
 ]

@@ -26,6 +26,7 @@ COMMANDS = (
     "prune",
     "compare",
     "calibrate",
+    "convert-precision",
     "build",
     "time",
     "inspect",
@@ -93,7 +94,7 @@ def test_help_needs_none_of_the_heavy_libraries(printed: dict[str, Any]) -> None
 
 
 def test_the_first_page_lists_every_command(pages: dict[str, str]) -> None:
-    listed = re.findall(r"^\W*([a-z]+)  +[A-Z]", pages[""].partition("Commands")[2], re.MULTILINE)
+    listed = re.findall(r"^\W*([a-z-]+)  +[A-Z]", pages[""].partition("Commands")[2], re.MULTILINE)
     assert tuple(listed) == COMMANDS
     assert len(examples(pages[""])) >= 2
 
