@@ -15,7 +15,7 @@ from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel, Profile, Ten
 from maskplan.pipeline.core.choices import ONNXRUNTIME
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.files import read_bytes, write_atomically
-from maskplan.pipeline.core.ort_session import open_session
+from maskplan.pipeline.core.ort_session import UNFUSED, is_unfused, open_session
 
 NO_SPARSE_KERNELS = (
     "ONNX Runtime on a CPU has no sparse kernels: zeros take as long as other weights, so sparsity saves no time"
@@ -42,6 +42,11 @@ class OrtEngine:
         self._path = path
         self.inputs = tuple(_spec(v) for v in self._session.get_inputs())
         self.outputs = tuple(_spec(v) for v in self._session.get_outputs())
+
+    @property
+    def is_unfused(self) -> bool:
+        """Whether ONNX Runtime runs the file without fusing Q/DQ."""
+        return is_unfused(self._session)
 
     def infer(self, feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
         """Run once.
@@ -81,7 +86,9 @@ def build_ort(onnx_model: OnnxModel, profiles: tuple[Profile, ...], sparse_weigh
     if external_tensors(model):
         load_external_data(model, onnx_model.path.parent, where=onnx_model.path)
         data = model.SerializeToString()
-    OrtEngine(onnx_model.path).close()
+    engine = OrtEngine(onnx_model.path)
+    notes = [UNFUSED] if engine.is_unfused else []
+    engine.close()
     sha256 = write_atomically(out, data)
     described = describe_onnx(out)
     return EngineFile(
@@ -102,7 +109,7 @@ def build_ort(onnx_model: OnnxModel, profiles: tuple[Profile, ...], sparse_weigh
         onnx_sha256=onnx_model.sha256,
         build_s=round(time.perf_counter() - started, 3),
         provenance=described.provenance,
-        notes=(NO_SPARSE_KERNELS,) if sparse_weights else (),
+        notes=(*notes, *([NO_SPARSE_KERNELS] if sparse_weights else [])),
     )
 
 

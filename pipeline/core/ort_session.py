@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +12,16 @@ from maskplan.pipeline.core.errors import InputError
 
 if TYPE_CHECKING:
     import onnxruntime
+
+log = logging.getLogger(__name__)
+
+UNFUSED = "ONNX Runtime runs it without fusing Q/DQ, because its fused operators do not support FP16"
+"""What logs and engine records say of a session that `open_session` opened without the optimizer below."""
+
+# Fuses Q/DQ with the operator between them, also where the fused operator does not take FP16 scales (QLinearConcat).
+_QDQ_FUSION = "QDQSelectorActionTransformer"
+_logged: set[str] = set()
+_unfused: weakref.WeakSet[onnxruntime.InferenceSession] = weakref.WeakSet()
 
 REJECTED = "ONNX Runtime does not accept the file"
 _ERRORS, _FATAL_ERRORS = 3, 4
@@ -25,6 +38,9 @@ def open_session(
     fix: str = "check it with `maskplan check`",
 ) -> onnxruntime.InferenceSession:
     """Load an ONNX model with ONNX Runtime's CPU provider.
+
+    Where ONNX Runtime fails on an operator that its own optimizer made of Q/DQ, the model runs without that optimizer, and a
+    log line says so: the operators then compute on floats, with the same results.
 
     Args:
         model: The path of an ONNX file, or a serialized `ModelProto`.
@@ -52,7 +68,24 @@ def open_session(
     source = str(model) if isinstance(model, Path) else model
     if where is None and isinstance(model, Path):
         where = model
+    providers = ["CPUExecutionProvider"]
     try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(source, options, providers=providers)
     except Exception as error:  # the exceptions of onnxruntime have no other common base class
-        raise InputError(what, where=where, found=str(error).partition("\n")[0], fix=fix) from error
+        failure = error
+    if optimized and "QLinear" in str(failure):
+        with contextlib.suppress(Exception):
+            session = onnxruntime.InferenceSession(
+                source, options, providers=providers, disabled_optimizers=[_QDQ_FUSION]
+            )
+            _unfused.add(session)
+            if str(where) not in _logged:
+                _logged.add(str(where))
+                log.info("%s: %s", where or "model", UNFUSED)
+            return session
+    raise InputError(what, where=where, found=str(failure).partition("\n")[0], fix=fix) from failure
+
+
+def is_unfused(session: onnxruntime.InferenceSession) -> bool:
+    """Whether `open_session` had to disable the fusion of Q/DQ for a session."""
+    return session in _unfused
