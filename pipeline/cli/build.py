@@ -14,6 +14,8 @@ from maskplan.pipeline.cli import options
 from maskplan.pipeline.cli.help_pages import add_command
 from maskplan.pipeline.cli.options import choice, override
 from maskplan.pipeline.core.choices import TENSORRT, Backend
+from maskplan.pipeline.core.escaping import shell_command
+from maskplan.pipeline.core.terminal import print_line
 
 if TYPE_CHECKING:
     from maskplan.engines.build import BuildOptions
@@ -164,6 +166,7 @@ def build(
     import_values = dict(zip(_IMPORT_OPTIONS, (layer_info, trt_version, compute_capability), strict=True))
     tasks = {"--print-trtexec": print_trtexec, "--import": import_, "--three-way": three_way}
     _require_one_task([name for name, value in (tasks | import_values).items() if value is not None])
+    _require_build(int8_mode, [name for name, value in tasks.items() if value is not None])
     chosen, reason = choose_backend(backend)
     needs_tensorrt = [name for name in ("--print-trtexec", "--import") if tasks[name] is not None]
     if chosen != TENSORRT and not (needs_tensorrt and chosen != backend):
@@ -197,7 +200,7 @@ def _show(engine: EngineFile, reason: str) -> None:
         f" {engine.bytes:,} bytes"
     )
     for note in engine.notes:
-        print(f"note: {note}")
+        print_line(f"note: {note}")
 
 
 def _build_three_way(
@@ -209,7 +212,8 @@ def _build_three_way(
     folder = out or onnx_model.path.with_name(f"{onnx_model.path.stem}.three_way")
     engines = build_three_way(describe_onnx(dense), onnx_model, build_options, folder)
     count = sum(map(len, engines.values()))
-    print(f"{folder}: {count} engines on {build_options.backend} ({reason}); maskplan time --three-way {folder}")
+    again = shell_command(["maskplan", "time", "--three-way", folder])
+    print_line(f"{folder}: {count} engines on {build_options.backend} ({reason}); {again}")
 
 
 def _import_plan(
@@ -270,6 +274,18 @@ def _require_implicit(mode: Int8Mode, values: dict[str, Path | None]) -> None:
         )
 
 
+def _require_build(mode: Int8Mode, tasks: Collection[str]) -> None:
+    """Raise if the implicit mode is given with a task that does not calibrate: its options would have no effect."""
+    from maskplan.pipeline.core.errors import InputError
+
+    if mode == IMPLICIT and tasks:
+        raise InputError(
+            f"--int8-mode {IMPLICIT} with {', '.join(tasks)}",
+            found="TensorRT calibrates only when maskplan builds the engine itself",
+            fix="make a graph with Q/DQ with maskplan calibrate, and give that without --int8-mode",
+        )
+
+
 def _implicit(model: OnnxModel, data: Path | None, cache: Path | None) -> ImplicitInt8:
     """What TensorRT calibrates on: the images that `maskplan calibrate` would use, or a cache alone."""
     from maskplan.calibration.batches import calibration_batches, choose_images
@@ -283,6 +299,8 @@ def _implicit(model: OnnxModel, data: Path | None, cache: Path | None) -> Implic
         raise InputError("the implicit INT8 mode takes FP32 graphs", where=model.path, found=model.precision, fix=fix)
     defaults = CalibrateOptions()
     if cache is not None and cache.is_file():
+        if data is not None:
+            log.warning("%s exists and is read: --data %s has no effect", cache, data)
         return ImplicitInt8(lambda: iter(()), defaults.batch, cache)
     source = calibration_images(model.path, data, None, None, defaults.seed)
     chosen = choose_images(source.train, defaults.images, defaults.seed)

@@ -135,6 +135,9 @@ def test_the_command_feeds_the_images_that_calibrate_would_take(
         (["--int8-mode", "banana"], "unknown --int8-mode"),
         (["--calibration-cache", "c"], "without --int8-mode implicit"),
         (["--int8-mode", "implicit", "--backend", "onnxruntime"], "only for TensorRT"),
+        (["--int8-mode", "implicit", "--data", "missing", "--print-trtexec", "10"], "implicit with --print-trtexec"),
+        (["--int8-mode", "implicit", "--three-way", "dense.onnx"], "implicit with --three-way"),
+        (["--int8-mode", "implicit", "--import", "engine.plan"], "implicit with --import"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(
