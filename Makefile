@@ -67,6 +67,9 @@ lint: .venv/.ready ## Style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+schema: .venv/.ready ## Generate docs/report.schema.json after a record of the report has changed
+	$(BIN)/python -m maskplan.pipeline.report.schema > docs/report.schema.json
+
 BENCHMARKS := line conformance mask_step mask_search transposable permute_networks norms gate
 bench: .venv/.ready ## The benchmarks that need no data from you; they write JSON next to their scripts
 	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/performance/$$name.py || exit 1; done

@@ -38,6 +38,7 @@ from maskplan.pipeline.stages.workspace import Workspace
 from maskplan.pipeline.triton.deploy import DeployOptions
 from maskplan.pipeline.triton.deploy import deploy as deploy_engine
 from maskplan.pipeline.triton.golden import golden_of
+from maskplan.pipeline.triton.repository import require_deployable
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +117,8 @@ def run(options: LineOptions) -> LineResult:
         ConformanceError: The check found weights that are not N:M.
     """
     _require_deployable_masks(options)
+    if options.repository is not None:
+        require_deployable(options.repository, folder_name(options.model.model))
     backend, reason = choose_backend(options.backend)
     log.info("backend: %s (%s)", backend, reason)
     target = _target(backend, options.precision)
@@ -198,7 +201,12 @@ def _from_masks_to_engine(
         candidate: The engine is one of two of which one will be kept.
     """
     pattern = str(masks.pattern)
-    pruned = model.bake_and_recalibrate(job, start, masks, "sparse", job.ws.path("sparse.safetensors"), images)
+    final = job.ws.path("sparse.safetensors")
+    if images is not None and model.recalibrates(job, images):
+        baked = model.bake_masks(job, start, masks, "sparse", job.ws.hidden("sparse-baked.safetensors"))
+        pruned = model.recalibrate_statistics(job, baked, images, "sparse", final)
+    else:
+        pruned = model.bake_masks(job, start, masks, "sparse", final)
     sparse = onnx_files.export(job, pruned, "sparse")
     conformance = onnx_files.check(job, sparse, pattern)
     baselines = onnx_files.magnitude_rows(job, dense.checkpoint, masks, images)

@@ -2,15 +2,17 @@
 
     python benchmarks/performance/mask_step.py
 
-writes mask_step.json next to this script. The ordinary step is forward and backward with weight gradients and no
-optimizer; ours is sampling, forward, backward and Adam on the gates, without the teacher. Both alternate in one
-process; peak memory is measured in separate processes. The papers' formulation (unfold, mask, one matrix product) is
+writes mask_step.json next to this script; `--steps` measures only the whole steps, at batch 8 and 32. The step of learning
+is the one that ships: channels-last, the dense teacher's forward pass, sampling, forward, backward and Adam on the gates.
+The ordinary step is forward and backward with weight gradients and no optimizer, in NCHW and in channels-last; the ratio is
+to the faster one. All alternate in one process; peak memory is measured in separate processes. The papers' formulation (unfold, mask, one matrix product) is
 implemented here from its description, vectorized over all groups, and compared layer by layer.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -28,8 +30,10 @@ from torch.nn import functional as F
 from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.core.files import write_json
 from maskplan.pipeline.learning.danhofer2024 import FlatGates, conv_by_unfolding
+from maskplan.pipeline.learning.evaluate import distillation_loss
 from maskplan.pipeline.learning.gates import Gates
 from maskplan.pipeline.learning.masked_net import MaskedNet
+from maskplan.pipeline.learning.options import LearnOptions
 from maskplan.pipeline.masking.policy import select_layers
 from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.models.registry import build_model
@@ -54,9 +58,11 @@ def timed(work: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
-def ordinary(name: str, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
+def ordinary(name: str, x: torch.Tensor, y: torch.Tensor, *, channels_last: bool = False) -> Callable[[], None]:
     """One step with weight gradients."""
     net = build_model(name, seed=0).module.to(x.device).train()
+    if channels_last:
+        net, x = net.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
 
     def step() -> None:
         net.zero_grad()
@@ -66,18 +72,23 @@ def ordinary(name: str, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
 
 
 def masked(name: str, x: torch.Tensor, y: torch.Tensor) -> tuple[Callable[[], None], int]:
-    """One step of mask learning, and the bytes of the gates, their gradients and Adam's state."""
+    """One step of mask learning as it ships, and the bytes of the gates, their gradients and Adam's state."""
     made = build_model(name, seed=0)
+    x = x.contiguous(memory_format=torch.channels_last)
+    teacher = copy.deepcopy(made.module).eval().requires_grad_(False).to(x.device, memory_format=torch.channels_last)
     layers, _ = trace_layers(made.module, made.preprocessing)
     names = [layer.name for layer in select_layers(layers, PATTERN).masked]
-    net = MaskedNet(made.module.to(x.device), names, PATTERN, 3.0, hard=True).to(x.device)
+    student = made.module.to(x.device, memory_format=torch.channels_last)
+    net = MaskedNet(student, names, PATTERN, 3.0, hard=True).to(x.device)
     adam = torch.optim.Adam(net.logits(), lr=0.1, fused=True)
     seeds = iter(range(10**9))
 
     def step() -> None:
         adam.zero_grad()
+        with torch.no_grad():
+            target = teacher(x)
         logits, _ = net(x, 1.0, 0.3, [next(seeds) for _ in net.logits()])
-        F.cross_entropy(logits, y).backward()
+        distillation_loss(logits, target, LearnOptions().distill_temperature).backward()
         adam.step()
 
     return step, 4 * sum(p.numel() * p.element_size() for p in net.logits())
@@ -87,23 +98,29 @@ def compare_steps(name: str, batch: int, repeats: int) -> dict[str, Any]:
     """Both steps alternately, and the peak memory of each."""
     x = torch.randn(batch, 3, 224, 224, device=device())
     y = torch.randint(0, 1000, (batch,), device=device())
-    dense = ordinary(name, x, y)
     learning, own = masked(name, x, y)
-    seconds: dict[str, list[float]] = {"ordinary": [], "masks": []}
+    steps = {
+        "nchw": ordinary(name, x, y),
+        "channels_last": ordinary(name, x, y, channels_last=True),
+        "masks": learning,
+    }
+    seconds: dict[str, list[float]] = {key: [] for key in steps}
     for i in range(repeats + 1):
-        for key, step in (("ordinary", dense), ("masks", learning)):
+        for key, step in steps.items():
             took = timed(step)
             if i:
                 seconds[key].append(took)
-    peaks = {key: peak_of(key, name, batch) for key in seconds}
+    peaks = {key: peak_of(key, name, batch) for key in ("ordinary", "masks")}
     medians = {key: statistics.median(values) for key, values in seconds.items()}
+    fastest = min(medians["nchw"], medians["channels_last"])
     return {
         "model": name,
         "batch": batch,
         "repeats": repeats,
-        "ordinary_s": round(medians["ordinary"], 3),
+        "ordinary_nchw_s": round(medians["nchw"], 3),
+        "ordinary_channels_last_s": round(medians["channels_last"], 3),
         "masks_s": round(medians["masks"], 3),
-        "time_ratio": round(medians["masks"] / medians["ordinary"], 3),
+        "time_ratio": round(medians["masks"] / fastest, 3),
         "ordinary_peak_bytes": peaks["ordinary"],
         "masks_peak_bytes": peaks["masks"],
         "gates_gradients_adam_bytes": own,
@@ -215,6 +232,9 @@ def main() -> None:
     parser.add_argument("--peak", choices=("ordinary", "masks"))
     parser.add_argument("--layer", choices=("ours", "papers"))
     parser.add_argument("--shape", default="64,64,56")
+    parser.add_argument(
+        "--steps", action="store_true", help="only the whole steps; the other sections stay as they are"
+    )
     args = parser.parse_args()
     if args.peak:
         print(peak(args.peak, args.model, args.batch))
@@ -222,17 +242,18 @@ def main() -> None:
     if args.layer:
         print(layer_peak(args.layer, args.shape, args.batch))
         return
+    known = json.loads(Path(__file__).with_suffix(".json").read_text()) if args.steps else {}
     result = {
         "command": "python benchmarks/performance/mask_step.py",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "versions": versions(),
-        "step": compare_steps(args.model, args.batch, args.repeats),
-        "layers": compare_layers(args.batch),
+        "steps": [compare_steps(args.model, batch, args.repeats) for batch in (8, args.batch)],
+        "layers": known.get("layers") or compare_layers(args.batch),
     }
     write_json(Path(__file__).with_suffix(".json"), result)
-    print(json.dumps(result["step"], indent=2))
+    print(json.dumps(result["steps"], indent=2))
     for row in result["layers"]:
         print(row)
 

@@ -59,14 +59,14 @@ def time(
 def _time_two(dense: Path, sparse: Path, time_options: TimeOptions, report: Path | None) -> None:
     from maskplan.engines.ort import NO_SPARSE_KERNELS
     from maskplan.engines.sidecar import read_engine
-    from maskplan.pipeline.core.choices import ONNXRUNTIME
+    from maskplan.pipeline.core.choices import GPU_BACKENDS
     from maskplan.pipeline.core.serialization import encode
     from maskplan.pipeline.stages.engines import open_classifier
     from maskplan.pipeline.timing.compare_latency import time_engines
     from maskplan.pipeline.timing.interleaved import GPU
 
     records = [read_engine(path) for path in (dense, sparse)]
-    on_cpu = records[1].backend == ONNXRUNTIME
+    on_cpu = records[1].backend not in GPU_BACKENDS
     with contextlib.ExitStack() as stack:
         models = [stack.enter_context(open_classifier(record)) for record in records]
         # ONNX Runtime on a CPU: a second session of the same file shows how much builds differ.
@@ -96,13 +96,13 @@ def _time_two(dense: Path, sparse: Path, time_options: TimeOptions, report: Path
 
 def _time_three_way(folder: Path, time_options: TimeOptions, report: Path | None) -> None:
     from maskplan.engines.ort import NO_SPARSE_KERNELS
-    from maskplan.pipeline.core.choices import ONNXRUNTIME
+    from maskplan.pipeline.core.choices import GPU_BACKENDS
     from maskplan.pipeline.core.serialization import encode
     from maskplan.pipeline.stages.engines import open_classifier
     from maskplan.pipeline.timing.three_way import KINDS, SPARSE, read_three_way, time_three_way
 
     records = read_three_way(folder)
-    note = NO_SPARSE_KERNELS if records[SPARSE][0].backend == ONNXRUNTIME else ""
+    note = NO_SPARSE_KERNELS if records[SPARSE][0].backend not in GPU_BACKENDS else ""
     with contextlib.ExitStack() as stack:
         engines = {kind: [stack.enter_context(open_classifier(r)) for r in builds] for kind, builds in records.items()}
         batches = time_three_way(engines, time_options, note=note)

@@ -21,6 +21,9 @@ Backend = Literal["tensorrt", "onnxruntime"]
 TENSORRT: Final = "tensorrt"
 ONNXRUNTIME: Final = "onnxruntime"
 
+GPU_BACKENDS: Final[frozenset[Backend]] = frozenset({TENSORRT})
+"""Backends whose engines run on a GPU, have sparse kernels, and are tied to the GPU that they were built on."""
+
 GateVerdict = Literal["pass", "fail", "not_applicable"]
 
 PASS: Final = "pass"

@@ -12,7 +12,7 @@ from typing import Any
 
 from maskplan.engines.evidence import totals
 from maskplan.pipeline.core.artifacts import LayerSparsity
-from maskplan.pipeline.core.choices import CONFORMING, DENSE, ONNXRUNTIME, SPARSE, UNKNOWN
+from maskplan.pipeline.core.choices import CONFORMING, DENSE, GPU_BACKENDS, SPARSE, UNKNOWN
 from maskplan.pipeline.core.reports import BatchTiming, LayerDifference, WeightVerdict
 from maskplan.pipeline.core.serialization import encode
 from maskplan.pipeline.permutation.record import AS_GIVEN, FIXED, MOVED, UNREAD
@@ -110,7 +110,7 @@ def render(report: RunReport, values: dict[str, Any]) -> str:
         layers=layer_rows(report),
         plots=_plots(report),
         gain=gain,
-        sparse_kernels=report.engine.backend != ONNXRUNTIME,
+        sparse_kernels=report.engine.backend in GPU_BACKENDS,
         largest_differences=largest_differences(report),
         groups_by_state=_groups_by_state(report),
         changed_options=changed_options(report.recipe),

@@ -13,7 +13,7 @@ from maskplan.engines.build import SUFFIX, BuildOptions, build_engine, is_foreig
 from maskplan.engines.ort import NO_SPARSE_KERNELS, OrtEngine
 from maskplan.engines.sidecar import has_sidecar, write_sidecar
 from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel
-from maskplan.pipeline.core.choices import ONNXRUNTIME, TENSORRT, Backend, FloatPrecision
+from maskplan.pipeline.core.choices import GPU_BACKENDS, TENSORRT, Backend, FloatPrecision
 from maskplan.pipeline.core.files import read_bytes, write_atomically
 from maskplan.pipeline.core.reports import Fidelity, ParityReport, TimingReport
 from maskplan.pipeline.parity.compare import compare as compare_models
@@ -88,7 +88,7 @@ def build(
         dense_engine = dense
     else:
         dense_engine = engine("build-dense", dense, job.ws.path(f"dense_engine{suffix}"), False)
-    if backend == ONNXRUNTIME:
+    if backend not in GPU_BACKENDS:
         return Engines(dense_engine, sparse_engine, sparse_engine)
     pruned = engine("build-pruned", sparse, job.ws.hidden(f"pruned_engine{suffix}"), False)
     return Engines(dense_engine, pruned, sparse_engine)
@@ -209,7 +209,7 @@ def _onnx_classifier(model: OnnxModel, name: str, *, optimized: bool = True) -> 
 
 def time_stage(job: Job, engines: Engines) -> TimingReport:
     """Time the engines interleaved."""
-    on_cpu = engines.sparse.backend == ONNXRUNTIME
+    on_cpu = engines.sparse.backend not in GPU_BACKENDS
 
     def work() -> TimingReport:
         with (
@@ -233,7 +233,7 @@ def time_stage(job: Job, engines: Engines) -> TimingReport:
 
 def _identity(engine: EngineFile) -> str | list[str | None]:
     """What identifies an engine's results: for a plan, the GPU and the TensorRT version too."""
-    if engine.backend == ONNXRUNTIME:
+    if engine.backend not in GPU_BACKENDS:
         return engine.sha256
     return [engine.sha256, engine.runtime_version, engine.device, engine.compute_capability]
 
@@ -241,6 +241,6 @@ def _identity(engine: EngineFile) -> str | list[str | None]:
 @contextlib.contextmanager
 def open_classifier(engine: EngineFile) -> Iterator[Classifier]:
     """Open an engine for images, and close it."""
-    profiles = engine.profiles if engine.backend == TENSORRT else ()
+    profiles = engine.profiles if engine.backend in GPU_BACKENDS else ()
     with Classifier(open_engine(engine), engine.path.name, profiles) as model:
         yield model

@@ -154,29 +154,27 @@ def _copy_masks(masks: MaskSet, out: Path) -> MaskSet:
     return replace(masks, path=out, sha256=write_atomically(out, read_bytes(masks.path)))
 
 
-def bake_and_recalibrate(
-    job: Job, dense: Checkpoint, masks: MaskSet, name: str, out: Path, images: Images | None
-) -> Checkpoint:
-    """Bake the masks into the weights and, with images, recalibrate the BatchNorm statistics."""
-    recipe = job.recipe.recalibrate
-    recalibrating = images is not None and recipe.images > 0
-    baked = job.ws.stage(
+def recalibrates(job: Job, images: Images | None) -> bool:
+    """Whether BatchNorm statistics are recalibrated: there are images, and the recipe uses some."""
+    return images is not None and job.recipe.recalibrate.images > 0
+
+
+def bake_masks(job: Job, dense: Checkpoint, masks: MaskSet, name: str, out: Path) -> Checkpoint:
+    """Bake the masks into the weights."""
+    return job.ws.stage(
         f"bake-{name}",
         Checkpoint,
         {"checkpoint": dense.sha256, "masks": masks.sha256, **job.code_key},
-        lambda: bake(
-            load_module(job.model, dense),
-            dense.provenance,
-            masks,
-            job.ws.hidden(f"{name}-baked.safetensors") if recalibrating else out,
-        ),
+        lambda: bake(load_module(job.model, dense), dense.provenance, masks, out),
     )
-    if images is None or not recalibrating:
-        return baked
-    train, shaped = images.data.train, (images.sets.train,)
+
+
+def recalibrate_statistics(job: Job, baked: Checkpoint, images: Images, name: str, out: Path) -> Checkpoint:
+    """Recalibrate the BatchNorm statistics on training images."""
+    recipe, train, shaping = job.recipe.recalibrate, images.data.train, (images.sets.train,)
     return job.ws.stage(
         f"recalibrate-{name}",
         Checkpoint,
         {"checkpoint": baked.sha256, "images": images.sets.train.key, "options": recipe, **job.code_key},
-        lambda: recalibrate(load_module(job.model, baked), baked.provenance, train, recipe, out, shaped),
+        lambda: recalibrate(load_module(job.model, baked), baked.provenance, train, recipe, out, shaping),
     )

@@ -15,7 +15,7 @@ from maskplan.pipeline.core.reports import ConformanceReport
 from maskplan.pipeline.models.checkpoint import load_module
 from maskplan.pipeline.pruning.mask import choose_masks
 from maskplan.pipeline.stages.job import ConformancePair, Images, Job, Network, OnnxPair, Quantized
-from maskplan.pipeline.stages.model import bake_and_recalibrate
+from maskplan.pipeline.stages.model import bake_masks, recalibrate_statistics, recalibrates
 
 
 def export(job: Job, checkpoint: Checkpoint, name: str) -> Network:
@@ -105,15 +105,17 @@ def magnitude_rows(job: Job, dense: Checkpoint, masks: MaskSet, images: Images |
         {"checkpoint": dense.sha256, "options": options, "layers": names, **job.code_key},
         lambda: choose_masks(load_module(job.model, dense), dense.provenance, options, out, only=names),
     )
-    rows: dict[str, OnnxModel] = {}
-    for name, used in (("magnitude", None), ("magnitude-recalibrated", images)):
-        if used is not None and masks.method == MAGNITUDE and masks.permutation is None:
-            continue
-        checkpoint = bake_and_recalibrate(job, dense, magnitude, name, job.ws.hidden(f"{name}.safetensors"), used)
-        row = row_name(checkpoint.provenance)
-        # Without BatchNorm there is nothing to recalibrate, and one row is enough.
+    baked = bake_masks(job, dense, magnitude, "magnitude", job.ws.hidden("magnitude.safetensors"))
+    rows = {row_name(baked.provenance): export_fp32(job, baked, "magnitude")}
+    # The chosen masks may be these; without BatchNorm there is nothing to recalibrate, and one row is enough.
+    is_chosen = masks.method == MAGNITUDE and masks.permutation is None
+    if recalibrates(job, images) and not is_chosen:
+        name = "magnitude-recalibrated"
+        out = job.ws.hidden(f"{name}.safetensors")
+        recalibrated = recalibrate_statistics(job, baked, images, name, out)
+        row = row_name(recalibrated.provenance)
         if row not in rows:
-            rows[row] = export_fp32(job, checkpoint, name)
+            rows[row] = export_fp32(job, recalibrated, name)
     return rows
 
 

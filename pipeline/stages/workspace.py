@@ -20,7 +20,7 @@ from maskplan.pipeline.core.errors import HostError, InputError, host_error
 from maskplan.pipeline.core.file_lock import acquire_lock
 from maskplan.pipeline.core.files import remove_leftovers, sha256_of, write_json
 from maskplan.pipeline.core.interrupts import INTERRUPTS
-from maskplan.pipeline.core.serialization import decode, encode
+from maskplan.pipeline.core.serialization import decode, encode, parse_json
 from maskplan.pipeline.stages.versions import STAGE_VERSIONS
 
 log = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ class Workspace:
 
     def _recall(self, name: str, kind: type[T], key: str, *, silent: bool = False) -> T | None:
         try:
-            stored = json.loads(self._record(name).read_text(encoding="utf-8"))
+            stored = parse_json(self._record(name).read_text(encoding="utf-8"))
             if stored["key"] != key:
                 return None
             record = decode(kind, stored["record"], self.folder)

@@ -144,7 +144,7 @@ def go_through(name: str, folder: Path) -> None:
         dense, masked = expected_reasons(load_module(job.model, checkpoint), x[:1])
         masks = stages.mask(job, checkpoint, MAGNITUDE, None)
         assert_masks(name, masks, dense, masked)
-        sparse = stages.bake_and_recalibrate(job, checkpoint, masks, "sparse", ws.path("sparse.safetensors"), None)
+        sparse = stages.bake_masks(job, checkpoint, masks, "sparse", ws.path("sparse.safetensors"))
         assert set(sparse.provenance.masked) == masked
         network = onnx_files.export(job, sparse, "sparse")
         assert onnx_files.check(job, network, "2:4").of("fp16").passed

@@ -78,7 +78,6 @@ STAGES = (
     "baseline-mask",
     "bake-magnitude",
     "export-magnitude",
-    "bake-magnitude-recalibrated",
     "recalibrate-magnitude-recalibrated",
     "export-magnitude-recalibrated",
     "build-sparse",

@@ -52,7 +52,8 @@ def stages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Ima
         with Workspace(tmp_path / "out") as ws:
             job = Job(ws, ModelOptions("net.py:build"), Recipe())
             chosen = model.mask(job, dense, "learned", images_of(sets))
-            model.bake_and_recalibrate(job, dense, chosen, "sparse", ws.path("sparse.safetensors"), images_of(sets))
+            baked = model.bake_masks(job, dense, chosen, "sparse", ws.hidden("sparse-baked.safetensors"))
+            model.recalibrate_statistics(job, baked, images_of(sets), "sparse", ws.path("sparse.safetensors"))
             return set(ws.seconds)
 
     assert run(SETS) == {"mask", "bake-sparse", "recalibrate-sparse"}
