@@ -19,7 +19,7 @@ from maskplan.exporters.tensors import Array, StoredValues, TensorError, is_addr
 from maskplan.exporters.weights import WeightUse, weight_uses
 from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.core.errors import InputError, host_error, listed
-from maskplan.pipeline.core.files import TEMPORARY_SUFFIX, sha256_of, write_atomically
+from maskplan.pipeline.core.files import sha256_of, sibling, temporary_path, write_atomically
 from maskplan.pipeline.masking.magnitude import keep_largest
 
 # Alignment in bytes of tensors in an external data file, as ONNX recommends for memory mapping.
@@ -167,11 +167,14 @@ def _prune_external(
     pattern: Pattern,
 ) -> Pruned:
     """Stream all external tensors to one new file, one tensor in memory at a time, then let the model refer to it."""
-    staged = out.with_name(f".{out.name}.{os.getpid()}.data{TEMPORARY_SUFFIX}")
+    staged = temporary_path(out, ".data")
     weights, changed, zeroed = len(selected), 0, 0
     places: list[tuple[TensorProto, int, int]] = []
     try:
-        with staged.open("wb") as file:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(staged):
+            staged.unlink()
+        with staged.open("xb") as file:
             for tensor in external:
                 file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT)
                 start = file.tell()
@@ -186,7 +189,7 @@ def _prune_external(
             file.flush()
             os.fsync(file.fileno())
         # Named by its content, so that the previous model file, until it is replaced, keeps its own data.
-        data = out.with_name(f"{out.stem}.{sha256_of(staged)[:12]}.data")
+        data = sibling(out, f".{sha256_of(staged)[:12]}.data")
         staged.replace(data)
     except OSError as error:
         raise host_error(error, where=out) from error

@@ -70,8 +70,10 @@ def check(
 
 
 def _show(report: ConformanceReport) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from maskplan.pipeline.core.console import stdout_console
+    from maskplan.pipeline.core.escaping import one_line
 
     table = Table()
     for title in ("weight", "op", "shape", "verdict", "reason"):
@@ -84,9 +86,8 @@ def _show(report: ConformanceReport) -> None:
         if weight.hint is not None:
             reason = f"{reason}; {weight.hint}" if reason else weight.hint
         shape = " x ".join(map(str, weight.shape))
-        table.add_row(weight.name, weight.op, shape, weight.verdict.replace("_", " "), reason)
-    # Names may contain what rich would take for markup.
-    console = Console(highlight=False, markup=False)
+        table.add_row(*map(one_line, (weight.name, weight.op, shape, weight.verdict.replace("_", " "), reason)))
+    console = stdout_console()
     console.print(table)
     console.print(
         f"{report.verdict}: {report.conforming} conforming, {report.violating} violating, {report.dense_by_choice} dense by"

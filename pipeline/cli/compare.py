@@ -289,8 +289,9 @@ def _publish(parity: ParityReport, sparse: Path, report: Path | None, junit: Pat
         write_atomically(junit, parity_junit(parity, str(sparse)), option="--junit")
     show_parity(parity)
     if github if github is not None else os.environ.get("GITHUB_ACTIONS") == "true":
+        from maskplan.pipeline.core.terminal import print_for_runner
         from maskplan.pipeline.parity.github_annotations import append_summary, summary, workflow_commands
 
         title = f"parity of {sparse.name}"
-        print("\n".join(workflow_commands(parity, title)))
+        print_for_runner(workflow_commands(parity, title))
         append_summary(summary(parity, title))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from maskplan.pipeline.core.terminal import print_line
+
 if TYPE_CHECKING:
     from maskplan.pipeline.core.reports import ParityReport
 
@@ -13,8 +15,8 @@ def show_parity(report: ParityReport) -> None:
     """Print the numbers of a comparison, and the verdict as the last line."""
     for part in (_accuracy, _flips, _classes, _outputs, _drift, _depth):
         for line in part(report):
-            print(line)
-    print(f"{report.verdict.replace('_', ' ')}{': ' + report.reason if report.reason else ''}")
+            print_line(line)
+    print_line(f"{report.verdict.replace('_', ' ')}{': ' + report.reason if report.reason else ''}")
 
 
 def _accuracy(report: ParityReport) -> Iterator[str]:

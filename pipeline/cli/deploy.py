@@ -9,6 +9,7 @@ import typer
 
 from maskplan.pipeline.cli.help_pages import add_command
 from maskplan.pipeline.cli.options import override
+from maskplan.pipeline.core.escaping import shell_command
 
 _EXAMPLES = """
 maskplan deploy build/r50/engine.plan --repository models --name resnet50
@@ -102,6 +103,6 @@ def deploy(
         print(f"note: without a golden input and output: {reason}")
     else:
         script = deployment.folder / str(deployment.version) / FOLDER / "smoke.py"
-        print(f"try it: python {script} --url localhost:8000")
+        print(f"try it: {shell_command(['python', script, '--url', 'localhost:8000'])}")
     if any(record.version_compatible for record in records):
         print("note: a version-compatible plan: start Triton with --backend-config=tensorrt,version-compatible=true")

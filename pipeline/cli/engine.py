@@ -12,6 +12,7 @@ from maskplan.pipeline.cli.exit_codes import GateError
 from maskplan.pipeline.cli.help_pages import add_command
 from maskplan.pipeline.cli.options import choice, override
 from maskplan.pipeline.core.choices import FAIL, Precision
+from maskplan.pipeline.core.errors import OUTPUT_OPTION
 
 _EXAMPLES = """
 maskplan engine digits_resnet
@@ -93,6 +94,7 @@ def engine(
     from maskplan.pipeline.report.write import as_typed
     from maskplan.pipeline.run import LineOptions, run
 
+    OUTPUT_OPTION.set("--out")
     settings = read_recipe(recipe, seed)
     learn = override(settings.learn, budget_minutes=budget_minutes)
     settings = override(

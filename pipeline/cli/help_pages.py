@@ -5,17 +5,30 @@ Records are imported only when a help page is printed, so that `maskplan --help`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from maskplan.pipeline.core.escaping import one_line
+
 Defaults = Callable[[], Mapping[str, object]]
 
 
 class GroupWithExamples(TyperGroup):
-    """The first help page."""
+    """The first help page, and the messages about wrong usage, which repeat what was typed."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        with _escaped_usage_errors():
+            return super().invoke(ctx)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the options before the command."""
+        with _escaped_usage_errors():
+            return list(super().parse_args(ctx, args))
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the page; the epilog is printed verbatim, because typer would wrap commands like prose."""
@@ -55,6 +68,17 @@ def add_command(
     """
     page = type("CommandPage", (CommandWithExamples,), {"defaults": () if defaults is None else (defaults,)})
     app.command(name or function.__name__, cls=page, epilog=examples)(function)
+
+
+@contextlib.contextmanager
+def _escaped_usage_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # The exceptions of click, which typer brings along under a private name.
+        if isinstance(message := getattr(error, "message", None), str):
+            error.message = one_line(message)  # type: ignore[attr-defined]
+        raise
 
 
 def _shown(value: object) -> object:

@@ -10,6 +10,7 @@ import typer
 from maskplan.pipeline.cli import options
 from maskplan.pipeline.cli.help_pages import add_command
 from maskplan.pipeline.cli.options import write_report
+from maskplan.pipeline.core.terminal import print_line
 
 if TYPE_CHECKING:
     from maskplan.pipeline.core.artifacts import EngineFile, Provenance
@@ -50,11 +51,11 @@ def inspect(
         "sparse": _evidence(record),
     }
     for label, text in [*lines.items(), *(("note", note) for note in record.notes)]:
-        print(f"{label:<10} {text}")
+        print_line(f"{label:<10} {text}")
     for layer in record.layers:
         sizes = f"C {layer.c or '?'} K {layer.k or '?'}"
         reason = f" ({layer.reason})" if layer.reason else ""
-        print(f"  {layer.state:<8} {sizes:<16} {layer.name}: {layer.kernel or 'kernel unknown'}{reason}")
+        print_line(f"  {layer.state:<8} {sizes:<16} {layer.name}: {layer.kernel or 'kernel unknown'}{reason}")
 
 
 def _model(provenance: Provenance) -> str:

@@ -12,6 +12,7 @@ import typer
 from maskplan.pipeline.cli import options
 from maskplan.pipeline.cli.help_pages import add_command
 from maskplan.pipeline.cli.options import override, patterns, write_report
+from maskplan.pipeline.core.terminal import print_line
 
 if TYPE_CHECKING:
     from maskplan.pipeline.permutation.record import Permuted
@@ -90,7 +91,7 @@ def permute(
     if report is not None:
         write_report(report, {"efficacy": permuted.efficacy, **encode(permuted, report.parent)})
     for line in _summary(permuted, out):
-        print(line)
+        print_line(line)
 
 
 def _summary(permuted: Permuted, out: Path) -> Iterator[str]:

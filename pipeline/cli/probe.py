@@ -94,8 +94,10 @@ def _trace_checkpoint(path: Path) -> onnx.ModelProto:
 
 def _show(report: ProbeReport) -> None:
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
+
+    from maskplan.pipeline.core.console import stdout_console
+    from maskplan.pipeline.core.escaping import one_line
 
     table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("weight", no_wrap=True)
@@ -110,12 +112,14 @@ def _show(report: ProbeReport) -> None:
             "-" if b.dense_gemm_ms is None or not b.sparse_gemm_ms else f"{b.dense_gemm_ms / b.sparse_gemm_ms:.2f}"
             for b in layer.batches
         ]
-        table.add_row(layer.name, size, f"{shape.height} x {shape.width}", layer.verdict.replace("_", " "), *speedups)
-    console = Console(highlight=False, markup=False)
+        table.add_row(
+            one_line(layer.name), size, f"{shape.height} x {shape.width}", layer.verdict.replace("_", " "), *speedups
+        )
+    console = stdout_console()
     console.print(table)
     for layer in report.layers:
         if layer.reason is not None:
-            console.print(f"{layer.name}: {layer.reason}", soft_wrap=True)
+            console.print(one_line(f"{layer.name}: {layer.reason}"), soft_wrap=True)
     versions = f"torch {report.torch_version}, CUDA {report.cuda_version}, cuSPARSELt {report.cusparselt_version}"
     console.print(f"{report.device} ({report.compute_capability}), {report.dtype}, {versions}", soft_wrap=True)
     console.print(f"numbers: time of the dense product over time of the sparse one; {report.note}", soft_wrap=True)

@@ -12,6 +12,7 @@ import typer
 from maskplan.pipeline.cli import options
 from maskplan.pipeline.cli.help_pages import add_command
 from maskplan.pipeline.cli.options import override, write_report
+from maskplan.pipeline.core.terminal import print_line
 
 if TYPE_CHECKING:
     from maskplan.pipeline.data.dataset import Split
@@ -108,7 +109,7 @@ def stability(
     )
     write_report(report, encode(result))
     for line in _summary(result):
-        print(line)
+        print_line(line)
 
 
 def _val_images(model: str, folder: Path | None, labels: tuple[str, ...], outputs: int) -> Split:

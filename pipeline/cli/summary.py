@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from maskplan.pipeline.core.choices import FAIL
+from maskplan.pipeline.core.console import stdout_console
+from maskplan.pipeline.core.escaping import one_line, shell_command
 
 if TYPE_CHECKING:
     from maskplan.pipeline.core.reports import MethodRow
@@ -23,13 +24,12 @@ _MIN_WIDTH = 120
 
 def show_summary(result: LineResult) -> None:
     """Print the table, what was written, and the next command."""
-    # Paths may contain what rich would take for markup.
-    console = Console(highlight=False, markup=False)
+    console = stdout_console()
     if not console.is_terminal:
         console.width = max(console.width, _MIN_WIDTH)
     console.print(_table(result.report))
     for label, text in (*_verdicts(result.report), *_files(result)):
-        console.print(f"{label:<12} {text}", soft_wrap=True)
+        console.print(f"{label:<12} {one_line(text)}", soft_wrap=True)
 
 
 def _table(report: RunReport) -> Table:
@@ -102,9 +102,9 @@ def _files(result: LineResult) -> Iterator[tuple[str, str]]:
     if result.deployment is not None:
         yield "deployed", f"{result.deployment.folder}, version {result.deployment.version}"
     elif report.model.trained and report.parity.verdict != FAIL:
-        yield "next", f"maskplan deploy {engine} --repository models"
+        yield "next", shell_command(["maskplan", "deploy", engine, "--repository", "models"])
     else:
-        yield "next", f"maskplan inspect {engine}"
+        yield "next", shell_command(["maskplan", "inspect", engine])
 
 
 def shorten(path: Path) -> Path:

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterable, Sequence
+from contextvars import ContextVar
+from pathlib import Path
 
-OUT_OPTION = "--out or -o"
+from maskplan.pipeline.core.escaping import one_line
+
+# The option of the running command that names what it writes, for messages.
+OUTPUT_OPTION: ContextVar[str] = ContextVar("OUTPUT_OPTION", default="--output")
+# Under the text of the first line of a field.
+_INDENT = " " * 9
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -24,8 +32,14 @@ class PipelineError(Exception):
         parts = [what]
         for label, text in (("where", where), ("found", found), ("fix", fix)):
             if text is not None:
-                parts.append(f"  {label + ':':<6} {text}")
+                parts.append(f"  {label + ':':<6} {_field(text)}")
         super().__init__("\n".join(parts))
+
+
+def _field(value: object) -> str:
+    """A field's text; its further lines are indented, so that no name in it can pose as a field or a message."""
+    text = one_line(value) if isinstance(value, Path) else str(value)
+    return re.sub(r"[\r\n]\s*", f"\n{_INDENT}", text.rstrip())
 
 
 class InputError(PipelineError):
@@ -36,13 +50,13 @@ class HostError(PipelineError):
     """This machine lacks something: a runtime, a permission, disk space, the folder's lock."""
 
 
-def host_error(error: OSError, *, where: object, option: str = OUT_OPTION) -> HostError:
+def host_error(error: OSError, *, where: object, option: str | None = None) -> HostError:
     """Turn an `OSError` raised while writing into a message that says what to do.
 
     Args:
         error: What the operating system reported.
         where: The file or folder.
-        option: The command-line option that names it.
+        option: The command-line option that names it; by default the running command's for its output.
     """
     found = error.strerror or str(error)
     if error.errno in _FULL:
@@ -52,14 +66,13 @@ def host_error(error: OSError, *, where: object, option: str = OUT_OPTION) -> Ho
             found=found,
             fix="free some space and run the same command again; finished stages are kept",
         )
-    return HostError(
-        "cannot write", where=where, found=found, fix=f"choose a folder that you may write to with {option}"
-    )
+    fix = f"choose a folder that you may write to with {option or OUTPUT_OPTION.get()}"
+    return HostError("cannot write", where=where, found=found, fix=fix)
 
 
 def listed(items: Iterable[object], max_items: int = 5) -> str:
     """The first few items, separated by commas, and how many more there are."""
-    texts = [str(item) for item in items]
+    texts = [one_line(item) for item in items]
     shown = ", ".join(texts[:max_items])
     return shown if len(texts) <= max_items else f"{shown} and {len(texts) - max_items} more"
 

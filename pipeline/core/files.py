@@ -6,21 +6,25 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from maskplan.pipeline.core.errors import OUT_OPTION, InputError, host_error
+from maskplan.pipeline.core.errors import InputError, host_error
 
 TEMPORARY_SUFFIX = ".maskplan-tmp"
+# Bytes that file systems allow for a name.
+NAME_MAX = 255
 
 
-def write_atomically(path: Path, data: bytes, *, option: str = OUT_OPTION) -> str:
+def write_atomically(path: Path, data: bytes, *, option: str | None = None) -> str:
     """Write `data` to `path` through a temporary file, fsync and `os.replace`; missing folders are created.
 
     Args:
         path: The final name.
         data: The whole content.
-        option: The command-line option that names the file, for the error message.
+        option: The command-line option that names the file, for the error message; by default the running command's for its
+            output.
 
     Returns:
         The sha256 digest of `data`, hexadecimal.
@@ -28,10 +32,13 @@ def write_atomically(path: Path, data: bytes, *, option: str = OUT_OPTION) -> st
     Raises:
         HostError: The folder cannot be written or the disk is full; `path` is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        # A link that was left under this name must not be written through.
+        if os.path.lexists(temporary):
+            temporary.unlink()
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -45,7 +52,32 @@ def write_atomically(path: Path, data: bytes, *, option: str = OUT_OPTION) -> st
     return hashlib.sha256(data).hexdigest()
 
 
-def write_json(path: Path, value: object, *, option: str = OUT_OPTION) -> str:
+def temporary_path(path: Path, kind: str = "") -> Path:
+    """A hidden name next to `path` for this process, which `remove_leftovers` knows; never longer than a name may be.
+
+    Args:
+        path: The final name.
+        kind: Part of the name, where several temporary files belong to one final name.
+    """
+    end = f".{os.getpid()}{kind}{TEMPORARY_SUFFIX}"
+    return path.with_name(f".{_shortened(path.name, NAME_MAX - len(end) - 1)}{end}")
+
+
+def sibling(path: Path, end: str) -> Path:
+    """The path with `end` in place of its suffix; a name that would be too long is shortened."""
+    return path.with_name(_shortened(path.stem, NAME_MAX - len(end.encode())) + end)
+
+
+def _shortened(name: str, size: int) -> str:
+    data = os.fsencode(name)
+    if len(data) <= size:
+        return name
+    # Two long names that begin alike stay two.
+    digest = hashlib.sha256(data).hexdigest()[:12]
+    return os.fsencode(name)[: size - len(digest) - 1].decode(errors="ignore") + f"~{digest}"
+
+
+def write_json(path: Path, value: object, *, option: str | None = None) -> str:
     """Write `value` as indented JSON, as `write_atomically` does.
 
     Raises:
@@ -55,9 +87,12 @@ def write_json(path: Path, value: object, *, option: str = OUT_OPTION) -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files that a killed process left in `folder` (not below it)."""
+    """Delete the temporary files, folders and links that a killed process left in `folder` (not below it)."""
     for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-        path.unlink(missing_ok=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:

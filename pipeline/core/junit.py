@@ -6,6 +6,7 @@ import dataclasses
 from xml.etree import ElementTree
 
 from maskplan.pipeline.core.choices import DENSE_BY_CHOICE, INELIGIBLE, NOT_APPLICABLE, PASS, VIOLATING
+from maskplan.pipeline.core.escaping import printable
 from maskplan.pipeline.core.reports import Check, ConformanceReport, OutputCloseness, ParityReport
 
 
@@ -73,6 +74,10 @@ def _format_closeness(output: OutputCloseness) -> str:
 
 
 def _xml(suite: ElementTree.Element) -> bytes:
+    # XML 1.0 has no way to write most control characters, not even as references.
+    for element in suite.iter():
+        element.attrib.update({name: printable(value) for name, value in element.attrib.items()})
+        element.text = printable(element.text) if element.text else element.text
     ElementTree.indent(suite)
     xml: bytes = ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True)
     return xml

@@ -25,9 +25,9 @@ def is_main_process() -> bool:
 @cache
 def stderr_console() -> Console:
     """The shared console on stderr: lines printed through it do not overlap with a progress bar."""
-    from rich.console import Console
+    from maskplan.pipeline.core.console import EscapedConsole
 
-    return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    return EscapedConsole(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 def track(items: Iterable[T], what: str | Callable[[], str], total: int, done: int = 0) -> Iterator[T]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import tomllib
 import types
 import typing
 from collections.abc import Mapping
@@ -12,6 +14,32 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+# Larger integers are no numbers of ours, and Python neither prints them nor converts them to float.
+_MAX_INTEGER = 1 << 1000
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The values of a JSON text.
+
+    Raises:
+        ValueError: Not JSON, nested too deeply, or an integer of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def parse_toml(data: bytes) -> dict[str, Any]:
+    """The tables of a TOML text.
+
+    Raises:
+        ValueError: Not TOML, nested too deeply, or an integer of thousands of digits.
+    """
+    try:
+        return tomllib.loads(data.decode())
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def encode(value: object, root: Path | None = None) -> Any:
@@ -47,7 +75,10 @@ def decode(kind: type[T], value: Any, root: Path | None = None) -> T:
     Raises:
         ValueError: The value does not fit the type (a field missing, or of the wrong kind).
     """
-    return typing.cast(T, _decode(kind, value, root, kind.__name__))
+    try:
+        return typing.cast(T, _decode(kind, value, root, kind.__name__))
+    except RecursionError as error:
+        raise ValueError(f"{kind.__name__}: nested too deeply") from error
 
 
 @cache
@@ -91,6 +122,8 @@ def _decode(kind: Any, value: Any, root: Path | None, at: str) -> Any:
         _expect(not wrong, at, f"the fields {sorted(names)}", wrong)
         fields = {n: _decode(hints[n], v, root, f"{at}.{n}") for n, v in value.items()}
         return typing.cast(Any, kind)(**fields)
+    if isinstance(value, int):
+        _expect(abs(value) < _MAX_INTEGER, at, f"fewer than {len(str(_MAX_INTEGER))} digits", value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind in (int, float, str, bool):
@@ -107,4 +140,10 @@ def with_new_names(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _expect(holds: bool, at: str, wanted: str, found: object) -> None:
     if not holds:
-        raise ValueError(f"{at}: expected {wanted}, found {found!r:.200}")
+        raise ValueError(f"{at}: expected {wanted}, found {_shown(found)}")
+
+
+def _shown(value: object) -> str:
+    # Python does not convert integers of thousands of digits.
+    too_long = isinstance(value, int) and abs(value) >= _MAX_INTEGER
+    return "a longer integer" if too_long else f"{value!r:.200}"

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from maskplan.pipeline.core.choices import NOT_APPLICABLE, PASS
 from maskplan.pipeline.core.errors import host_error
+from maskplan.pipeline.core.escaping import one_line, printable
 from maskplan.pipeline.core.reports import ParityReport
+
+# What Markdown could take for more than text; an underscore within a word is text.
+_MARKDOWN = re.compile(r"[\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+_BLOCK = re.compile(r"^(\s*)([#+=-]|\d+(?=[.)]))")
 
 
 def workflow_commands(report: ParityReport, title: str) -> tuple[str, ...]:
@@ -65,8 +71,14 @@ def _command(kind: str, title: str, text: str) -> str:
 
 def _escaped(text: str) -> str:
     """Escape as GitHub's own toolkit does; the percent sign first, or it would be escaped twice."""
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    parts = (printable(part).replace("%", "%25").replace("\n", "%0A") for part in text.split("\r"))
+    return "%0D".join(parts)
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\r", " ").replace("\n", " ")
+    """Text for one line of Markdown: no markup, no HTML, no cell of its own."""
+    plain = one_line(" ".join(text.splitlines()))
+    plain = plain.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    plain = _MARKDOWN.sub(r"\\\g<0>", plain)
+    # A number at the start would begin a list: its period is escaped, as a digit cannot be.
+    return _BLOCK.sub(lambda m: m[0] + "\\" if m[2].isdigit() else f"{m[1]}\\{m[2]}", plain)

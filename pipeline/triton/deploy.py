@@ -14,6 +14,7 @@ from pathlib import Path
 from maskplan.engines.sidecar import read_engine, sidecar_path
 from maskplan.pipeline.core.artifacts import Deployment, EngineFile
 from maskplan.pipeline.core.errors import InputError, listed
+from maskplan.pipeline.core.escaping import one_line
 from maskplan.pipeline.core.files import read_bytes, write_atomically
 from maskplan.pipeline.core.validation import at_least
 from maskplan.pipeline.triton.config import Serving, config_text, model_files, platform_of
@@ -158,7 +159,8 @@ def _labels(folder: Path, version: int, engine: EngineFile) -> tuple[str, bytes]
     """Name and bytes of the label file; an existing file with other labels may be in use and is not changed."""
     if engine.provenance is None or not engine.provenance.labels:
         return None
-    data = ("\n".join(engine.provenance.labels) + "\n").encode()
+    # Triton counts lines: a newline in a label would shift all labels after it.
+    data = "".join(f"{one_line(label)}\n" for label in engine.provenance.labels).encode()
     common = folder / _LABELS
     name = f"labels.{version}.txt" if common.is_file() and read_bytes(common) != data else _LABELS
     return name, data

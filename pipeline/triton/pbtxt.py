@@ -39,10 +39,13 @@ def parse(text: str) -> Message:
     """Parse a message.
 
     Raises:
-        ValueError: The text is not in the text format.
+        ValueError: The text is not in the text format, or messages are nested too deeply.
     """
     tokens = list(_tokens(text))
-    message, end = _message(tokens, 0, "")
+    try:
+        message, end = _message(tokens, 0, "")
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     if end != len(tokens):
         raise ValueError(f"unexpected {tokens[end]}")
     return message
@@ -50,10 +53,13 @@ def parse(text: str) -> Message:
 
 def quoted(text: str) -> str:
     """Quote a string for the text format; anything but printable ASCII becomes octal escapes."""
-    plain = "".join(
-        c if " " <= c <= "~" and c not in '"\\' else "".join(f"\\{byte:03o}" for byte in c.encode()) for c in text
-    )
+    plain = "".join(c if " " <= c <= "~" and c not in '"\\' else _octal(c) for c in text)
     return f'"{plain}"'
+
+
+def _octal(character: str) -> str:
+    # A lone surrogate, which JSON can hold, has no bytes in UTF-8.
+    return "".join(f"\\{byte:03o}" for byte in character.encode(errors="backslashreplace"))
 
 
 def _tokens(text: str) -> Iterator[str]:

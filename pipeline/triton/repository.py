@@ -12,7 +12,7 @@ from pathlib import Path
 
 from maskplan.pipeline.core.errors import HostError, InputError, host_error
 from maskplan.pipeline.core.file_lock import acquire_lock
-from maskplan.pipeline.core.files import TEMPORARY_SUFFIX, read_bytes, write_atomically
+from maskplan.pipeline.core.files import NAME_MAX, read_bytes, remove_leftovers, temporary_path, write_atomically
 
 # In a version's folder, for a rollback: the config that was in place before the version.
 PREVIOUS = "previous-config.pbtxt"
@@ -27,13 +27,35 @@ def model_folder(repository: Path, name: str) -> Path:
     Raises:
         InputError: The name is not valid for a folder of the repository.
     """
-    if not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(name) or len(name) > NAME_MAX:
         raise InputError(
             "invalid name for a model in a repository",
-            found=repr(name),
-            fix="use letters, digits, '-', '_' and '.', starting with a letter or digit",
+            found=repr(name) if len(name) <= NAME_MAX else f"{name[:40]!r}..., {len(name)} characters",
+            fix=f"use at most {NAME_MAX} letters, digits, '-', '_' and '.', starting with a letter or digit",
         )
     return repository / name
+
+
+def require_deployable(repository: Path, name: str) -> None:
+    """Judge a repository and a model's name before the work whose result is to be deployed; nothing is created.
+
+    Raises:
+        InputError: The name is not valid.
+        HostError: The model's folder cannot be created or written.
+    """
+    folder = model_folder(repository, name)
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        if not existing.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        # A path that is too long is refused here as it would be later.
+        (folder / ".maskplan").lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise host_error(error, where=folder, option=REPOSITORY_OPTION) from error
 
 
 def versions_in(folder: Path) -> list[int]:
@@ -62,7 +84,7 @@ def add_version(folder: Path, version: int, copies: Mapping[str, Path], contents
         InputError: A file to copy cannot be read.
         HostError: The folder cannot be written.
     """
-    staged = folder / f".{version}.{os.getpid()}{TEMPORARY_SUFFIX}"
+    staged = temporary_path(folder / str(version))
     try:
         staged.mkdir()
         for name, source in copies.items():
@@ -100,15 +122,17 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         HostError: The folder cannot be created, or another process is writing to it.
     """
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        created = [path for path in (folder, *folder.parents) if not path.exists()]
+    except OSError as error:
+        raise host_error(error, where=folder, option=REPOSITORY_OPTION) from error
     handle = None
     try:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(folder, os.O_RDONLY)
             _lock(handle, folder)
-            for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            remove_leftovers(folder)
         except OSError as error:
             raise host_error(error, where=folder, option=REPOSITORY_OPTION) from error
         yield

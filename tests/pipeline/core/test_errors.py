@@ -43,7 +43,7 @@ def test_a_full_disk_is_named(number: int) -> None:
 def test_another_write_error_asks_for_another_folder() -> None:
     error = host_error(OSError(errno.EROFS, os.strerror(errno.EROFS)), where="out")
     assert error.what == "cannot write"
-    assert "--out or -o" in str(error.fix)
+    assert "--output" in str(error.fix)
 
 
 def test_the_fix_names_the_option_of_the_file() -> None:

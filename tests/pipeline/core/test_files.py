@@ -20,6 +20,8 @@ from maskplan.pipeline.core.files import (
     read_bytes,
     remove_leftovers,
     sha256_of,
+    sibling,
+    temporary_path,
     write_atomically,
     write_json,
 )
@@ -164,3 +166,28 @@ def test_a_file_that_is_missing_or_a_folder_is_an_error(tmp_path: Path, read: ob
 def test_the_digest_of_an_empty_file_is_that_of_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     assert sha256_of(tmp_path / "empty") == hashlib.sha256().hexdigest()
+
+
+@pytest.mark.parametrize("name", ["n" * 240 + ".onnx", "n" * 255, "ü" * 120, "n" * 229])
+def test_names_as_long_as_a_file_may_have_can_be_written(name: str, tmp_path: Path) -> None:
+    write_atomically(tmp_path / name, b"data")
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    temporary = temporary_path(tmp_path / name, ".data")
+    temporary.touch()
+    assert temporary != temporary_path(tmp_path / ("n" * 239 + "m.onnx"), ".data")
+    remove_leftovers(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert len(os.fsencode(sibling(tmp_path / name, ".0123.data").name)) <= 255
+
+
+def test_a_link_or_folder_under_the_temporary_name_does_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_bytes(b"mine")
+    temporary_path(tmp_path / "file").symlink_to(tmp_path / "mine")
+    write_atomically(tmp_path / "file", b"data")
+    assert (tmp_path / "mine").read_bytes() == b"mine"
+    assert (tmp_path / "file").read_bytes() == b"data"
+    (tmp_path / f".a.1{TEMPORARY_SUFFIX}").mkdir()
+    (tmp_path / f".a.1{TEMPORARY_SUFFIX}" / "part").touch()
+    (tmp_path / f".b.1{TEMPORARY_SUFFIX}").symlink_to(tmp_path / "nothing")
+    remove_leftovers(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "mine"]

@@ -80,3 +80,18 @@ def test_messages_survive_and_numbers_are_told() -> None:
     assert "logits: max_abs 0.5" in told
     assert "psnr" not in told
     assert "few" in told
+
+
+def test_control_characters_which_xml_cannot_hold_are_replaced_visibly() -> None:
+    """Names of layers and outputs come from files; the suite must parse whatever they are."""
+    text = "".join(map(chr, range(32))) + "\x7f\u0085\ufffe\ud800<&>"
+    check = replace(BAD, name=f"n{text}", message=text)
+    report = replace(
+        BASE, verdict=FAIL, reason=text, checks=(check,), notes=(text,), outputs=(replace(OUTPUT, name=text),)
+    )
+    suite = ElementTree.fromstring(parity_junit(report, f"a{text}.onnx"))
+    (failure,) = suite.findall(".//failure")
+    assert "\\x01" in (failure.get("message") or "")
+    assert "\\ufffe\\ud800<&>" in (failure.get("message") or "")
+    assert "\\x1b" in (suite.get("name") or "")
+    assert "\\x1f" in (suite.findtext(".//system-out") or "")

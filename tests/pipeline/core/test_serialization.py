@@ -21,7 +21,7 @@ from maskplan.pipeline.core.artifacts import (
     Provenance,
     TensorSpec,
 )
-from maskplan.pipeline.core.serialization import decode, encode
+from maskplan.pipeline.core.serialization import decode, encode, parse_json, parse_toml
 
 
 @dataclass(frozen=True)
@@ -243,3 +243,23 @@ def test_an_engine_sidecar_from_before_a_rename_is_read() -> None:
         "onnx_sha256": "ff", "build_s": 1.5, "provenance": None, "stripped": True,
     }  # fmt: skip
     assert decode(EngineFile, old).strip_plan
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000, "{", b"\xff\xfe\xff", '{"a": 1' + "0" * 6000 + "}"]
+)
+def test_what_json_cannot_hold_or_python_cannot_read_is_one_error(text: str | bytes) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        parse_json(text)
+
+
+@pytest.mark.parametrize("data", [b"a = " + b"[" * 100_000, b"a = " + b"9" * 5000, b"\xff", b"a ="])
+def test_what_toml_cannot_hold_or_python_cannot_read_is_one_error(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        parse_toml(data)
+
+
+def test_an_integer_of_thousands_of_digits_does_not_fit_a_record() -> None:
+    for value in (10**4000, -(10**400)):
+        with pytest.raises(ValueError, match="number: expected fewer than 302 digits, found a longer integer"):
+            decode(Inner, {"number": value})

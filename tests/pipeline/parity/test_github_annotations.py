@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,3 +90,41 @@ def test_a_summary_that_cannot_be_written_is_one_error(tmp_path: Path, monkeypat
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path))
     with pytest.raises(HostError):
         append_summary("text")
+
+
+NASTY = "c0\n::error title=x::y\x1b[2J %0A `code` [link](http://x) ![i](y) <img src=z> a|b \\ *b* _i_ ~~s~~ $m$ &amp;"
+
+
+def test_names_in_a_command_keep_to_their_line_and_show_control_characters() -> None:
+    report = replace(FAILED, checks=(replace(BAD, message=NASTY),), notes=(NASTY,))
+    lines = workflow_commands(report, NASTY)
+    assert len(lines) == 2
+    for line in lines:
+        assert len(line.splitlines()) == 1
+        assert "\x1b" not in line
+        assert line.count("::") == 2 + NASTY.count("::")
+        assert "c0%0A::error" in line
+        assert "%250A" in line
+
+
+def rendered(markdown: str) -> str:
+    """The text that a reader of one line sees, if nothing in it is markup."""
+    text = re.sub(r"\\([!-/:-@\[-`{-~])", lambda m: f"\0{ord(m[1])}\0", markdown)
+    assert not re.search(r"[`*|<>\[\]~$]|(?<!\w)_|_(?!\w)", text), text
+    return html.unescape(re.sub("\0(\\d+)\0", lambda m: chr(int(m[1])), text))
+
+
+@pytest.mark.parametrize(
+    "name", [NASTY, "# head", "- item", "1. one", "2) two", "+ plus", "=====", "> quote", "top1_drop"]
+)
+def test_names_in_the_summary_are_text(name: str) -> None:
+    report = replace(
+        FAILED, checks=(replace(BAD, name=name),), notes=(name,), reason=name, drift=(DriftRow(name, 1, 2, 1),)
+    )
+    lines = summary(report, name).splitlines()
+    expected = name.replace("\n", " ").replace("\x1b", "\\x1b")
+    assert rendered(lines[0].removeprefix("### ").removesuffix(": fail")) == expected
+    assert rendered(lines[2]) == expected
+    assert not re.match(r"[#+=-]|\d+[.)]", lines[2])
+    cells = [line for line in lines if line.startswith("| ") and re.search(r"(?<!\\)\|", line[2:])]
+    assert {len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in cells} == {5}

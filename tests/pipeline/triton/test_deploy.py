@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,9 @@ from maskplan.engines.sidecar import read_engine, sidecar_path, write_sidecar
 from maskplan.exporters.metadata import describe_onnx
 from maskplan.pipeline.core.artifacts import Profile
 from maskplan.pipeline.core.errors import HostError, InputError
+from maskplan.pipeline.core.files import TEMPORARY_SUFFIX
 from maskplan.pipeline.triton.deploy import DeployOptions, deploy
+from maskplan.pipeline.triton.repository import require_deployable
 
 # Runs `maskplan` for each model name in one process that cannot write a file of more than a hundred kilobytes.
 LIMITED = """
@@ -264,3 +267,66 @@ def test_a_disk_that_fills_up_leaves_no_part_of_a_version(tmp_path: Path) -> Non
     assert sorted(p.name for p in (tmp_path / "models/net").iterdir()) == ["1", "config.pbtxt", "labels.txt"]
     # A server that finds a model's folder without a version in it does not start.
     assert [p.name for p in (tmp_path / "models").iterdir()] == ["net"]
+
+
+def test_the_label_file_has_a_line_for_each_class_whatever_the_classes_are_called(tmp_path: Path) -> None:
+    labels = ("a\nb", "c\r\n", "\x1b[1m", "d\u2028e\x85", "")
+    engine = built(tmp_path / "engine", dataclasses.replace(PROVENANCE, labels=labels))
+    deploy(engine, DeployOptions(tmp_path / "models", "net"))
+    text = (tmp_path / "models/net/labels.txt").read_text(encoding="utf-8")
+    assert text.endswith("\n")
+    lines = text.split("\n")[:-1]
+    assert lines == text.splitlines() == ["a\\nb", "c\\x0d\\n", "\\x1b[1m", "d\\u2028e\\x85", ""]
+
+
+@pytest.mark.parametrize("name", ["n" * 256, "n" * 300])
+def test_a_name_longer_than_a_folder_may_have_is_refused(name: str, tmp_path: Path) -> None:
+    engine = built(tmp_path / "engine")
+    with pytest.raises(InputError, match="invalid name"):
+        deploy(engine, DeployOptions(tmp_path / "models", name))
+    deploy(engine, DeployOptions(tmp_path / "models", "n" * 240))
+
+
+def test_a_path_that_is_too_long_is_an_error_of_the_repository(tmp_path: Path) -> None:
+    engine = built(tmp_path / "engine")
+    for repository in (tmp_path / ("r" * 300), tmp_path.joinpath(*["r" * 200] * 30)):
+        with pytest.raises(HostError) as raised:
+            deploy(engine, DeployOptions(repository, "net"))
+        assert str(raised.value.fix).endswith("with --repository")
+
+
+def test_a_temporary_link_left_behind_is_removed_and_its_target_stays(tmp_path: Path) -> None:
+    engine = built(tmp_path / "engine")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("kept")
+    folder = tmp_path / "models" / "net"
+    folder.mkdir(parents=True)
+    for name, target in (("a", tmp_path / "mine"), ("b", tmp_path / "nothing"), ("c", tmp_path / "mine" / "file")):
+        (folder / f".{name}.1{TEMPORARY_SUFFIX}").symlink_to(target)
+    deploy(engine, DeployOptions(tmp_path / "models", "net"))
+    assert (tmp_path / "mine" / "file").read_text() == "kept"
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["a/b", "", "..", ".hidden", "über", "x" * 300, "a\nb"])
+def test_a_name_is_judged_before_the_work(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="invalid name"):
+        require_deployable(tmp_path / "models", name)
+
+
+def test_a_repository_is_judged_before_the_work_and_nothing_is_created(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "plain").write_bytes(b"")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    before = sorted(tmp_path.iterdir())
+    for name in ("plain", "plain/below", "dangling", "r" * 300):
+        with pytest.raises(HostError, match="cannot write") as raised:
+            require_deployable(tmp_path / name, "net")
+        assert str(raised.value.fix).endswith("with --repository")
+    require_deployable(tmp_path, "net")
+    require_deployable(tmp_path / "new" / "models", "net")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(HostError, match="cannot write"):
+        require_deployable(tmp_path / "new", "net")
+    assert sorted(tmp_path.iterdir()) == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,3 +98,15 @@ def test_wrong_usage_of_the_command_ends_with_2(arguments: list[str], message: s
     ran = cli("deploy", *arguments)
     assert (ran.code, ran.out) == (2, "")
     assert message in ran.err
+
+
+def test_the_printed_command_can_be_pasted_whatever_the_folder_is_called(
+    cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    repository = tmp_path / "my models; echo $(x)"
+    ran = cli("deploy", built(tmp_path / "engine"), "--repository", repository)
+    assert ran.code == 0, ran.err
+    (line,) = [line for line in ran.out.splitlines() if line.startswith("try it: ")]
+    command, script, *rest = shlex.split(line.removeprefix("try it: "))
+    assert (command, rest) == ("python", ["--url", "localhost:8000"])
+    assert Path(script).is_file()
