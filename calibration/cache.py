@@ -60,7 +60,7 @@ def write_cache(path: Path, key: CacheKey, ranges: Ranges) -> str:
         "model": key.model,
         "options": dict(sorted(asdict(key.options).items())),
     }
-    return write_json(path, dict(sorted(content.items())))
+    return write_json(path, dict(sorted(content.items())), option="--cache")
 
 
 def read_cache(path: Path, key: CacheKey) -> Ranges:
@@ -71,7 +71,7 @@ def read_cache(path: Path, key: CacheKey) -> Ranges:
     """
     try:
         content = json.loads(read_bytes(path), object_pairs_hook=_without_repeats)
-    except ValueError as error:  # of JSON, of UTF-8, and of repeated names
+    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, and of repeated names
         raise _not_a_cache(path, error) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise _not_a_cache(path, f"no format {FORMAT!r}")
@@ -121,7 +121,7 @@ def write_tensorrt_cache(path: Path, amax: Mapping[str, float], header: str = TE
         if not 0 < struct.unpack(">f", bits)[0] < math.inf:
             raise ValueError(f"no float32 scale for {name}: {value:g}")
         lines.append(f"{name}: {bits.hex()}")
-    return write_atomically(path, ("\n".join(lines) + "\n").encode())
+    return write_atomically(path, ("\n".join(lines) + "\n").encode(), option="--export-trt-cache")
 
 
 def read_tensorrt_cache(path: Path) -> tuple[str, dict[str, float]]:

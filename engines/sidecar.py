@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 from maskplan.pipeline.core.artifacts import EngineFile
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.files import read_bytes, sha256_of, write_json
-from maskplan.pipeline.core.serialization import decode, encode
+from maskplan.pipeline.core.serialization import decode, encode, parse_json
 
 
 def sidecar_path(engine: Path) -> Path:
@@ -25,7 +24,7 @@ def write_sidecar(engine: EngineFile) -> None:
 def has_sidecar(engine: EngineFile) -> bool:
     """Whether the sidecar on disk equals the record."""
     try:
-        stored = decode(EngineFile, json.loads(read_bytes(sidecar_path(engine.path))), engine.path.parent)
+        stored = decode(EngineFile, parse_json(read_bytes(sidecar_path(engine.path))), engine.path.parent)
     except (InputError, ValueError):
         return False
     return stored == engine
@@ -48,7 +47,7 @@ def read_engine(path: Path) -> EngineFile:
             fix="copy the sidecar together with the engine, or rebuild the engine",
         )
     try:
-        record = decode(EngineFile, json.loads(read_bytes(sidecar)), path.parent)
+        record = decode(EngineFile, parse_json(read_bytes(sidecar)), path.parent)
     except ValueError as error:
         raise InputError(
             "the engine's sidecar cannot be read", where=sidecar, found=error, fix="build the engine again"

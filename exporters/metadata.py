@@ -14,7 +14,7 @@ from maskplan.pipeline.core.artifacts import OnnxModel, Provenance, TensorSpec
 from maskplan.pipeline.core.choices import BF16, FP16, FP32, INT8, OnnxPrecision
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.files import read_bytes, sha256_of
-from maskplan.pipeline.core.serialization import decode, encode
+from maskplan.pipeline.core.serialization import decode, encode, parse_json
 from maskplan.pipeline.models.state_dict import METADATA_KEY
 
 _DTYPES = {
@@ -122,7 +122,7 @@ def read_provenance(model: onnx.ModelProto, where: object) -> Provenance | None:
     for entry in model.metadata_props:
         if entry.key == METADATA_KEY:
             try:
-                return decode(Provenance, json.loads(entry.value))
+                return decode(Provenance, parse_json(entry.value))
             except ValueError as error:
                 raise InputError(
                     "the ONNX file's metadata cannot be read", where=where, found=error, fix="export it again"

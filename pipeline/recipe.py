@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -14,7 +13,7 @@ from maskplan.engines.trt.options import TrtOptions
 from maskplan.exporters.onnx_export import ExportOptions
 from maskplan.pipeline.core.errors import InputError, did_you_mean
 from maskplan.pipeline.core.files import read_bytes
-from maskplan.pipeline.core.serialization import decode, with_new_names
+from maskplan.pipeline.core.serialization import decode, parse_toml, with_new_names
 from maskplan.pipeline.learning.options import LearnOptions
 from maskplan.pipeline.models.batchnorm import RecalibrateOptions
 from maskplan.pipeline.parity.options import CompareOptions
@@ -42,6 +41,10 @@ class Recipe:
 
 # Each table's record: the types of `Recipe`'s fields.
 _TABLES: dict[str, type] = get_type_hints(Recipe)
+
+
+# Seeds and sizes are passed on to code that takes 64 bits.
+_INTEGER_LIMIT = 1 << 63
 
 
 def read_recipe(path: Path | None, seed: int) -> Recipe:
@@ -72,8 +75,8 @@ def read_recipe(path: Path | None, seed: int) -> Recipe:
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(read_bytes(path).decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return parse_toml(read_bytes(path))
+    except ValueError as error:
         raise InputError("the recipe is not TOML", where=path, found=error) from error
 
 
@@ -98,6 +101,9 @@ def _read_table(name: str, kind: type, given: dict[str, Any], seed: int, problem
         if key not in fields:
             hint = did_you_mean(key, sorted(fields)) or "its keys are " + ", ".join(sorted(fields))
             problems.append(f"[{name}] has no {key!r}; {hint}")
+            continue
+        if isinstance(value, int) and abs(value) >= _INTEGER_LIMIT:
+            problems.append(f"[{name}] {key}: integers have at most 63 bits")
             continue
         try:
             # Every option has a default, so a table with one key is complete.

@@ -120,7 +120,7 @@ def _calibrator(base: Any, source: ImplicitInt8, context: Context) -> Any:
         def write_calibration_cache(self, cache: Any) -> None:
             try:
                 if source.cache is not None and not source.cache.is_file():
-                    write_atomically(source.cache, bytes(cache))
+                    write_atomically(source.cache, bytes(cache), option="--calibration-cache")
             except BaseException as failure:
                 self.failure = failure
 

@@ -43,7 +43,7 @@ def save_timing_cache(config: Any, path: Path, wait_s: float) -> None:
             stored_cache = config.create_timing_cache(stored) if stored else None
             if stored_cache is not None and not own_cache.combine(stored_cache, False):
                 log.warning("%s: the timing cache belongs to another TensorRT version or GPU; replacing it", path)
-            write_atomically(path, bytes(own_cache.serialize()))
+            write_atomically(path, bytes(own_cache.serialize()), option="--timing-cache")
     except HostError as error:
         log.warning("the timing cache is not updated: %s", error)
 

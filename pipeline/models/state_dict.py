@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from maskplan.pipeline.core.errors import InputError, listed
+from maskplan.pipeline.core.serialization import parse_json
 from maskplan.pipeline.models.key_matching import match_keys, without_wrappers
 from maskplan.pipeline.models.older_formats import load_older_format
 from maskplan.pipeline.models.reparametrization import describe_folded, fold_module, fold_state, is_reparametrized
@@ -65,7 +66,7 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError as error:
         raise unreadable(path, error) from error
     if not isinstance(value, dict):
@@ -211,7 +212,9 @@ def _load(
             "the checkpoint does not fit the model",
             where=where,
             found="; ".join(problems),
-            fix="give the model that it was saved from; if the number of classes differs, add --classes N",
+            fix="build the model with its parametrizations, so that they can be evaluated"
+            if any(".parametrizations." in f".{k}" for k in unexpected)
+            else "give the model that it was saved from; if the number of classes differs, add --classes N",
         )
     # Checked in the model's type: a value that is finite in float64 may be infinite in float32.
     typed = OrderedDict((k, state[k].to(v.dtype)) for k, v in own.items() if k in state)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.files import read_bytes
 from maskplan.pipeline.core.reports import DriftRow, ParityReport
+from maskplan.pipeline.core.serialization import parse_json
 
 _NUMBERS = (
     "top1_dense",
@@ -31,7 +31,7 @@ def read_baseline(path: Path) -> Mapping[str, Any]:
         InputError: The file is missing or is neither.
     """
     try:
-        values = json.loads(read_bytes(path))
+        values = parse_json(read_bytes(path))
     except ValueError as error:
         raise InputError(
             "the baseline is not JSON", where=path, found=error, fix="give a file that --report wrote"

@@ -12,7 +12,7 @@ import numpy as np
 from maskplan.pipeline.core.artifacts import ImageSet, Preprocessing
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.files import readable, write_atomically
-from maskplan.pipeline.core.serialization import decode, encode
+from maskplan.pipeline.core.serialization import decode, encode, parse_json
 from maskplan.pipeline.data.dataset import Split
 from maskplan.pipeline.models.state_dict import METADATA_KEY
 from maskplan.pipeline.parity.model_outputs import ModelOutputs
@@ -81,7 +81,7 @@ def load_outputs(path: Path, key: OutputsKey) -> ModelOutputs:
         pass
     try:
         with safe_open(path, "np") as file:
-            header = json.loads((file.metadata() or {})[METADATA_KEY])
+            header = parse_json((file.metadata() or {})[METADATA_KEY])
         saved, finite = decode(OutputsKey, header["answers"]), header["finite"]
         tensors = safetensors.numpy.load_file(path)
         fixed, top1, in_top5 = (tensors[name] for name in (_FIXED, _TOP1, _TOP5))
