@@ -169,7 +169,7 @@ def _rename_weights_and_nodes(model: onnx.ModelProto, module: nn.Module, preproc
     """
     # Parameters by the content of their weight; a list, since layers may have equal weights.
     names: dict[tuple[tuple[int, ...], bytes], list[str]] = {}
-    for name, parameter in module.named_parameters():
+    for name, parameter in (*module.named_parameters(), *_tied_convolutions(module, preprocessing)):
         weight = parameter.detach().cpu()
         if weight.ndim > 1 and weight.is_floating_point():
             for stored_form in (weight, weight.T) if weight.ndim == 2 else (weight,):
@@ -204,6 +204,16 @@ def _rename_weights_and_nodes(model: onnx.ModelProto, module: nn.Module, preproc
             path = weight_name.removesuffix(".weight")
             count[path] += 1
             node.name = path if count[path] == 1 else f"{path}_{count[path]}"
+
+
+def _tied_convolutions(module: nn.Module, preprocessing: Preprocessing) -> list[tuple[str, nn.Parameter]]:
+    """Further names of convolution weights that several layers share; each of these layers may be masked."""
+    first = {name for name, _ in module.named_parameters()}
+    tied = {n: p for n, p in module.named_parameters(remove_duplicate=False) if n not in first and p.ndim > 2}
+    if not tied:
+        return []
+    layers, _ = trace_layers(module, preprocessing)
+    return [(layer.name, tied[layer.name]) for layer in layers if layer.name in tied and layer.position is not None]
 
 
 def _content_key(values: npt.NDArray[Any]) -> tuple[tuple[int, ...], bytes]:

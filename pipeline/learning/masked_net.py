@@ -64,9 +64,8 @@ class MaskedNet(nn.Module):
             name: gates.sample(weight, tau, seed, noise=noise, hard=self._hard)
             for (name, weight), gates, seed in zip(self._weights.items(), self._each(), seeds, strict=True)
         }
-        logits = functional_call(
-            self._student[0], {name: sampled[owner] for name, owner in self._owners.items()}, (images,)
-        )
+        # One name of a shared weight stands for all: naming some of them, but not all, is an error in PyTorch.
+        logits = functional_call(self._student[0], sampled, (images,))
         return logits, self._kept(sampled)
 
     def _kept(self, sampled: Mapping[str, torch.Tensor]) -> torch.Tensor:

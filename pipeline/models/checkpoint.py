@@ -218,7 +218,8 @@ def _build_with_weights(
 
 
 def _read_provenance(path: Path) -> Provenance | None:
-    if path.suffix != ".safetensors":
+    # A missing file has its own message, from `read_state`.
+    if path.suffix != ".safetensors" or not path.is_file():
         return None
     metadata = read_metadata(path)
     if metadata is None:

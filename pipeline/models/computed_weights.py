@@ -59,6 +59,7 @@ def fold_computed_weights(
     from maskplan.pipeline.models.weight_uses import run_recorded
 
     images = sample_input(preprocessing, 1)
+    uses: Sequence[WeightUse]
     try:
         _, uses = run_recorded(module, images)
         candidates = _candidates(module, uses)

@@ -126,7 +126,7 @@ def forward_error(module: nn.Module, preprocessing: Preprocessing, error: Except
     elif any(word in text for word in ("BFloat16", "Half", "Double", "same dtype", "dtype")):
         what = "the model computes in another type than float32"
         fix = "build the model in float32, and remove conversions such as .half() from its forward"
-    elif any(word in text.lower() for word in ("cuda", "same device", "expected device")):
+    elif any(word in text.lower() for word in ("cuda", "nvidia", "same device", "expected device")):
         what, fix = (
             "the model's forward needs another device",
             "build the model on the CPU, without .cuda() in its forward",

@@ -63,8 +63,8 @@ def fold_module(module: nn.Module) -> Counter[str]:
             folded[kind] += 1
         if parametrize.is_parametrized(layer):
             parametrizations = layer.parametrizations
-            for name in list(parametrizations):  # type: ignore[arg-type]
-                kinds = [type(p).__name__.lstrip("_") for p in parametrizations[name]]  # type: ignore[index]
+            for name in list(parametrizations):
+                kinds = [type(p).__name__.lstrip("_") for p in parametrizations[name]]
                 try:
                     parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
                 except Exception as error:  # a parametrization's own code may raise anything
@@ -135,18 +135,19 @@ def fold_state(state: Mapping[str, torch.Tensor]) -> FoldedState:
         if name.endswith("_orig") and f"{name.removesuffix('_orig')}_mask" in state:
             _fold_pruned(result, name.removesuffix("_orig"))
     # After pruning: normalizations may have been pruned too, which then leaves their own keys.
-    for name in list(result.tensors):
+    present = dict.fromkeys(result.tensors)
+    for name in present:
         base, _, last = name.rpartition(".")
         dot = f"{base}." if base else ""
-        if name.endswith("_g") and f"{name.removesuffix('_g')}_v" in state:
+        if name.endswith("_g") and f"{name.removesuffix('_g')}_v" in present:
             plain = name.removesuffix("_g")
             _fold_weight_norm(result, plain, name, f"{plain}_v")
-        elif last == "original0" and f"{dot}original1" in state:
+        elif last == "original0" and f"{dot}original1" in present:
             _fold_weight_norm(result, _plain_name(base), name, f"{dot}original1")
-        elif name.endswith("_orig") and f"{name.removesuffix('_orig')}_u" in state:
+        elif name.endswith("_orig") and f"{name.removesuffix('_orig')}_u" in present:
             plain = name.removesuffix("_orig")
             _fold_spectral_norm(result, plain, name, f"{plain}_u", f"{plain}_v")
-        elif last == "original" and f"{dot}0._u" in state and not any(k.startswith(f"{dot}1.") for k in state):
+        elif last == "original" and f"{dot}0._u" in present and not any(k.startswith(f"{dot}1.") for k in present):
             _fold_spectral_norm(result, _plain_name(base), name, f"{dot}0._u", f"{dot}0._v")
         elif last.startswith("__") and last.endswith("_mma_mask"):
             _fold_asp(result, name, dot + last.removeprefix("__").removesuffix("_mma_mask"))

@@ -200,6 +200,7 @@ def _load(
             ("missing", missing),
             ("not in the model", unexpected),
             ("with another shape", reshaped),
+            ("complex, where the model is real", [k for k in own if k in state and _loses_imaginary(state[k], own[k])]),
         )
         if keys
     ]
@@ -223,6 +224,10 @@ def _load(
     # a state dict without versions.
     typed._metadata = own._metadata  # type: ignore[attr-defined]
     module.load_state_dict(typed, strict=False)
+
+
+def _loses_imaginary(given: torch.Tensor, own: torch.Tensor) -> bool:
+    return given.is_complex() and not own.is_complex()
 
 
 def _require_finite(state: Mapping[str, torch.Tensor], where: object) -> None:

@@ -67,7 +67,8 @@ def select_state(content: Mapping[str, Any], path: Path, ema: bool | None) -> St
         if averages and (ema or not (raw or _has_own_tensors(content, torch.Tensor))):
             if ema is False:
                 raise missing_kind(averages[:1], path, ema=False)
-            averaged, content, others = True, content[averages[0]], raw
+            others = raw or (["its own tensors"] if _has_own_tensors(content, torch.Tensor) else [])
+            averaged, content = True, content[averages[0]]
         elif raw:
             others = others or averages
             content = content[raw[0]]

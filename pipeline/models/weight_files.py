@@ -258,11 +258,10 @@ def _harmless_types() -> list[Any]:
         "numpy.dtype": np.dtype,
         "numpy.ndarray": np.ndarray,
     }
-    for kind in (int, float, bool, str, list, tuple, dict):
-        # As the default factory of a defaultdict.
-        by_name[f"builtins.{kind.__name__}"] = kind
-    for kind in (datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone):
-        by_name[f"datetime.{kind.__name__}"] = kind
+    # Plain types are default factories of defaultdicts.
+    by_name |= {f"builtins.{kind.__name__}": kind for kind in (int, float, bool, str, list, tuple, dict)}
+    for date in (datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone):
+        by_name[f"datetime.{date.__name__}"] = date
     for module in ("pathlib", "pathlib._local"):
         # Paths of either system become text-only paths of that system.
         by_name |= {f"{module}.{n}": PurePosixPath for n in ("Path", "PosixPath", "PurePath", "PurePosixPath")}

@@ -56,11 +56,13 @@ class WeightUse:
 
 @dataclass(frozen=True)
 class _Origin:
+    """What a memory address holds: a parameter or a copy of one (then `whole` is that tensor), or what is computed."""
+
     names: frozenset[str]
-    is_stored: bool
+    whole: torch.Tensor | None
 
 
-class WeightUses(TorchDispatchMode):
+class WeightUses(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Record the uses of a module's weights while it runs in this context.
 
     Args:
@@ -73,7 +75,7 @@ class WeightUses(TorchDispatchMode):
     """
 
     def __init__(self, module: nn.Module, *, keep_tensors: bool = False) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.uses: list[WeightUse] = []
         self.running: list[str] = []
         self._keep_tensors = keep_tensors
@@ -81,16 +83,16 @@ class WeightUses(TorchDispatchMode):
         self._origins: dict[int, _Origin] = {}
         # Weights that are computed stay in memory, so that no other tensor gets their address.
         self._kept: list[torch.Tensor] = []
-        self._parameters = dict(module.named_parameters(remove_duplicate=False))
+        parameters = dict(module.named_parameters(remove_duplicate=False))
         by_address: dict[int, set[str]] = {}
-        for name, parameter in self._parameters.items():
+        for name, parameter in parameters.items():
             by_address.setdefault(_address(parameter), set()).add(name)
         for address, names in by_address.items():
-            self._origins[address] = _Origin(frozenset(names), is_stored=True)
+            self._origins[address] = _Origin(frozenset(names), parameters[next(iter(names))])
         constants = [b for b in module.buffers() if isinstance(b, torch.Tensor)]
         constants += [v for m in module.modules() for v in vars(m).values() if isinstance(v, torch.Tensor)]
         for constant in constants:
-            self._origins.setdefault(_address(constant), _Origin(frozenset(), is_stored=False))
+            self._origins.setdefault(_address(constant), _Origin(frozenset(), None))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and record it."""
@@ -109,11 +111,10 @@ class WeightUses(TorchDispatchMode):
     def _add_weight(self, name: str, inputs: list[torch.Tensor], origins: list[_Origin], output: Any) -> None:
         """All inputs are weights or constants, so the outputs are weights."""
         names = frozenset[str]().union(*(o.names for o in origins))
-        is_copy = name in _COPIES and len(inputs) == 1 and origins[0].is_stored
+        is_copy = name in _COPIES and len(inputs) == 1 and _is_whole(inputs[0], origins[0].whole)
         for tensor in tree_leaves(output):
             if isinstance(tensor, torch.Tensor) and _address(tensor) not in self._origins:
-                same = is_copy and tensor.shape == inputs[0].shape and self._is_whole(inputs[0], names)
-                self._origins[_address(tensor)] = _Origin(names, is_stored=same)
+                self._origins[_address(tensor)] = _Origin(names, tensor if is_copy else None)
                 self._kept.append(tensor)
 
     def _add_use(self, name: str, args: Any, inputs: list[torch.Tensor], output: Any) -> None:
@@ -139,7 +140,7 @@ class WeightUses(TorchDispatchMode):
     def _record(self, name: str, weight: torch.Tensor, axis: int, macs: int, args: Any) -> None:
         origin = self._origins.get(_address(weight))
         if origin is not None and origin.names:
-            is_stored = origin.is_stored and self._keeps_groups(weight, axis, origin.names)
+            is_stored = origin.whole is not None and _keeps_groups(weight, axis, origin.whole)
             self._append(name, origin.names, macs, args, is_stored=is_stored)
 
     def _append(self, name: str, names: frozenset[str], macs: int, args: Any, *, is_stored: bool) -> None:
@@ -147,23 +148,22 @@ class WeightUses(TorchDispatchMode):
         inside = self.running[-1] if self.running else None
         self.uses.append(WeightUse(self._operators, names, is_stored, macs, name, inside, arguments))
 
-    def _is_whole(self, tensor: torch.Tensor, names: frozenset[str]) -> bool:
-        return any(self._parameters[n].shape == tensor.shape for n in names)
 
-    def _keeps_groups(self, weight: torch.Tensor, axis: int, names: frozenset[str]) -> bool:
-        """Whether the operator sums over the parameter's whole second axis, so that its groups are the mask's groups."""
-        for name in names:
-            parameter = self._parameters[name]
-            if parameter.ndim < 2 or weight.shape[axis] != parameter.shape[1]:
-                continue
-            if weight.ndim == parameter.ndim and weight.shape[2:] == parameter.shape[2:] and axis == 1:
-                return True
-            # A product reads the matrix of a linear layer, or of a 1x1 convolution.
-            is_matrix = all(size == 1 for size in parameter.shape[2:])
-            strides = {parameter.stride(1), weight.numel() and parameter.contiguous().stride(1)}
-            if is_matrix and weight.ndim in (2, 3) and weight.stride(axis) in strides:
-                return True
+def _is_whole(tensor: torch.Tensor, whole: torch.Tensor | None) -> bool:
+    return whole is not None and tensor.shape == whole.shape and tensor.stride() == whole.stride()
+
+
+def _keeps_groups(weight: torch.Tensor, axis: int, whole: torch.Tensor) -> bool:
+    """Whether an operator that sums over this axis sums over the second axis of the whole weight, and all of it.
+
+    Then the operator's groups are the mask's groups. `weight` is a view: the whole, some filters, or a matrix of it.
+    """
+    if whole.ndim < 2 or weight.shape[axis] != whole.shape[1] or weight.stride(axis) != whole.stride(1):
         return False
+    if weight.ndim == whole.ndim and axis == 1:
+        return weight.shape[2:] == whole.shape[2:] and weight.stride()[2:] == whole.stride()[2:]
+    # A product reads the matrix of a linear layer, or of a 1x1 convolution.
+    return weight.ndim in (2, 3) and all(size == 1 for size in whole.shape[2:])
 
 
 def run_recorded(

@@ -68,8 +68,14 @@ def baked_state(module: nn.Module, masks: MaskSet) -> dict[str, torch.Tensor]:
     import torch
 
     state = dict(module.state_dict())
+    names: dict[tuple[int, torch.Size], list[str]] = {}
+    for name, tensor in state.items():
+        names.setdefault((tensor.data_ptr(), tensor.shape), []).append(name)
+    # Looked up before weights are replaced: a tied weight has several names, of which the last one loaded would count.
+    tied = {name: group for group in names.values() for name in group}
     for name, mask in load_masks(masks.path).items():
         weight = state[name]
         # Not a product: that would keep NaN, and turn negative weights into -0.0.
-        state[name] = torch.where(torch.from_numpy(mask).to(weight.device), weight, torch.zeros((), dtype=weight.dtype))
+        masked = torch.where(torch.from_numpy(mask).to(weight.device), weight, torch.zeros((), dtype=weight.dtype))
+        state |= dict.fromkeys(tied[name], masked)
     return state

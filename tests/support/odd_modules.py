@@ -1,0 +1,573 @@
+"""Modules as people have them: reparametrized, wrapped, lazy, in other types, with unusual layers and forward passes.
+
+`SOURCE` is a Python file of factories for maskplan (`file.py:factory`) on images (3, 16, 16) of three classes. `WORKING` are
+those that every command takes; `REFUSED` names a part of the message for the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+SOURCE = '''
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize, prune
+
+PREPROCESSING = {"height": 16, "width": 16, "resize": 0, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+
+
+class Net(nn.Module):
+    def __init__(self, conv=nn.Conv2d, classes=3):
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8)
+        self.wide, self.last = conv(8, 12, 3, padding=1), conv(12, 16, 1)
+        self.head = nn.Linear(16, classes)
+
+    def features(self, x):
+        return torch.relu(self.last(torch.relu(self.wide(torch.relu(self.bn(self.stem(x)))))))
+
+    def forward(self, x):
+        return self.head(self.features(x).mean((2, 3)))
+
+
+def changed(change, *names):
+    net = Net()
+    for name in names or ("wide", "last", "head"):
+        change(getattr(net, name))
+    return net
+
+
+def plain():
+    return Net()
+
+
+# --- reparametrized
+
+def weight_norm_hooks():
+    return changed(nn.utils.weight_norm)
+
+
+def weight_norm_of_all():
+    return changed(lambda m: nn.utils.weight_norm(m, dim=None))
+
+
+def weight_norm_parametrized():
+    return changed(parametrizations.weight_norm)
+
+
+def spectral_norm_hooks():
+    return changed(nn.utils.spectral_norm)
+
+
+def spectral_norm_parametrized():
+    return changed(parametrizations.spectral_norm)
+
+
+def orthogonal():
+    return changed(parametrizations.orthogonal, "last")
+
+
+def pruned():
+    return changed(lambda m: prune.l1_unstructured(m, "weight", 0.5))
+
+
+def pruned_globally():
+    net = Net()
+    prune.global_unstructured([(net.wide, "weight"), (net.last, "weight")], prune.L1Unstructured, amount=0.5)
+    return net
+
+
+def pruned_biases():
+    return changed(lambda m: prune.random_unstructured(m, "bias", 0.5))
+
+
+class Squared(nn.Module):
+    def forward(self, weight):
+        return weight * weight.abs()
+
+
+def own_parametrization():
+    return changed(lambda m: parametrize.register_parametrization(m, "weight", Squared()))
+
+
+def own_hook():
+    def hook(layer, inputs):
+        layer.weight = layer.raw / layer.raw.norm()
+
+    net = Net()
+    net.last.raw = nn.Parameter(net.last.weight.detach().clone())
+    del net.last.weight
+    net.last.weight = net.last.raw.detach()
+    net.last.register_forward_pre_hook(hook)
+    return net
+
+
+def asp():
+    net = Net()
+    mask = torch.zeros(12, 8, 3, 3, dtype=torch.bool)
+    mask[:, ::2] = True
+    net.wide.register_buffer("__weight_mma_mask", mask)
+    return net
+
+
+# --- computed weights
+
+class StdConv(nn.Conv2d):
+    def forward(self, x):
+        std, mean = torch.std_mean(self.weight, dim=(1, 2, 3), keepdim=True)
+        return F.conv2d(x, (self.weight - mean) / (std + 1e-5), self.bias, self.stride, self.padding)
+
+
+class StdConvSame(nn.Conv2d):
+    """Pads itself, with an odd pixel at the end."""
+
+    def forward(self, x):
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(rows, None, None, training=True).reshape_as(self.weight)
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), weight, self.bias)
+
+
+class Gained(nn.Conv2d):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.gain = nn.Parameter(torch.full((self.out_channels, 1, 1, 1), 0.5))
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight * self.gain, self.bias)
+
+
+class Modulated(nn.Conv2d):
+    """The weight depends on the image."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight * torch.sigmoid(x.mean()), self.bias, padding=self.padding)
+
+
+def standardized():
+    return Net(StdConv)
+
+
+def standardized_same():
+    return Net(StdConvSame)
+
+
+def gained():
+    return Net(Gained)
+
+
+def modulated():
+    return Net(Modulated)
+
+
+class Functional(Net):
+    def forward(self, x):
+        x = torch.relu(self.bn(self.stem(x)))
+        x = torch.relu(F.conv2d(x, self.wide.weight, self.wide.bias, padding=1))
+        return F.linear(F.conv2d(x, self.last.weight).mean((2, 3)), self.head.weight, self.head.bias)
+
+
+class FunctionalStandardized(Net):
+    def forward(self, x):
+        x = torch.relu(self.wide(torch.relu(self.bn(self.stem(x)))))
+        weight = self.last.weight - self.last.weight.mean((1, 2, 3), keepdim=True)
+        return self.head(F.conv2d(x, weight).mean((2, 3)))
+
+
+class Bare(nn.Module):
+    def __init__(self, c, k, r, padding=0):
+        super().__init__()
+        self.weight, self.padding = nn.Parameter(torch.randn(k, c, r, r) / 8), padding
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight, padding=self.padding)
+
+
+def functional():
+    return Functional()
+
+
+def functional_standardized():
+    return FunctionalStandardized()
+
+
+def bare_parameters():
+    return Net(Bare)
+
+
+# --- wrapped and moved
+
+class Holder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.module = Net()
+
+    def forward(self, x):
+        return self.module(x)
+
+
+def held_as_module():
+    return Holder()
+
+
+def data_parallel():
+    return nn.DataParallel(Net())
+
+
+def data_parallel_part():
+    net = Net()
+    net.wide = nn.DataParallel(net.wide)
+    return net
+
+
+def compiled():
+    return torch.compile(Net())
+
+
+def averaged():
+    return torch.optim.swa_utils.AveragedModel(Net())
+
+
+def channels_last():
+    return Net().to(memory_format=torch.channels_last)
+
+
+def tied_channels_last():
+    net = Net()
+    net.wide = nn.Conv2d(8, 8, 3, padding=1)
+    net.again = nn.Conv2d(8, 8, 3, padding=1)
+    net.last = nn.Sequential(net.again, nn.Conv2d(8, 16, 1))
+    net.again.weight = net.wide.weight
+    return net.to(memory_format=torch.channels_last)
+
+
+def meta():
+    with torch.device("meta"):
+        return Net()
+
+
+def scripted():
+    return torch.jit.script(Net())
+
+
+def quantized():
+    return torch.ao.quantization.quantize_dynamic(Net(), {nn.Linear})
+
+
+# --- types
+
+def half():
+    return Net().half()
+
+
+def bfloat16():
+    return Net().bfloat16()
+
+
+def double():
+    return Net().double()
+
+
+class Halving(Net):
+    def forward(self, x):
+        return super().forward(x.half())
+
+
+def halving():
+    return Halving()
+
+
+# --- layers
+
+class Lazy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.LazyConv2d(8, 3), nn.Flatten(), nn.LazyLinear(3)
+        )
+
+    def forward(self, x):
+        return self.body(x)
+
+
+class LazyUnused(Net):
+    def __init__(self):
+        super().__init__()
+        self.auxiliary = nn.LazyLinear(3)
+
+
+def lazy():
+    return Lazy()
+
+
+def lazy_unused():
+    return LazyUnused()
+
+
+class Sequences(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv, self.last = nn.Conv1d(3, 8, 3), nn.Conv1d(8, 8, 3), nn.Conv1d(8, 8, 1)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.last(torch.relu(self.conv(torch.relu(self.stem(x.flatten(2)))))).mean(2))
+
+
+class Volumes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv3d(1, 8, 3, padding=1), nn.Conv3d(8, 8, 3, padding=1)
+        self.last, self.head = nn.Conv2d(24, 8, 1), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.conv(torch.relu(self.stem(x[:, None]))))
+        return self.head(self.last(x.flatten(1, 2)).mean((2, 3)))
+
+
+class FiveAxes(Net):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1, 1, 1, 1, 1))
+
+    def forward(self, x):
+        return super().forward(x) * self.scale.reshape(())
+
+
+class Transposed(Net):
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.ConvTranspose2d(8, 12, 3, 2)
+
+
+class Reused(Net):
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Conv2d(8, 8, 3, padding=1)
+        self.last = nn.Conv2d(8, 16, 1)
+
+    def features(self, x):
+        x = torch.relu(self.stem(x))
+        return self.last(self.wide(torch.relu(self.wide(x))))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 1)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.conv(self.stem(x)).flatten(2).transpose(1, 2)
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+class Unused(Net):
+    def __init__(self):
+        super().__init__()
+        self.auxiliary = nn.Conv2d(8, 8, 1)
+
+
+class Circular(Net):
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Conv2d(8, 12, 3, padding=1, padding_mode="circular")
+
+
+class Zeros(Net):
+    def __init__(self):
+        super().__init__()
+        nn.init.zeros_(self.wide.weight)
+
+
+class Frozen(Net):
+    def __init__(self):
+        super().__init__()
+        self.requires_grad_(False)
+
+
+class InPlace(Net):
+    def features(self, x):
+        x = F.relu_(self.stem(x))
+        x += self.bn(x)
+        return F.relu_(self.last(self.wide(x)))
+
+
+class PlainTensor(Net):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.ones(16, 1, 1)
+
+    def features(self, x):
+        return super().features(x) * self.scale
+
+
+def sequences():
+    return Sequences()
+
+
+def volumes():
+    return Volumes()
+
+
+def five_axes():
+    return FiveAxes()
+
+
+def transposed():
+    return Transposed()
+
+
+def reused():
+    return Reused()
+
+
+def attention():
+    return Attention()
+
+
+def unused():
+    return Unused()
+
+
+def circular():
+    return Circular()
+
+
+def zeros():
+    return Zeros()
+
+
+def frozen():
+    return Frozen()
+
+
+def in_place():
+    return InPlace()
+
+
+def plain_tensor():
+    return PlainTensor()
+
+
+def bare_layer():
+    return nn.Conv2d(3, 8, 3)
+
+
+def no_parameters():
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def only_linear():
+    return nn.Sequential(nn.Flatten(), nn.Linear(768, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+# --- forward passes and factories
+
+class TwoInputs(Net):
+    def forward(self, x, mask):
+        return super().forward(x) * mask
+
+
+class NoForward(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+
+class Branching(Net):
+    def forward(self, x):
+        y = super().forward(x)
+        return y * 2 if bool(y.sum() > 0) else y
+
+
+class ToCuda(Net):
+    def forward(self, x):
+        return super().forward(x.to("cuda:99"))
+
+
+class KeywordOnly(Net):
+    def forward(self, x, *, scale):
+        return super().forward(x) * scale
+
+
+class Outputs(Net):
+    def forward(self, x):
+        return {"logits": super().forward(x)}
+
+
+def two_inputs():
+    return TwoInputs()
+
+
+def keyword_only():
+    return KeywordOnly()
+
+
+def no_forward():
+    return NoForward()
+
+
+def branching():
+    return Branching()
+
+
+def to_cuda():
+    return ToCuda()
+
+
+def outputs():
+    return Outputs()
+
+
+def with_arguments(classes):
+    return Net(classes=classes)
+
+
+def exits():
+    raise SystemExit(4)
+
+
+def returns_class():
+    return Net
+'''
+
+WORKING = (
+    *("plain", "weight_norm_hooks", "weight_norm_of_all", "weight_norm_parametrized", "spectral_norm_hooks"),
+    *("spectral_norm_parametrized", "orthogonal", "pruned", "pruned_globally", "pruned_biases", "own_parametrization"),
+    *("own_hook", "asp", "standardized", "standardized_same", "gained", "held_as_module", "data_parallel"),
+    *(
+        "data_parallel_part",
+        "compiled",
+        "averaged",
+        "channels_last",
+        "tied_channels_last",
+        "half",
+        "bfloat16",
+        "double",
+    ),
+    *("lazy", "sequences", "five_axes", "transposed", "reused", "attention", "unused", "circular", "zeros", "frozen"),
+    *("in_place", "plain_tensor", "functional", "functional_standardized", "bare_parameters", "volumes"),
+)
+
+REFUSED: Mapping[str, str] = {
+    "modulated": "no layer of the model can be masked",
+    "bare_layer": "not a classifier",
+    "no_parameters": "no layer of the model can be masked",
+    "only_linear": "no layer of the model can be masked",
+    "meta": "'meta'",
+    "scripted": "TorchScript",
+    "quantized": "quantized already",
+    "halving": "another type than float32",
+    "lazy_unused": "lazy layers are not initialized",
+    "two_inputs": "takes 2 arguments",
+    "keyword_only": "takes 2 arguments",
+    "no_forward": "no forward pass",
+    "to_cuda": "another device",
+    "outputs": "not a classifier",
+    "with_arguments": "needs no arguments",
+    "exits": "SystemExit",
+    "returns_class": "does not return a torch module",
+}
+"""A part of the message of `mask`."""
