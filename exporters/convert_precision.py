@@ -241,9 +241,14 @@ def _constant_sample(
     std = np.reshape(preprocessing.std, (-1, 1, 1)) if is_image and preprocessing is not None else 1.0
     pixels = np.ones(shape) if kind == "white" else np.zeros(shape)
     if kind == "one pixel" and pixels.size:
-        middle = tuple(size // 2 for size in shape[2:]) if len(shape) > 2 else (0,) * min(1, len(shape) - 1)
-        pixels[(slice(None), slice(None), *middle) if len(shape) > 2 else (Ellipsis, *middle)] = 1
+        # The middle of the axes after batch and channels; the first element of a vector.
+        pixels.reshape(*shape[:2], -1)[..., _middle(shape[2:])] = 1
     return ((pixels - mean) / std).astype(dtype) if np.issubdtype(dtype, np.floating) else pixels.astype(dtype)
+
+
+def _middle(shape: tuple[int, ...]) -> int:
+    """The position of the middle element in a flat array of a shape."""
+    return int(np.ravel_multi_index([size // 2 for size in shape], shape)) if shape else 0
 
 
 def _random_sample(value: onnx.ValueInfoProto, shape: tuple[int, ...], generator: np.random.Generator) -> Array:
@@ -260,7 +265,8 @@ def _dtype(value: onnx.ValueInfoProto) -> np.dtype[Any]:
         raise InputError(
             "an input cannot be sampled", where=value.name, found="not a tensor of numbers", fix="convert another file"
         )
-    return np.dtype(helper.tensor_dtype_to_np_dtype(kind))
+    dtype: np.dtype[Any] = np.dtype(helper.tensor_dtype_to_np_dtype(kind))
+    return dtype
 
 
 def _measure_ranges(model: onnx.ModelProto, path: Path, samples: list[tuple[str, Feeds]]) -> dict[str, float]:

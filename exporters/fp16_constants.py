@@ -104,7 +104,7 @@ def _constant_of(node: onnx.NodeProto) -> Floats | None:
         return None
     for attribute in node.attribute:
         if attribute.name == "value" and attribute.t.data_type == TensorProto.FLOAT:
-            return numpy_helper.to_array(attribute.t)
+            return np.asarray(numpy_helper.to_array(attribute.t), np.float32)
         if attribute.name in ("value_float", "value_floats"):
             return np.array(attribute.floats if attribute.name == "value_floats" else [attribute.f], np.float32)
     return None
@@ -150,12 +150,12 @@ def _problem(node: onnx.NodeProto, index: int, values: Mapping[str, Floats]) -> 
         return "loses precision in FP16" if (error > MAX_RELATIVE_ERROR * np.abs(exact)).any() else None
     if node.op_type in _ELEMENTWISE:
         return _range_problem(constant, constant)
-    scale: Floats = constant
+    scale = _largest(constant)
     if node.op_type in WEIGHT_OPS and index == 2:
         # A bias is added to sums of products with the weight.
         weight = values.get(node.input[1])
-        scale = np.float32([_largest(constant), _largest(weight) if weight is not None else 1.0])
-    return _range_problem(constant, np.float32(_largest(scale)))
+        scale = max(scale, _largest(weight) if weight is not None else 1.0)
+    return _range_problem(constant, np.float32(scale))
 
 
 def _range_problem(constant: Floats, scale: npt.NDArray[np.float32] | np.float32) -> str | None:

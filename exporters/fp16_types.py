@@ -51,7 +51,7 @@ class ValueTypes:
 
     def may_be_float(self, name: str) -> bool:
         """Whether a value is in FP32, or of unknown type."""
-        return self.elements.get(name, TensorProto.FLOAT) == TensorProto.FLOAT
+        return bool(self.elements.get(name, TensorProto.FLOAT) == TensorProto.FLOAT)
 
 
 def infer_value_types(model: onnx.ModelProto) -> ValueTypes:

@@ -126,7 +126,8 @@ def _duplicate_initializers(graph: onnx.GraphProto, kinds: list[NodePrecision], 
     in_fp32, in_fp16 = _readers(graph, kinds)
     outputs = {value.name for value in graph.output}
     stored = {tensor.name for tensor in graph.initializer}
-    to_fp32, to_fp16 = {}, {}
+    to_fp32: dict[str, str] = {}
+    to_fp16: dict[str, str] = {}
     for tensor in [t for t in graph.initializer if t.data_type == TensorProto.FLOAT and t.name in in_fp16]:
         # A stored tensor that is an output of the graph keeps its name and type: the copy is for those that read FP16.
         is_output = tensor.name in outputs
@@ -192,7 +193,7 @@ def nested_reads(node: onnx.NodeProto) -> Iterator[str]:
             yield from reads(inner_node)
 
 
-def rename_reads(node: onnx.NodeProto, renamed: dict[str, str]) -> None:
+def rename_reads(node: onnx.NodeProto, renamed: Mapping[str, str]) -> None:
     """Rename what a node reads, in place, in its loops and branches too."""
     node.input[:] = [renamed.get(name, name) for name in node.input]
     for inner in subgraphs(node):

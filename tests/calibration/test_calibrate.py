@@ -394,13 +394,19 @@ def test_ranges_that_lack_tensors_are_refused_with_all_of_them_named(folder: Fol
 
 
 def test_files_are_written_together_or_not_at_all(folder: Folder) -> None:
-    """A weight that stays in float and that FP16 cannot hold: the FP32 file alone is not left behind."""
+    """A pattern that matches nothing, which only the FP16 file uses: the FP32 file alone is not left behind."""
+    options = CalibrateOptions(exclude=("head",), keep_fp32=("layer9",))
+    refused(folder, "match no node and no tensor", images_of()[0], options, rest=("fp32", "fp16"))
+
+
+def test_a_layer_that_fp16_cannot_hold_stays_fp32(folder: Folder) -> None:
     model = net()
     model.graph.initializer[2].CopyFrom(numpy_helper.from_array(np.full((8, 2), 1e5, np.float32), "head_w"))
     folder.save(model)
-    refused(
-        folder, "exceed the range of FP16", images_of()[0], CalibrateOptions(exclude=("head",)), rest=("fp32", "fp16")
-    )
+    (half,) = folder.run(images_of()[0], CalibrateOptions(exclude=("head",)), rest=("fp16",)).models
+    stored = {t.name: t.data_type for t in onnx.load(half.path).graph.initializer}
+    assert stored["head_w"] == onnx.TensorProto.FLOAT
+    assert onnx.TensorProto.FLOAT16 in stored.values()
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from fp16_constant_graphs import f32
 from fp16_graphs import FLOAT, model_of, node, noise, run
-from fp16_hostile_graphs import GRAPHS, f32
+from fp16_hostile_graphs import GRAPHS
 from onnx import TensorProto, helper, numpy_helper
 from small_net import small_net
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import onnx
 import pytest
+from fp16_constant_graphs import f32
 from fp16_graphs import model_of, node
-from fp16_hostile_graphs import f32
 from onnx import numpy_helper
 from small_net import small_net
 
