@@ -11,12 +11,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import float32, int32, njit, uint32
+from numba import float32, int32, uint32
+
+from maskplan.pipeline.masking.compiled import compiled
 
 Floats = npt.NDArray[np.float32]
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -40,7 +42,7 @@ _LOG = (
 
 
 def _compiled(function: _F) -> _F:
-    return cast(_F, njit(cache=True, nogil=True, fastmath={"contract"})(function))
+    return compiled(function, fastmath=frozenset({"contract"}))
 
 
 def sample(

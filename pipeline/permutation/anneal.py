@@ -12,11 +12,13 @@ than a proposal. The order of summation is free, so the last bits depend on the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from numba import float32, int64, njit, uint64
+from numba import float32, int64, uint64
+
+from maskplan.pipeline.masking.compiled import compiled
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
@@ -30,7 +32,7 @@ _LOGS = np.log((np.arange(4096) + 0.5) / 4096).astype(np.float32)
 
 def _compiled(function: _F) -> _F:
     # Scores are finite, so that a maximum need not handle NaN; sums may be taken in any order.
-    return cast(_F, njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz", "nnan"})(function))
+    return compiled(function, fastmath=frozenset({"reassoc", "contract", "nsz", "nnan"}))
 
 
 class State(NamedTuple):

@@ -7,6 +7,7 @@ as a separate file. Every plot has a title and a description for screen readers,
 from __future__ import annotations
 
 import io
+import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,9 @@ from maskplan.pipeline.masking.statistics import GroupStatistics
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.legend import Legend
+
+# Without a home folder to write to, matplotlib works as well, after two warnings about its cache.
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 # Colors that matplotlib draws with, and the CSS variables that replace them.
 _INK, _SOFT, _LINE, _PAPER = "#1c2026", "#59606b", "#d9dde3", "#fffffe"
