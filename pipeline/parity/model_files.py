@@ -89,17 +89,38 @@ def shared_preprocessing(models: Sequence[OpenedModel], mean: str | None, std: s
                 fix="compare models with the same input",
             )
         return known[0]
-    _, channels, height, width = models[0].classifier.input.shape
-    if channels not in (1, 3) or height is None or width is None:
-        raise InputError(
-            "the model has no fixed input size",
-            where=models[0].classifier.name,
-            found=models[0].classifier.input.shape,
-            fix="export with fixed image sizes",
-        )
+    channels, height, width = _image_size(models[0].classifier)
     return Preprocessing(
         channels, height, width, 0, "bilinear", _channel_values(mean, channels, 0.0), _std_values(std, channels)
     )
+
+
+def _image_size(classifier: Classifier) -> tuple[int, int, int]:
+    """Channels, height and width of a model's images.
+
+    Raises:
+        InputError: The input is channels-last, or its channels or size are dynamic or cannot be those of an image.
+    """
+    _, channels, height, width = classifier.input.shape
+    if channels not in (1, 3) and width in (1, 3, 4):
+        what = "the model's input is channels-last (N, H, W, channels)"
+        fix = "export it channels-first, as (N, channels, H, W)"
+    elif channels is None:
+        what, fix = "the number of channels of the model's input is dynamic", "export with 1 or 3 channels"
+    elif channels not in (1, 3):
+        what = f"the model's input has {channels} channel{'s' if channels != 1 else ''}, and images have 1 or 3"
+        fix = "use a model for gray or RGB images"
+    elif height is None or width is None:
+        what, fix = "the model has no fixed input size", "export with fixed image sizes"
+    elif height < 1 or width < 1:
+        what, fix = "the model's input holds no pixels", "export with the size of an image"
+    else:
+        return channels, height, width
+    raise InputError(what, where=classifier.name, found=f"{classifier.input.name} {_shape(classifier)}", fix=fix)
+
+
+def _shape(classifier: Classifier) -> str:
+    return f"({', '.join('dynamic' if d is None else str(d) for d in classifier.input.shape)})"
 
 
 def _std_values(text: str | None, count: int) -> tuple[float, ...]:

@@ -113,7 +113,14 @@ def run_interleaved(engines: Sequence[Classifier], batch: int, options: TimeOpti
             found=listed(rejecting),
             fix="build with a --profile that includes it, or time other batch sizes",
         )
-    rest = (d or 1 for d in engines[0].input.shape[1:])
+    rest = [d for d in engines[0].input.shape[1:] if d is not None]
+    if len(rest) < len(engines[0].input.shape) - 1:
+        raise InputError(
+            "only the batch may be dynamic",
+            where=engines[0].name,
+            found=f"{engines[0].input.name} {engines[0].input.shape}",
+            fix="export with fixed image sizes",
+        )
     images = np.random.default_rng(_SEED).standard_normal((batch, *rest), dtype=np.float32)
     slowest = 0.0
     for engine in engines:
