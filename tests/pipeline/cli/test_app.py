@@ -8,8 +8,12 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import numpy as np
+import onnx
 import pytest
+from conformance_models import convolutions
 
 from maskplan.pipeline.cli.app import main
 
@@ -164,3 +168,84 @@ def test_the_module_runs_the_command() -> None:
 def test_main_returns_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert [main(["--help"]), main(["nothing"]), main(["inspect", "none.onnx"])] == [0, 2, 3]
     capsys.readouterr()
+
+
+LONG = "n" * 300
+MISSING_NAMES = [
+    ("check", LONG),
+    ("inspect", LONG),
+    ("time", LONG, LONG),
+    ("compare", f"{LONG}.onnx", f"{LONG}.onnx"),
+    ("deploy", LONG, "--repository", "models"),
+    ("calibrate", f"{LONG}.onnx"),
+    ("build", f"{LONG}.onnx", "--backend", "onnxruntime"),
+    ("prune", LONG),
+    ("bake", "digits_resnet", "--masks", LONG),
+    ("engine", "digits_resnet", "--weights", f"{LONG}.pth", "--out", "x"),
+    ("engine", "digits_resnet", "--recipe", LONG, "--out", "x"),
+    ("engine", "digits_resnet", "--out", LONG),
+    ("engine", "digits_resnet", "--data", LONG, "--out", "x"),
+]
+
+
+@pytest.mark.parametrize("arguments", MISSING_NAMES, ids=lambda a: " ".join(a).replace(LONG, "LONG"))
+def test_a_path_longer_than_the_system_allows_is_a_message(
+    arguments: tuple[str, ...], cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = cli(*arguments)
+    assert ran.code == 3
+    assert "error: " in ran.err
+
+
+def test_what_a_file_is_called_reaches_no_terminal_raw(cli: Callable[..., Any], tmp_path: Path) -> None:
+    name = "\x1b[2J\n::error::x\r\x9b\udcff.onnx"
+    (tmp_path / name).write_bytes(b"")
+    for arguments in (("check", tmp_path / name), ("-v", "inspect", tmp_path / name), ("check", "a", name), (name,)):
+        ran = cli(*arguments)
+        assert ran.code in (2, 3)
+        assert "\\x1b" in ran.err
+        assert all(c == "\n" or c.isprintable() for c in ran.out + ran.err)
+        assert not any(line.lstrip().startswith("::") for line in ran.err.splitlines())
+
+
+def test_what_the_tensors_of_a_file_are_called_reaches_no_terminal_raw(cli: Callable[..., Any], tmp_path: Path) -> None:
+    name = "w\x1b[2J\n::error::x\x01"
+    onnx.save(convolutions(**{name: np.ones((8, 8, 1, 1), np.float32)}), tmp_path / "a.onnx")
+    ran = cli("check", tmp_path / "a.onnx", "--junit", tmp_path / "j.xml")
+    assert ran.code == 1
+    assert "w\\x1b" in ran.out
+    assert all(c == "\n" or c.isprintable() for c in ran.out + ran.err)
+    assert not any(line.lstrip().startswith("::") for line in (ran.out + ran.err).splitlines())
+    assert "w\\x1b[2J" in ElementTree.parse(tmp_path / "j.xml").getroot()[1].get("name", "")
+
+
+def test_messages_name_the_option_that_was_given(
+    cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain").write_bytes(b"")
+    onnx.save(convolutions(w=np.ones((8, 8, 1, 1), np.float32)), tmp_path / "a.onnx")
+    below = tmp_path / "plain" / "x"
+    for arguments, option in (
+        (("check", "a.onnx", "--report", below), "--report"),
+        (("check", "a.onnx", "--junit", below), "--junit"),
+        (("prune", "a.onnx", "-o", below), "--output"),
+        (("prune", "a.onnx", "--report", below), "--report"),
+        (("build", "a.onnx", "--backend", "onnxruntime", "-o", below), "--output"),
+        (("engine", "digits_resnet", "--out", below), "--out"),
+        (("engine", "digits_resnet", "--out", "new", "--repository", below), "--repository"),
+        (("prune", "a.onnx", "-o", below), "--output"),
+    ):
+        ran = cli(*arguments)
+        assert ran.code == 3, arguments
+        assert ran.err.rstrip().endswith(f"with {option}"), ran.err
+
+
+@pytest.mark.parametrize("repository", ["plain", "n" * 300])
+def test_a_repository_is_judged_before_any_stage_runs(repository: str, cli: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"")
+    ran = cli("engine", "digits_resnet", "--out", tmp_path / "out", "--repository", tmp_path / repository)
+    assert ran.code == 3
+    assert ran.err.startswith("error: cannot write")
+    assert not (tmp_path / "out").exists()
