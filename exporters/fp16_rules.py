@@ -145,6 +145,7 @@ class Fp32Choice:
                 self._add(i, "contains arithmetic that leads to integers")
             elif node.op_type == "Loop" and any(map(self._compares_floats, nested_nodes(node))):
                 self._add(i, "contains comparisons that may end it")
+                targets += reads(node)
         self._add_sources(targets, None, "leads to a size, an index or a count")
 
     def by_scales(self) -> dict[str, tuple[str, ...]]:

@@ -241,6 +241,46 @@ def branches_with_an_epsilon() -> onnx.ModelProto:
     return model_of(nodes, {"w": noise(8, 8, 1, 1), "high": np.float32(1e5)})
 
 
+def branch_with_a_resize() -> onnx.ModelProto:
+    """The branch stays FP32 for its scales; it shares a weight with a layer in FP16, and reads the graph's input."""
+    resized = [
+        node("Conv", ["x", "w"], "b"),
+        node("Resize", ["b", "", "scales"], "t", mode="linear"),
+    ]
+    branches = {
+        "then_branch": _graph(resized, "t", {"scales": f32(1, 1, 10 / 3, 10 / 3)}),
+        "else_branch": _graph([node("Identity", ["c"], "e")], "e"),
+    }
+    nodes = [
+        node("Conv", ["x", "w"], "c"),
+        helper.make_node("If", ["flag"], ["i"], **branches),
+        node("Conv", ["i", "w"]),
+    ]
+    return model_of(nodes, {"w": noise(8, 8, 1, 1), "flag": np.array(True)})
+
+
+def convergence_loop() -> onnx.ModelProto:
+    """Halves the largest value until it is at most 1.0002: 8.002 / 8 is more, but in FP16 it is 1, a turn less."""
+    number = helper.make_tensor_value_info
+    body = helper.make_graph(
+        [
+            node("Mul", ["state", "half"], "next"),
+            node("ReduceMax", ["next"], "top", keepdims=0),
+            node("Greater", ["top", "limit"], "again"),
+        ],
+        "body",
+        [number("i", INT64, []), number("go", TensorProto.BOOL, []), number("state", FLOAT, None)],
+        [number("again", TensorProto.BOOL, []), number("next", FLOAT, None)],
+        [numpy_helper.from_array(np.float32(0.5), "half"), numpy_helper.from_array(np.float32(1.0002), "limit")],
+    )
+    nodes = [
+        node("Mul", ["x", "zero"], "z"),
+        node("Add", ["z", "start"], "s"),
+        helper.make_node("Loop", ["", "true", "s"], ["y"], body=body),
+    ]
+    return model_of(nodes, {"zero": f32(0), "start": f32(8.002), "true": np.array(True)})
+
+
 def loop_counted_in_floats() -> onnx.ModelProto:
     """As many iterations as 0.1 * 30, rounded down: 3 in FP32; and a body that stays half."""
     body = helper.make_graph(
@@ -299,6 +339,8 @@ GRAPHS: dict[str, Callable[[], onnx.ModelProto]] = {
         weights_among_the_inputs,
         branches_with_an_epsilon,
         loop_counted_in_floats,
+        branch_with_a_resize,
+        convergence_loop,
     )
 }
 GRAPHS |= {
