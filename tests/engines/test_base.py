@@ -162,6 +162,7 @@ def test_polygraphy_sees_a_difference() -> None:
         ((Profile(1, 1, 1), Profile(1, 8, 8)), {1: [1], 5: [5], 8: [8], 11: [8, 3]}),
         ((Profile(8, 8, 8),), {1: [8], 8: [8], 11: [8, 8]}),
         ((Profile(1, 1, 1), Profile(4, 8, 8)), {1: [1], 2: [4], 9: [8, 1], 10: [8, 4]}),
+        ((Profile(8, 8, 8), Profile(4, 4, 4)), {2: [4], 4: [4], 5: [8], 10: [8, 4]}),
     ],
 )
 def test_parts_are_filled_up_to_a_batch_that_a_profile_takes(

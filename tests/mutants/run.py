@@ -110,7 +110,7 @@ def copy_tree(folder: Path) -> dict[str, str]:
 
 
 def run_tests(tests: tuple[str, ...], folder: Path, environment: dict[str, str]) -> tuple[int, str]:
-    """Exit status of pytest, and the test that failed or the end of its output."""
+    """Exit status of pytest, and the test that failed, `before` it where a fixture failed, or the end of the output."""
     options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", f"--basetemp={folder / '.tmp'}"]
     command = [sys.executable, "-m", "pytest", *options, *tests]
     try:
@@ -119,8 +119,10 @@ def run_tests(tests: tuple[str, ...], folder: Path, environment: dict[str, str])
         )
     except subprocess.TimeoutExpired:
         return FAILED, "the tests did not end"
-    failed = re.search(r"^(?:FAILED|ERROR) \S*?([^/\s]+\.py\S*)", done.stdout, re.MULTILINE)
-    return done.returncode, failed[1] if failed else done.stdout.strip()[-400:]
+    failed = re.search(r"^(FAILED|ERROR) \S*?([^/\s]+\.py\S*)", done.stdout, re.MULTILINE)
+    if failed is None:
+        return done.returncode, done.stdout.strip()[-400:]
+    return done.returncode, failed[2] if failed[1] == "FAILED" else f"before {failed[2]}"
 
 
 def run_mutant(mutant: Mutant, folder: Path, environment: dict[str, str]) -> tuple[str, str]:

@@ -23,6 +23,7 @@ from small_line import RECIPE, STAGES, digests, read_json, stages_of
 from maskplan.engines.sidecar import read_engine
 from maskplan.exporters.conformance import check_2to4
 from maskplan.pipeline.cli.app import main
+from maskplan.pipeline.stages.workspace import STATE
 
 MODEL = """
 import torch
@@ -213,6 +214,8 @@ def test_the_refined_engine_is_kept_when_it_is_no_worse(
     assert {d["name"]: d["reason"] for d in report["masks"]["dense"]}["a.weight"] == "ran_dense"
     # The choice was made on `select`, the verdict on `val`.
     assert report["parity"]["images"] == 24
+    for name in ("compare-select.json", "refined-compare-select.json"):
+        assert read_json(plain.out / STATE / name)["record"]["images"] == 6
     assert report["timing"]["batches"][0]["by"] == "gpu"
     assert report["timing"]["batches"][0]["sparse"]["gpu_ms"] == told["refined"]["batches"][0]["p50_ms"] < 8
     assert report["timing"]["batches"][0]["speedup"] == told["refined"]["batches"][0]["speedup"]

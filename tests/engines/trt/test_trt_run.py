@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,24 @@ def test_results_are_the_graphs_own_at_every_batch(plan: EngineFile, source: Pat
         found = engine.infer({"input": images(batch)})
         assert np.allclose(found["logits"], expected(source, batch), atol=1e-3)
     assert (gpu.launches > 0) == graphs
+    engine.close()
+
+
+def test_a_batch_runs_in_the_profile_tuned_closest_to_it(
+    trt: Control, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profiles = (Profile(1, 8, 16), Profile(1, 1, 1), Profile(1, 4, 16))
+    plan = build_engine(describe_onnx(source), BuildOptions("tensorrt", profiles), source.with_name("engine.plan"))
+    context = sys.modules["tensorrt"].IExecutionContext
+    select, selected = context.set_optimization_profile_async, list[int]()
+    monkeypatch.setattr(
+        context, "set_optimization_profile_async", lambda self, i, stream: selected.append(i) or select(self, i, stream)
+    )
+    engine = TrtEngine(plan)
+    for batch, profile in ((1, 1), (2, 2), (5, 2), (7, 0), (16, 0)):
+        selected.clear()
+        engine.infer({"input": images(batch)})
+        assert set(selected) == {profile}
     engine.close()
 
 
