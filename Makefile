@@ -10,7 +10,7 @@ ENGINE = $(or $(wildcard $(DIR)/engine.plan),$(DIR)/engine.onnx)
 DENSE_ENGINE = $(or $(wildcard $(DIR)/dense_engine.plan),$(DIR)/dense_engine.onnx)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine parity deploy test test-all mutants lint bench clean
+.PHONY: help setup engine parity deploy test test-all mutants lint schema bench clean
 
 help: ## This help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
