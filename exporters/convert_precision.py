@@ -127,13 +127,14 @@ def convert_precision(
             unknown; the weights exceed 2 GB.
     """
     model = _load(path)
-    reference = model.SerializeToString()
-    prepared, changed = prepare_for_fp16(model)
     samples = list(_samples(model, path, options, images))
+    prepared, changed = prepare_for_fp16(model)
+    del model  # of up to 2 GB, as are the models below
     half = convert_to_fp16(
         prepared, fp16_overflows(prepared, _measure_ranges(prepared, path, samples)), options.keep_fp32
     )
-    outputs = _compare(reference, half.model, path, samples, options)
+    del prepared
+    outputs = _compare(half.model, path, samples, options)
     passed = all(output.problem is None for output in outputs)
     if passed:
         write_atomically(out, half.model.SerializeToString(deterministic=True))
@@ -331,10 +332,10 @@ class _Comparison:
 
 
 def _compare(
-    reference: bytes, half: onnx.ModelProto, path: Path, samples: list[tuple[str, Feeds]], options: ConvertOptions
+    half: onnx.ModelProto, path: Path, samples: list[tuple[str, Feeds]], options: ConvertOptions
 ) -> tuple[OutputDifference, ...]:
     """Compare the FP32 file with the FP16 file, and with its arithmetic as a GPU rounds it."""
-    expected_session = open_session(reference, path)
+    expected_session = open_session(path)
     half_session = open_session(
         half.SerializeToString(),
         path,

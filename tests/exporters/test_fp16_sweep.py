@@ -17,7 +17,6 @@ from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
 FAMILIES = (
     "resnet18",
     "resnet50",
-    "vgg11",
     "vgg11_bn",
     "shufflenet_v2_x0_5",
     "convnext_tiny",
