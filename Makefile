@@ -59,7 +59,7 @@ test: .venv/.bindings .venv/.triton ## The tests except the slow ones
 test-all: .venv/.bindings .venv/.triton ## All tests
 	$(PYTEST)
 
-mutants: .venv/.ready ## Break the code in 77 places, one at a time; the tests must notice (tests/mutants/)
+mutants: .venv/.ready ## Break the code in one place at a time: a test must notice each fault (ARGS="--folder engines")
 	$(BIN)/python tests/mutants/run.py $(ARGS)
 
 lint: .venv/.ready ## Style and types

@@ -82,6 +82,8 @@ def test_total_containment_of_a_thousand_images_in_a_million_is_found_and_chance
         inside, outside = (Members(64, np.sort(v)) for v in (values[:count], values[-count:]))
         assert overlap_of(inside, train).certain
         assert not overlap_of(outside, train).certain
+    by_chance = overlap_of(Members(64, np.sort(values[-20_000:])), train)
+    assert 0 < by_chance.matches <= by_chance.by_chance
 
 
 def test_chance_is_bounded_as_stated() -> None:
