@@ -13,7 +13,7 @@ from pathlib import Path
 
 import onnx
 
-from maskplan.exporters.metadata import parse_onnx
+from maskplan.exporters.metadata import load_onnx, parse_onnx
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.files import readable
 
@@ -38,6 +38,11 @@ def load_lazily(path: Path) -> onnx.ModelProto:
     Raises:
         InputError: The file is missing or is not ONNX.
     """
+    try:
+        path.name.encode()
+    except UnicodeEncodeError:
+        # The name of the file is not UTF-8, and ONNX cannot refer to it.
+        return load_onnx(path)
     with readable(path), path.open("rb") as file:
         try:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx
 
@@ -60,7 +62,23 @@ def parse_onnx(data: bytes, path: Path) -> onnx.ModelProto:
         raise InputError("not an ONNX file", where=path, found="no nodes", fix="give a complete .onnx file")
     if not model.opset_import:
         raise InputError("not a complete ONNX file", where=path, found="no opset", fix="export or copy it again")
+    damaged = next(_undecodable(model), None)
+    if damaged is not None:
+        raise InputError(
+            "a name in the ONNX file is not UTF-8", where=path, found=repr(damaged), fix="export or copy it again"
+        )
     return model
+
+
+def _undecodable(message: Any) -> Iterator[bytes]:
+    """Texts of a protobuf message that are not UTF-8, which protobuf returns as bytes."""
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_STRING:
+            texts = (value,) if isinstance(value, str | bytes) else value
+            yield from (text for text in texts if isinstance(text, bytes))
+        elif field.type == field.TYPE_MESSAGE:
+            for inner in (value,) if hasattr(value, "ListFields") else value:
+                yield from _undecodable(inner)
 
 
 def describe_onnx(path: Path, model: onnx.ModelProto | None = None) -> OnnxModel:

@@ -10,6 +10,7 @@ import typer
 
 from maskplan.pipeline.cli import options
 from maskplan.pipeline.cli.help_pages import add_command
+from maskplan.pipeline.core.terminal import print_line
 
 _EXAMPLES = """
 maskplan bake resnet50 --masks masks.safetensors --weights new.pth -o sparse.safetensors
@@ -58,4 +59,4 @@ def bake(
     if dataset is not None:
         image_sets = (identify(dataset.train),)
         pruned = recalibrate_batchnorm(module, pruned.provenance, dataset.train, settings.recalibrate, out, image_sets)
-    print(f"{pruned.path}: {mask_set.pattern} on {len(mask_set.masked)} layers, {pruned.bytes:,} bytes")
+    print_line(f"{pruned.path}: {mask_set.pattern} on {len(mask_set.masked)} layers, {pruned.bytes:,} bytes")

@@ -195,7 +195,7 @@ def _engine_path(model: Path, out: Path | None, backend: Backend) -> Path:
 
 
 def _show(engine: EngineFile, reason: str) -> None:
-    print(
+    print_line(
         f"{engine.path}: {engine.precision} on {engine.backend} {engine.runtime_version} ({reason}),"
         f" {engine.bytes:,} bytes"
     )

@@ -10,6 +10,7 @@ import typer
 from maskplan.pipeline.cli import options
 from maskplan.pipeline.cli.help_pages import add_command
 from maskplan.pipeline.cli.options import override, patterns, write_report
+from maskplan.pipeline.core.terminal import print_line
 
 if TYPE_CHECKING:
     from maskplan.pipeline.pruning.convert import ConversionReport
@@ -92,18 +93,18 @@ def convert(
         module, provenance, dataset, convert_options, settings.recalibrate, out, image_sets, device
     )
     write_report(report, encode(loss))
-    print(f"{out}: {loss.pattern} on {len(loss.layers)} layers, {converted.bytes:,} bytes")
+    print_line(f"{out}: {loss.pattern} on {len(loss.layers)} layers, {converted.bytes:,} bytes")
     _show(loss)
 
 
 def _show(loss: ConversionReport) -> None:
     for layer in loss.layers:
         updated = "" if layer.updated_error is None else f", {layer.updated_error:.2f}% after the update"
-        print(
+        print_line(
             f"  {layer.name}: {layer.zeros:.1f}% zeros, {layer.dropped:.1f}% of the rest dropped;"
             f" output error {layer.error:.2f}%{updated}"
         )
-    print(
+    print_line(
         f"top-1 on {loss.select_images} held-out training images: {loss.select_top1_source:.2f}% before,"
         f" {loss.select_top1_converted:.2f}% after ({loss.recalibrated_images} images recalibrated)"
     )

@@ -10,6 +10,7 @@ import typer
 from maskplan.pipeline.cli.help_pages import add_command
 from maskplan.pipeline.cli.options import override
 from maskplan.pipeline.core.escaping import shell_command
+from maskplan.pipeline.core.terminal import print_line
 
 _EXAMPLES = """
 maskplan deploy build/r50/engine.plan --repository models --name resnet50
@@ -78,7 +79,7 @@ def deploy(
         if engines or name is None:
             raise typer.BadParameter("--rollback takes --repository and --name, and no engine")
         previous = roll_back(repository, name)
-        print(f"{previous.folder}: version {previous.version} is served again")
+        print_line(f"{previous.folder}: version {previous.version} is served again")
         return
     if not engines:
         raise typer.BadParameter("Missing argument 'ENGINE'")
@@ -98,11 +99,13 @@ def deploy(
         DeployOptions(repository, name, allow_untrained, serving=serving), keep_versions=keep_versions
     )
     deployment = deploy_engines(engines, deploy_options, golden)
-    print(f"{deployment.folder}: version {deployment.version}, {deployment.platform}")
+    print_line(f"{deployment.folder}: version {deployment.version}, {deployment.platform}")
     if golden is None:
-        print(f"note: without a golden input and output: {reason}")
+        print_line(f"note: without a golden input and output: {reason}")
     else:
         script = deployment.folder / str(deployment.version) / FOLDER / "smoke.py"
-        print(f"try it: {shell_command(['python', script, '--url', 'localhost:8000'])}")
+        print_line(f"try it: {shell_command(['python', script, '--url', 'localhost:8000'])}")
     if any(record.version_compatible for record in records):
-        print("note: a version-compatible plan: start Triton with --backend-config=tensorrt,version-compatible=true")
+        print_line(
+            "note: a version-compatible plan: start Triton with --backend-config=tensorrt,version-compatible=true"
+        )

@@ -11,6 +11,7 @@ from maskplan.pipeline.cli import options
 from maskplan.pipeline.cli.help_pages import add_command
 from maskplan.pipeline.cli.options import choice
 from maskplan.pipeline.core.choices import FP32, FloatPrecision
+from maskplan.pipeline.core.terminal import print_line
 
 _EXAMPLES = """
 maskplan export resnet50 --weights sparse.safetensors -o sparse.onnx
@@ -44,4 +45,4 @@ def export(
     settings = read_recipe(recipe, seed)
     module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed, ema, fuse))
     (onnx_model,) = export_onnx(module, provenance, settings.export, {precision: out})
-    print(f"{onnx_model.path}: {onnx_model.precision}, {onnx_model.bytes:,} bytes")
+    print_line(f"{onnx_model.path}: {onnx_model.precision}, {onnx_model.bytes:,} bytes")

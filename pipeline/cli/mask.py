@@ -11,6 +11,7 @@ from maskplan.pipeline.cli import options
 from maskplan.pipeline.cli.help_pages import add_command
 from maskplan.pipeline.cli.options import MethodChoice, choice, override, patterns, write_report
 from maskplan.pipeline.core.choices import Layout
+from maskplan.pipeline.core.terminal import print_line
 
 if TYPE_CHECKING:
     from maskplan.pipeline.core.artifacts import ImageSet
@@ -114,6 +115,6 @@ def mask(
     if not is_main_process():
         return
     write_report(report, masks_values(masks, out.parent))
-    print(
+    print_line(
         f"{out}: {masks.pattern} masks ({masks.method}) for {len(masks.masked)} layers; {len(masks.dense)} stay dense"
     )

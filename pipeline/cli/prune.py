@@ -12,6 +12,7 @@ from maskplan.pipeline.cli.check import conformance_defaults
 from maskplan.pipeline.cli.exit_codes import GateError
 from maskplan.pipeline.cli.help_pages import add_command
 from maskplan.pipeline.cli.options import override, patterns, write_report
+from maskplan.pipeline.core.terminal import print_line
 
 _EXAMPLES = """
 maskplan prune model.onnx -o sparse.onnx
@@ -43,7 +44,7 @@ def prune(
     pruned = prune_onnx(model, out, parse_pattern(check_options.pattern), check_options.allow_dense)
     conformance = check_2to4(out, check_options)
     write_report(report, encode(conformance))
-    print(
+    print_line(
         f"{out}: {pruned.changed} of {pruned.weights} weights changed, {pruned.zeroed:,} elements set to zero;"
         f" {conformance.verdict}"
     )

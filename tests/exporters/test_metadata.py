@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from maskplan.exporters.lazy_load import load_lazily
 from maskplan.exporters.metadata import describe_onnx, load_onnx, precision_of, read_provenance, write_provenance
 from maskplan.pipeline.core.artifacts import ImageSet, Preprocessing, Provenance, TensorSpec
 from maskplan.pipeline.core.errors import InputError
@@ -231,3 +232,34 @@ def test_loading_leaves_external_tensors_where_they_are(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(model.SerializeToString())
     assert load_onnx(path).graph.initializer[0].data_location == TensorProto.EXTERNAL
+
+
+@pytest.mark.parametrize("where", ["name", "input", "initializer", "subgraph"])
+def test_a_name_that_is_not_utf8_is_refused(where: str, tmp_path: Path) -> None:
+    """Protobuf returns such names as bytes, which neither JSON nor ONNX Runtime takes."""
+    then = helper.make_graph([helper.make_node("Relu", ["x"], ["MARK_subgraph"])], "then", [], [])
+    nodes = [
+        helper.make_node("Relu", ["MARK_input"], ["x"], "MARK_name"),
+        helper.make_node("If", ["c"], ["y"], then_branch=then, else_branch=then),
+    ]
+    tensors = [numpy_helper.from_array(np.zeros(2, np.float32), "MARK_initializer")]
+    model = helper.make_model(helper.make_graph(nodes, "g", [], [], tensors))
+    path = tmp_path / "a.onnx"
+    path.write_bytes(model.SerializeToString())
+    for load in (load_onnx, load_lazily):
+        load(path)
+    path.write_bytes(model.SerializeToString().replace(f"MARK_{where}".encode(), f"MARK\xff{where}".encode("latin-1")))
+    for load in (load_onnx, load_lazily):
+        with pytest.raises(InputError, match=r"not UTF-8|not an ONNX file"):
+            load(path)
+
+
+def test_a_file_whose_name_is_not_utf8_is_read(tmp_path: Path) -> None:
+    weight = np.arange(4096, dtype=np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["w"], ["y"])], "g", [], [], [numpy_helper.from_array(weight, "w")]
+    )
+    path = tmp_path / "\udcff\n.onnx"
+    path.write_bytes(helper.make_model(graph).SerializeToString())
+    (tensor,) = load_lazily(path).graph.initializer
+    assert np.array_equal(numpy_helper.to_array(tensor), weight)
