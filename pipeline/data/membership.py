@@ -54,8 +54,15 @@ class Overlap:
 
 
 def members_of(digests: Iterable[str]) -> Members:
-    """From digests of 16 hexadecimal digits."""
-    values = np.unique(np.fromiter((int(digest, 16) for digest in digests), np.uint64))
+    """From digests of 16 hexadecimal digits.
+
+    Raises:
+        InputError: A digest is none: the record that it is from is damaged.
+    """
+    try:
+        values = np.unique(np.fromiter((int(digest, 16) for digest in digests), np.uint64))
+    except (ValueError, OverflowError) as error:
+        raise InputError("the record of an image set is damaged", found=error, fix="make the artifact again") from error
     bits = _bits_for(len(values))
     return Members(bits, np.unique(values >> np.uint64(_DIGEST_BITS - bits)))
 
