@@ -93,6 +93,16 @@ def test_the_key_of_a_set_depends_on_labels_order_and_class_names(copied: Path, 
     assert identify(open_val(copied, (), 3), ("blue", "green", "red")).key != swapped.key
 
 
+def test_the_key_of_a_set_depends_on_labels_alone_too(copied: Path) -> None:
+    """The last image of one class becomes the first one of the next: the order stays."""
+    split = open_val(copied, (), 3)
+    before, in_order = identify(split), [split.images.read(i) for i in split.indices]
+    (copied / "val" / "blue" / "07.png").rename(copied / "val" / "green" / "0.png")
+    after = open_val(copied, (), 3)
+    assert [after.images.read(i) for i in after.indices] == in_order
+    assert identify(after).key != before.key
+
+
 def test_images_of_16_bits_are_named_in_a_warning(copied: Path, caplog: pytest.LogCaptureFixture) -> None:
     deep = np.full((20, 20), 40_000, np.uint16)
     Image.fromarray(deep).save(copied / "val" / "red" / "deep.png")
