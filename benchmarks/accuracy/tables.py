@@ -61,10 +61,11 @@ change. Recalibrated rows have BatchNorm statistics from 10,000 training images,
 a network. Drops are in points of top-1 accuracy with paired 95% intervals, relative to the better of dense and dense
 recalibrated, on the 10,000 test images, which are used for nothing else.
 
-**`select` is not held out for ResNet-20.** Its dense weights come from all training images: they have 95.46% on `select`, 95.86%
-on the rest of `train` and 88.08% on `val`. What was chosen on `select` of this network (the epoch of the learner, INT8's method,
-the ablation) was chosen on images that the dense network has seen; `val`, which no choice reads, is not affected. The VGG and the
-ShuffleNetV2 have no such gap (85.82% on `select` against 85.89% on `val`, and 83.90% against 84.36%)."""
+**`select` is not held out for ResNet-20.** Its dense weights come from all training images: they have 95.46% on
+`select`, 95.86% on the rest of `train` and 88.08% on `val`. What was chosen on `select` of this network (the epoch of the
+learner, INT8's method, the ablation) was chosen on images that the dense network has seen; `val`, which no choice reads, is
+not affected. The VGG and the ShuffleNetV2 have no such gap (85.82% on `select` against 85.89% on `val`, and 83.90% against
+84.36%)."""
 
 _INT8 = """## INT8: {model}
 

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from maskplan.pipeline.core.artifacts import Provenance
 from maskplan.pipeline.core.files import write_json
 from maskplan.pipeline.data.dataset import Split, batches
-from maskplan.pipeline.data.image_sets import identify
 from maskplan.pipeline.data.digits import CLASSES, PREPROCESSING, load_digits
+from maskplan.pipeline.data.image_sets import identify
 from maskplan.pipeline.models.checkpoint import save_checkpoint
 from maskplan.pipeline.models.digits_resnet import DigitsResNet
 from maskplan.pipeline.models.registry import BUNDLED_WEIGHTS

@@ -2,11 +2,12 @@
 
     python benchmarks/performance/mask_step.py
 
-writes mask_step.json next to this script; `--steps` measures only the whole steps, at batch 8 and 32. The step of learning
-is the one that ships: channels-last, the dense teacher's forward pass, sampling, forward, backward and Adam on the gates.
-The ordinary step is forward and backward with weight gradients and no optimizer, in NCHW and in channels-last; the ratio is
-to the faster one. All alternate in one process; peak memory is measured in separate processes. The papers' formulation (unfold, mask, one matrix product) is
-implemented here from its description, vectorized over all groups, and compared layer by layer.
+writes mask_step.json next to this script; `--steps` measures only the whole steps, at batch 8 and 32. The step of
+learning is the one that ships: channels-last, the dense teacher's forward pass, sampling, forward, backward and Adam on the
+gates. The ordinary step is forward and backward with weight gradients and no optimizer, in NCHW and in channels-last; the
+ratio is to the faster one. All alternate in one process; peak memory is measured in separate processes. The papers'
+formulation (unfold, mask, one matrix product) is implemented here from its description, vectorized over all groups, and
+compared layer by layer.
 """
 
 from __future__ import annotations

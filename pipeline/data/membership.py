@@ -111,7 +111,8 @@ def overlap_of(evaluated: Members, shaping: Members) -> Overlap:
 def _shortened(members: Members, bits: int) -> npt.NDArray[np.uint64]:
     """Distinct leading bits, fewer than are stored, still sorted."""
     prefixes = members.prefixes >> np.uint64(members.bits - bits)
-    return prefixes[np.diff(prefixes, prepend=np.uint64(2**64 - 1)) != 0]
+    distinct: npt.NDArray[np.uint64] = prefixes[np.diff(prefixes, prepend=np.uint64(2**64 - 1)) != 0]
+    return distinct
 
 
 def _bits_for(images: int) -> int:

@@ -260,7 +260,11 @@ def test_unknown_and_unusable_options_of_calibration_are_refused_together(
     )
     assert ran.code == 3
     assert "4 problems in the recipe" in ran.err
-    for text in ("[calibrate] has no 'methods'; did you mean 'method'?", "unknown calibration method, median", "images is 0"):
+    for text in (
+        "[calibrate] has no 'methods'; did you mean 'method'?",
+        "unknown calibration method, median",
+        "images is 0",
+    ):
         assert text in ran.err
     assert not (tmp_path / "o").exists()
 

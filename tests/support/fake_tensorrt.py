@@ -123,7 +123,7 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
 
     IProgressMonitor, IHostMemory, ITimingCache, IOptimizationProfile, IInt8EntropyCalibrator2, ParserError = (
         value_classes(version)
-    )  # noqa: N806
+    )
 
     class INetworkDefinition:
         def __init__(self, logger: Any, strong: bool) -> None:
@@ -337,7 +337,7 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
         def get_error(self, index: int) -> ParserError:
             return self._errors[index]
 
-    EngineInspector, IExecutionContext, ICudaEngine, Runtime = runtime_classes(  # noqa: N806
+    EngineInspector, IExecutionContext, ICudaEngine, Runtime = runtime_classes(
         version, world, control, global_logger, fail, severities, formats, modes, types_
     )
 
