@@ -67,3 +67,10 @@ def test_what_is_no_report_is_one_error(text: str, tmp_path: Path) -> None:
 def test_a_missing_report_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="file not found"):
         read_baseline(tmp_path / "r.json")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1" + "0" * 400, "1" + "0" * 4000])
+def test_what_is_no_finite_number_counts_as_lacking(number: str, tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(f'{{"verdict": "pass", "top1_drop": {number}, "images": 400}}')
+    rows = changes(with_drift(NOW, read_baseline(tmp_path / "r.json")))
+    assert rows["top1_drop"] == DriftRow("top1_drop", None, NOW.top1_drop, None)
