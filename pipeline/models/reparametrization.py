@@ -97,6 +97,7 @@ def _remove_hook(layer: nn.Module, hook: object) -> None:
     import torch
     from torch.nn.utils import remove_spectral_norm, remove_weight_norm
     from torch.nn.utils.prune import BasePruningMethod, remove
+    from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook
     from torch.nn.utils.weight_norm import WeightNorm
 
     if isinstance(hook, BasePruningMethod):
@@ -109,6 +110,10 @@ def _remove_hook(layer: nn.Module, hook: object) -> None:
         remove_weight_norm(layer, hook.name)
     else:
         remove_spectral_norm(layer, hook.name)  # type: ignore[attr-defined]
+        # PyTorch looks for its own hook on loading, but not for the object in which it wraps it.
+        for key, wrapped in list(layer._load_state_dict_pre_hooks.items()):
+            if isinstance(getattr(wrapped, "hook", wrapped), SpectralNormLoadStateDictPreHook):
+                del layer._load_state_dict_pre_hooks[key]
 
 
 def _drop_asp_buffers(module: nn.Module, folded: Counter[str]) -> None:

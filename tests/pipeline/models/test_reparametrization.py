@@ -89,6 +89,7 @@ def test_a_reparametrized_network_reads_plain_weights_as_its_own_dense_file_has_
     wanted = source(X)
     fold_module(source)
     assert torch.allclose(source(X), wanted, atol=1e-6)
+    source.load_state_dict(source.state_dict())
     net = network(change)
     fit_weights(net, dict(source.state_dict()), where="f")
     assert torch.equal(net(X), source(X))
