@@ -158,7 +158,7 @@ class Fp32Choice:
 
     def by_tensors(self, tensors: Collection[str]) -> None:
         """The nodes that produce or read some tensors, and the tensors from which these are pooled or reshaped."""
-        self._add_tensors(tensors, "computes or reads an activation that exceeds FP16")
+        self._add_tensors(tensors, "computes or reads an activation that exceeds or vanishes in FP16")
 
     def by_patterns(self, patterns: Collection[str]) -> None:
         """Nodes by their names; tensors by theirs, with the nodes that produce or read them.
