@@ -14,14 +14,25 @@ from typing import Any
 
 import fake_cuda
 import fake_tensorrt
+import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 
 from maskplan.pipeline.core.artifacts import Preprocessing
 from maskplan.pipeline.models import registry
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/masks.md", "docs/int8.md", "docs/stability.md", "docs/ci.md")
+PAGES = (
+    "README.md",
+    "docs/masks.md",
+    "docs/int8.md",
+    "docs/fp16.md",
+    "docs/stability.md",
+    "docs/ci.md",
+    "CONTRIBUTING.md",
+)
 # Commands of other programs: what they do is tested elsewhere, or is not ours.
 OTHERS = ("make ", "pip install ", "torchrun --nproc-per-node 8 -m maskplan.pipeline mask ")
 
@@ -69,6 +80,25 @@ def build() -> torch.nn.Module:
     return net
 
 
+def write_foreign_model(path: Path, name: str, height: int | str, width: int | str) -> None:
+    """A convolution and a head, as another tool might export them."""
+    generator = np.random.default_rng(0)
+    weights = {"w": generator.standard_normal((8, 3, 3, 3)), "h": generator.standard_normal((4, 8, 1, 1))}
+    nodes = [
+        helper.make_node("Conv", [name, "w"], ["a"], "/body/Conv", pads=[1] * 4),
+        helper.make_node("Relu", ["a"], ["b"], "/body/Relu"),
+        helper.make_node("Conv", ["b", "h"], ["y"], "/head/Conv"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "foreign",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3, height, width])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4, height, width])],
+        [numpy_helper.from_array(0.1 * w.astype(np.float32), key) for key, w in weights.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), path)
+
+
 def trained() -> torch.nn.Module:
     """Tells the classes of the toy data, which are colors."""
     torch.manual_seed(5)
@@ -95,6 +125,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, toy_data: Path, finished_di
 
     save_file(net.state_dict(), folder / "w.safetensors")
     (folder / "my_net.py").write_text(NET)
+    write_foreign_model(folder / "model.onnx", "input", 16, 16)
+    write_foreign_model(folder / "detector.onnx", "images", "h", "w")
     (folder / "quick.toml").write_text(QUICK)
     (folder / "gate.toml").write_text("[compare]\nmax_top1_drop = 50.0\n")
     for name in ("imagenet", "photos"):
@@ -141,6 +173,8 @@ def test_every_command_is_in_a_console_block() -> None:
         text = (ROOT / page).read_text(encoding="utf-8")
         assert len(re.findall(r"^\s*\$ ", text, re.MULTILINE)) == len(commands(page)), page
     assert sum(len(commands(page)) for page in PAGES) > 25
+    with_commands = {f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md") if "```console" in p.read_text()}
+    assert with_commands - set(PAGES) == {"docs/gpu-host.md"}
 
 
 def test_the_commands_run_as_printed(

@@ -27,13 +27,13 @@ class Job:
 
     @property
     def code_key(self) -> dict[str, str]:
-        """For the key of every stage that builds the module: its code beside the user's file, if there is any."""
+        """For the key of every stage that builds the module: the code that the user's file imports, if there is any."""
         return {"code": self.code} if self.code else {}
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """The dense checkpoint, and the files beside the model's own that its code was imported from."""
+    """The dense checkpoint, and the files that the model's own file imported its code from."""
 
     checkpoint: Checkpoint
     sources: tuple[SourceFile, ...]
