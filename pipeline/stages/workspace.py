@@ -99,7 +99,7 @@ class Workspace:
         self._kept = True
 
     def with_prefix(self, prefix: str) -> Workspace:
-        """The same open folder with a prefix on the names of stages and files, for a second pass that leaves the first as it is."""
+        """The same open folder with a prefix on names of stages and files: a second pass leaves the first as it is."""
         other = copy.copy(self)
         other._prefix = f"{self._prefix}{prefix}-"
         return other
