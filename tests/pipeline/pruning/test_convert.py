@@ -159,6 +159,20 @@ def test_provenance_and_report_record_the_conversion(
     assert (record.pattern, record.method, len(record.masked)) == ("1:4", "converted", 3)
 
 
+def test_both_accuracies_are_those_on_select(
+    source: tuple[nn.Module, Provenance], data: Dataset, updated: Converted
+) -> None:
+    module, provenance = source
+    other = copy.deepcopy(module)
+    other.load_state_dict(updated.state)
+    ((x, labels),) = batches(data.select, provenance.preprocessing, len(data.select))
+    with torch.no_grad():
+        right = [(net(torch.from_numpy(x)).argmax(1).numpy() == labels).mean() for net in (module.eval(), other.eval())]
+    assert [updated.report.select_top1_source, updated.report.select_top1_converted] == pytest.approx(
+        [100 * share for share in right]
+    )
+
+
 def test_without_batchnorm_a_bias_absorbs_the_mean_error(data: Dataset, tmp_path: Path) -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:

@@ -173,6 +173,14 @@ def test_a_host_that_slows_down_does_not_change_the_ratio() -> None:
     assert batch.ratio_ci95 == pytest.approx((1.5, 1.5))
 
 
+def test_one_interrupted_run_does_not_change_the_speedup() -> None:
+    bench = Bench()
+    engines = engine(bench, "dense", [3.0] * 9 + [3000.0, 3.0]), engine(bench, "sparse", 2)
+    (batch,) = timed(bench, *engines, batches=(1,), min_repeats=15, max_repeats=15, seconds=0.0).batches
+    assert batch.dense.host_ms > 100
+    assert batch.speedup == pytest.approx(1.5)
+
+
 def test_all_engines_receive_the_same_images_of_the_requested_batch_size() -> None:
     bench = Bench()
     engines = engine(bench, "dense", 1), engine(bench, "sparse", 1, dtype="float16"), engine(bench, "pruned", 1)
