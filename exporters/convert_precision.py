@@ -337,9 +337,11 @@ def _compare(
 ) -> tuple[OutputDifference, ...]:
     """Compare the FP32 file with the FP16 file, and with its arithmetic as a GPU rounds it."""
     expected_session = open_session(path)
+    # Not optimized: on some FP16 transformers ONNX Runtime 1.31's optimizer ends the process.
     half_session = open_session(
         half.SerializeToString(),
         path,
+        optimized=False,
         what="ONNX Runtime does not accept the FP16 file",
         fix="keep the nodes that it names in FP32 with --keep-fp32",
     )
