@@ -56,7 +56,7 @@ class Timed:
         self, bench: Bench, name: str, seconds: Iterator[float], batch: int | None = None, dtype: str = "float32"
     ) -> None:
         self.bench, self.name, self.seconds = bench, name, seconds
-        self.inputs = (TensorSpec("image", dtype, (batch, 3, None, 5)),)
+        self.inputs = (TensorSpec("image", dtype, (batch, 3, 1, 5)),)
         self.outputs = (TensorSpec("scores", "float32", (batch, 2)),)
 
     def infer(self, feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
