@@ -80,23 +80,30 @@ def build() -> torch.nn.Module:
     return net
 
 
-def write_foreign_model(path: Path, name: str, height: int | str, width: int | str) -> None:
-    """A convolution and a head, as another tool might export them."""
+def write_foreign_models(folder: Path) -> None:
+    """A classifier and a detector, as another tool might export them."""
     generator = np.random.default_rng(0)
-    weights = {"w": generator.standard_normal((8, 3, 3, 3)), "h": generator.standard_normal((4, 8, 1, 1))}
-    nodes = [
-        helper.make_node("Conv", [name, "w"], ["a"], "/body/Conv", pads=[1] * 4),
+    weights = {"w": generator.standard_normal((8, 3, 3, 3)), "h": generator.standard_normal((3, 8, 1, 1))}
+    initializers = [numpy_helper.from_array(0.1 * w.astype(np.float32), key) for key, w in weights.items()]
+    body = [
+        helper.make_node("Conv", ["images", "w"], ["a"], "/body/Conv", pads=[1] * 4),
         helper.make_node("Relu", ["a"], ["b"], "/body/Relu"),
-        helper.make_node("Conv", ["b", "h"], ["y"], "/head/Conv"),
+        helper.make_node("Conv", ["b", "h"], ["c"], "/head/Conv"),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "foreign",
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3, height, width])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4, height, width])],
-        [numpy_helper.from_array(0.1 * w.astype(np.float32), key) for key, w in weights.items()],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), path)
+    classify = [
+        helper.make_node("GlobalAveragePool", ["c"], ["p"], "/head/Pool"),
+        helper.make_node("Flatten", ["p"], ["y"], "/head/Flatten"),
+    ]
+    detect = [helper.make_node("Sigmoid", ["c"], ["y"], "/head/Sigmoid")]
+    for name, tail, size, output in (
+        ("model", classify, (16, 16), ["n", 3]),
+        ("detector", detect, ("h", "w"), ["n", 3, "h", "w"]),
+    ):
+        inputs = [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["n", 3, *size])]
+        outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, output)]
+        graph = helper.make_graph([*body, *tail], name, inputs, outputs, initializers)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+        onnx.save(model, folder / f"{name}.onnx")
 
 
 def trained() -> torch.nn.Module:
@@ -125,8 +132,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, toy_data: Path, finished_di
 
     save_file(net.state_dict(), folder / "w.safetensors")
     (folder / "my_net.py").write_text(NET)
-    write_foreign_model(folder / "model.onnx", "input", 16, 16)
-    write_foreign_model(folder / "detector.onnx", "images", "h", "w")
+    write_foreign_models(folder)
     (folder / "quick.toml").write_text(QUICK)
     (folder / "gate.toml").write_text("[compare]\nmax_top1_drop = 50.0\n")
     for name in ("imagenet", "photos"):
