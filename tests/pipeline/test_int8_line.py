@@ -262,7 +262,7 @@ def test_unknown_and_unusable_options_of_calibration_are_refused_together(
     assert "4 problems in the recipe" in ran.err
     for text in (
         "[calibrate] has no 'methods'; did you mean 'method'?",
-        "unknown calibration method, median",
+        "expected one of minmax, percentile, entropy, mse, found 'median'",
         "images is 0",
     ):
         assert text in ran.err
@@ -280,7 +280,7 @@ def test_int8_without_images_is_refused(tiny_spec: str, tmp_path: Path, cli: Cal
 def test_an_unknown_precision_is_refused(tmp_path: Path, cli: Callable[..., Any]) -> None:
     ran = cli("engine", "digits_resnet", "--precision", "int4", "--out", tmp_path / "o")
     assert ran.code == 3
-    assert "choose fp32, fp16 or int8" in ran.err
+    assert "choose one of fp32, fp16, int8" in ran.err
 
 
 # --- with a second pass, on the stand-in for TensorRT

@@ -88,7 +88,7 @@ def test_ctrl_c_keeps_finished_stages_and_says_so(line: Line, cli: Callable[...,
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same command goes on from there" in rest
+    assert "run the same command again to continue" in rest
     assert "Traceback" not in rest
     assert_whole(tmp_path / "out")
     ran = cli("engine", *line.options, "--out", tmp_path / "out")

@@ -81,7 +81,7 @@ def test_masks_of_a_file_are_refused(line: Line, cli: Callable[..., Any], tmp_pa
     masks = line.out / "masks.safetensors"
     ran = cli("engine", *line.options, "--masks", masks, "--permute", "--out", tmp_path / "out")
     assert ran.code == 3
-    assert "masks of a file cannot follow a permutation" in ran.err
+    assert "masks from a file cannot be combined with a permutation" in ran.err
     assert not (tmp_path / "out").exists()
 
 
@@ -97,7 +97,7 @@ def test_a_model_that_cannot_be_read_off_goes_on_unpermuted(
     options = (f"{tmp_path}/choosing.py:net", *line.options[1:])
     ran = cli("engine", *options, "--masks", "magnitude", "--permute", "--out", tmp_path / "out")
     assert ran.code == 0, ran.err
-    assert "it goes on unpermuted" in ran.err
+    assert "the channels keep their order" in ran.err
     assert re.search(r"^permutation  none: .+", ran.out, re.MULTILINE)
     report = read_json(tmp_path / "out" / "report.json")
     assert set(report["permutation"]) == {"reason"}

@@ -59,6 +59,7 @@ OTHERS: dict[str, dict[str, tuple[str, Any]]] = {
         "method": ("'percentile'", "percentile"),
         "percentile": ("99.9", 99.9),
         "exclude": ("['stem*']", ("stem*",)),
+        "keep_fp32": ("['/head/*']", ("/head/*",)),
         "quantize_outputs": ("true", True),
         "max_drop": ("0.5", 0.5),
         "seed": ("13", 13),
