@@ -5,7 +5,7 @@ Folders of older versions then run this stage again and keep the others, learned
 
 STAGE_VERSIONS = {
     "load": 2,
-    "images": 1,
+    "images": 2,
     "permute": 1,
     "mask": 1,
     "bake": 1,
