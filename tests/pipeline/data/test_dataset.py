@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_collections import InMemory, encoded
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
@@ -22,7 +21,6 @@ from maskplan.pipeline.data.dataset import (
     SELECT_MAX_IMAGES,
     Dataset,
     ImageFiles,
-    Split,
     batches,
     dataset_from_train_val,
     open_folder,
@@ -33,35 +31,6 @@ from maskplan.pipeline.data.preprocessing import decode, normalize
 
 PREPROCESSING = Preprocessing(3, 16, 16, 18, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 NAMES = ("blue", "green", "red")
-
-
-@dataclasses.dataclass(frozen=True)
-class InMemory:
-    """Images that were never files."""
-
-    files: tuple[bytes, ...]
-    labels: np.ndarray[Any, np.dtype[np.int64]]
-
-    def name(self, index: int) -> str:
-        return f"image {index}"
-
-    def read(self, index: int) -> bytes:
-        return self.files[index]
-
-
-def encoded(seed: int, kind: str = "PNG", size: tuple[int, int] = (20, 20)) -> bytes:
-    buffer = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def in_memory(count: int, first: int = 0) -> InMemory:
-    return InMemory(tuple(encoded(first + i, "BMP", (4, 4)) for i in range(count)), np.arange(count) % 3)
-
-
-def whole(images: InMemory, role: str = "train") -> Split:
-    return Split(role, images, np.arange(len(images.labels)))
 
 
 @pytest.fixture

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from image_collections import encoded, in_memory, whole
 from PIL import Image
 
 from maskplan.pipeline.core.artifacts import ImageSet
@@ -19,35 +18,6 @@ from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.data.dataset import ImageFiles, Split, open_folder, open_val
 from maskplan.pipeline.data.image_sets import identify, listing_sha256, require_disjoint
 from maskplan.pipeline.data.membership import decode_members
-
-
-@dataclasses.dataclass(frozen=True)
-class InMemory:
-    """Images that were never files."""
-
-    files: tuple[bytes, ...]
-    labels: np.ndarray[Any, np.dtype[np.int64]]
-
-    def name(self, index: int) -> str:
-        return f"image {index}"
-
-    def read(self, index: int) -> bytes:
-        return self.files[index]
-
-
-def encoded(seed: int, kind: str = "PNG", size: tuple[int, int] = (20, 20)) -> bytes:
-    buffer = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def in_memory(count: int, first: int = 0) -> InMemory:
-    return InMemory(tuple(encoded(first + i, "BMP", (4, 4)) for i in range(count)), np.arange(count) % 3)
-
-
-def whole(images: InMemory, role: str = "train") -> Split:
-    return Split(role, images, np.arange(len(images.labels)))
 
 
 @pytest.fixture
