@@ -20,6 +20,9 @@ UNFUSED = "ONNX Runtime runs it without fusing Q/DQ, because its fused operators
 
 # Fuses Q/DQ with the operator between them, also where the fused operator does not take FP16 scales (QLinearConcat).
 _QDQ_FUSION = "QDQSelectorActionTransformer"
+# Ends the process by a segmentation fault where an FP16 LayerNormalization stands between two transpositions behind a Conv,
+# as in the first block of vision transformers (seen in ONNX Runtime 1.31.1).
+_LAYOUT_OPTIMIZER = "NchwcTransformer"
 _logged: set[str] = set()
 _unfused: weakref.WeakSet[onnxruntime.InferenceSession] = weakref.WeakSet()
 
@@ -69,14 +72,15 @@ def open_session(
     if where is None and isinstance(model, Path):
         where = model
     providers = ["CPUExecutionProvider"]
+    disabled = [_LAYOUT_OPTIMIZER] if optimized and _normalizes_in_fp16(model) else []
     try:
-        return onnxruntime.InferenceSession(source, options, providers=providers)
+        return onnxruntime.InferenceSession(source, options, providers=providers, disabled_optimizers=disabled)
     except Exception as error:  # the exceptions of onnxruntime have no other common base class
         failure = error
     if optimized and "QLinear" in str(failure):
         with contextlib.suppress(Exception):
             session = onnxruntime.InferenceSession(
-                source, options, providers=providers, disabled_optimizers=[_QDQ_FUSION]
+                source, options, providers=providers, disabled_optimizers=[_QDQ_FUSION, *disabled]
             )
             _unfused.add(session)
             if str(where) not in _logged:
@@ -84,6 +88,27 @@ def open_session(
                 log.info("%s: %s", where or "model", UNFUSED)
             return session
     raise InputError(what, where=where, found=str(failure).partition("\n")[0], fix=fix) from failure
+
+
+def _normalizes_in_fp16(model: Path | bytes) -> bool:
+    """Whether a model has a Conv, a LayerNormalization and FP16 values; unreadable models are left to ONNX Runtime."""
+    import onnx
+
+    try:
+        content = model.read_bytes() if isinstance(model, Path) else model
+        # Parsing takes longer than this search, and few convolutional networks have the operator.
+        if b"LayerNormalization" not in content or b"Conv" not in content:
+            return False
+        graph = onnx.ModelProto.FromString(content).graph
+    except Exception:
+        return False
+    half = onnx.TensorProto.FLOAT16
+    return any(tensor.data_type == half for tensor in graph.initializer) or any(
+        attribute.i == half or attribute.t.data_type == half
+        for node in graph.node
+        if node.op_type in ("Cast", "Constant")
+        for attribute in node.attribute
+    )
 
 
 def is_unfused(session: onnxruntime.InferenceSession) -> bool:

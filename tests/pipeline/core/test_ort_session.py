@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ import onnxruntime
 import pytest
 from concat_net import concat_input, concat_qdq_fp16
 from fp16_graphs import run
+
+from onnx import TensorProto, helper, numpy_helper
 
 from maskplan.engines.ort import build_ort
 from maskplan.exporters.metadata import describe_onnx
@@ -41,6 +45,46 @@ def test_the_engine_is_the_same_file_and_its_record_says_how_it_runs(tmp_path: P
     engine = build_ort(describe_onnx(path), (Profile(1, 1, 1),), False, tmp_path / "engine.onnx")
     assert engine.notes == (UNFUSED,)
     assert engine.path.read_bytes() == path.read_bytes()
+
+
+def patch_embedding(path: Path) -> Path:
+    """The first layers of a vision transformer in FP16: patches by a Conv, then LayerNormalization and a projection."""
+    half = TensorProto.FLOAT16
+    stored = {
+        "kernel": np.full((4, 3, 8, 8), 0.01, np.float16),
+        "tokens": np.array([0, 4, 16]),
+        "scale": np.ones(4, np.float16),
+        "projection": np.eye(4, dtype=np.float16),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "kernel"], ["patches"], strides=[8, 8]),
+        helper.make_node("Reshape", ["patches", "tokens"], ["rows"]),
+        helper.make_node("Transpose", ["rows"], ["sequence"], perm=[0, 2, 1]),
+        helper.make_node("LayerNormalization", ["sequence", "scale"], ["normal"], axis=-1),
+        helper.make_node("Transpose", ["normal"], ["first"], perm=[1, 0, 2]),
+        helper.make_node("MatMul", ["first", "projection"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "patches",
+        [helper.make_tensor_value_info("x", half, ["n", 3, 32, 32])],
+        [helper.make_tensor_value_info("y", half, None)],
+        [numpy_helper.from_array(array, name) for name, array in stored.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), path)
+    return path
+
+
+def test_an_fp16_vision_transformer_does_not_end_the_process(tmp_path: Path) -> None:
+    path = patch_embedding(tmp_path / "vit.onnx")
+    lines = (
+        "import sys; from pathlib import Path; from maskplan.pipeline.core.ort_session import open_session",
+        "path = Path(sys.argv[1]); open_session(path); open_session(path.read_bytes()); print('opened')",
+    )
+    result = subprocess.run(  # a process of its own: without the workaround it ends by a segmentation fault
+        [sys.executable, "-c", "\n".join(lines), str(path)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.stdout == "opened\n", (result.returncode, result.stderr)
 
 
 def test_other_failures_are_not_retried(tmp_path: Path) -> None:
