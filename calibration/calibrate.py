@@ -19,7 +19,7 @@ from maskplan.calibration.qdq import insert_qdq
 from maskplan.calibration.ranges import RangeMethod, RangeOptions, Ranges, amax_of
 from maskplan.calibration.sensitivity import BudgetSelection, placements_of, select_by_budget
 from maskplan.exporters.external_data import load_external_data
-from maskplan.exporters.half_range import fp16_overflows
+from maskplan.exporters.half_range import outside_fp16
 from maskplan.exporters.metadata import describe_onnx, load_onnx, opset_of, read_provenance, write_provenance
 from maskplan.exporters.precision import FP16_SCALES_OPSET, to_fp16
 from maskplan.pipeline.core.artifacts import ImageSet, OnnxModel, Preprocessing, merge_image_sets
@@ -239,7 +239,7 @@ def _with_float_type(
     quantized: onnx.ModelProto, precision: str, ranges: Ranges, keep_fp32: tuple[str, ...]
 ) -> onnx.ModelProto:
     """The model with everything that is not INT8 in one float type."""
-    return quantized if precision == FP32 else to_fp16(quantized, _overflowing(quantized, ranges), keep_fp32)
+    return quantized if precision == FP32 else to_fp16(quantized, _outside_fp16(quantized, ranges), keep_fp32)
 
 
 def _write(model: onnx.ModelProto, path: Path) -> OnnxModel:
@@ -247,11 +247,9 @@ def _write(model: onnx.ModelProto, path: Path) -> OnnxModel:
     return describe_onnx(path, model)
 
 
-def _overflowing(quantized: onnx.ModelProto, ranges: Ranges) -> Mapping[str, float]:
-    overflows = fp16_overflows(quantized, ranges.largest)
-    if overflows:
-        tensors = ", ".join(f"{name} up to {largest:.4g}" for name, largest in overflows.items())
-        log.warning(
-            "these activations stay FP32, because they are close to the maximum of FP16 or exceed it: %s", tensors
-        )
-    return overflows
+def _outside_fp16(quantized: onnx.ModelProto, ranges: Ranges) -> Mapping[str, float]:
+    outside = outside_fp16(quantized, ranges.largest)
+    if outside:
+        tensors = ", ".join(f"{name} up to {largest:.4g}" for name, largest in outside.items())
+        log.warning("these activations stay FP32, because FP16 is too narrow for them: %s", tensors)
+    return outside

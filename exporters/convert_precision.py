@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 from maskplan.exporters.external_data import load_external_data
 from maskplan.exporters.fp16_simulation import simulate_fp16
-from maskplan.exporters.half_range import MIN_NORMAL_FP16, fp16_overflows
+from maskplan.exporters.half_range import outside_fp16
 from maskplan.exporters.metadata import load_onnx, precision_of, read_provenance
 from maskplan.exporters.precision import convert_to_fp16, prepare_for_fp16
 from maskplan.pipeline.core.artifacts import Preprocessing
@@ -131,9 +131,7 @@ def convert_precision(
     prepared, changed = prepare_for_fp16(model)
     del model  # of up to 2 GB, as are the models below
     ranges = _measure_ranges(prepared, path, samples)
-    # Below the smallest normal number, FP16 loses precision with every bit.
-    vanishing = [name for name, largest in ranges.items() if 0 < largest < MIN_NORMAL_FP16]
-    half = convert_to_fp16(prepared, {*fp16_overflows(prepared, ranges), *vanishing}, options.keep_fp32)
+    half = convert_to_fp16(prepared, outside_fp16(prepared, ranges), options.keep_fp32)
     del prepared
     outputs = _compare(half.model, path, samples, options)
     passed = all(output.problem is None for output in outputs)

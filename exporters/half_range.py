@@ -70,6 +70,21 @@ def fp16_overflows(model: onnx.ModelProto, ranges: Mapping[str, float], margin: 
     }
 
 
+def outside_fp16(model: onnx.ModelProto, ranges: Mapping[str, float]) -> dict[str, float]:
+    """The activations that overflow or vanish in FP16, with their largest magnitudes.
+
+    One vanishes where its largest magnitude is below the smallest normal FP16 number (6.1e-05): FP16 loses precision there
+    with every bit. Tensors without a measured range never vanish.
+
+    Args:
+        model: Not changed. Names in `ranges` that it does not have are ignored.
+        ranges: The largest magnitude of each tensor, measured on data.
+    """
+    produced = {name for node in model.graph.node for name in node.output}
+    vanishing = {name: value for name, value in ranges.items() if name in produced and 0 < value < MIN_NORMAL_FP16}
+    return fp16_overflows(model, ranges) | vanishing
+
+
 def unrepresentable_scales(graph: onnx.GraphProto) -> dict[str, tuple[str, ...]]:
     """Q/DQ nodes that do not work with FP16 scales: a description of each problem, and the tensors that must stay FP32.
 

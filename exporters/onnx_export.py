@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
-from maskplan.exporters.half_range import MARGIN, fp16_overflows
+from maskplan.exporters.half_range import MARGIN, outside_fp16
 from maskplan.exporters.metadata import describe_onnx, write_provenance
 from maskplan.exporters.precision import to_fp16
 from maskplan.exporters.subgraphs import subgraphs
@@ -80,7 +80,7 @@ def export_onnx(
     model = trace(module, provenance)
     contents = {}
     for precision, path in outs.items():
-        proto = model if precision == FP32 else to_fp16(model, _overflowing_activations(model, provenance, path))
+        proto = model if precision == FP32 else to_fp16(model, _activations_outside_fp16(model, provenance, path))
         data = proto.SerializeToString(deterministic=True)
         tolerance = options.tolerance_fp32 if precision == FP32 else options.tolerance_fp16
         _require_same_outputs(module, provenance, data, tolerance, path)
@@ -252,8 +252,8 @@ def _require_same_outputs(module: nn.Module, provenance: Provenance, data: bytes
             )
 
 
-def _overflowing_activations(model: onnx.ModelProto, provenance: Provenance, path: Path) -> dict[str, float]:
-    """The activations that overflow FP16 on a sample image; logs a warning with their layers.
+def _activations_outside_fp16(model: onnx.ModelProto, provenance: Provenance, path: Path) -> dict[str, float]:
+    """The activations that overflow or vanish in FP16 on a sample image; logs a warning with their layers.
 
     Measured in FP32, because the CPU kernels for FP16 compute in FP32 and never overflow.
     """
@@ -271,19 +271,20 @@ def _overflowing_activations(model: onnx.ModelProto, provenance: Provenance, pat
         for output, value in zip(probe.graph.output, values, strict=True)
         if value.dtype == np.float32
     }
-    overflows = fp16_overflows(model, ranges)
-    if overflows:
+    outside = outside_fp16(model, ranges)
+    if outside:
         producers = {name: node for node in model.graph.node for name in node.output}
         log.warning(
-            "%s: these layers stay FP32, because activations exceed the range of FP16 (65504, with a margin of %g): %s",
+            "%s: these layers stay FP32, because activations exceed the range of FP16 (65504, with a margin of %g) or "
+            "vanish in it: %s",
             path.name,
             MARGIN,
             listed(
                 f"{producers[name].name} ({producers[name].op_type}), whose output {name} reaches {value:.4g}"
-                for name, value in overflows.items()
+                for name, value in outside.items()
             ),
         )
-    return overflows
+    return outside
 
 
 def _session(data: bytes, path: Path) -> onnxruntime.InferenceSession:

@@ -74,8 +74,8 @@ def convert_to_fp16(
 
     Args:
         model: In FP32, without external data. Not changed.
-        keep_fp32: Tensors of the main graph that overflow FP16, such as the keys of `fp16_overflows`. The nodes that produce
-            or read them run in FP32, between casts; weights that only these nodes read stay FP32.
+        keep_fp32: Tensors of the main graph outside the range of FP16, such as the keys of `outside_fp16`. The nodes that
+            produce or read them run in FP32, between casts; weights that only these nodes read stay FP32.
         keep_patterns: Patterns (globs) of names of nodes that stay FP32, or of tensors that do, as with `keep_fp32`.
 
     Raises:

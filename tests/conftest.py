@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import functools
+import gc
 import os
 import shutil
 import subprocess
@@ -54,6 +56,23 @@ class Tiny(nn.Module):
 def build():
     return Tiny()
 '''
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_exports() -> None:
+    """Do once what PyTorch's exporter does for each network, which takes longer than exporting a small one."""
+    from torch._export import utils
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
+    utils._materialize_cpp_cia_ops = functools.cache(utils._materialize_cpp_cia_ops)  # type: ignore[assignment]
+    # Tests make much garbage; the libraries and the collected tests need not be searched for it each time.
+    gc.collect()
+    gc.freeze()
+
+
+# The defaults, but for ten seconds of timing that no test needs.
+DIGITS_RECIPE = "[time]\nseconds = 0.5\n"
 
 
 @dataclass(frozen=True)
@@ -140,7 +159,9 @@ def finished_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of `maskplan engine digits_resnet`, run once. Do not write to it; `digits` is a copy."""
 
     def build(folder: Path) -> None:
-        ran = spawn("engine", "digits_resnet", "--out", folder / "digits_resnet")
+        recipe = folder / "recipe.toml"
+        recipe.write_text(DIGITS_RECIPE)
+        ran = spawn("engine", "digits_resnet", "--recipe", recipe, "--out", folder / "digits_resnet")
         assert ran.code == 0, ran.err
         validate_report(folder / "digits_resnet" / "report.json")
 

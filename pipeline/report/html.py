@@ -34,6 +34,7 @@ _REASONS = {
     "fewer_channels_than_asked": "fewer input channels than requested",
     "not_named": "not among the requested layers",
     "costs_too_much_accuracy": "its mask costs too much accuracy",
+    "weight_is_computed": "the network computes its weight from a parameter, which makes the zeros of a mask dense",
     "output_channels_not_in_tiles": "output channels are not a multiple of {m}",
     "ran_dense": "ran dense, so its dense weights were restored",
     "not_2to4": "not 2:4",

@@ -108,8 +108,9 @@ def test_a_tighter_tolerance_refuses_a_file_that_the_default_accepts(tmp_path: P
     assert nothing(tmp_path)
 
 
-def test_layers_whose_activations_overflow_in_half_stay_fp32_and_are_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("up", "down"), [(6e4, 1e-4), (1e-7, 1e6)], ids=["overflow", "vanish"])
+def test_layers_whose_activations_overflow_or_vanish_in_half_stay_fp32_and_are_named(
+    up: float, down: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     module = Net(
         lambda s, x: s.head(s.down(pooled(s.up(x)))),
@@ -118,8 +119,8 @@ def test_layers_whose_activations_overflow_in_half_stay_fp32_and_are_named(
         head=nn.Linear(4, 4),
     )
     with torch.no_grad():
-        module.up.weight.copy_(torch.full((4, 3, 1, 1), 6e4) * torch.tensor([1, -1, 1, -1]).reshape(4, 1, 1, 1))
-        module.down.weight.mul_(1e-4)
+        module.up.weight.copy_(torch.full((4, 3, 1, 1), up) * torch.tensor([1, -1, 1, -1]).reshape(4, 1, 1, 1))
+        module.down.weight.mul_(down)
     full, half = export(module, tmp_path, ["fp32", "fp16"])
     assert half.path.name in caplog.text
     assert "up (Conv), whose output" in caplog.text

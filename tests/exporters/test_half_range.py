@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from maskplan.exporters.half_range import MAX_FP16, fp16_overflows, unrepresentable_scales
+from maskplan.exporters.half_range import MAX_FP16, fp16_overflows, outside_fp16, unrepresentable_scales
 
 
 def chain(*nodes: onnx.NodeProto, **tensors: object) -> onnx.ModelProto:
@@ -38,6 +38,14 @@ def step(op: str, inputs: list[str], output: str) -> onnx.NodeProto:
 def test_a_tensor_is_named_when_it_exceeds_half_with_the_margin(largest: float, margin: float, over: bool) -> None:
     model = chain(step("Exp", ["x"], "y"))
     assert list(fp16_overflows(model, {"y": largest}, margin)) == (["y"] if over else [])
+
+
+@pytest.mark.parametrize(
+    ("largest", "outside"), [(0.0, False), (1e-9, True), (6.0e-5, True), (6.2e-5, False), (4e4, True)]
+)
+def test_activations_that_vanish_or_overflow_are_outside(largest: float, outside: bool) -> None:
+    model = chain(step("Exp", ["x"], "y"))
+    assert list(outside_fp16(model, {"y": largest, "x": 1e-9, "of another model": 1e-9})) == (["y"] if outside else [])
 
 
 def test_the_default_margin_is_two() -> None:

@@ -209,6 +209,7 @@ def test_a_model_with_branches_is_exported_in_both_precisions(precision: str, br
         assert np.allclose(run(branches.files[precision].path, x), eager(branches.module, x), atol=1e-2)
 
 
+@pytest.mark.slow  # the whole line in another process is a plain test of test_run.py
 def test_the_command_writes_bytes_that_do_not_depend_on_folder_process_or_hash_seed(
     cli: Callable[..., Any], tiny_spec: str, tmp_path: Path
 ) -> None:

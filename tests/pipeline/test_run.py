@@ -249,8 +249,18 @@ def cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
 
 
-@pytest.mark.parametrize("spoil", [remove, flip_a_bit, cut_short])
-@pytest.mark.parametrize("name", VISIBLE)
+SPOIL = (remove, flip_a_bit, cut_short)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        # Each file in one way, each way for several files; the slow tests have all combinations.
+        pytest.param(name, spoil, marks=() if number % 3 == way else pytest.mark.slow)
+        for number, name in enumerate(VISIBLE)
+        for way, spoil in enumerate(SPOIL)
+    ],
+)
 def test_an_artifact_that_is_gone_or_changed_is_made_again(
     again: Line, line: Line, cli: Callable[..., Any], name: str, spoil: Callable[[Path], None]
 ) -> None:

@@ -133,11 +133,12 @@ def test_an_exit_in_the_users_model_file_is_an_error(
     assert "net.py" in ran.err
 
 
-def test_quiet_and_verbose_change_stderr_only(digits: Path, cli: Callable[..., Any]) -> None:
+def test_quiet_and_verbose_change_stderr_only(digits: Path, finished_digits: Path, cli: Callable[..., Any]) -> None:
     """The line is run again in a finished folder, where every stage prints that it is unchanged."""
+    recipe = finished_digits.parent / "recipe.toml"
 
     def run_again(*option: str) -> Any:
-        ran = cli(*option, "engine", "digits_resnet", "--out", digits)
+        ran = cli(*option, "engine", "digits_resnet", "--recipe", recipe, "--out", digits)
         assert ran.code == 0, ran.err
         return ran
 

@@ -243,6 +243,7 @@ def test_the_bytes_depend_on_the_options_only(tiny_spec: str, tmp_path: Path) ->
     assert other.sha256 != sums[0]
 
 
+@pytest.mark.slow  # the whole line in another process is a plain test of test_run.py
 def test_the_bytes_are_the_same_in_another_process(out: Path) -> None:
     program = (
         "import sys\nfrom pathlib import Path\n"

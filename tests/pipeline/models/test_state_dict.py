@@ -316,6 +316,7 @@ def test_bytes_do_not_depend_on_the_order_of_tensors_or_metadata() -> None:
     assert serialize(state, {"a": 1}) != serialize(state, {"a": 2})
 
 
+@pytest.mark.slow  # the whole line in another process is a plain test of test_run.py
 def test_bytes_are_the_same_in_every_process(capsys: pytest.CaptureFixture[str]) -> None:
     """Names come from a set, whose order depends on the hash seed of the process."""
     program = (
