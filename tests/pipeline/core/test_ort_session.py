@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from concat_net import concat_input, concat_qdq_fp16
+from concat_net import concat_input, concat_qdq_fp16, detector_qdq_fp16
 from fp16_graphs import run
 
 from onnx import TensorProto, helper, numpy_helper
@@ -38,6 +38,15 @@ def test_a_concat_with_fp16_scales_runs_without_the_fusion_that_fails(
     (expected,) = run(onnx.load(path), concat_input(), optimized=False)
     assert np.allclose(session.run(None, {"x": concat_input()})[0], expected, atol=1e-2)
     assert np.abs(expected).max() > 0.1
+
+
+def test_the_concatenations_of_a_detector_run(tmp_path: Path) -> None:
+    path = detector_qdq_fp16(tmp_path / "detector.onnx")
+    model = onnx.load(path)
+    assert sum(node.op_type == "Concat" for node in model.graph.node) == 6
+    (expected,) = run(model, concat_input(), optimized=False)
+    assert np.allclose(open_session(path).run(None, {"x": concat_input()})[0], expected, atol=5e-2)
+    assert np.abs(expected).max() > 0.5
 
 
 def test_the_engine_is_the_same_file_and_its_record_says_how_it_runs(tmp_path: Path) -> None:
