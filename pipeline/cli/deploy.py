@@ -26,9 +26,8 @@ def register(app: typer.Typer) -> None:
 
 def _defaults() -> dict[str, object]:
     from maskplan.pipeline.triton.config import Serving
-    from maskplan.pipeline.triton.deploy import DeployOptions
 
-    return {**vars(Serving()), "keep_versions": DeployOptions.keep_versions}
+    return vars(Serving())
 
 
 def deploy(
@@ -59,7 +58,13 @@ def deploy(
         typer.Option("--cuda-graphs/--no-cuda-graphs", help="TensorRT only, where CUDA graphs are on by default."),
     ] = None,
     warmup: Annotated[bool | None, typer.Option(help="Run each profile once when the model is loaded.")] = None,
-    keep_versions: Annotated[int | None, typer.Option(min=1, help="Number of newest versions to serve.")] = None,
+    keep_versions: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Number of versions to serve; by default the new one and the one before, where one config fits both.",
+        ),
+    ] = None,
     instances: Annotated[int | None, typer.Option(min=1, help="Instances of the model on each GPU.")] = None,
     allow_untrained: Annotated[bool, typer.Option(help="Deploy random weights too.")] = False,
 ) -> None:
