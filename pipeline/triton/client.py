@@ -203,7 +203,7 @@ class TritonClient:
         body = b"".join([header, *(array.tobytes() for array in arrays.values())])
         received, data = self._request("POST", path, body, headers)
         try:
-            size = int(received.get(_HEADER_BYTES, len(data)))
+            size = int(received.get(_HEADER_BYTES.lower(), len(data)))
             about = parse_json(data[:size])
             found = _tensors(about["outputs"], memoryview(data)[size:])
             missing = [key for key in outputs if key not in found]
@@ -248,7 +248,7 @@ class TritonClient:
     def _request(
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
     ) -> tuple[Mapping[str, str], bytes]:
-        """Headers and body of a response with status 200."""
+        """Headers, by lower-case name, and body of a response with status 200."""
         reused = self._connection is not None
         try:
             try:
@@ -288,7 +288,7 @@ class TritonClient:
             ) from error
         if response.status != 200:
             raise RefusedError(response.status, _error_text(data) or response.reason, self.address)
-        return response.headers, data
+        return {name.lower(): value for name, value in response.headers.items()}, data
 
     def _send(
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]

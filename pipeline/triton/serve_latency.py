@@ -141,13 +141,16 @@ def run_load(senders: Sequence[Send], batch: int, options: LoadOptions) -> Serve
     measured = windows[1:]
     last = measured[-_WINDOWS:]
     latencies = [s for w in last for s in w.latencies_s] or list(load.taken())
-    percentiles = np.percentile(latencies, [50, 90, 95, 99]) * 1000 if latencies else [0.0] * 4
+    p50, p90, p95, p99 = np.percentile(latencies, [50, 90, 95, 99]) * 1000 if latencies else np.zeros(4)
     return ServedLatency(
-        batch,
-        len(senders),
-        len(latencies),
-        load.failed,
-        *(round(float(p), 4) for p in percentiles),
+        batch=batch,
+        concurrency=len(senders),
+        requests=len(latencies),
+        failed=load.failed,
+        p50_ms=round(float(p50), 4),
+        p90_ms=round(float(p90), 4),
+        p95_ms=round(float(p95), 4),
+        p99_ms=round(float(p99), 4),
         images_per_s=round(batch * sum(len(w.latencies_s) for w in last) / sum(w.seconds for w in last), 2),
         windows=len(measured),
         stable=is_stable(measured),
