@@ -101,6 +101,7 @@ def triton_server(
     strict: bool = True,
     poll_s: int = 1,
     capability: str = "8.0",
+    any_model: bool = False,
 ) -> Iterator[TritonServer]:
     """Serve a repository; stopped at the end, with every process that the server has started.
 
@@ -111,9 +112,10 @@ def triton_server(
         strict: Configs have to be complete: neither the server nor a backend adds anything.
         poll_s: Seconds between two looks at the repository, if `control` is `poll`.
         capability: Compute capability of the GPU whose plans the backend for TensorRT loads.
+        any_model: Both backends accept every model, without looking at its files.
     """
     with tempfile.TemporaryDirectory(prefix="triton") as work:
-        backends = _backends(Path(work))
+        backends = _backends(Path(work), any_model)
         log = Path(work) / "log"
         ports = _free_ports(3)
         command = [
@@ -152,11 +154,15 @@ def stop(process: subprocess.Popen[bytes], patience_s: float = 8) -> None:
     process.wait()
 
 
-def _backends(work: Path) -> Path:
+def _backends(work: Path, any_model: bool) -> Path:
     """A folder of backends: Triton's for Python models, and ours that run in it; copies, as the server refuses links."""
-    folder = Path(shutil.copytree(Path(__file__).parent / "triton_backends", work / "backends"))
+    sources = Path(__file__).parent / "triton_backends"
+    folder = Path(shutil.copytree(sources, work / "backends"))
     for source in (_PACKAGE / "backends" / "python", _STUB):
         shutil.copytree(source, folder / "python", dirs_exist_ok=True)
+    if any_model:
+        for backend in ("onnxruntime", "tensorrt"):
+            shutil.copytree(sources / "any_model", folder / backend, dirs_exist_ok=True)
     return folder
 
 
