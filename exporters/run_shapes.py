@@ -114,6 +114,15 @@ class _Graph:
         name = self._symbols.get(output, "")
         return bool(name) and name in {self._symbols.get(spec.name) for spec in self.inputs}
 
+    def different_batches(self) -> list[list[int]]:
+        """Sizes of the inputs' first axes that differ: by the axes' names, and for one input at a time."""
+        names = [self._symbols.get(spec.name) or spec.name for spec in self.inputs]
+        distinct = list(dict.fromkeys(names))
+        if len(names) < 2:
+            return []
+        by_name = [[2 + distinct.index(name) for name in names]] if len(distinct) > 1 else []
+        return by_name + [[2 if i == other else 3 for i in range(len(names))] for other in range(len(names))]
+
     def run(self, batch: int | Sequence[int], size: int, scale: float = 1.0) -> Shapes | None:
         """Shapes of the outputs; None if the graph fails.
 
@@ -235,7 +244,7 @@ def _is_batched(graph: _Graph, onnx_model: OnnxModel, size: int, runs: Mapping[i
         if not all(shape[:1] == (2,) for shapes in others if shapes for shape in shapes.values()):
             return False
     # Inputs whose first axes may differ do not share a batch.
-    return len(onnx_model.inputs) < 2 or graph.run(range(2, 2 + len(onnx_model.inputs)), size) is None
+    return not any(graph.run(sizes, size) for sizes in graph.different_batches())
 
 
 def _require_input_shapes(onnx_model: OnnxModel) -> None:

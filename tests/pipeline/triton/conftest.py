@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from triton_server import TritonServer, missing, triton_server
 
 from maskplan.pipeline.triton import config, deploy
+from maskplan.pipeline.triton.client import TritonClient, parse_address
 from maskplan.pipeline.triton.pbtxt import parse
 
 
@@ -22,6 +24,20 @@ class Served:
 
     repository: Path
     server: TritonServer
+
+    def infer(self, name: str, feeds: dict[str, Any], version: int | None = None) -> dict[str, Any]:
+        """All outputs for one request."""
+        client = TritonClient(parse_address(self.server.http), 30)
+        try:
+            outputs = [spec.name for spec in client.model(name, version).outputs]
+            return client.infer(name, feeds, outputs, version).outputs
+        finally:
+            client.close()
+
+    def forget(self, name: str) -> None:
+        """Unload a model and delete it, so that another can take its name."""
+        self.server.unload(name)
+        shutil.rmtree(self.repository / name)
 
 
 @pytest.fixture(scope="session")

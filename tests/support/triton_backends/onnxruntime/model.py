@@ -9,17 +9,17 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from batches import responses, session_of
+from batches import Graph
 
 
 class TritonPythonModel:
     """One instance of a model."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        self._config = json.loads(args["model_config"])
-        name = self._config["default_model_filename"] or "model.onnx"
+        config = json.loads(args["model_config"])
+        name = config["default_model_filename"] or "model.onnx"
         path = Path(args["model_repository"]) / args["model_version"] / name
-        self._session = session_of(path.read_bytes())
+        self._graph = Graph(path.read_bytes(), config)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return responses(requests, self._session, self._config)
+        return self._graph.responses(requests)

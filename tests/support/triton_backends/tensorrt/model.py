@@ -14,7 +14,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[1]))
 
 import triton_python_backend_utils as pb_utils
-from batches import responses, session_of
+from batches import Graph
 
 # As in fake_tensorrt_runtime.py: then 8 bytes for the length of a JSON header, the header, and the graph.
 MAGIC = b"FAKEPLAN"
@@ -42,7 +42,7 @@ class TritonPythonModel:
         # Without profiles in the instance group, TensorRT's backend uses the first.
         group = self._config["instance_group"][0] if self._config["instance_group"] else {}
         self._profiles = [header["profiles"][int(index)] for index in group.get("profile") or ["0"]]
-        self._session = session_of(data[end:])
+        self._graph = Graph(data[end:], self._config)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         shapes = {t.name(): list(t.as_numpy().shape) for t in requests[0].inputs()}
@@ -52,7 +52,7 @@ class TritonPythonModel:
         if not any(all(_fits(shapes[name], *profile[name]) for name in shapes) for profile in self._profiles):
             error = pb_utils.TritonError(f"no profile is for {shapes}")
             return [pb_utils.InferenceResponse(error=error) for _ in requests]
-        return responses(requests, self._session, self._config)
+        return self._graph.responses(requests)
 
 
 def _fits(shape: list[int], least: list[int], _: list[int], most: list[int]) -> bool:
