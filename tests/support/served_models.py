@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
-from onnx import TensorProto, helper, numpy_helper, save
+from onnx import TensorProto, helper, load, numpy_helper, save
 
 from maskplan.engines.build import BuildOptions, build_engine
 from maskplan.exporters.metadata import describe_onnx
 from maskplan.pipeline.core.artifacts import Profile
+from maskplan.pipeline.triton.deploy import DeployOptions, deploy
 
 Value = tuple[Any, ...]
 PROFILES = (Profile(1, 1, 1), Profile(1, 4, 8))
@@ -56,3 +58,25 @@ def answers(path: Path, feeds: dict[str, Any]) -> dict[str, Any]:
 def images(batch: int, size: int = 8, channels: int = 3) -> Any:
     """Seeded images."""
     return np.random.default_rng(batch).random((batch, channels, size, size), dtype=np.float32)
+
+
+def served(triton: Any, name: str, source: Path, feeds: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
+    """Deploy, load, and compare the answers to requests that are sent at once with the file's own.
+
+    Returns:
+        The config that the server runs.
+    """
+    deploy(engine(source), DeployOptions(triton.repository, name, **options))
+    triton.server.load(name)
+    with ThreadPoolExecutor(len(feeds)) as pool:
+        found = list(pool.map(lambda feed: triton.infer(name, feed), feeds))
+    scalars = {value.name for value in load(source).graph.input if not value.type.tensor_type.shape.dim}
+    for feed, outputs in zip(feeds, found, strict=True):
+        own = {key: value.reshape(()) if key in scalars else value for key, value in feed.items()}
+        for key, wanted in answers(source, own).items():
+            assert (outputs[key].size, outputs[key].dtype) == (wanted.size, wanted.dtype)
+            tolerance = 1e-2 if wanted.dtype == np.float16 else 1e-4
+            np.testing.assert_allclose(outputs[key], wanted.reshape(outputs[key].shape), rtol=tolerance, atol=tolerance)
+    config: dict[str, Any] = triton.server.ask("GET", f"/v2/models/{name}/config")[1]
+    triton.server.unload(name)
+    return config

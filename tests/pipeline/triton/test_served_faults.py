@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
-from served_models import answers, engine, graph, images, weights
+from served_models import engine, graph, images, served, weights
 
 from maskplan.pipeline.core.errors import InputError
-from maskplan.pipeline.triton.deploy import DeployOptions, deploy
 
 INT64 = TensorProto.INT64
 
@@ -56,23 +54,6 @@ def detector(path: Path, per_class: int = 3) -> Path:
         iou=np.array([0.5], np.float32),
         least=np.array([0.1], np.float32),
     )
-
-
-def served(triton: Any, name: str, source: Path, feeds: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
-    """Deploy, load, and hold the answer to every request against the file's own; the config that the server runs."""
-    folder = deploy(engine(source), DeployOptions(triton.repository, name, **options)).folder
-    triton.server.load(name)
-    with ThreadPoolExecutor(len(feeds)) as pool:
-        found = list(pool.map(lambda feed: triton.infer(name, feed), feeds))
-    for feed, outputs in zip(feeds, found, strict=True):
-        scalars = {key: value.reshape(()) if value.shape == (1,) else value for key, value in feed.items()}
-        for key, wanted in answers(source, scalars).items():
-            np.testing.assert_allclose(outputs[key], np.reshape(wanted, outputs[key].shape), rtol=1e-4, atol=1e-5)
-            assert outputs[key].size == wanted.size
-    assert folder.name == name
-    config: dict[str, Any] = triton.server.ask("GET", f"/v2/models/{name}/config")[1]
-    triton.server.unload(name)
-    return config
 
 
 @pytest.mark.parametrize("per_class", [3, 1])
