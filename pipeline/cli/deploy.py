@@ -70,14 +70,14 @@ def deploy(
 ) -> None:
     """Add an engine to a Triton model repository as the model's next version, or undo the last deployment.
 
-    If the engine runs on this host, a golden input and output are written with it, and a script that sends them to a server.
+    If the engine runs on this host, a golden input and output are written with it, for `maskplan serve-check`.
     """
     from maskplan.engines.sidecar import read_engine
     from maskplan.pipeline.models.registry import folder_name
     from maskplan.pipeline.triton.config import Serving
     from maskplan.pipeline.triton.deploy import DeployOptions
     from maskplan.pipeline.triton.deploy import deploy as deploy_engines
-    from maskplan.pipeline.triton.golden import FOLDER, golden_of
+    from maskplan.pipeline.triton.golden import golden_of
     from maskplan.pipeline.triton.rollback import rollback as roll_back
 
     if rollback:
@@ -108,8 +108,8 @@ def deploy(
     if golden is None:
         print_line(f"note: without a golden input and output: {reason}")
     else:
-        script = deployment.folder / str(deployment.version) / FOLDER / "smoke.py"
-        print_line(f"try it: {shell_command(['python', script, '--url', 'localhost:8000'])}")
+        options = ["--url", "localhost:8000", "--repository", repository, "--model", name]
+        print_line(f"try it: {shell_command(['maskplan', 'serve-check', *options])}")
     if any(record.version_compatible for record in records):
         print_line(
             "note: a version-compatible plan: start Triton with --backend-config=tensorrt,version-compatible=true"

@@ -336,6 +336,8 @@ def _tensors(described: Sequence[Mapping[str, Any]], data: memoryview) -> dict[s
         if size is None:
             array = np.array(tensor["data"], dtype)
         else:
+            if len(data) < at + size:
+                raise ValueError(f"{len(data)} bytes of data, {at + size} announced")
             array = np.frombuffer(data[at : at + size], dtype)
             at += size
         arrays[str(tensor["name"])] = array.reshape([int(d) for d in tensor["shape"]])

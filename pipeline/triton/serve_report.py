@@ -14,7 +14,7 @@ class ServedLatency:
     """Latency of a served model under one load, from the client's side.
 
     Attributes:
-        batch: Images of a request.
+        batch: Images of a request; 1 where the batch is part of the input's shape, and a request counts as an image.
         concurrency: Requests in flight: each client sends the next one when it has the response to the last.
         requests: That were measured: those of the last windows.
         failed: Requests of all windows without a response of the model.

@@ -15,7 +15,6 @@ from maskplan.pipeline.core.errors import HostError, InputError
 from maskplan.pipeline.triton.deploy import DeployOptions, deploy
 from maskplan.pipeline.triton.rollback import rollback
 
-
 # A config that somebody wrote, which leaves the choice of versions to Triton.
 FOREIGN = """platform: "onnxruntime_onnx" max_batch_size: 4
 input { name: "input" data_type: TYPE_FP32 dims: [3, 8, 8] }
