@@ -38,6 +38,15 @@ TENSORRT_BINDINGS := cu12-10.3.0 cu12-10.13.3.9 cu12-10.16.1.11 cu13-11.4.0.106
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target .venv/triton \
 	  'tritonclient[grpc,http]==2.73.0' && touch $@ || true
 
+# The server itself, and an environment for the backends in tests/support/triton_backends: it needs numpy below 2.
+.venv/.tritonserver: .venv/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/tritonserver/server \
+	  nvidia-pytriton==0.7.0 && \
+	$(BIN)/python -m venv .venv/tritonserver/python && \
+	.venv/tritonserver/python/bin/python -m pip install --quiet --disable-pip-version-check \
+	  numpy==1.26.4 $$(grep ^onnxruntime= constraints.txt) && \
+	chmod +x .venv/tritonserver/server/pytriton/tritonserver/bin/tritonserver && touch $@ || true
+
 engine: .venv/.ready ## Checkpoint to engine: MODEL= WEIGHTS= DATA= MASKS= PERMUTE=1 PRECISION= BACKEND= OUT=
 	$(BIN)/maskplan engine $(MODEL) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(DATA),--data $(DATA)) \
 	  $(if $(MASKS),--masks $(MASKS)) $(if $(PERMUTE),--permute) $(if $(PRECISION),--precision $(PRECISION)) \
@@ -50,13 +59,14 @@ deploy: .venv/.ready ## Add the engine of MODEL= to the Triton model repository 
 	$(BIN)/maskplan deploy $(ENGINE) --repository $(REPOSITORY)
 
 # One OpenMP thread a process: more only spin on models this small. Two processes: tests that build engines need 2 GB each.
-PYTEST = TRITONCLIENT=$$(test -e .venv/.triton && echo $(CURDIR)/.venv/triton) OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive \
+PYTEST = TRITONCLIENT=$$(test -e .venv/.triton && echo $(CURDIR)/.venv/triton) \
+  TRITONSERVER=$$(test -e .venv/.tritonserver && echo $(CURDIR)/.venv/tritonserver) OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive \
   $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-test: .venv/.bindings .venv/.triton ## The tests except the slow ones
+test: .venv/.bindings .venv/.triton .venv/.tritonserver ## The tests except the slow ones
 	$(PYTEST) -m 'not slow'
 
-test-all: .venv/.bindings .venv/.triton ## All tests
+test-all: .venv/.bindings .venv/.triton .venv/.tritonserver ## All tests
 	$(PYTEST)
 
 mutants: .venv/.ready ## Break the code in one place at a time: a test must notice each fault (ARGS="--folder engines")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from maskplan.engines.base import Engine
@@ -12,16 +13,20 @@ from maskplan.engines.ort import OrtEngine, build_ort
 from maskplan.engines.sidecar import read_engine, write_sidecar
 from maskplan.engines.trt.calibrator import ImplicitInt8
 from maskplan.engines.trt.options import TrtOptions
+from maskplan.exporters.run_shapes import run_shapes
 from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel, Profile
 from maskplan.pipeline.core.choices import AUTO, ONNXRUNTIME, TENSORRT, Backend
 from maskplan.pipeline.core.errors import InputError
+
+log = logging.getLogger(__name__)
 
 DEFAULT_PROFILES = (Profile(1, 1, 1), Profile(1, 8, 8))
 
 
 def profiles_for(onnx_model: OnnxModel, batches: tuple[int, ...]) -> tuple[Profile, ...]:
     """One profile per batch size, since TensorRT tunes for a single size; a graph with a fixed batch has only one."""
-    fixed = onnx_model.inputs[0].shape[0]
+    # A scalar has no batch.
+    fixed = next((spec.shape[0] for spec in onnx_model.inputs if spec.shape), None)
     if fixed is not None:
         return (Profile(fixed, fixed, fixed),)
     return tuple(Profile(1, batch, batch) for batch in dict.fromkeys(batches))
@@ -111,11 +116,21 @@ def _has_gpu() -> bool:
 def build_engine(onnx_model: OnnxModel, options: BuildOptions, out: Path) -> EngineFile:
     """Build an engine; write it and its sidecar.
 
+    Its inputs and outputs have the shapes that the graph has when it runs, if these are not the declared ones.
+
     Raises:
         InputError: The backend rejects the model.
         HostError: The backend is not available on this host.
     """
+    found = run_shapes(onnx_model)
+    fixed = next((spec.shape[0] for spec in found.inputs if spec.shape), None)
+    if found.inputs != onnx_model.inputs and fixed is not None:
+        options = replace(options, profiles=(Profile(fixed, fixed, fixed),))
+    for note in found.notes:
+        log.warning("%s: %s", onnx_model.path, note)
+    onnx_model = replace(onnx_model, inputs=found.inputs, outputs=found.outputs)
     engine = BACKENDS[options.backend](onnx_model, options, out)
+    engine = replace(engine, batched=found.batched, notes=(*found.notes, *engine.notes))
     write_sidecar(engine)
     return engine
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from maskplan.engines.base import Arrays, CallTiming
 from maskplan.exporters.external_data import external_tensors, load_external_data
 from maskplan.exporters.metadata import describe_onnx, parse_onnx
+from maskplan.exporters.run_shapes import set_shapes
 from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel, Profile, TensorSpec
 from maskplan.pipeline.core.choices import ONNXRUNTIME
 from maskplan.pipeline.core.errors import InputError
@@ -73,6 +74,8 @@ class OrtEngine:
 def build_ort(onnx_model: OnnxModel, profiles: tuple[Profile, ...], sparse_weights: bool, out: Path) -> EngineFile:
     """Copy the ONNX file to `out`, with external weights inlined, and check that ONNX Runtime loads it.
 
+    The copy declares the shapes of `onnx_model`, which may be other ones than the file's.
+
     The copy is not optimized in advance: an optimized graph would depend on this CPU and this release of ONNX Runtime.
 
     Raises:
@@ -83,8 +86,11 @@ def build_ort(onnx_model: OnnxModel, profiles: tuple[Profile, ...], sparse_weigh
     started = time.perf_counter()
     data = read_bytes(onnx_model.path)
     model = parse_onnx(data, onnx_model.path)
-    if external_tensors(model):
+    is_external = bool(external_tensors(model))
+    if is_external:
         load_external_data(model, onnx_model.path.parent, where=onnx_model.path)
+    # Not `or`: both change the model.
+    if set_shapes(model, onnx_model.inputs, onnx_model.outputs) | is_external:
         data = model.SerializeToString()
     engine = OrtEngine(onnx_model.path)
     notes = [UNFUSED] if engine.is_unfused else []

@@ -150,5 +150,6 @@ def read_provenance(model: onnx.ModelProto, where: object) -> Provenance | None:
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     tensor = value.type.tensor_type
-    shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
+    # Some tools write a dynamic axis as the value -1.
+    shape = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value >= 0 else None for d in tensor.shape.dim)
     return TensorSpec(value.name, _DTYPES.get(tensor.elem_type, f"onnx type {tensor.elem_type}"), shape)

@@ -18,6 +18,8 @@ from maskplan.engines.trt.progress import progress_monitor
 from maskplan.engines.trt.record import write_plan
 from maskplan.engines.trt.timing_cache import load_timing_cache, save_timing_cache
 from maskplan.engines.trt.versions import construct, import_tensorrt, member, network_flags
+from maskplan.exporters.metadata import load_onnx
+from maskplan.exporters.run_shapes import set_shapes
 from maskplan.pipeline.core.artifacts import EngineFile, LayerSparsity, OnnxModel, Profile, TensorSpec
 from maskplan.pipeline.core.choices import INT8
 from maskplan.pipeline.core.errors import HostError, InputError, PipelineError, listed
@@ -126,7 +128,12 @@ def _build(
 
 def _parse(trt: Any, network: Any, onnx_model: OnnxModel, log_capture: TrtLogCapture) -> None:
     parser = construct(trt.OnnxParser, log_capture, network)
-    if parser.parse_from_file(str(onnx_model.path)):
+    redeclared = _redeclared(onnx_model)
+    if redeclared is None:
+        parsed = parser.parse_from_file(str(onnx_model.path))
+    else:
+        parsed = parser.parse(redeclared, str(onnx_model.path))
+    if parsed:
         return
     errors = [parser.get_error(i) for i in range(parser.num_errors)]
     raise InputError(
@@ -136,6 +143,15 @@ def _parse(trt: Any, network: Any, onnx_model: OnnxModel, log_capture: TrtLogCap
         or log_capture.reason(),
         fix="export with another opset, or remove these operators from the graph",
     )
+
+
+def _redeclared(onnx_model: OnnxModel) -> bytes | None:
+    """The graph with the shapes of the record; None if the file has the same."""
+    try:
+        model = load_onnx(onnx_model.path)
+    except InputError:  # TensorRT's parser describes it better
+        return None
+    return model.SerializeToString() if set_shapes(model, onnx_model.inputs, onnx_model.outputs) else None
 
 
 def _configure(trt: Any, config: Any, sparse_weights: bool, options: TrtOptions) -> None:
@@ -165,8 +181,11 @@ def _add_profile(
     builder: Any, config: Any, onnx_model: OnnxModel, profile: Profile, log_capture: TrtLogCapture
 ) -> None:
     shape = builder.create_optimization_profile()
+    # In a graph of a fixed batch, TensorRT refuses a profile with another one.
+    is_dynamic = any(spec.shape[:1] == (None,) for spec in onnx_model.inputs)
     for spec in onnx_model.inputs:
-        shapes = [_with_batch(spec, batch) for batch in (profile.min, profile.opt, profile.max)]
+        own = spec.shape[0] if spec.shape and is_dynamic else None
+        shapes = [_with_batch(spec, batch if own is None else own) for batch in (profile.min, profile.opt, profile.max)]
         try:
             shape.set_shape(spec.name, *shapes)
         except (RuntimeError, ValueError) as error:
@@ -186,6 +205,8 @@ def _add_profile(
 
 
 def _with_batch(spec: TensorSpec, batch: int) -> tuple[int, ...]:
+    if not spec.shape:
+        return ()
     rest = spec.shape[1:]
     if any(d is None for d in rest):
         raise InputError(

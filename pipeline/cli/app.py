@@ -28,6 +28,7 @@ from maskplan.pipeline.cli import (
     permute,
     probe,
     prune,
+    serve_check,
     stability,
     time_engines,
 )
@@ -78,6 +79,7 @@ for module in (
     time_engines,
     inspect_engine,
     deploy,
+    serve_check,
     stability,
     probe,
 ):

@@ -179,7 +179,7 @@ def build(
     elif three_way is not None:
         _build_three_way(onnx_model, three_way, build_options, reason, out)
     elif import_ is not None:
-        has_profile = profile is not None or onnx_model.inputs[0].shape[0] is not None
+        has_profile = profile is not None or any(spec.shape and spec.shape[0] is not None for spec in onnx_model.inputs)
         info, version = _require_import_values(layer_info, trt_version, has_profile)
         _import_plan(onnx_model, import_, info, build_options, version, compute_capability, out)
     else:

@@ -158,7 +158,7 @@ def compare(
     """
     from maskplan.pipeline.data.image_sets import identify, require_disjoint
     from maskplan.pipeline.parity.baseline import read_baseline, with_drift
-    from maskplan.pipeline.parity.model_files import open_model, shared_preprocessing
+    from maskplan.pipeline.parity.model_files import open_model, shared_preprocessing, val_images
     from maskplan.pipeline.parity.model_outputs import load_fixed_images
 
     if (bisect_tolerance is not None or plot is not None) and not bisect:
@@ -184,7 +184,7 @@ def compare(
             shape = (preprocessing.channels, preprocessing.height, preprocessing.width)
             print(polygraphy_command(dense, sparse, shape))
             return
-        val = _val_images(data, sides)
+        val = val_images(data, sides)
         image_set = identify(val) if val is not None else None
         if image_set is not None:
             require_disjoint(image_set, [s for side in sides if side.provenance for s in side.provenance.image_sets])
@@ -208,21 +208,6 @@ def _recipe_options(recipe: Path | None) -> CompareOptions:
     from maskplan.pipeline.recipe import read_recipe
 
     return read_recipe(recipe, 0).compare
-
-
-def _val_images(data: Path | None, sides: list[OpenedModel]) -> Split | None:
-    """The folder's images, labeled or not; else the digits for the bundled model; else None."""
-    from maskplan.pipeline.data.source import find_val
-    from maskplan.pipeline.parity.unlabeled_images import open_unlabeled
-
-    provenance = next((s.provenance for s in reversed(sides) if s.provenance), None)
-    unlabeled = open_unlabeled(data) if data is not None else None
-    return unlabeled or find_val(
-        data,
-        model=provenance.model if provenance else None,
-        labels=provenance.labels if provenance else (),
-        outputs=sides[0].classes,
-    )
 
 
 def _compare(

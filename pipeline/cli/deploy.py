@@ -26,9 +26,8 @@ def register(app: typer.Typer) -> None:
 
 def _defaults() -> dict[str, object]:
     from maskplan.pipeline.triton.config import Serving
-    from maskplan.pipeline.triton.deploy import DeployOptions
 
-    return {**vars(Serving()), "keep_versions": DeployOptions.keep_versions}
+    return vars(Serving())
 
 
 def deploy(
@@ -59,20 +58,26 @@ def deploy(
         typer.Option("--cuda-graphs/--no-cuda-graphs", help="TensorRT only, where CUDA graphs are on by default."),
     ] = None,
     warmup: Annotated[bool | None, typer.Option(help="Run each profile once when the model is loaded.")] = None,
-    keep_versions: Annotated[int | None, typer.Option(min=1, help="Number of newest versions to serve.")] = None,
+    keep_versions: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Number of versions to serve; by default the new one and the one before, where one config fits both.",
+        ),
+    ] = None,
     instances: Annotated[int | None, typer.Option(min=1, help="Instances of the model on each GPU.")] = None,
     allow_untrained: Annotated[bool, typer.Option(help="Deploy random weights too.")] = False,
 ) -> None:
     """Add an engine to a Triton model repository as the model's next version, or undo the last deployment.
 
-    If the engine runs on this host, a golden input and output are written with it, and a script that sends them to a server.
+    If the engine runs on this host, a golden input and output are written with it, for `maskplan serve-check`.
     """
     from maskplan.engines.sidecar import read_engine
     from maskplan.pipeline.models.registry import folder_name
     from maskplan.pipeline.triton.config import Serving
     from maskplan.pipeline.triton.deploy import DeployOptions
     from maskplan.pipeline.triton.deploy import deploy as deploy_engines
-    from maskplan.pipeline.triton.golden import FOLDER, golden_of
+    from maskplan.pipeline.triton.golden import golden_of
     from maskplan.pipeline.triton.rollback import rollback as roll_back
 
     if rollback:
@@ -103,8 +108,8 @@ def deploy(
     if golden is None:
         print_line(f"note: without a golden input and output: {reason}")
     else:
-        script = deployment.folder / str(deployment.version) / FOLDER / "smoke.py"
-        print_line(f"try it: {shell_command(['python', script, '--url', 'localhost:8000'])}")
+        options = ["--url", "localhost:8000", "--repository", repository, "--model", name]
+        print_line(f"try it: {shell_command(['maskplan', 'serve-check', *options])}")
     if any(record.version_compatible for record in records):
         print_line(
             "note: a version-compatible plan: start Triton with --backend-config=tensorrt,version-compatible=true"

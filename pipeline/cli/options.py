@@ -57,8 +57,8 @@ def patterns(given: Sequence[str] | None) -> tuple[str, ...] | None:
     return tuple(given) if given else None
 
 
-def parse_batch_sizes(text: str | None) -> tuple[int, ...] | None:
-    """`"1,8,32"` to `(1, 8, 32)`; None stays None.
+def parse_batch_sizes(text: str | None, example: str = "--batch 1,8,32") -> tuple[int, ...] | None:
+    """`"1,8,32"` to `(1, 8, 32)`; None stays None. The example is for the message.
 
     Raises:
         InputError: Not a list of positive integers.
@@ -69,7 +69,8 @@ def parse_batch_sizes(text: str | None) -> tuple[int, ...] | None:
 
     sizes = [part.strip() for part in text.split(",")]
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise InputError("not a list of batch sizes", found=repr(text), fix="write for example --batch 1,8,32")
+        what = "batch sizes" if "--batch" in example else "numbers"
+        raise InputError(f"not a list of {what}", found=repr(text), fix=f"write for example {example}")
     return tuple(map(int, sizes))
 
 

@@ -281,6 +281,7 @@ class EngineFile:
         hardware_compatible: Also runs on newer GPUs than the kind that it was built on.
         refittable: Its weights can be replaced.
         strip_plan: It contains no weights and cannot run until it is refitted.
+        batched: Whether each image of a batch has one row in every output; None if unknown.
         notes: What a reader should know, such as a backend without sparse kernels.
     """
 
@@ -309,6 +310,7 @@ class EngineFile:
     hardware_compatible: bool = False
     refittable: bool = False
     strip_plan: bool = False
+    batched: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def write_atomically(path: Path, data: bytes, *, option: str | None = None) -> s
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise host_error(error, where=path, option=option) from error
     finally:
@@ -128,8 +128,12 @@ def readable(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _sync_folder(folder: Path) -> None:
-    # The new name itself must survive a power cut, not only the bytes.
+def sync_folder(folder: Path) -> None:
+    """Wait until the folder's names are on the disk: a new name must survive a power cut, not only the bytes.
+
+    Raises:
+        OSError: The folder cannot be opened, or the disk fails.
+    """
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

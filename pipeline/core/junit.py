@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from xml.etree import ElementTree
 
-from maskplan.pipeline.core.choices import DENSE_BY_CHOICE, INELIGIBLE, NOT_APPLICABLE, PASS, VIOLATING
+from maskplan.pipeline.core.choices import DENSE_BY_CHOICE, INELIGIBLE, NOT_APPLICABLE, PASS, VIOLATING, GateVerdict
 from maskplan.pipeline.core.escaping import printable
 from maskplan.pipeline.core.reports import Check, ConformanceReport, OutputCloseness, ParityReport
 
@@ -50,10 +51,30 @@ def parity_junit(report: ParityReport, model: str) -> bytes:
     text.text = "\n".join((*(_format_closeness(o) for o in report.outputs), *report.notes))
     for check in report.checks:
         _add_threshold(suite, check, model, report)
+    _count(suite)
+    return _xml(suite)
+
+
+def checks_junit(subject: str, checks: Sequence[Check], verdict: GateVerdict, reason: str | None) -> bytes:
+    """A test case for the verdict and one for each check; a check that could not be evaluated is skipped."""
+    suite = ElementTree.Element("testsuite", name=f"check of {subject}")
+    whole = ElementTree.SubElement(suite, "testcase", classname=subject, name="verdict")
+    if verdict != PASS:
+        ElementTree.SubElement(whole, "error" if verdict == NOT_APPLICABLE else "failure", message=reason or "")
+    for check in checks:
+        case = ElementTree.SubElement(suite, "testcase", classname=subject, name=f"{check.name} {check.limit:g}")
+        if check.passed:
+            ElementTree.SubElement(case, "system-out").text = check.message
+        else:
+            ElementTree.SubElement(case, "skipped" if check.passed is None else "failure", message=check.message)
+    _count(suite)
+    return _xml(suite)
+
+
+def _count(suite: ElementTree.Element) -> None:
     for kind, tag in (("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
         suite.set(kind, str(len(suite.findall(f"testcase/{tag}"))))
     suite.set("tests", str(len(suite)))
-    return _xml(suite)
 
 
 def _add_threshold(suite: ElementTree.Element, check: Check, model: str, report: ParityReport) -> None:

@@ -1,4 +1,4 @@
-"""Open the models that are compared: engines, ONNX files and checkpoints."""
+"""Open what is compared: engines, ONNX files and checkpoints, and the images that they are compared on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from maskplan.exporters.onnx_export import ExportOptions, export_onnx
 from maskplan.pipeline.core.artifacts import Preprocessing, Provenance
 from maskplan.pipeline.core.choices import TENSORRT
 from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.data.dataset import Split
+from maskplan.pipeline.data.source import find_val
 from maskplan.pipeline.models.checkpoint import read_checkpoint, rebuild_module
+from maskplan.pipeline.parity.unlabeled_images import open_unlabeled
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,22 @@ def open_model(path: Path) -> Iterator[OpenedModel]:
                 where=path,
                 fix="give an engine, an .onnx file, or a checkpoint of maskplan",
             )
+
+
+def val_images(data: Path | None, models: Sequence[OpenedModel]) -> Split | None:
+    """The folder's images, labeled or not; else the digits for the bundled model; else None.
+
+    Raises:
+        InputError: The folder cannot be used.
+    """
+    provenance = next((m.provenance for m in reversed(models) if m.provenance), None)
+    unlabeled = open_unlabeled(data) if data is not None else None
+    return unlabeled or find_val(
+        data,
+        model=provenance.model if provenance else None,
+        labels=provenance.labels if provenance else (),
+        outputs=models[0].classes,
+    )
 
 
 def shared_preprocessing(models: Sequence[OpenedModel], mean: str | None, std: str | None) -> Preprocessing:

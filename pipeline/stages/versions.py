@@ -14,7 +14,7 @@ STAGE_VERSIONS = {
     "check": 1,
     "calibrate": 3,
     "baseline": 1,
-    "build": 1,
+    "build": 2,
     "compare": 1,
     "time": 1,
     "keep": 1,

@@ -75,8 +75,12 @@ def model_files(engines: Sequence[EngineFile]) -> dict[str, EngineFile]:
 
 
 def max_batch_size(engine: EngineFile) -> int:
-    """The largest batch that Triton may form; 0 if the graph's batch is fixed, which turns off batching."""
-    dynamic = all(spec.shape and spec.shape[0] is None for spec in (*engine.inputs, *engine.outputs))
+    """The largest batch that Triton may form; 0 turns off batching.
+
+    Triton splits the rows of every output among the requests of a batch, so each image must have one row in each.
+    """
+    tensors = (*engine.inputs, *engine.outputs)
+    dynamic = engine.batched is not False and all(spec.shape and spec.shape[0] is None for spec in tensors)
     return max((p.max for p in engine.profiles), default=1) if dynamic else 0
 
 
@@ -143,7 +147,14 @@ def _require_servable(engine: EngineFile, serving: Serving, max_batch: int) -> N
         refused = [size for size in range(1, max_batch + 1) if size not in taken]
         if refused:
             problems.append(f"Triton forms batches from 1 to {max_batch}, but no profile covers {listed(refused)}")
-    unknown = [s for s in (*engine.inputs, *engine.outputs) if s.dtype not in _TRITON_TYPES]
+    tensors = (*engine.inputs, *engine.outputs)
+    empty = [s.name for s in tensors if 0 in s.shape]
+    if empty:
+        problems.append(f"{listed(empty)}: a dimension is 0")
+    scalars = [s.name for s in tensors if not s.shape]
+    if engine.backend == _TENSORRT and scalars:
+        problems.append(f"Triton passes no scalars to TensorRT: give {listed(scalars)} the shape [1] in the graph")
+    unknown = [s for s in tensors if s.dtype not in _TRITON_TYPES]
     if unknown:
         problems.append(f"Triton does not support the data type of {listed(f'{s.name} {s.dtype}' for s in unknown)}")
     if problems:
@@ -156,11 +167,15 @@ def _require_servable(engine: EngineFile, serving: Serving, max_batch: int) -> N
 
 
 def _dims(spec: TensorSpec, max_batch: int) -> tuple[int | None, ...]:
-    return spec.shape[1:] if max_batch else spec.shape
+    """The dims of a tensor's config; Triton refuses empty ones, and has a scalar as a vector of one element."""
+    return (spec.shape[1:] if max_batch else spec.shape) or (1,)
 
 
 def _tensor(kind: str, spec: TensorSpec, max_batch: int, labels: str | None = None) -> str:
     lines = [f"name: {quoted(spec.name)}", *_kind(spec, max_batch)]
+    if max_batch and len(spec.shape) == 1:
+        # The graph has one number an image. Without batches Triton takes no empty reshape, and needs none for ONNX Runtime.
+        lines.append("reshape { shape: [ ] }")
     if labels:
         lines.append(f"label_filename: {quoted(labels)}")
     inner = "\n".join(f"    {line}" for line in lines)
@@ -176,7 +191,7 @@ def _instances(engine: EngineFile, serving: Serving, max_batch: int) -> str:
     fields = [f"count: {serving.instances}"]
     if engine.backend == _TENSORRT:
         fields.append("kind: KIND_GPU")
-        if max_batch and len(engine.profiles) > 1:
+        if len(engine.profiles) > 1 and any(None in spec.shape for spec in engine.inputs):
             # By default Triton uses the first profile only, which may be the one for single images.
             fields.append(f"profile: [ {', '.join(quoted(str(i)) for i in range(len(engine.profiles)))} ]")
     return f"instance_group [ {{ {' '.join(fields)} }} ]"

@@ -5,6 +5,7 @@ The complete version folder appears first, then the config names it.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -23,14 +24,19 @@ from maskplan.pipeline.triton.repository import (
     PREVIOUS,
     REPOSITORY_OPTION,
     add_version,
+    is_rolled_back,
     locked,
     model_folder,
     next_version,
     versions_in,
+    write_config,
 )
 from maskplan.pipeline.triton.served_config import CONFIG, parse_config, read_config
 
+_LOG = logging.getLogger(__name__)
 _LABELS = "labels.txt"
+# By default the new one and the one before.
+_SERVED_VERSIONS = 2
 _CAPABILITY = re.compile(r"\d+\.\d+")
 
 
@@ -42,25 +48,27 @@ class DeployOptions:
         repository: Triton's model repository.
         name: Name of the model in it.
         allow_untrained: Deploy an engine with random weights, for timing.
-        keep_versions: Number of versions that are served at a time, the new one included; older ones stay on disk.
+        keep_versions: Number of versions that are served at a time, the new one included; older ones stay on disk. None: the
+            version before too, where one config fits both, for clients that have asked for the version and name it.
         serving: How Triton runs the model.
     """
 
     repository: Path
     name: str
     allow_untrained: bool = False
-    keep_versions: int = 1
+    keep_versions: int | None = None
     serving: Serving = field(default_factory=Serving)
 
     def __post_init__(self) -> None:
-        at_least(1, keep_versions=self.keep_versions)
+        if self.keep_versions is not None:
+            at_least(1, keep_versions=self.keep_versions)
 
 
 def deploy(engine_paths: Path | Sequence[Path], options: DeployOptions, golden: Golden | None = None) -> Deployment:
     """Add an engine to a repository as the model's next version.
 
     A config names the versions that it serves, and files that it names are never changed: until the new config is in place,
-    the old one keeps serving the old version.
+    the old one keeps serving the old version, and the server does until it has loaded the new one.
 
     Args:
         engine_paths: One engine, or several plans of one model, each for GPUs of another compute capability.
@@ -98,9 +106,9 @@ def _deploy(engines: Sequence[EngineFile], options: DeployOptions, golden: Golde
     add_version(folder, version, copies, extra_files)
     written = [*(folder / str(version) / name for name in model_files(engines)), config]
     if labels:
-        write_atomically(folder / labels[0], labels[1], option=REPOSITORY_OPTION)
+        _write_labels(folder / labels[0], labels[1])
         written.append(folder / labels[0])
-    write_atomically(config, text.encode(), option=REPOSITORY_OPTION)
+    write_config(config, text.encode())
     return Deployment(folder, version, platform_of(engines[0]), tuple(written))
 
 
@@ -157,26 +165,34 @@ def _require_one_model(engines: Sequence[EngineFile]) -> None:
 
 def _labels(folder: Path, version: int, engine: EngineFile) -> tuple[str, bytes] | None:
     """Name and bytes of the label file; an existing file with other labels may be in use and is not changed."""
-    if engine.provenance is None or not engine.provenance.labels:
+    data = _label_lines(engine)
+    if not data:
         return None
-    # Triton counts lines: a newline in a label would shift all labels after it.
-    data = "".join(f"{one_line(label)}\n" for label in engine.provenance.labels).encode()
     common = folder / _LABELS
     name = f"labels.{version}.txt" if common.is_file() and read_bytes(common) != data else _LABELS
     return name, data
 
 
+def _label_lines(engine: EngineFile) -> bytes:
+    # Triton counts lines: a newline in a label would shift all labels after it.
+    labels = engine.provenance.labels if engine.provenance is not None else ()
+    return "".join(f"{one_line(label)}\n" for label in labels).encode()
+
+
+def _write_labels(path: Path, data: bytes) -> None:
+    # A newer file would make a polling server load the kept versions again.
+    if not path.is_file() or read_bytes(path) != data:
+        write_atomically(path, data, option=REPOSITORY_OPTION)
+
+
 def _kept(folder: Path, engines: Sequence[EngineFile], options: DeployOptions) -> list[int]:
     """Earlier versions to keep serving; one config must fit all of them."""
-    earlier = versions_in(folder)[-(options.keep_versions - 1) :] if options.keep_versions > 1 else []
-    files, problems = model_files(engines), []
-    for version in earlier:
-        for name, engine in files.items():
-            path = folder / str(version) / name
-            if not path.is_file():
-                problems.append(f"version {version} has no {name}")
-            elif engine.backend == "tensorrt" and read_engine(path).profiles != engine.profiles:
-                problems.append(f"version {version} has other profiles")
+    count = (options.keep_versions or _SERVED_VERSIONS) - 1
+    earlier = _earlier(folder)[-count:] if count else []
+    problems = [f"version {v} {problem}" for v in earlier for problem in _misfits(folder / str(v), engines)]
+    if problems and options.keep_versions is None:
+        _LOG.info("only the new version is served: %s", listed(problems))
+        return []
     if problems:
         raise InputError(
             "the versions to keep need a different config",
@@ -185,6 +201,29 @@ def _kept(folder: Path, engines: Sequence[EngineFile], options: DeployOptions) -
             fix="lower --keep-versions, or choose another --name",
         )
     return earlier
+
+
+def _earlier(folder: Path) -> list[int]:
+    """Versions that have been served and not taken back: none that an interrupted deployment left above the served ones."""
+    versions = [v for v in versions_in(folder) if not is_rolled_back(folder, v)]
+    served = read_config(folder / CONFIG).versions if (folder / CONFIG).is_file() else ()
+    return [v for v in versions if not served or v <= max(served)]
+
+
+def _misfits(version: Path, engines: Sequence[EngineFile]) -> list[str]:
+    """Why a version cannot be served with the config of these engines."""
+    problems = []
+    for name, engine in model_files(engines).items():
+        path = version / name
+        if not (path.is_file() and sidecar_path(path).is_file()):
+            problems.append(f"has no {name}" if not path.is_file() else f"has no {sidecar_path(path).name}")
+            continue
+        served = read_engine(path)
+        if engine.backend == "tensorrt" and served.profiles != engine.profiles:
+            problems.append("has other profiles")
+        if _label_lines(served) != _label_lines(engine):
+            problems.append("has other labels")
+    return problems
 
 
 def _require_same_io(config: Path, text: str) -> None:

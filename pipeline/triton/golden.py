@@ -1,11 +1,10 @@
-"""A golden input and output next to a deployed engine, and the script that compares a server's output with it."""
+"""A golden input and output next to a deployed engine, which `serve-check` compares a server's output with."""
 
 from __future__ import annotations
 
 import io
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy.typing as npt
 from maskplan.engines.build import open_engine
 from maskplan.pipeline.core.artifacts import EngineFile, TensorSpec
 from maskplan.pipeline.core.errors import InputError, PipelineError
-from maskplan.pipeline.triton import smoke_test
+from maskplan.pipeline.triton.config import max_batch_size
 
 Golden = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 
@@ -60,7 +59,7 @@ def golden_of(engines: Sequence[EngineFile]) -> tuple[Golden | None, str]:
 
 
 def golden_files(golden: Golden, engine: EngineFile, name: str, version: int) -> dict[str, bytes]:
-    """Files for the version folder, by name: the two arrays, their description with the tolerance, and the script.
+    """Files for the version folder, by name: the two arrays, and their description with the tolerance.
 
     Raises:
         InputError: The arrays do not match the engine's input and output, or are not finite.
@@ -76,7 +75,12 @@ def golden_files(golden: Golden, engine: EngineFile, name: str, version: int) ->
         elif not np.isfinite(array).all():
             problems.append(f"{spec.name} is not finite")
     if problems:
-        raise InputError("the golden pair does not match the engine", where=engine.path, found="; ".join(problems))
+        raise InputError(
+            "the golden pair does not match the engine",
+            where=engine.path,
+            found="; ".join(problems),
+            fix="build the engine again: its sidecar has the shapes that the graph had then",
+        )
     description = {
         "model": name,
         "version": version,
@@ -86,9 +90,8 @@ def golden_files(golden: Golden, engine: EngineFile, name: str, version: int) ->
     }
     files = {
         "golden.json": (json.dumps(description, indent=2) + "\n").encode(),
-        "input.npy": _npy(golden[0]),
-        "output.npy": _npy(golden[1]),
-        "smoke.py": Path(smoke_test.__file__).read_bytes(),
+        "input.npy": _npy(_as_served(golden[0], max_batch_size(engine))),
+        "output.npy": _npy(_as_served(golden[1], max_batch_size(engine))),
     }
     return {f"{FOLDER}/{file}": data for file, data in files.items()}
 
@@ -100,6 +103,11 @@ def _require_one_in_and_out(engine: EngineFile) -> None:
             where=engine.path,
             found=_described((*engine.inputs, *engine.outputs)),
         )
+
+
+def _as_served(array: npt.NDArray[Any], max_batch: int) -> npt.NDArray[Any]:
+    """An array in the shape that clients see: Triton has one number, or one for each image, as a vector of one element."""
+    return array[..., None] if array.ndim == min(max_batch, 1) else array
 
 
 def _described(specs: Sequence[TensorSpec]) -> str:

@@ -7,16 +7,25 @@ import errno
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from maskplan.pipeline.core.errors import HostError, InputError, host_error
 from maskplan.pipeline.core.file_lock import acquire_lock
-from maskplan.pipeline.core.files import NAME_MAX, read_bytes, remove_leftovers, temporary_path, write_atomically
+from maskplan.pipeline.core.files import (
+    NAME_MAX,
+    read_bytes,
+    remove_leftovers,
+    sync_folder,
+    temporary_path,
+    write_atomically,
+)
 
-# In a version's folder, for a rollback: the config that was in place before the version.
+# In a version's folder, for a rollback: the config that was in place before the version; and its name after the rollback.
 PREVIOUS = "previous-config.pbtxt"
-_ROLLED_BACK = "rolled-back"
+_ROLLED_BACK = "rolled-back-config.pbtxt"
+_HIDDEN = "rolled-back"
 REPOSITORY_OPTION = "--repository"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -63,12 +72,15 @@ def versions_in(folder: Path) -> list[int]:
     return sorted(int(p.name) for p in folder.glob("[1-9]*") if p.name.isdecimal() and p.is_dir())
 
 
+def is_rolled_back(folder: Path, version: int) -> bool:
+    """Whether a version was deployed and taken back."""
+    return (folder / str(version) / _ROLLED_BACK).is_file()
+
+
 def next_version(folder: Path) -> int:
-    """One above every existing or rolled-back version."""
-    rolled_back = [
-        int(p.name.split(".")[1]) for p in folder.glob(f".[1-9]*.{_ROLLED_BACK}") if p.name.split(".")[1].isdecimal()
-    ]
-    return 1 + max([*versions_in(folder), *rolled_back], default=0)
+    """One above every existing or hidden version."""
+    hidden = [int(p.name.split(".")[1]) for p in folder.glob(f".[1-9]*.{_HIDDEN}") if p.name.split(".")[1].isdecimal()]
+    return 1 + max([*versions_in(folder), *hidden], default=0)
 
 
 def add_version(folder: Path, version: int, copies: Mapping[str, Path], contents: Mapping[str, bytes]) -> None:
@@ -92,6 +104,8 @@ def add_version(folder: Path, version: int, copies: Mapping[str, Path], contents
         for name, data in contents.items():
             write_atomically(staged / name, data, option=REPOSITORY_OPTION)
         staged.rename(folder / str(version))
+        # On the disk before the config that names it.
+        sync_folder(folder)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise _busy(folder, f"another process has created version {version}") from error
@@ -100,17 +114,46 @@ def add_version(folder: Path, version: int, copies: Mapping[str, Path], contents
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def set_aside(folder: Path, version: int) -> Path:
-    """Hide a version from Triton under a name that reserves its number.
+def mark_rolled_back(folder: Path, version: int, *, hide: bool) -> None:
+    """Mark a version as rolled back.
 
-    Triton parses a folder's name as a number up to the first non-digit, so the new name starts with a dot.
+    Its files keep their names: a server may be loading them. They are hidden only from a config that leaves the choice of
+    versions to Triton, under a name that starts with a dot (Triton parses a name as a number up to the first non-digit) and
+    reserves the version's number.
+
+    Raises:
+        HostError: The folder cannot be written.
     """
-    hidden = folder / f".{version}.{_ROLLED_BACK}"
+    path = folder / str(version)
     try:
-        (folder / str(version)).rename(hidden)
+        if hide:
+            path.rename(folder / f".{version}.{_HIDDEN}")
+        else:
+            (path / PREVIOUS).rename(path / _ROLLED_BACK)
     except OSError as error:
-        raise host_error(error, where=folder / str(version), option=REPOSITORY_OPTION) from error
-    return hidden
+        raise host_error(error, where=path, option=REPOSITORY_OPTION) from error
+
+
+def write_config(config: Path, data: bytes) -> None:
+    """Replace a model's config, and make sure that a polling server notices.
+
+    Raises:
+        HostError: The folder cannot be written; the config is unchanged.
+    """
+    write_atomically(config, data, option=REPOSITORY_OPTION)
+    mark_changed(config)
+
+
+def mark_changed(config: Path) -> None:
+    """Give a config a later time than anything else in its folder.
+
+    Triton looks for times later than those it has seen, and file systems give changes within some milliseconds the same
+    time: a server that looks between two of them would miss the second forever.
+    """
+    folder = config.parent
+    with contextlib.suppress(OSError):
+        latest = max(time.time_ns(), 1 + max(path.stat().st_mtime_ns for path in (folder, *folder.iterdir())))
+        os.utime(config, ns=(latest, latest))
 
 
 @contextlib.contextmanager

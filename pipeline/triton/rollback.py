@@ -6,20 +6,21 @@ from pathlib import Path
 
 from maskplan.pipeline.core.artifacts import Deployment
 from maskplan.pipeline.core.errors import InputError, listed
-from maskplan.pipeline.core.files import read_bytes, write_atomically
+from maskplan.pipeline.core.files import read_bytes
 from maskplan.pipeline.triton.repository import (
     PREVIOUS,
-    REPOSITORY_OPTION,
     locked,
+    mark_changed,
+    mark_rolled_back,
     model_folder,
-    set_aside,
     versions_in,
+    write_config,
 )
 from maskplan.pipeline.triton.served_config import CONFIG, ServedConfig, read_config
 
 
 def rollback(repository: Path, name: str) -> Deployment:
-    """Undo the last deployment of a model: restore the config that it replaced, then hide its version.
+    """Undo the last deployment of a model: restore the config that it replaced, then mark its version as rolled back.
 
     The config is replaced atomically and alone determines what is served. Calling this again after an interruption completes
     the rollback.
@@ -40,8 +41,9 @@ def rollback(repository: Path, name: str) -> Deployment:
         previous = folder / str(undone) / PREVIOUS
         restored = read_config(previous)
         served = _served(folder, restored, undone)
-        write_atomically(config, read_bytes(previous), option=REPOSITORY_OPTION)
-        set_aside(folder, undone)
+        write_config(config, read_bytes(previous))
+        mark_rolled_back(folder, undone, hide=not restored.versions)
+        mark_changed(config)
     files = (folder / str(served), config, *(folder / labels for labels in restored.labels))
     return Deployment(folder, served, restored.platform, files)
 

@@ -330,6 +330,10 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
                     self._errors = [ParserError("Failed to parse the ONNX model.")]
             return not self._errors
 
+        def parse(self, model: bytes, path: str | None = None) -> bool:
+            self._network._model = onnx.load_from_string(model)
+            return True
+
         @property
         def num_errors(self) -> int:
             return len(self._errors)

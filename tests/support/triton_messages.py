@@ -38,11 +38,18 @@ for line in sys.stdin:
 
 # Field: (type, repeated). A config with any other field does not parse. A name with a dot is that of a map's entries.
 FIELDS: dict[str, dict[str, tuple[str, bool]]] = {
-    "ModelInput": {"name": ("string", False), "data_type": ("DataType", False), "dims": ("int64", True)},
+    "ModelTensorReshape": {"shape": ("int64", True)},
+    "ModelInput": {
+        "name": ("string", False),
+        "data_type": ("DataType", False),
+        "dims": ("int64", True),
+        "reshape": ("ModelTensorReshape", False),
+    },
     "ModelOutput": {
         "name": ("string", False),
         "data_type": ("DataType", False),
         "dims": ("int64", True),
+        "reshape": ("ModelTensorReshape", False),
         "label_filename": ("string", False),
     },
     "ModelDynamicBatching": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -193,9 +194,45 @@ def test_the_files_of_a_backend_that_triton_does_not_know_are_refused() -> None:
 
 
 def test_a_single_number_for_the_whole_batch_makes_triton_batch_nothing() -> None:
-    config = parsed(config_text([record(outputs=(TensorSpec("y", "float32", ()),))], "net"))
+    config = parsed(config_text([record(**ORT, outputs=(TensorSpec("y", "float32", ()),))], "net"))
     assert config.max_batch_size == 0
     assert list(config.input[0].dims) == [-1, 3, 8, 8]
+    assert list(config.output[0].dims) == [1]
+    assert not config.output[0].HasField("reshape")
+
+
+def test_a_number_for_each_image_is_reshaped() -> None:
+    """Without the batch nothing is left, and Triton refuses empty dims."""
+    for outputs in (
+        (TensorSpec("y", "int64", (None,)),),
+        (TensorSpec("y", "int64", (None,)), TensorSpec("z", "int64", (None, 2))),
+    ):
+        config = parsed(config_text([record(outputs=outputs)], "net"))
+        assert config.max_batch_size == 16
+        assert list(config.output[0].dims) == [1]
+        assert config.output[0].HasField("reshape")
+        assert list(config.output[0].reshape.shape) == []
+        assert not any(tensor.HasField("reshape") for tensor in (*config.input, *config.output[1:]))
+
+
+@pytest.mark.parametrize(("shape", "found"), [((), "give y the shape \\[1\\]"), ((None, 0), "y: a dimension is 0")])
+def test_what_triton_has_no_shape_for_is_refused(shape: tuple[int | None, ...], found: str) -> None:
+    with pytest.raises(InputError, match=found):
+        config_text([record(outputs=(TensorSpec("y", "float32", shape),))], "net")
+
+
+def test_outputs_with_other_rows_than_images_are_not_batched() -> None:
+    """Triton would split the detections of a batch among its requests."""
+    engine = record(outputs=(TensorSpec("detections", "float32", (None, 7)),), batched=False)
+    config = parsed(config_text([engine], "net"))
+    assert config.max_batch_size == 0
+    assert not config.HasField("dynamic_batching")
+    assert list(config.input[0].dims) == [-1, 3, 8, 8]
+    assert list(config.output[0].dims) == [-1, 7]
+    # Images arrive in batches as before, so every profile is open.
+    engine = replace(engine, profiles=(Profile(1, 1, 1), Profile(1, 8, 16)))
+    (group,) = parsed(config_text([engine], "net")).instance_group
+    assert list(group.profile) == ["0", "1"]
 
 
 def test_a_fixed_batch_has_no_profiles_to_open() -> None:

@@ -60,9 +60,9 @@ def test_the_command_passes_its_options_to_the_config(cli: Callable[..., Any], t
 def test_the_command_creates_a_golden_pair_if_the_engine_runs(cli: Callable[..., Any], tmp_path: Path) -> None:
     engine = built(tmp_path / "engine")
     ran = cli("deploy", engine, "--repository", tmp_path / "models", "--name", "net")
-    assert "smoke.py" in ran.out
+    assert "try it: maskplan serve-check --url localhost:8000" in ran.out
     golden = tmp_path / "models/net/1/golden"
-    assert sorted(p.name for p in golden.iterdir()) == ["golden.json", "input.npy", "output.npy", "smoke.py"]
+    assert sorted(p.name for p in golden.iterdir()) == ["golden.json", "input.npy", "output.npy"]
     session = onnxruntime.InferenceSession(engine, providers=["CPUExecutionProvider"])
     (wanted,) = session.run(None, {"input": np.load(golden / "input.npy")})
     np.testing.assert_allclose(np.load(golden / "output.npy"), wanted, rtol=1e-6)
@@ -107,6 +107,7 @@ def test_the_printed_command_can_be_pasted_whatever_the_folder_is_called(
     ran = cli("deploy", built(tmp_path / "engine"), "--repository", repository)
     assert ran.code == 0, ran.err
     (line,) = [line for line in ran.out.splitlines() if line.startswith("try it: ")]
-    command, script, *rest = shlex.split(line.removeprefix("try it: "))
-    assert (command, rest) == ("python", ["--url", "localhost:8000"])
-    assert Path(script).is_file()
+    assert shlex.split(line.removeprefix("try it: ")) == [
+        *["maskplan", "serve-check", "--url", "localhost:8000"],
+        *["--repository", str(repository), "--model", "folder_less"],
+    ]

@@ -15,6 +15,12 @@ from maskplan.pipeline.core.errors import HostError, InputError
 from maskplan.pipeline.triton.deploy import DeployOptions, deploy
 from maskplan.pipeline.triton.rollback import rollback
 
+# A config that somebody wrote, which leaves the choice of versions to Triton.
+FOREIGN = """platform: "onnxruntime_onnx" max_batch_size: 4
+input { name: "input" data_type: TYPE_FP32 dims: [3, 8, 8] }
+output { name: "logits" data_type: TYPE_FP32 dims: 5 }
+"""
+
 
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
@@ -33,7 +39,7 @@ def hidden_from_triton(name: str) -> bool:
     return not name.lstrip(" +-")[:1].isdigit()
 
 
-def test_each_rollback_restores_the_config_and_hides_the_version(tmp_path: Path) -> None:
+def test_each_rollback_restores_the_config_and_keeps_every_file_where_it_was(tmp_path: Path) -> None:
     options = DeployOptions(tmp_path / "models", "net")
     folder = tmp_path / "models/net"
     states = []
@@ -41,17 +47,20 @@ def test_each_rollback_restores_the_config_and_hides_the_version(tmp_path: Path)
         deploy(built(tmp_path / "engine", dataclasses.replace(PROVENANCE, labels=labels)), options)
         states.append((folder / "config.pbtxt").read_bytes())
     for version in (2, 1):
-        before = contents(folder / str(version))
+        before = contents(folder)
         done = rollback(tmp_path / "models", "net")
         assert (done.folder, done.version, done.platform) == (folder, version, "onnxruntime_onnx")
         assert all(path.exists() for path in done.files)
         assert (folder / "config.pbtxt").read_bytes() == states[version - 1]
         assert assert_served(folder) == (version,)
-        assert contents(folder / str(version)) == before
-        assert not (folder / str(version + 1)).exists()
-    aside = {p.name for p in folder.iterdir()} - {"1", "config.pbtxt", "labels.txt", "labels.2.txt"}
-    assert len(aside) == 2
-    assert all(map(hidden_from_triton, aside))
+        after = contents(folder)
+        # A server may be loading the version: only the file that Triton does not read has another name.
+        undone = f"{version + 1}/previous-config.pbtxt"
+        assert before.keys() - after.keys() == {undone}
+        assert after.keys() - before.keys() == {undone.replace("previous", "rolled-back")}
+        assert {n: d for n, d in after.items() if n in before and n != "config.pbtxt"} == {
+            n: d for n, d in before.items() if n not in (undone, "config.pbtxt")
+        }
 
 
 def test_the_number_of_a_version_taken_back_is_not_used_again(models: Path, tmp_path: Path) -> None:
@@ -74,10 +83,7 @@ def test_hand_made_changes_of_a_config_come_back(models: Path, tmp_path: Path) -
 def test_a_config_that_somebody_wrote_comes_back_with_its_version(tmp_path: Path) -> None:
     folder = tmp_path / "models/net"
     (folder / "7").mkdir(parents=True)
-    config = """platform: "onnxruntime_onnx" max_batch_size: 4
-input { name: "input" data_type: TYPE_FP32 dims: [3, 8, 8] }
-output { name: "logits" data_type: TYPE_FP32 dims: 5 }
-"""
+    config = FOREIGN
     (folder / "config.pbtxt").write_text(config)
     assert deploy(built(tmp_path / "engine"), DeployOptions(tmp_path / "models", "net")).version == 8
     assert rollback(tmp_path / "models", "net").version == 7
@@ -89,10 +95,7 @@ output { name: "logits" data_type: TYPE_FP32 dims: 5 }
 def test_a_config_that_names_no_version_needs_one_to_go_back_to(tmp_path: Path) -> None:
     folder = tmp_path / "models/net"
     (folder / "7").mkdir(parents=True)
-    config = """platform: "onnxruntime_onnx" max_batch_size: 4
-input { name: "input" data_type: TYPE_FP32 dims: [3, 8, 8] }
-output { name: "logits" data_type: TYPE_FP32 dims: 5 }
-"""
+    config = FOREIGN
     (folder / "config.pbtxt").write_text(config)
     deploy(built(tmp_path / "engine"), DeployOptions(tmp_path / "models", "net"))
     (folder / "7").rmdir()
@@ -102,13 +105,55 @@ output { name: "logits" data_type: TYPE_FP32 dims: 5 }
     assert contents(tmp_path / "models") == before
 
 
-def test_a_version_that_cannot_be_hidden_is_reported(models: Path) -> None:
-    """Somebody's folder has the hidden name; what is served is already the old version."""
-    (models / "net/.3.rolled-back").mkdir()
-    (models / "net/.3.rolled-back/mine").touch()
+def test_a_version_that_cannot_be_marked_is_reported(models: Path) -> None:
+    """Somebody's folder has the name of the mark; what is served is already the old version."""
+    (models / "net/3/rolled-back-config.pbtxt/mine").mkdir(parents=True)
     with pytest.raises(HostError, match="cannot write"):
         rollback(models, "net")
     assert assert_served(models / "net") == (2,)
+
+
+def test_a_version_taken_back_is_not_served_again(tmp_path: Path) -> None:
+    options, folder = DeployOptions(tmp_path / "models", "net"), tmp_path / "models/net"
+    engine = built(tmp_path / "engine")
+    for _ in range(3):
+        deploy(engine, options)
+    rollback(tmp_path / "models", "net")
+    assert assert_served(folder) == (1, 2)
+    assert deploy(engine, options).version == 4
+    assert assert_served(folder) == (2, 4)
+    deploy(engine, dataclasses.replace(options, keep_versions=9))
+    assert assert_served(folder) == (1, 2, 4, 5)
+
+
+def test_a_version_that_an_interrupted_deployment_left_is_not_served(tmp_path: Path) -> None:
+    options, folder = DeployOptions(tmp_path / "models", "net"), tmp_path / "models/net"
+    engine = built(tmp_path / "engine")
+    deploy(engine, options)
+    config = (folder / "config.pbtxt").read_bytes()
+    deploy(engine, options)
+    (folder / "config.pbtxt").write_bytes(config)
+    assert deploy(engine, options).version == 3
+    assert assert_served(folder) == (1, 3)
+
+
+def test_the_config_is_newer_than_everything_else_in_the_folder(tmp_path: Path) -> None:
+    """A polling server compares times only, and those of the file system have steps of milliseconds."""
+    folder = tmp_path / "models/net"
+    (folder / "7").mkdir(parents=True)
+    (folder / "config.pbtxt").write_text(FOREIGN)
+    engine = built(tmp_path / "engine")
+
+    def newest() -> int:
+        config = (folder / "config.pbtxt").stat().st_mtime_ns
+        assert config > max(p.stat().st_mtime_ns for p in (folder, *folder.rglob("*")) if p.name != "config.pbtxt")
+        return config
+
+    times = []
+    for step in (deploy, deploy, rollback, rollback):
+        step(engine, DeployOptions(tmp_path / "models", "net")) if step is deploy else step(tmp_path / "models", "net")
+        times.append(newest())
+    assert times == sorted(set(times))
 
 
 def test_several_plans_are_taken_back_together(tmp_path: Path) -> None:
@@ -119,7 +164,7 @@ def test_several_plans_are_taken_back_together(tmp_path: Path) -> None:
     rollback(tmp_path / "models", "net")
     after = contents(tmp_path / "models")
     assert {name: data for name, data in after.items() if name in before} == before
-    assert all(name.startswith("net/.2.") for name in set(after) - set(before))
+    assert {str(Path(name).parent) for name in set(after) - set(before)} == {"net/2"}
 
 
 def test_there_is_nothing_before_the_first_version(tmp_path: Path) -> None:
@@ -168,14 +213,14 @@ def test_a_killed_rollback_is_complete_or_can_be_completed(models: Path, tmp_pat
     )
     states = []
     for copy in copies:
-        interrupted = (copy / "net/3").exists()
+        interrupted = (copy / "net/3/previous-config.pbtxt").exists()
         states.append((assert_served(copy / "net"), interrupted))
         if interrupted:
             assert rollback(copy, "net").version == 2
         assert assert_served(copy / "net") == (2,)
-        assert not (copy / "net/3").exists()
+        assert (copy / "net/3/rolled-back-config.pbtxt").exists()
         assert not list(copy.rglob("*.maskplan-tmp"))
-    # Before the config is replaced, before the version is hidden, and at the end.
+    # Before the config is replaced, before the version is marked, and at the end.
     assert list(dict.fromkeys(states)) == [((2, 3), True), ((2,), True), ((2,), False)]
 
 
@@ -185,7 +230,7 @@ def test_a_deployment_that_was_killed_before_its_config_is_taken_back(models: Pa
     (models / "net/config.pbtxt").write_bytes(config)
     assert rollback(models, "net").version == 3
     assert (models / "net/config.pbtxt").read_bytes() == config
-    assert not (models / "net/4").exists()
+    assert (models / "net/4/rolled-back-config.pbtxt").exists()
 
 
 def test_the_command_reports_what_is_served(cli: Callable[..., Any], models: Path) -> None:
