@@ -17,9 +17,9 @@ from maskplan.engines.trt.options import MIN_LEVEL_FOR_SPARSE, TrtOptions
 from maskplan.engines.trt.progress import progress_monitor
 from maskplan.engines.trt.record import write_plan
 from maskplan.engines.trt.timing_cache import load_timing_cache, save_timing_cache
-from maskplan.engines.trt.versions import construct, import_tensorrt, member, network_flags
+from maskplan.engines.trt.versions import construct, import_library, member, network_flags
 from maskplan.pipeline.core.artifacts import EngineFile, LayerSparsity, OnnxModel, Profile, TensorSpec
-from maskplan.pipeline.core.choices import INT8
+from maskplan.pipeline.core.choices import INT8, TENSORRT
 from maskplan.pipeline.core.errors import HostError, InputError, PipelineError, listed
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def build_trt(
         HostError: TensorRT or a GPU is missing, its memory is insufficient, or the timing cache is locked.
         InputError: TensorRT cannot parse or build the model; the message quotes its errors.
     """
-    trt = import_tensorrt()
+    trt = import_library(TENSORRT)
     device = gpu()
     log_capture = TrtLogCapture(trt)
     if implicit is not None:

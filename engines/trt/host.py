@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from maskplan.engines.trt.cuda import gpu
-from maskplan.engines.trt.versions import import_tensorrt
+from maskplan.engines.trt.versions import import_library
 from maskplan.pipeline.core.artifacts import EngineFile
+from maskplan.pipeline.core.choices import TENSORRT
 from maskplan.pipeline.core.errors import HostError, InputError
 
 
@@ -34,7 +35,7 @@ def is_foreign(engine: EngineFile) -> bool:
 
 
 def _incompatibilities(engine: EngineFile) -> list[str]:
-    trt, device = import_tensorrt(), gpu()
+    trt, device = import_library(TENSORRT), gpu()
     problems = []
     version = str(trt.__version__)
     if version != engine.runtime_version and not engine.version_compatible:

@@ -18,8 +18,9 @@ from maskplan.engines.trt.graph import Graph, capture
 from maskplan.engines.trt.host import require_compatible_host
 from maskplan.engines.trt.log_capture import TrtLogCapture
 from maskplan.engines.trt.record import plan_mismatches
-from maskplan.engines.trt.versions import construct, import_tensorrt
+from maskplan.engines.trt.versions import construct, import_library
 from maskplan.pipeline.core.artifacts import EngineFile, Profile, TensorSpec
+from maskplan.pipeline.core.choices import TENSORRT
 from maskplan.pipeline.core.errors import HostError, InputError, PipelineError, listed
 from maskplan.pipeline.core.files import read_bytes
 
@@ -58,7 +59,7 @@ class TrtEngine:
     def __init__(self, engine: EngineFile, *, graphs: bool = True) -> None:
         _require_runnable(engine)
         require_compatible_host(engine)
-        trt = import_tensorrt()
+        trt = import_library(TENSORRT)
         self._record, self._graphs = engine, graphs
         self.inputs, self.outputs = engine.inputs, engine.outputs
         self._log_capture = TrtLogCapture(trt)

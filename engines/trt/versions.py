@@ -1,40 +1,83 @@
-"""TensorRT's Python package and the differences between its versions 10.3 to 11."""
+"""What differs between TensorRT and TensorRT-RTX, and between TensorRT's versions 10.3 to 11."""
 
 from __future__ import annotations
 
+import importlib
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from maskplan.engines.trt.log_capture import TrtLogCapture
+from maskplan.pipeline.core.choices import TENSORRT, TENSORRT_RTX, Backend
 from maskplan.pipeline.core.errors import HostError
 
-MIN_VERSION = (10, 3)
 _ALWAYS_STRONGLY_TYPED_MAJOR = 11
 
 
-def import_tensorrt() -> Any:
-    """Import TensorRT's Python package.
+@dataclass(frozen=True)
+class Library:
+    """One of NVIDIA's two compilers, which share their Python API.
+
+    Attributes:
+        name: As NVIDIA writes it.
+        package: Its Python package.
+        min_version: The oldest version that is supported.
+        how_to_install: The fix where it is missing.
+        how_to_upgrade: The fix where it is too old.
+        builds_on_gpu: Whether a build needs a GPU and its driver.
+    """
+
+    name: str
+    package: str
+    min_version: tuple[int, int]
+    how_to_install: str
+    how_to_upgrade: str
+    builds_on_gpu: bool
+
+
+LIBRARIES: dict[Backend, Library] = {
+    TENSORRT: Library(
+        name="TensorRT",
+        package="tensorrt",
+        min_version=(10, 3),
+        how_to_install="on a GPU host: pip install 'maskplan[tensorrt]'; copy the output folder there to reuse finished stages",
+        how_to_upgrade="pip install --upgrade tensorrt, in a separate environment",
+        builds_on_gpu=True,
+    ),
+    TENSORRT_RTX: Library(
+        name="TensorRT-RTX",
+        package="tensorrt_rtx",
+        min_version=(1, 4),
+        how_to_install="pip install 'maskplan[rtx]'; it needs no GPU",
+        how_to_upgrade="pip install --upgrade tensorrt-rtx-cu13",
+        builds_on_gpu=False,
+    ),
+}
+
+
+def import_library(backend: Backend) -> Any:
+    """Import the Python package of TensorRT or TensorRT-RTX; nothing else imports either.
 
     Raises:
-        HostError: It is not installed, its libraries do not load, or it is older than 10.3.
+        HostError: It is not installed, its libraries do not load, or it is too old.
     """
+    library = LIBRARIES[backend]
     try:
-        import tensorrt
-
-        version = tensorrt.__version__
+        trt = importlib.import_module(library.package)
+        version = trt.__version__
     except (AttributeError, ImportError, OSError, RuntimeError) as error:
         raise HostError(
-            "TensorRT is not installed",
+            f"{library.name} is not installed",
             found=f"{type(error).__name__}: {error}",
-            fix="on a GPU host: pip install 'maskplan[tensorrt]'; copy the output folder there to reuse finished stages",
+            fix=library.how_to_install,
         ) from error
-    if _release(version) < MIN_VERSION:
+    if _release(version) < library.min_version:
         raise HostError(
-            "TensorRT is too old",
-            found=f"TensorRT {version}, required is {'.'.join(map(str, MIN_VERSION))} or newer",
-            fix="pip install --upgrade tensorrt, in a separate environment",
+            f"{library.name} is too old",
+            found=f"{library.name} {version}, required is {'.'.join(map(str, library.min_version))} or newer",
+            fix=library.how_to_upgrade,
         )
-    return tensorrt
+    return trt
 
 
 def member(owner: Any, name: str) -> Any | None:

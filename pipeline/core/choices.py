@@ -16,9 +16,10 @@ FP16: Final = "fp16"
 BF16: Final = "bf16"
 INT8: Final = "int8"
 
-Backend = Literal["tensorrt", "onnxruntime"]
+Backend = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
 
 TENSORRT: Final = "tensorrt"
+TENSORRT_RTX: Final = "tensorrt-rtx"
 ONNXRUNTIME: Final = "onnxruntime"
 
 GPU_BACKENDS: Final[frozenset[Backend]] = frozenset({TENSORRT})
