@@ -40,7 +40,8 @@ LIBRARIES: dict[Backend, Library] = {
         name="TensorRT",
         package="tensorrt",
         min_version=(10, 3),
-        how_to_install="on a GPU host: pip install 'maskplan[tensorrt]'; copy the output folder there to reuse finished stages",
+        how_to_install="on a GPU host: pip install 'maskplan[tensorrt]'; copy the output folder there, finished stages"
+        " are reused",
         how_to_upgrade="pip install --upgrade tensorrt, in a separate environment",
         builds_on_gpu=True,
     ),
