@@ -11,9 +11,10 @@ from maskplan.engines.base import Engine
 from maskplan.engines.ort import OrtEngine, build_ort
 from maskplan.engines.sidecar import read_engine, write_sidecar
 from maskplan.engines.trt.calibrator import ImplicitInt8
+from maskplan.engines.trt.cuda import has_driver
 from maskplan.engines.trt.options import TrtOptions
 from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel, Profile
-from maskplan.pipeline.core.choices import AUTO, ONNXRUNTIME, TENSORRT, Backend
+from maskplan.pipeline.core.choices import AUTO, ONNXRUNTIME, TENSORRT, TENSORRT_RTX, Backend
 from maskplan.pipeline.core.errors import InputError
 
 DEFAULT_PROFILES = (Profile(1, 1, 1), Profile(1, 8, 8))
@@ -35,7 +36,7 @@ class BuildOptions:
         backend: The runtime to build for.
         profiles: Ranges of batch sizes; TensorRT tunes for `opt`.
         sparse_weights: Let the builder use sparse kernels where weights are 2:4.
-        trt: Options of TensorRT only.
+        trt: Options of TensorRT and TensorRT-RTX only.
         implicit: Calibration images for TensorRT 10's implicit INT8 mode; None builds in the types of the graph.
     """
 
@@ -56,7 +57,15 @@ def _build_onnxruntime(onnx_model: OnnxModel, options: BuildOptions, out: Path) 
 def _build_tensorrt(onnx_model: OnnxModel, options: BuildOptions, out: Path) -> EngineFile:
     from maskplan.engines.trt.build import build_trt
 
-    return build_trt(onnx_model, options.profiles, options.sparse_weights, options.trt, out, options.implicit)
+    return build_trt(
+        onnx_model,
+        options.profiles,
+        options.sparse_weights,
+        options.trt,
+        out,
+        options.implicit,
+        backend=options.backend,
+    )
 
 
 def _open_tensorrt(engine: EngineFile) -> Engine:
@@ -65,12 +74,17 @@ def _open_tensorrt(engine: EngineFile) -> Engine:
     return TrtEngine(engine)
 
 
-BACKENDS: dict[Backend, _Builder] = {ONNXRUNTIME: _build_onnxruntime, TENSORRT: _build_tensorrt}
+BACKENDS: dict[Backend, _Builder] = {
+    ONNXRUNTIME: _build_onnxruntime,
+    TENSORRT: _build_tensorrt,
+    TENSORRT_RTX: _build_tensorrt,
+}
 _OPENERS: dict[Backend, Callable[[EngineFile], Engine]] = {
     ONNXRUNTIME: lambda engine: OrtEngine(engine.path),
     TENSORRT: _open_tensorrt,
+    TENSORRT_RTX: _open_tensorrt,
 }
-SUFFIX: dict[Backend, str] = {ONNXRUNTIME: ".onnx", TENSORRT: ".plan"}
+SUFFIX: dict[Backend, str] = {ONNXRUNTIME: ".onnx", TENSORRT: ".plan", TENSORRT_RTX: ".rtx.plan"}
 
 
 def choose_backend(requested: str) -> tuple[Backend, str]:
@@ -91,7 +105,7 @@ def choose_backend(requested: str) -> tuple[Backend, str]:
         return ONNXRUNTIME, "TensorRT is not installed"
     if not _is_installed("pycuda"):
         return ONNXRUNTIME, "TensorRT is installed, but pycuda, which is required to run its engines, is not"
-    if not _has_gpu():
+    if not has_driver():
         return ONNXRUNTIME, "TensorRT and pycuda are installed, but the NVIDIA driver is not"
     return TENSORRT, "TensorRT, pycuda and an NVIDIA driver are installed"
 
@@ -101,11 +115,6 @@ def _is_installed(package: str) -> bool:
         return importlib.util.find_spec(package) is not None
     except (ImportError, ValueError):  # import finders may raise these
         return False
-
-
-def _has_gpu() -> bool:
-    # The second path exists under the Windows Subsystem for Linux.
-    return Path("/proc/driver/nvidia/version").exists() or Path("/dev/dxg").exists()
 
 
 def build_engine(onnx_model: OnnxModel, options: BuildOptions, out: Path) -> EngineFile:
@@ -139,8 +148,8 @@ def open_engine(engine: EngineFile | Path) -> Engine:
 
 
 def is_foreign(engine: EngineFile) -> bool:
-    """Whether an engine was built for another TensorRT version or GPU model; False if this cannot be determined here."""
-    if engine.backend != TENSORRT:
+    """Whether an engine was built for another GPU or version of its library; False if this cannot be determined here."""
+    if engine.backend == ONNXRUNTIME:
         return False
     from maskplan.engines.trt.host import is_foreign as is_foreign_plan
 

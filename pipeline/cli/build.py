@@ -13,7 +13,7 @@ import typer
 from maskplan.pipeline.cli import options
 from maskplan.pipeline.cli.help_pages import add_command
 from maskplan.pipeline.cli.options import choice, override
-from maskplan.pipeline.core.choices import TENSORRT, Backend
+from maskplan.pipeline.core.choices import GPU_BACKENDS, TENSORRT, Backend
 from maskplan.pipeline.core.escaping import shell_command
 from maskplan.pipeline.core.terminal import print_line
 
@@ -41,10 +41,12 @@ _TRT_FIELDS = {
     "--hardware-compatible": "hardware_compatible",
     "--refittable": "refittable",
     "--strip-plan": "strip_plan",
+    "--target": "targets",
 }
 
 _EXAMPLES = """
 maskplan build sparse.fp16.onnx --backend tensorrt --profile 1:8:32 -o engine.plan
+maskplan build sparse.fp16.onnx --backend tensorrt-rtx --target sm86,sm89,sm120 -o engine.rtx.plan
 maskplan build sparse.onnx --three-way dense.onnx -o three_way
 maskplan build sparse.fp16.onnx --print-trtexec 10
 maskplan build sparse.fp16.onnx --import engine.plan --layer-info layers.json --trt-version 10.13.3.9 --profile 1:8:32
@@ -95,6 +97,15 @@ def build(
         bool | None, typer.Option(help="The plan's weights can be changed later.", rich_help_panel=_TRT)
     ] = None,
     strip_plan: Annotated[bool | None, typer.Option(help="Write a plan without weights.", rich_help_panel=_TRT)] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SM,SM",
+            help="TensorRT-RTX only: kinds of GPUs that the plan runs on, such as sm86,sm89,sm120; by default all from "
+            "Ampere on.",
+            rich_help_panel=_TRT,
+        ),
+    ] = None,
     int8_mode: Annotated[
         Int8Mode,
         choice(
@@ -149,6 +160,7 @@ def build(
     """Compile an ONNX file to an engine, with a sidecar file that describes it."""
     from maskplan.engines.build import BuildOptions, build_engine, choose_backend
     from maskplan.engines.trt.options import TrtOptions
+    from maskplan.engines.trt.versions import require_supported
     from maskplan.exporters.metadata import describe_onnx
 
     trt = override(
@@ -161,6 +173,7 @@ def build(
         hardware_compatible=hardware_compatible,
         refittable=refittable,
         strip_plan=strip_plan,
+        targets=None if target is None else _targets(target),
     )
     _require_implicit(int8_mode, {"--data": data, "--calibration-cache": calibration_cache})
     import_values = dict(zip(_IMPORT_OPTIONS, (layer_info, trt_version, compute_capability), strict=True))
@@ -169,9 +182,12 @@ def build(
     _require_build(int8_mode, [name for name, value in tasks.items() if value is not None])
     chosen, reason = choose_backend(backend)
     needs_tensorrt = [name for name in ("--print-trtexec", "--import") if tasks[name] is not None]
+    if chosen in GPU_BACKENDS:
+        require_supported(chosen, trt, implicit_int8=int8_mode == IMPLICIT)
     if chosen != TENSORRT and not (needs_tensorrt and chosen != backend):
         mode = ["--int8-mode implicit"] if int8_mode == IMPLICIT else []
-        _refuse_or_warn([*needs_tensorrt, *mode, *_changed(trt)], chosen, was_requested=chosen == backend)
+        others = [] if chosen in GPU_BACKENDS else [*mode, *_changed(trt)]
+        _refuse_or_warn([*needs_tensorrt, *others], chosen, was_requested=chosen == backend)
     onnx_model = describe_onnx(model)
     build_options = override(BuildOptions(chosen, _profiles(profile, onnx_model), trt=trt), sparse_weights=sparse)
     if print_trtexec is not None:
@@ -186,6 +202,10 @@ def build(
         implicit = None if int8_mode == EXPLICIT else _implicit(onnx_model, data, calibration_cache)
         engine = build_engine(onnx_model, override(build_options, implicit=implicit), _engine_path(model, out, chosen))
         _show(engine, reason)
+
+
+def _targets(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip().lower() for part in text.split(",")))
 
 
 def _engine_path(model: Path, out: Path | None, backend: Backend) -> Path:

@@ -22,8 +22,14 @@ TENSORRT: Final = "tensorrt"
 TENSORRT_RTX: Final = "tensorrt-rtx"
 ONNXRUNTIME: Final = "onnxruntime"
 
-GPU_BACKENDS: Final[frozenset[Backend]] = frozenset({TENSORRT})
-"""Backends whose engines run on a GPU, have sparse kernels, and are tied to the GPU that they were built on."""
+GPU_BACKENDS: Final[frozenset[Backend]] = frozenset({TENSORRT, TENSORRT_RTX})
+"""Backends whose engines are plans: they run on a GPU only, and accept the batch sizes of their profiles only."""
+
+SparseFlagEffect = Literal["same_bytes", "other_bytes"]
+"""Whether a plan's bytes differ from those of a build without the sparse flag."""
+
+SAME_BYTES: Final = "same_bytes"
+OTHER_BYTES: Final = "other_bytes"
 
 GateVerdict = Literal["pass", "fail", "not_applicable"]
 

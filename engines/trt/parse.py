@@ -1,0 +1,111 @@
+"""Parse an ONNX file into a network; what the parser rejects is told in the words of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from maskplan.engines.trt.log_capture import TrtLogCapture
+from maskplan.engines.trt.versions import construct
+from maskplan.pipeline.core.artifacts import OnnxModel
+from maskplan.pipeline.core.errors import InputError, listed
+
+if TYPE_CHECKING:
+    import onnx
+
+_UNSUPPORTED = "the operator is not supported"
+_UNKNOWN = "no operator and no plugin of this name and domain"
+_NO_NODE = "export or copy the file again"
+_WAYS_OUT = {
+    _UNSUPPORTED: "export the model without this operator: write it with others, or choose another opset",
+    _UNKNOWN: "remove this operator, or export it as operators of ONNX itself",
+}
+_INVALID = "see whether onnx.checker.check_model accepts the file, and export it again"
+
+
+@dataclass(frozen=True)
+class ParseProblem:
+    """What the parser rejects, and a way out.
+
+    Attributes:
+        node: Name of the ONNX node, or its first output if it has no name; empty if no node is at fault.
+        op: Its operator.
+        reason: Why it is rejected.
+        fix: What to do.
+    """
+
+    node: str
+    op: str
+    reason: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"node {self.node} ({self.op}): {self.reason}" if self.op else self.reason
+
+
+def parse(trt: Any, network: Any, onnx_model: OnnxModel, log_capture: TrtLogCapture) -> None:
+    """Parse the file into the network.
+
+    Raises:
+        ParseError: The parser rejects it; the message lists every node at fault.
+        HostError: The parser does not start.
+    """
+    parser = construct(trt.OnnxParser, log_capture, network)
+    if not parser.parse_from_file(str(onnx_model.path)):
+        raise ParseError(_problems(parser, onnx_model), onnx_model, log_capture)
+
+
+class ParseError(InputError):
+    """The parser rejects the model; `problems` has each node at fault."""
+
+    def __init__(self, problems: tuple[ParseProblem, ...], onnx_model: OnnxModel, log_capture: TrtLogCapture) -> None:
+        self.problems = problems
+        count = f"{len(problems)} problem{'' if len(problems) == 1 else 's'}"
+        super().__init__(
+            f"{log_capture.library.name} cannot parse the model: {count}",
+            where=onnx_model.path,
+            found=listed(problems) if problems else log_capture.reason(),
+            fix="; ".join(dict.fromkeys(p.fix for p in problems)) or _NO_NODE,
+        )
+
+
+def _problems(parser: Any, onnx_model: OnnxModel) -> tuple[ParseProblem, ...]:
+    errors = [parser.get_error(i) for i in range(parser.num_errors)]
+    if not errors:
+        return ()
+    nodes = _nodes_of(onnx_model) if any(e.node_operator() and not e.node_name() for e in errors) else ()
+    return tuple(_problem(error, nodes) for error in errors)
+
+
+def _problem(error: Any, nodes: tuple[onnx.NodeProto, ...]) -> ParseProblem:
+    op, index, described = error.node_operator(), error.node(), error.desc()
+    if not op:
+        return ParseProblem("", "", _readable(described), _NO_NODE)
+    name = error.node_name()
+    if not name:
+        # An index counts within a graph, which may be that of a branch or of a loop's body.
+        unnamed = nodes[index] if 0 <= index < len(nodes) and nodes[index].op_type == op else None
+        name = f"with the output {unnamed.output[0]!r}" if unnamed is not None and unnamed.output else f"number {index}"
+    if "Plugin not found" in described:
+        reason = _UNKNOWN
+    elif error.code().name == "UNSUPPORTED_NODE" and "Assertion" not in described:
+        # The description of an operator without an importer is the condition that failed: `false`.
+        reason = _UNSUPPORTED
+    else:
+        reason = _readable(described)
+    return ParseProblem(name, op, reason, _WAYS_OUT.get(reason, _INVALID))
+
+
+def _readable(described: str) -> str:
+    """The text of a failed assertion without its condition, where there is text behind it."""
+    condition, colon, text = described.removeprefix("Assertion failed: ").rpartition("): ")
+    return text if colon and text.strip() else (condition + colon + text)
+
+
+def _nodes_of(onnx_model: OnnxModel) -> tuple[onnx.NodeProto, ...]:
+    from maskplan.exporters.metadata import load_onnx
+
+    try:
+        return tuple(load_onnx(onnx_model.path).graph.node)
+    except InputError:
+        return ()
