@@ -52,6 +52,20 @@ SPARSE: Final = "sparse"
 DENSE: Final = "dense"
 UNKNOWN: Final = "unknown"
 
+LayerRole = Literal["product", "quantize", "dequantize", "cast", "reformat", "other", "no_kernel"]
+"""What a layer of a compiled engine does, as far as the compiler shows it; `engines/trt/layers.py` has the rules."""
+
+PRODUCT: Final = "product"
+QUANTIZE: Final = "quantize"
+DEQUANTIZE: Final = "dequantize"
+CAST: Final = "cast"
+REFORMAT: Final = "reformat"
+OTHER: Final = "other"
+NO_KERNEL: Final = "no_kernel"
+
+CONVERSIONS: Final[frozenset[LayerRole]] = frozenset({QUANTIZE, DEQUANTIZE, CAST, REFORMAT})
+"""Roles of kernels of their own whose work could be part of another kernel: they only change types or formats."""
+
 Layout = Literal["channel", "flat"]
 """Which axis the groups of a convolution's weight run along: the input channels, or the flattened C*R*S axis."""
 
