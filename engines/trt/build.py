@@ -39,6 +39,10 @@ log = logging.getLogger(__name__)
 FP32_NOTE = "the graph is FP32: TensorRT documents sparse kernels for FP16 and INT8 only"
 
 
+class BuildError(InputError):
+    """The library does not build the model, which its parser has accepted; `found` quotes its messages."""
+
+
 def build_trt(
     onnx_model: OnnxModel,
     profiles: tuple[Profile, ...],
@@ -298,7 +302,7 @@ def _failed(what: str, onnx_model: OnnxModel, log_capture: TrtLogCapture) -> Pip
             found=log_capture.reason(),
             fix="free GPU memory, reduce the batch sizes with --profile, or change the workspace limit",
         )
-    return InputError(
+    return BuildError(
         f"{log_capture.library.name} {what}",
         where=onnx_model.path,
         found=log_capture.reason(),

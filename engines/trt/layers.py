@@ -1,7 +1,7 @@
 """Read the layers of a finished engine from the builder's log.
 
-With detailed profiling verbosity TensorRT-RTX's builder prints, at severity VERBOSE, one description for each layer after the
-line `Layers:`. It shows types, formats and ONNX nodes; kernels are chosen on the GPU that runs the plan, so there is nothing
+With detailed profiling verbosity TensorRT-RTX's builder prints, at severity VERBOSE, one description for each layer after
+the line `Layers:`. It shows types, formats and ONNX nodes; kernels are chosen on the GPU that runs the plan, so there is nothing
 about sparse kernels in it. Roles follow from kinds, operations and types:
 
 | role | the layer |
