@@ -52,6 +52,7 @@ def build_trt(
     implicit: ImplicitInt8 | None = None,
     *,
     backend: Backend = TENSORRT,
+    log_capture: TrtLogCapture | None = None,
 ) -> EngineFile:
     """Build a plan with one optimization profile for each of `profiles`; with `implicit`, a weakly typed one in INT8.
 
@@ -65,6 +66,7 @@ def build_trt(
         out: The file to write.
         implicit: Calibration images for the implicit INT8 mode.
         backend: `tensorrt` or `tensorrt-rtx`.
+        log_capture: Captures what the library logs while it compiles; by default a new one.
 
     Raises:
         HostError: The library or a GPU that it needs is missing, its memory is insufficient, or the timing cache is locked.
@@ -76,13 +78,14 @@ def build_trt(
     require_supported(backend, options, implicit_int8=implicit is not None)
     device = gpu() if library.builds_on_gpu else None
     require_compatible_shapes(onnx_model, profiles)
-    log_capture = TrtLogCapture(trt)
+    log_capture = TrtLogCapture(trt) if log_capture is None else log_capture
     if implicit is not None:
         onnx_model = replace(onnx_model, precision=INT8)
     warnings = _warnings(onnx_model, sparse_weights, options) if library.builds_on_gpu else ()
     started = time.perf_counter()
     plan = compile_plan(trt, onnx_model, profiles, sparse_weights, options, log_capture, implicit)
     build_s = round(time.perf_counter() - started, 3)
+    log_capture.stop()
     sparse_flag: SparseFlagEffect | None = None
     if library.builds_on_gpu:
         layers, device_memory_bytes, failure = _inspect(trt, plan, options)

@@ -1,4 +1,4 @@
-"""Forward TensorRT's log to Python's, and capture its errors, warnings and sparsity messages."""
+"""Forward TensorRT's log to Python's, and capture its errors, warnings, sparsity messages and lists of layers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import threading
 import weakref
 from typing import Any
 
+from maskplan.engines.trt.layers import is_layer_list
 from maskplan.engines.trt.versions import library_of
 
 log = logging.getLogger(__name__)
@@ -28,12 +29,13 @@ _LOCK = threading.RLock()
 
 
 class TrtLogCapture:
-    """Captures the messages of TensorRT in this process for the lifetime of the object.
+    """Captures the messages of TensorRT in this process until `stop`, or for the lifetime of the object.
 
     Attributes:
         errors: Messages with severity error or internal error, in order.
         warnings: Messages with severity warning; some versions report CUDA failures this way.
         sparsity: Messages about sparse layers.
+        layer_lists: Messages that list the layers of a finished engine, which TensorRT-RTX's builder writes.
         library: Which of the two libraries.
         logger: The logger to pass to TensorRT's constructors.
     """
@@ -42,10 +44,16 @@ class TrtLogCapture:
         self.errors: list[str] = []
         self.warnings: list[str] = []
         self.sparsity: list[str] = []
+        self.layer_lists: list[str] = []
         self.library = library_of(trt)
         self.logger = _logger(trt)
         with _LOCK:
             _LISTENERS.add(self)
+
+    def stop(self) -> None:
+        """Capture no further messages."""
+        with _LOCK:
+            _LISTENERS.discard(self)
 
     def reason(self) -> str:
         """The last errors, or the last warnings if there are no errors, to quote in an error message.
@@ -95,5 +103,7 @@ def _logger(trt: Any) -> Any:
                     log_capture.warnings.append(msg)
                 if _SPARSITY in msg:
                     log_capture.sparsity.append(msg)
+                if is_layer_list(msg):
+                    log_capture.layer_lists.append(msg)
 
     return Logger()
