@@ -11,11 +11,11 @@ from maskplan.engines.base import Engine
 from maskplan.engines.ort import OrtEngine, build_ort
 from maskplan.engines.sidecar import read_engine, write_sidecar
 from maskplan.engines.trt.calibrator import ImplicitInt8
-from maskplan.engines.trt.cuda import has_driver
+from maskplan.engines.trt.cuda import gpu, has_driver
 from maskplan.engines.trt.options import TrtOptions
 from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel, Profile
 from maskplan.pipeline.core.choices import AUTO, ONNXRUNTIME, TENSORRT, TENSORRT_RTX, Backend
-from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.errors import HostError, InputError, PipelineError
 
 DEFAULT_PROFILES = (Profile(1, 1, 1), Profile(1, 8, 8))
 
@@ -145,6 +145,27 @@ def open_engine(engine: EngineFile | Path) -> Engine:
             fix="build the engine again",
         )
     return _OPENERS[record.backend](record)
+
+
+def why_not_runnable(engine: EngineFile) -> str | None:
+    """Why an engine that was built without a GPU does not run on this host; None if it runs, or was built where it runs."""
+    if engine.backend != TENSORRT_RTX:
+        return None
+    try:
+        open_engine(engine).close()
+    except PipelineError as error:
+        return error.what if error.found is None else f"{error.what}: {error.found}"
+    return None
+
+
+def device_of(engine: EngineFile) -> str:
+    """What runs an engine: for a plan of TensorRT-RTX this host's GPU, where there is one, else what it was built for."""
+    if engine.backend != TENSORRT_RTX or not has_driver():
+        return engine.device
+    try:
+        return gpu().name
+    except HostError:
+        return engine.device
 
 
 def is_foreign(engine: EngineFile) -> bool:

@@ -122,8 +122,7 @@ def _device_of(options: TrtOptions) -> str:
     """The GPUs that a plan is for whose build needed none."""
     if not options.targets:
         return "GPUs from compute capability 8.0 on (9.0 not promised)"
-    capabilities = [f"{target[2:-1]}.{target[-1]}" for target in options.targets]
-    return f"GPUs of compute capability {', '.join(capabilities)}"
+    return f"GPUs of compute capability {', '.join(options.capabilities)}"
 
 
 def _flag_effect(plan: bytes, compile_again: Callable[[bool], bytes]) -> SparseFlagEffect | None:

@@ -58,3 +58,8 @@ class TrtOptions:
         at_least(1, workspace_bytes=self.workspace_bytes)
         if self.optimization_level > MAX_LEVEL:
             raise InputError(f"optimization_level is {self.optimization_level}", fix=f"give 0 to {MAX_LEVEL}")
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """The targets as compute capabilities: `8.6` for `sm86`."""
+        return tuple(f"{target[2:-1]}.{target[-1]}" for target in self.targets)

@@ -49,6 +49,7 @@ class Library:
         how_to_repair: The fix where it does not start.
         builds_on_gpu: A build needs a GPU, times its kernels there, and fits that GPU. Otherwise a build needs no GPU and no
             driver, the same inputs give the same bytes, and kernels are chosen on the GPU that runs the plan.
+        polygraphy: What stands before `polygraphy` on a command line so that it uses this library.
         refused: Options that it does not take, by field of `TrtOptions`, and the implicit INT8 mode.
     """
 
@@ -60,6 +61,7 @@ class Library:
     how_to_upgrade: str
     how_to_repair: str
     builds_on_gpu: bool
+    polygraphy: tuple[str, ...]
     refused: Mapping[str, Refusal]
 
 
@@ -77,6 +79,7 @@ LIBRARIES: dict[Backend, Library] = {
         how_to_upgrade="pip install --upgrade tensorrt, in a separate environment",
         how_to_repair="check that nvidia-smi lists a GPU and that the driver is recent enough for this TensorRT",
         builds_on_gpu=True,
+        polygraphy=(),
         refused={
             "targets": Refusal(
                 "it builds for the GPU of this host", "build on each kind of GPU, or use --hardware-compatible"
@@ -92,6 +95,7 @@ LIBRARIES: dict[Backend, Library] = {
         how_to_upgrade="pip install --upgrade tensorrt-rtx-cu13",
         how_to_repair="install it again: pip install --force-reinstall 'maskplan[rtx]'",
         builds_on_gpu=False,
+        polygraphy=("POLYGRAPHY_USE_TENSORRT_RTX=1",),
         refused={
             _IMPLICIT_INT8: Refusal(
                 "all its networks are strongly typed", "make a graph with Q/DQ with maskplan calibrate, and build that"
@@ -163,6 +167,20 @@ def require_supported(backend: Backend, options: TrtOptions, *, implicit_int8: b
                 refusal.fix if len(refused) == 1 else f"{option}: {refusal.fix}" for option, refusal in refused.items()
             ),
         )
+
+
+def require_buildable(backend: Backend, options: TrtOptions) -> None:
+    """Raise before the work whose result is to be built, where the build is known to fail.
+
+    A library that builds on a GPU may be missing here: the output folder is finished on another host.
+
+    Raises:
+        InputError: See `require_supported`.
+        HostError: See `import_library`.
+    """
+    require_supported(backend, options)
+    if not LIBRARIES[backend].builds_on_gpu:
+        import_library(backend)
 
 
 def _as_option(name: str) -> str:

@@ -134,6 +134,14 @@ def build(
             rich_help_panel=_TRT,
         ),
     ] = None,
+    print_polygraphy: Annotated[
+        bool,
+        typer.Option(
+            "--print-polygraphy",
+            help="Print the polygraphy command for --backend tensorrt or tensorrt-rtx and build nothing.",
+            rich_help_panel=_TRT,
+        ),
+    ] = False,
     three_way: Annotated[
         Path | None,
         typer.Option(
@@ -177,7 +185,12 @@ def build(
     )
     _require_implicit(int8_mode, {"--data": data, "--calibration-cache": calibration_cache})
     import_values = dict(zip(_IMPORT_OPTIONS, (layer_info, trt_version, compute_capability), strict=True))
-    tasks = {"--print-trtexec": print_trtexec, "--import": import_, "--three-way": three_way}
+    tasks = {
+        "--print-trtexec": print_trtexec,
+        "--print-polygraphy": print_polygraphy or None,
+        "--import": import_,
+        "--three-way": three_way,
+    }
     _require_one_task([name for name, value in (tasks | import_values).items() if value is not None])
     _require_build(int8_mode, [name for name, value in tasks.items() if value is not None])
     chosen, reason = choose_backend(backend)
@@ -192,6 +205,9 @@ def build(
     build_options = override(BuildOptions(chosen, _profiles(profile, onnx_model), trt=trt), sparse_weights=sparse)
     if print_trtexec is not None:
         _print_trtexec(onnx_model, three_way, build_options, out, print_trtexec)
+    elif print_polygraphy:
+        path = _engine_path(model, out, build_options.backend)
+        print("\n".join(_polygraphy_lines(onnx_model, build_options, path)))
     elif three_way is not None:
         _build_three_way(onnx_model, three_way, build_options, reason, out)
     elif import_ is not None:
@@ -281,6 +297,9 @@ def _require_one_task(given: Collection[str]) -> None:
     others = [name for name in ("--print-trtexec", "--three-way") if name in given and "--import" in given]
     if others:
         raise InputError(f"--import with {', '.join(others)}", fix="give only one of them")
+    others = [name for name in ("--print-trtexec", "--three-way", "--import") if name in given]
+    if others and "--print-polygraphy" in given:
+        raise InputError(f"--print-polygraphy with {', '.join(others)}", fix="give only one of them")
 
 
 def _require_implicit(mode: Int8Mode, values: dict[str, Path | None]) -> None:
@@ -370,6 +389,17 @@ def _print_trtexec(
     dense = None if three_way is None else describe_onnx(three_way)
     out = out or onnx_model.path.with_name(f"{onnx_model.path.stem}.{'engine.plan' if dense is None else 'three_way'}")
     print("\n".join(_trtexec_lines(onnx_model, dense, build_options, out, major)))
+
+
+def _polygraphy_lines(onnx_model: OnnxModel, build_options: BuildOptions, out: Path) -> list[str]:
+    from maskplan.engines.trt.polygraphy_build import polygraphy_lines
+    from maskplan.pipeline.core.errors import InputError
+
+    if build_options.backend not in GPU_BACKENDS:
+        fix = "give --backend tensorrt or tensorrt-rtx"
+        raise InputError("--print-polygraphy prints builds of TensorRT and TensorRT-RTX", fix=fix)
+    sparse, trt = build_options.sparse_weights, build_options.trt
+    return polygraphy_lines(onnx_model, build_options.profiles, sparse, trt, out, build_options.backend)
 
 
 def _trtexec_lines(

@@ -6,9 +6,10 @@ import shlex
 from pathlib import Path
 
 from maskplan.engines.sidecar import read_engine, sidecar_path
+from maskplan.engines.trt.versions import LIBRARIES
 from maskplan.exporters.metadata import describe_onnx
 from maskplan.pipeline.core.artifacts import TensorSpec
-from maskplan.pipeline.core.choices import TENSORRT
+from maskplan.pipeline.core.choices import GPU_BACKENDS
 from maskplan.pipeline.core.errors import InputError
 
 OUTPUTS = "dense_outputs.json"
@@ -46,7 +47,7 @@ def polygraphy_command(dense: Path, sparse: Path, shape: tuple[int, int, int]) -
 
 
 def _run(path: Path, shape: tuple[int, int, int]) -> list[str]:
-    source, runner = _source(path)
+    source, runner, environment = _source(path)
     if ":" in str(path):
         raise InputError(
             "Polygraphy cannot open a file whose path contains a colon",
@@ -59,15 +60,27 @@ def _run(path: Path, shape: tuple[int, int, int]) -> list[str]:
     # A name that begins with a dash would be parsed as an option.
     file = f"./{path}" if str(path).startswith("-") else str(path)
     noise = ["--seed", str(_SEED), "--val-range", _RANGE, "--iterations", str(_ITERATIONS)]
-    return ["polygraphy", "run", file, *runner, "--input-shapes", f"{source.name}:[{sizes}]", *noise, "--validate"]
+    return [
+        *environment,
+        "polygraphy",
+        "run",
+        file,
+        *runner,
+        "--input-shapes",
+        f"{source.name}:[{sizes}]",
+        *noise,
+        "--validate",
+    ]
 
 
-def _source(path: Path) -> tuple[TensorSpec, list[str]]:
-    """A model's input, and the flags that select its runner."""
+def _source(path: Path) -> tuple[TensorSpec, list[str], tuple[str, ...]]:
+    """A model's input, the flags that select its runner, and the environment that this needs."""
+    environment: tuple[str, ...] = ()
     if path.suffix == ".plan" or (path.suffix == ".onnx" and sidecar_path(path).is_file()):
         record = read_engine(path)
         inputs = record.inputs
-        runner = ["--trt", "--model-type", "engine"] if record.backend == TENSORRT else ["--onnxrt"]
+        runner = ["--trt", "--model-type", "engine"] if record.backend in GPU_BACKENDS else ["--onnxrt"]
+        environment = LIBRARIES[record.backend].polygraphy if record.backend in GPU_BACKENDS else ()
     elif path.suffix == ".onnx":
         inputs, runner = describe_onnx(path).inputs, ["--onnxrt"]
     elif path.suffix == ".safetensors":
@@ -85,4 +98,4 @@ def _source(path: Path) -> tuple[TensorSpec, list[str]]:
             found=", ".join(spec.name for spec in inputs) or "none",
             fix="give an image classifier",
         )
-    return inputs[0], runner
+    return inputs[0], runner, environment

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from maskplan.pipeline.core.artifacts import EngineFile, MaskSet, Provenance
+from maskplan.pipeline.core.choices import Backend
 from maskplan.pipeline.core.reports import (
     CalibrationReport,
     ConformanceReport,
@@ -27,6 +28,8 @@ class RunReport:
     Attributes:
         model: The pruned checkpoint's record.
         backend_reason: Why this backend.
+        fidelity: Of the sparse engine; None if its plan did not run.
+        ran_on: Backend that ran for accuracy and times: the engine's, or ONNX Runtime where the plans do not run.
         permutation: How channels were ordered before the masks were chosen.
         permutation_reason: Why a permutation that was asked for was not done.
         depth: How far each layer of the sparse model departs from the dense one.
@@ -43,9 +46,10 @@ class RunReport:
     conformance: ConformanceReport
     engine: EngineFile
     dense_engine: EngineFile
-    fidelity: Fidelity
+    fidelity: Fidelity | None
     parity: ParityReport
     timing: TimingReport
+    ran_on: Backend
     refine: Refinement | None = None
     calibration: CalibrationReport | None = None
     permutation: Permuted | None = None

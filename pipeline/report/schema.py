@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from maskplan.pipeline.core.artifacts import EngineFile, ImageSet, LayerSparsity, MaskSet, Pattern, Provenance
-from maskplan.pipeline.core.choices import Precision
+from maskplan.pipeline.core.choices import Backend, Precision
 from maskplan.pipeline.core.reports import (
     CalibrationReport,
     ConformanceReport,
@@ -56,6 +56,7 @@ def report_schema() -> dict[str, Any]:
         _fields(EngineFile, defs, omit=("layers", "provenance"))
         | {
             "backend_reason": of(str),
+            "ran_on": of(Backend),
             "fidelity": of(Fidelity | None),
             "sparsity": _table(
                 {

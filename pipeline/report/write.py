@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import shlex
 from collections.abc import Sequence
@@ -48,8 +49,8 @@ def report_values(report: RunReport) -> dict[str, Any]:
         "mask_statistics": encode(report.mask_statistics),
         "conformance": encode(report.conformance),
         "calibration": encode(report.calibration),
-        "engine": engine_values(report.engine, root, report.fidelity, report.backend_reason),
-        "dense_engine": engine_values(report.dense_engine, root, None, report.backend_reason),
+        "engine": engine_values(report, report.engine, root, report.fidelity),
+        "dense_engine": engine_values(report, report.dense_engine, root, None),
         "parity": encode(report.parity),
         "depth": encode(report.depth),
         "timing": encode(report.timing),
@@ -95,7 +96,7 @@ def masks_values(masks: MaskSet, root: Path) -> dict[str, Any]:
     }
 
 
-def engine_values(engine: EngineFile, root: Path, fidelity: Fidelity | None, reason: str) -> dict[str, Any]:
+def engine_values(report: RunReport, engine: EngineFile, root: Path, fidelity: Fidelity | None) -> dict[str, Any]:
     """An engine's part of the report. Totals count a layer once; `layers` lists it once for each profile of the engine."""
     values: dict[str, Any] = encode(engine, root)
     layers = values.pop("layers")
@@ -103,7 +104,8 @@ def engine_values(engine: EngineFile, root: Path, fidelity: Fidelity | None, rea
     counted = totals(engine.layers)
     return {
         **values,
-        "backend_reason": reason,
+        "backend_reason": report.backend_reason,
+        "ran_on": report.ran_on,
         "fidelity": encode(fidelity),
         "sparsity": {
             "requested": engine.sparse_weights,
@@ -136,6 +138,9 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    for name in ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.setdefault("tensorrt-rtx", metadata.version(name))
     return found
 
 
