@@ -1,8 +1,8 @@
 """Read the layers of a finished engine from the builder's log.
 
 With detailed profiling verbosity TensorRT-RTX's builder prints, at severity VERBOSE, one description for each layer after
-the line `Layers:`. It shows types, formats and ONNX nodes; kernels are chosen on the GPU that runs the plan, so there is nothing
-about sparse kernels in it. Roles follow from kinds, operations and types:
+the line `Layers:`. It shows types, formats and ONNX nodes; kernels are chosen on the GPU that runs the plan, so there is
+nothing about sparse kernels in it. Roles follow from kinds, operations and types:
 
 | role | the layer |
 |---|---|
@@ -42,8 +42,8 @@ _NAME = "Name: "
 _NEXT_LAYER = re.compile(r"\n(?=Name: )")
 _AFTER = re.compile(r"\n\n(?:I/O Tensors|Engine Metadata|Bindings):")
 _TENSOR = re.compile(
-    r" \{ Name: .*?, Dimensions: \[[-\d,]*\](?:, \w+: \[[-\d,]*\])*"
-    r", (?:Format/)?Datatype: (?P<dtype>\w+)(?:, Format: \((?P<layout>[^()]+)\)[^{}]*)? \}",
+    r" \{ Name: .*?(?:, Location: \w+)?, Dimensions: \[[-\d,]*\](?:, \w+: \[[-\d,]*\])*"
+    r", (?:Format/)?Datatype: (?P<dtype>\w+)(?:, Format: (?:\((?P<layout>[^()]+)\))?[^{}]*)? \}",
     re.DOTALL,
 )
 _GENERATED = re.compile(r"__myl_(?P<operations>\w+?)_myl\d+_\d+")
@@ -53,7 +53,9 @@ _PROFILE = re.compile(r" \[profile (\d+)\]")
 
 _PRODUCT_KINDS = re.compile("correlation|conv|convolution|deconv|gemm|fc|matmul|fusion")
 _PRODUCT_OPERATIONS = frozenset({"Corr", "Conv", "Deco", "Fc", "Gemm", "Matm", "Bmm"})
-_NO_KERNEL_KINDS = frozenset({"shape_call", "signal", "wait"})
+_NO_KERNEL_KINDS = frozenset(
+    {"shape_call", "signal", "wait", "TrainStation", "DeviceToShapeHost", "ShapeHostToDevice", "ShapeDeviceToHost"}
+)
 _MOVES = frozenset({"Move", "Copy", "Tran", "Resh", "Repl", "Conc", "Slic", "Pad", "Gath"})
 _QUANTIZED = re.compile(r"U?Int[48]|FP[48]\w*|E4M3\w*|E5M2\w*", re.IGNORECASE)
 
@@ -118,7 +120,7 @@ def _parse_layer(text: str) -> CompiledLayer | None:
     name, _, rest = text.rpartition(", LayerType: ")
     kind, found_inputs, rest = rest.partition(", Inputs: [")
     rest, found_metadata, metadata = rest.rpartition(", Metadata: ")
-    tensors, found_tactic, _ = rest.rpartition("], TacticName: ")
+    tensors, found_tactic, _ = rest.rpartition("], Tactic")
     before, found_outputs, out = tensors.partition("], Outputs: [")
     inputs, outputs = _parse_tensors(before.partition("], Constants: [")[0]), _parse_tensors(out)
     complete = found_inputs and found_metadata and found_tactic and found_outputs and kind.isidentifier()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from maskplan.engines.trt.log_capture import TrtLogCapture
+from maskplan.engines.trt.messages import NO_PLUGIN, NOT_SUPPORTED, readable, way_out
 from maskplan.engines.trt.versions import construct
 from maskplan.pipeline.core.artifacts import OnnxModel
 from maskplan.pipeline.core.errors import InputError, listed
@@ -13,14 +14,7 @@ from maskplan.pipeline.core.errors import InputError, listed
 if TYPE_CHECKING:
     import onnx
 
-_UNSUPPORTED = "the operator is not supported"
-_UNKNOWN = "no operator and no plugin of this name and domain"
 _NO_NODE = "export or copy the file again"
-_WAYS_OUT = {
-    _UNSUPPORTED: "export the model without this operator: write it with others, or choose another opset",
-    _UNKNOWN: "remove this operator, or export it as operators of ONNX itself",
-}
-_INVALID = "see whether onnx.checker.check_model accepts the file, and export it again"
 
 
 @dataclass(frozen=True)
@@ -80,26 +74,21 @@ def _problems(parser: Any, onnx_model: OnnxModel) -> tuple[ParseProblem, ...]:
 def _problem(error: Any, nodes: tuple[onnx.NodeProto, ...]) -> ParseProblem:
     op, index, described = error.node_operator(), error.node(), error.desc()
     if not op:
-        return ParseProblem("", "", _readable(described), _NO_NODE)
+        reason = readable(described)
+        return ParseProblem("", "", reason, way_out(reason, _NO_NODE))
     name = error.node_name()
     if not name:
         # An index counts within a graph, which may be that of a branch or of a loop's body.
         unnamed = nodes[index] if 0 <= index < len(nodes) and nodes[index].op_type == op else None
         name = f"with the output {unnamed.output[0]!r}" if unnamed is not None and unnamed.output else f"number {index}"
     if "Plugin not found" in described:
-        reason = _UNKNOWN
+        reason = NO_PLUGIN
     elif error.code().name == "UNSUPPORTED_NODE" and "Assertion" not in described:
         # The description of an operator without an importer is the condition that failed: `false`.
-        reason = _UNSUPPORTED
+        reason = NOT_SUPPORTED
     else:
-        reason = _readable(described)
-    return ParseProblem(name, op, reason, _WAYS_OUT.get(reason, _INVALID))
-
-
-def _readable(described: str) -> str:
-    """The text of a failed assertion without its condition, where there is text behind it."""
-    condition, colon, text = described.removeprefix("Assertion failed: ").rpartition("): ")
-    return text if colon and text.strip() else (condition + colon + text)
+        reason = readable(described)
+    return ParseProblem(name, op, reason, way_out(reason))
 
 
 def _nodes_of(onnx_model: OnnxModel) -> tuple[onnx.NodeProto, ...]:
