@@ -33,6 +33,7 @@ from maskplan.pipeline.pruning.method import method_or_file, resolve_method
 from maskplan.pipeline.recipe import Recipe
 from maskplan.pipeline.report.record import ReportFiles, RunReport
 from maskplan.pipeline.stages import engines, model, onnx_files, report
+from maskplan.pipeline.stages.compile import compile_files
 from maskplan.pipeline.stages.job import Images, Job, Network, PermuteResult
 from maskplan.pipeline.stages.refine import FIRST, REFINED, better, figures, layers_to_restore, why_skip
 from maskplan.pipeline.stages.workspace import Workspace
@@ -152,6 +153,7 @@ def run(options: LineOptions) -> LineResult:
         if options.refine:
             kept, refinement = _refine(target, dense, start, kept, images)
             engine = engines.keep_engine(job, kept.built.sparse)
+        compiled = compile_files(job, backend, dense.deployed.fp16, kept.sparse.deployed.fp16)
         compared = engines.compare(kept.job, kept.ran, target.float_precision, dense, kept.sparse, kept.rows, images)
         timing = engines.time_stage(kept.job, kept.ran)
         # Layers can only be compared where the channels are in one order.
@@ -171,13 +173,15 @@ def run(options: LineOptions) -> LineResult:
             fidelity=compared.fidelity,
             parity=compared.parity,
             timing=timing,
-            ran_on=kept.ran.sparse.backend,
             refine=refinement,
             permutation=permuted.permuted,
             permutation_reason=permuted.reason,
             depth=report.measure_depth(job, in_same_order, kept.sparse.deployed.fp32, images),
             mask_statistics=report.measure_statistics(job, start, kept.masks),
             command=options.command,
+            compile=compiled.report,
+            compile_reason=compiled.reason,
+            stand_in=None if kept.ran.stands_in_for is None else kept.ran.sparse.backend,
         )
         files = report.write(job, result)
         reused = tuple(ws.reused)

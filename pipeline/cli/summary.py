@@ -51,9 +51,9 @@ def _table(report: RunReport) -> Table:
 
 def _title(report: RunReport) -> str:
     title = f"{report.model.model}, {report.precision} on {report.engine.backend}"
-    if report.ran_on == report.engine.backend:
+    if report.stand_in is None:
         return title
-    return f"{title}; accuracy and times on {report.ran_on}"
+    return f"{title}, measured on {report.stand_in}"
 
 
 def _rows(report: RunReport) -> Iterator[tuple[str, ...]]:
@@ -92,7 +92,11 @@ def _verdicts(report: RunReport) -> Iterator[tuple[str, str]]:
         yield "permutation", f"kept magnitude {gain:+.2f}%, efficacy {report.permutation.efficacy:.1f}"
     elif report.permutation_reason is not None:
         yield "permutation", f"none: {report.permutation_reason}"
-    for note in report.engine.notes if report.ran_on != report.engine.backend else ():
+    if report.compile is not None:
+        yield "compiler", verdict_line(report.compile)
+    elif report.compile_reason is not None:
+        yield "compiler", f"not asked: {report.compile_reason}"
+    for note in report.engine.notes if report.engine.sparse_flag is not None else ():
         yield "sparsity", note
     if report.timing.note:
         yield "timing", report.timing.note
@@ -107,6 +111,8 @@ def _files(result: LineResult) -> Iterator[tuple[str, str]]:
     """Label and text of each line about what was written, and of the next command."""
     report, engine = result.report, shorten(result.report.engine.path)
     yield "engine", str(engine)
+    if report.compile is not None and report.compile.sparse.path is not None:
+        yield "RTX engine", str(shorten(report.compile.sparse.path))
     yield "report", str(shorten(result.files.html.path))
     if result.deployment is not None:
         yield "deployed", f"{result.deployment.folder}, version {result.deployment.version}"

@@ -52,6 +52,12 @@ SPARSE: Final = "sparse"
 DENSE: Final = "dense"
 UNKNOWN: Final = "unknown"
 
+CompileMode = Literal["auto", "required", "off"]
+"""Whether the line compiles its ONNX files with NVIDIA's compiler: where it is installed, in any case, or not at all."""
+
+REQUIRED: Final = "required"
+OFF: Final = "off"
+
 LayerRole = Literal["product", "quantize", "dequantize", "cast", "reformat", "other", "no_kernel"]
 """What a layer of a compiled engine does, as far as the compiler shows it; `engines/trt/layers.py` has the rules."""
 

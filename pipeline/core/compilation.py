@@ -133,3 +133,15 @@ class CompileResult:
     sha256: str | None
     size_bytes: int | None
     build_s: float
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """The verdicts on both ONNX files that engines are built from on a GPU host."""
+
+    dense: CompileResult
+    sparse: CompileResult
+
+    @property
+    def accepted(self) -> bool:
+        return self.dense.accepted and self.sparse.accepted

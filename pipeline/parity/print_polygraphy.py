@@ -22,7 +22,7 @@ _ITERATIONS = 32
 _TOLERANCE = 0.1
 
 
-def polygraphy_command(dense: Path, sparse: Path, shape: tuple[int, int, int]) -> str:
+def polygraphy_command(dense: Path, sparse: Path, shape: tuple[int, int, int] | None) -> str:
     """The `polygraphy run` commands that compare two models' outputs, as one line for a shell.
 
     The first command runs the dense model on noise and saves its outputs; the second runs the sparse model on the same
@@ -35,7 +35,7 @@ def polygraphy_command(dense: Path, sparse: Path, shape: tuple[int, int, int]) -
     Args:
         dense: The reference: an ONNX file, an engine or a TensorRT plan with its sidecar.
         sparse: The model that is compared with it, of the same kinds.
-        shape: Shape of one image, (channels, H, W).
+        shape: Shape of one image, (channels, H, W); None takes what each file declares, and 1 for what is dynamic.
 
     Raises:
         InputError: A file is missing, damaged, a checkpoint or of an unknown kind, or its path contains a colon.
@@ -46,7 +46,7 @@ def polygraphy_command(dense: Path, sparse: Path, shape: tuple[int, int, int]) -
     return f"{shlex.join([*_run(dense, shape), *save])} && {shlex.join([*_run(sparse, shape), *load])}"
 
 
-def _run(path: Path, shape: tuple[int, int, int]) -> list[str]:
+def _run(path: Path, shape: tuple[int, int, int] | None) -> list[str]:
     source, runner, environment = _source(path)
     if ":" in str(path):
         raise InputError(
@@ -56,7 +56,7 @@ def _run(path: Path, shape: tuple[int, int, int]) -> list[str]:
         )
     if not source.shape or len(source.shape) != 4:
         raise InputError("not an image model", where=path, found=f"input {source.name} {source.shape}")
-    sizes = ",".join(str(d) for d in (source.shape[0] or 1, *shape))
+    sizes = ",".join(str(d or 1) for d in (source.shape[0], *(shape or source.shape[1:])))
     # A name that begins with a dash would be parsed as an option.
     file = f"./{path}" if str(path).startswith("-") else str(path)
     noise = ["--seed", str(_SEED), "--val-range", _RANGE, "--iterations", str(_ITERATIONS)]

@@ -112,7 +112,7 @@ def render(report: RunReport, values: dict[str, Any]) -> str:
         plots=_plots(report),
         gain=gain,
         sparse_kernels=report.ran_on in GPU_BACKENDS,
-        plans_did_not_run=PLANS_DID_NOT_RUN if report.ran_on != report.engine.backend else "",
+        plans_did_not_run=PLANS_DID_NOT_RUN if report.stand_in is not None else "",
         largest_differences=largest_differences(report),
         groups_by_state=_groups_by_state(report),
         changed_options=changed_options(report.recipe),
@@ -137,7 +137,7 @@ def headline(report: RunReport) -> tuple[str, str]:
         return "bad", f"{conforming[0].upper()}{conforming[1:]}, but accuracy is not kept: {parity.reason}."
     assert parity.top1_drop is not None
     change = f"loses {parity.top1_drop:.2f} points" if parity.top1_drop > 0 else f"gains {-parity.top1_drop:.2f} points"
-    subject = "engine" if report.ran_on == report.engine.backend else "model, run by ONNX Runtime,"
+    subject = "engine" if report.stand_in is None else "model, run by ONNX Runtime,"
     change = "keeps" if parity.top1_drop == 0 else change + " of"
     return "good", (
         f"The sparse {subject} {change} top-1 ({parity.top1_dense:.2f}% dense, {parity.top1_sparse:.2f}% sparse,"

@@ -17,6 +17,7 @@ from typing import Any
 
 from maskplan.pipeline.core.artifacts import EngineFile, ImageSet, LayerSparsity, MaskSet, Pattern, Provenance
 from maskplan.pipeline.core.choices import Backend, Precision
+from maskplan.pipeline.core.compilation import CompileReport
 from maskplan.pipeline.core.reports import (
     CalibrationReport,
     ConformanceReport,
@@ -65,7 +66,8 @@ def report_schema() -> dict[str, Any]:
                     "layers": of(tuple[LayerSparsity, ...]),
                 }
             ),
-        }
+        },
+        optional=_optional(EngineFile),
     )
     permutation = _table(
         _fields(Permutation, defs)
@@ -77,6 +79,7 @@ def report_schema() -> dict[str, Any]:
         | {name: of(int) for name in ("masked_layers", "masked_parameters")}
         | {name: of(float) for name in ("masked_macs_percent", "kept_magnitude_percent")}
     )
+    compiled = _table(_fields(CompileReport, defs) | {"reason": of(None)})
     sections = {
         "schema": {"const": SCHEMA},
         "model": _table(
@@ -89,6 +92,7 @@ def report_schema() -> dict[str, Any]:
         "calibration": of(CalibrationReport | None),
         "engine": engine,
         "dense_engine": engine,
+        "compile": {"oneOf": [of(None), _table({"reason": of(str)}), compiled]},
         "parity": of(ParityReport),
         "depth": of(DepthReport | None),
         "timing": of(TimingReport),

@@ -51,6 +51,7 @@ def report_values(report: RunReport) -> dict[str, Any]:
         "calibration": encode(report.calibration),
         "engine": engine_values(report, report.engine, root, report.fidelity),
         "dense_engine": engine_values(report, report.dense_engine, root, None),
+        "compile": compile_values(report, root),
         "parity": encode(report.parity),
         "depth": encode(report.depth),
         "timing": encode(report.timing),
@@ -76,6 +77,13 @@ def permutation_values(done: Permuted | None, reason: str | None, root: Path) ->
         "efficacy": done.efficacy,
         "reason": None,
     }
+
+
+def compile_values(report: RunReport, root: Path) -> dict[str, Any] | None:
+    """What the compiler made of the ONNX files, or why it was not asked; None where that was turned off."""
+    if report.compile is None:
+        return None if report.compile_reason is None else {"reason": report.compile_reason}
+    return {**encode(report.compile, root), "reason": None}
 
 
 def masks_values(masks: MaskSet, root: Path) -> dict[str, Any]:
