@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from maskplan.pipeline.cli.compile_summary import verdict_line
 from maskplan.pipeline.core.choices import FAIL, TENSORRT_RTX
 from maskplan.pipeline.core.console import stdout_console
 from maskplan.pipeline.core.escaping import one_line, shell_command
