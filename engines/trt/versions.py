@@ -46,7 +46,8 @@ class Library:
         min_version: The oldest version that is supported.
         how_to_install: The fix where it is missing.
         how_to_upgrade: The fix where it is too old.
-        how_to_repair: The fix where it does not start.
+        how_to_repair: The fix where its package is there but does not load.
+        how_to_start: The fix where it loads but does not start.
         builds_on_gpu: A build needs a GPU, times its kernels there, and fits that GPU. Otherwise a build needs no GPU and no
             driver, the same inputs give the same bytes, and kernels are chosen on the GPU that runs the plan.
         polygraphy: What stands before `polygraphy` on a command line so that it uses this library.
@@ -60,6 +61,7 @@ class Library:
     how_to_install: str
     how_to_upgrade: str
     how_to_repair: str
+    how_to_start: str
     builds_on_gpu: bool
     polygraphy: tuple[str, ...]
     refused: Mapping[str, Refusal]
@@ -77,7 +79,8 @@ LIBRARIES: dict[Backend, Library] = {
         how_to_install="on a GPU host: pip install 'maskplan[tensorrt]'; copy the output folder there, finished stages"
         " are reused",
         how_to_upgrade="pip install --upgrade tensorrt, in a separate environment",
-        how_to_repair="check that nvidia-smi lists a GPU and that the driver is recent enough for this TensorRT",
+        how_to_repair="install it again on a GPU host: pip install --force-reinstall tensorrt",
+        how_to_start="check that nvidia-smi lists a GPU and that the driver is recent enough for this TensorRT",
         builds_on_gpu=True,
         polygraphy=(),
         refused={
@@ -93,7 +96,8 @@ LIBRARIES: dict[Backend, Library] = {
         min_version=(1, 4),
         how_to_install="pip install 'maskplan[rtx]', which needs no GPU",
         how_to_upgrade="pip install --upgrade tensorrt-rtx-cu13",
-        how_to_repair="install it again: pip install --force-reinstall 'maskplan[rtx]'",
+        how_to_repair="install it again: pip install --force-reinstall tensorrt-rtx-cu13",
+        how_to_start="install it again: pip install --force-reinstall tensorrt-rtx-cu13",
         builds_on_gpu=False,
         polygraphy=("POLYGRAPHY_USE_TENSORRT_RTX=1",),
         refused={
@@ -126,10 +130,11 @@ def import_library(backend: Backend) -> Any:
         trt = importlib.import_module(library.package)
         version = trt.__version__
     except (AttributeError, ImportError, OSError, RuntimeError) as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == library.package
         raise HostError(
-            f"{library.name} is not installed",
+            f"{library.name} is not installed{'' if missing else ' completely'}",
             found=f"{type(error).__name__}: {error}",
-            fix=library.how_to_install,
+            fix=library.how_to_install if missing else library.how_to_repair,
         ) from error
     if _release(version) < library.min_version:
         raise HostError(
@@ -252,7 +257,7 @@ def construct(kind: Any, log_capture: TrtLogCapture, *arguments: Any) -> Any:
         raise HostError(
             f"{log_capture.library.name} failed to create a {kind.__name__}",
             found=log_capture.reason() if log_capture.errors or log_capture.warnings else str(error),
-            fix=log_capture.library.how_to_repair,
+            fix=log_capture.library.how_to_start,
         ) from error
 
 

@@ -141,14 +141,10 @@ def _without_host_path(argument: str) -> str:
 def versions() -> dict[str, str]:
     """Versions of the packages used; none is imported to find them."""
     found = {"maskplan": __version__, "python": platform.python_version()}
-    for name in ("numpy", "onnx", "onnxruntime", "polygraphy", "torch", "torchvision", "timm", "tensorrt"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    for name in ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12"):
+    ours = ("numpy", "onnx", "onnxruntime", "polygraphy", "torch", "torchvision", "timm")
+    for name in (*ours, "tensorrt", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"):
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found.setdefault("tensorrt-rtx", metadata.version(name))
+            found[name] = metadata.version(name)
     return found
 
 
