@@ -13,7 +13,7 @@ from typing import Any
 from maskplan.engines.evidence import totals
 from maskplan.engines.ort import PLANS_DID_NOT_RUN
 from maskplan.pipeline.core.artifacts import LayerSparsity
-from maskplan.pipeline.core.choices import CONFORMING, DENSE, GPU_BACKENDS, SPARSE, UNKNOWN
+from maskplan.pipeline.core.choices import CONFORMING, CONVERSIONS, DENSE, GPU_BACKENDS, SPARSE, UNKNOWN
 from maskplan.pipeline.core.reports import BatchTiming, LayerDifference, WeightVerdict
 from maskplan.pipeline.core.serialization import encode
 from maskplan.pipeline.permutation.record import AS_GIVEN, FIXED, MOVED, UNREAD
@@ -111,6 +111,7 @@ def render(report: RunReport, values: dict[str, Any]) -> str:
         layers=layer_rows(report),
         plots=_plots(report),
         gain=gain,
+        conversions=CONVERSIONS,
         sparse_kernels=report.ran_on in GPU_BACKENDS,
         plans_did_not_run=PLANS_DID_NOT_RUN if report.stand_in is not None else "",
         largest_differences=largest_differences(report),

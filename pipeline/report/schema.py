@@ -2,7 +2,7 @@
 
 `python -m maskplan.pipeline.report.schema > docs/report.schema.json` writes the published copy; a test compares the two.
 The commands' own reports (`check`, `compare`, `time`, each with `--report`) are single records, which the schema has under
-`$defs`: `ConformanceReport`, `ParityReport`, `TimingReport`.
+`$defs`: `CheckReport`, `ParityReport`, `TimingReport`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from maskplan.pipeline.core.artifacts import EngineFile, ImageSet, LayerSparsity, MaskSet, Pattern, Provenance
 from maskplan.pipeline.core.choices import Backend, Precision
-from maskplan.pipeline.core.compilation import CompileReport
+from maskplan.pipeline.core.compilation import CompileReport, CompileResult
 from maskplan.pipeline.core.reports import (
     CalibrationReport,
     ConformanceReport,
@@ -101,6 +101,9 @@ def report_schema() -> dict[str, Any]:
         "command": of(str),
         "versions": of(dict[str, str]),
     }
+    defs["CheckReport"] = _table(
+        _fields(ConformanceReport, defs) | {"compile": of(CompileResult)}, optional=("compile",)
+    )
     return {
         "$schema": DIALECT,
         "title": "report.json of maskplan",
