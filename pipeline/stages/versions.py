@@ -12,7 +12,7 @@ STAGE_VERSIONS = {
     "recalibrate": 1,
     "export": 2,
     "check": 1,
-    "calibrate": 2,
+    "calibrate": 3,
     "baseline": 1,
     "compile": 1,
     "build": 1,
