@@ -20,6 +20,9 @@ setup: .venv/.ready ## Install maskplan with its learn and dev extras into .venv
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[learn,dev]'
+	@# By itself: where NVIDIA has no wheel for this machine, everything but the backend tensorrt-rtx works without it.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[rtx]' \
+	  || echo 'TensorRT-RTX could not be installed; everything works without it, but the backend tensorrt-rtx'
 	@mkdir -p .venv/typing/maskplan
 	@ln -sfn $(foreach folder,pipeline exporters calibration engines,$(CURDIR)/$(folder)) .venv/typing/maskplan/
 	@touch $@

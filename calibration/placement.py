@@ -10,8 +10,9 @@ The rules follow NVIDIA's placement recommendations for explicit quantization:
 - Operators that only move values (max pooling, reshapes, splits, concatenation, ...) have a pair before and a pair
   after them, with the same scale, if all readers of their output are quantized: the values pass through as INT8.
   Rounding twice with the same scale changes nothing. If there is another reader, the values are moved in float and
-  quantized afterwards.
-- All inputs of a concatenation share one scale if any of them is quantized.
+  quantized afterwards. Between two such operators there is a pair if a layer reads the value between them too.
+- All inputs of a concatenation share one scale if any of them is quantized. With `quantize_outputs`, all readers of a
+  pooling get its quantized output if one of them is a concatenation.
 - Average pooling computes, so it ends such a path: its output is quantized if a layer reads it, its input is not.
 - A tensor with several readers is quantized once, and dequantized once for each reader.
 
@@ -54,6 +55,7 @@ _ACTIVATIONS = {
     "HardSigmoid",
 }
 _ACTIVATIONS |= {"HardSwish", "Tanh", "Softplus", "Softsign", "Mish", "Gelu", "Swish"}
+_POOLINGS = {"MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"}
 _ARITHMETIC = {"Add", "Sub", "Mul", "Div"}
 # Nodes between a tensor and the product that gates it: x * clip(x + 3, 0, 6) / 6 has three.
 _MAX_GATE_NODES = 4
@@ -290,10 +292,20 @@ def _output_edges(
             unfused = graph.nodes[n].op_type in _ACTIVATIONS or n in fused
             if (n, i) not in closed and not unfused and graph.nodes[n].op_type not in ("Shape", "Size"):
                 edges.add((n, i))
-    # Inputs of a concatenation share one scale, so all of them are quantized.
-    for n in {n for n, _ in edges if graph.nodes[n].op_type == "Concat"}:
-        edges.update((n, i) for i in graph.moved_inputs(n))
+    joined: set[int] = set()
+    while concats := {n for n, _ in edges if graph.nodes[n].op_type == "Concat"} - joined:
+        joined |= concats
+        # Inputs of a concatenation share one scale, so all of them are quantized.
+        inputs = {(n, i) for n in concats for i in graph.moved_inputs(n)}
+        # If others read such an input in float, an engine computes a pooling twice.
+        pooled = {graph.nodes[n].input[i] for n, i in inputs if _is_pooled(graph, graph.nodes[n].input[i])}
+        others = {edge for name in pooled - graph.read_elsewhere for edge in graph.readers[name]}
+        edges |= inputs | (others - closed)
     return edges
+
+
+def _is_pooled(graph: Graph, tensor: str) -> bool:
+    return tensor in graph.producers and graph.nodes[graph.producers[tensor]].op_type in _POOLINGS
 
 
 def _end_of_fusion(graph: Graph, layer: int, fused: Mapping[int, int]) -> str:
@@ -347,7 +359,10 @@ def _quantized_moves(graph: Graph, edges: set[tuple[int, int]]) -> set[int]:
             if graph.nodes[n].op_type == "Concat":
                 edges.update((n, i) for i in graph.moved_inputs(n))
     for n in moves:
-        if graph.producers.get(graph.nodes[n].input[0]) not in moves:
+        tensor = graph.nodes[n].input[0]
+        # Between two moves the values are INT8 already, unless a layer reads them too: for that layer they are quantized,
+        # and an engine that finds another reader without a pair computes the first move twice, or in float.
+        if graph.producers.get(tensor) not in moves or any(edge in edges for edge in graph.readers[tensor]):
             edges.add((n, 0))
     return moves
 

@@ -12,11 +12,12 @@ from maskplan.engines.base import Engine
 from maskplan.engines.ort import OrtEngine, build_ort
 from maskplan.engines.sidecar import read_engine, write_sidecar
 from maskplan.engines.trt.calibrator import ImplicitInt8
+from maskplan.engines.trt.cuda import gpu, has_driver
 from maskplan.engines.trt.options import TrtOptions
 from maskplan.exporters.run_shapes import run_shapes
 from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel, Profile
-from maskplan.pipeline.core.choices import AUTO, ONNXRUNTIME, TENSORRT, Backend
-from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.choices import AUTO, ONNXRUNTIME, TENSORRT, TENSORRT_RTX, Backend
+from maskplan.pipeline.core.errors import HostError, InputError, PipelineError
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class BuildOptions:
         backend: The runtime to build for.
         profiles: Ranges of batch sizes; TensorRT tunes for `opt`.
         sparse_weights: Let the builder use sparse kernels where weights are 2:4.
-        trt: Options of TensorRT only.
+        trt: Options of TensorRT and TensorRT-RTX only.
         implicit: Calibration images for TensorRT 10's implicit INT8 mode; None builds in the types of the graph.
     """
 
@@ -61,7 +62,15 @@ def _build_onnxruntime(onnx_model: OnnxModel, options: BuildOptions, out: Path) 
 def _build_tensorrt(onnx_model: OnnxModel, options: BuildOptions, out: Path) -> EngineFile:
     from maskplan.engines.trt.build import build_trt
 
-    return build_trt(onnx_model, options.profiles, options.sparse_weights, options.trt, out, options.implicit)
+    return build_trt(
+        onnx_model,
+        options.profiles,
+        options.sparse_weights,
+        options.trt,
+        out,
+        options.implicit,
+        backend=options.backend,
+    )
 
 
 def _open_tensorrt(engine: EngineFile) -> Engine:
@@ -70,12 +79,17 @@ def _open_tensorrt(engine: EngineFile) -> Engine:
     return TrtEngine(engine)
 
 
-BACKENDS: dict[Backend, _Builder] = {ONNXRUNTIME: _build_onnxruntime, TENSORRT: _build_tensorrt}
+BACKENDS: dict[Backend, _Builder] = {
+    ONNXRUNTIME: _build_onnxruntime,
+    TENSORRT: _build_tensorrt,
+    TENSORRT_RTX: _build_tensorrt,
+}
 _OPENERS: dict[Backend, Callable[[EngineFile], Engine]] = {
     ONNXRUNTIME: lambda engine: OrtEngine(engine.path),
     TENSORRT: _open_tensorrt,
+    TENSORRT_RTX: _open_tensorrt,
 }
-SUFFIX: dict[Backend, str] = {ONNXRUNTIME: ".onnx", TENSORRT: ".plan"}
+SUFFIX: dict[Backend, str] = {ONNXRUNTIME: ".onnx", TENSORRT: ".plan", TENSORRT_RTX: ".rtx.plan"}
 
 
 def choose_backend(requested: str) -> tuple[Backend, str]:
@@ -96,7 +110,7 @@ def choose_backend(requested: str) -> tuple[Backend, str]:
         return ONNXRUNTIME, "TensorRT is not installed"
     if not _is_installed("pycuda"):
         return ONNXRUNTIME, "TensorRT is installed, but pycuda, which is required to run its engines, is not"
-    if not _has_gpu():
+    if not has_driver():
         return ONNXRUNTIME, "TensorRT and pycuda are installed, but the NVIDIA driver is not"
     return TENSORRT, "TensorRT, pycuda and an NVIDIA driver are installed"
 
@@ -106,11 +120,6 @@ def _is_installed(package: str) -> bool:
         return importlib.util.find_spec(package) is not None
     except (ImportError, ValueError):  # import finders may raise these
         return False
-
-
-def _has_gpu() -> bool:
-    # The second path exists under the Windows Subsystem for Linux.
-    return Path("/proc/driver/nvidia/version").exists() or Path("/dev/dxg").exists()
 
 
 def build_engine(onnx_model: OnnxModel, options: BuildOptions, out: Path) -> EngineFile:
@@ -153,9 +162,30 @@ def open_engine(engine: EngineFile | Path) -> Engine:
     return _OPENERS[record.backend](record)
 
 
+def why_not_runnable(engine: EngineFile) -> str | None:
+    """Why an engine that was built without a GPU does not run on this host; None if it runs, or was built where it runs."""
+    if engine.backend != TENSORRT_RTX:
+        return None
+    try:
+        open_engine(engine).close()
+    except PipelineError as error:
+        return error.what if error.found is None else f"{error.what}: {error.found}"
+    return None
+
+
+def device_of(engine: EngineFile) -> str:
+    """What runs an engine: for a plan of TensorRT-RTX this host's GPU, where there is one, else what it was built for."""
+    if engine.backend != TENSORRT_RTX or not has_driver():
+        return engine.device
+    try:
+        return gpu().name
+    except HostError:
+        return engine.device
+
+
 def is_foreign(engine: EngineFile) -> bool:
-    """Whether an engine was built for another TensorRT version or GPU model; False if this cannot be determined here."""
-    if engine.backend != TENSORRT:
+    """Whether an engine was built for another GPU or version of its library; False if this cannot be determined here."""
+    if engine.backend == ONNXRUNTIME:
         return False
     from maskplan.engines.trt.host import is_foreign as is_foreign_plan
 

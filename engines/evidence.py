@@ -71,8 +71,7 @@ _QUANTIZED_TO_FLOAT = re.compile(r"(?:u?int8|i8|u8|e4m3|e5m2)(?:f16|bf16|f32)")
 _PROFILE = re.compile(r"\s*\[profile \d+\]\s*$")
 _MYELIN_NAME = re.compile(r"_myl\d+_\d+$")
 _NO_NODE = ("(Unnamed Layer", "{ForeignNode[", "__myl", _REFORMATTING)
-_METADATA_BREAK = re.compile(r"[\x1e\x1f]|(?<=\])(?=\[ONNX Layer: )")
-_METADATA_NODE = re.compile(r"\s*\[ONNX Layer: (.+)\]\s*", re.DOTALL)
+_METADATA_NODE = "[ONNX Layer: "
 
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
 _SPARSITY = "(Sparsity)"
@@ -237,6 +236,15 @@ def parse_sparsity_log(lines: Iterable[str]) -> SparsityLog:
     return SparsityLog(tuple(names["eligible"]), tuple(names["chosen"]), tuple(counts), unread)
 
 
+def metadata_nodes(metadata: str) -> list[str]:
+    """The ONNX nodes in a layer's metadata: `[ONNX Layer: a]`, with control characters or nothing between them.
+
+    TensorRT-RTX may append a remark of its own, such as `__gemm_from_conv1x1`.
+    """
+    nodes = (part.rpartition("]")[0] for part in metadata.split(_METADATA_NODE)[1:])
+    return [node for node in nodes if node]
+
+
 def _parse_entries(inspector_json: str | bytes) -> list[Any]:
     """The entries of Layers, each a dictionary, a name, or anything else that JSON can hold."""
     try:
@@ -353,7 +361,7 @@ def _channels(fields: Mapping[str, Any]) -> tuple[int | None, int | None]:
 
 def _nodes(name: str, metadata: str) -> tuple[str, ...]:
     """ONNX nodes in the parser's metadata, then further ones in the layer's name, without profile suffixes."""
-    nodes = [match[1] for part in _METADATA_BREAK.split(metadata) if (match := _METADATA_NODE.fullmatch(part))]
+    nodes = metadata_nodes(metadata)
     fused = _PROFILE.sub("", name)
     parts = _MYELIN_NAME.sub("", fused).split("+") if _MYELIN_NAME.search(fused) else re.split(r" \+ | \|\| ", fused)
     for part in parts:

@@ -22,6 +22,11 @@ NO_SPARSE_KERNELS = (
     "ONNX Runtime on a CPU has no sparse kernels: zeros take as long as other weights, so sparsity saves no time"
 )
 
+PLANS_DID_NOT_RUN = (
+    "the plans did not run on this host: accuracy and times are those of the ONNX files that they were built from, on"
+    " ONNX Runtime"
+)
+
 
 class OrtEngine:
     """An ONNX file in an ONNX Runtime session.

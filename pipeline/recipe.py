@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from maskplan.calibration.calibrate import CalibrateOptions
+from maskplan.engines.trt.compile_options import CompileOptions
 from maskplan.engines.trt.options import TrtOptions
 from maskplan.exporters.onnx_export import ExportOptions
 from maskplan.pipeline.core.errors import InputError, did_you_mean
@@ -34,6 +35,7 @@ class Recipe:
     recalibrate: RecalibrateOptions = field(default_factory=RecalibrateOptions)
     export: ExportOptions = field(default_factory=ExportOptions)
     calibrate: CalibrateOptions = field(default_factory=CalibrateOptions)
+    compile: CompileOptions = field(default_factory=CompileOptions)
     tensorrt: TrtOptions = field(default_factory=TrtOptions)
     compare: CompareOptions = field(default_factory=CompareOptions)
     time: TimeOptions = field(default_factory=TimeOptions)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from maskplan.engines.build import choose_backend
+from maskplan.engines.trt.versions import require_buildable
 from maskplan.pipeline.core.artifacts import Checkpoint, Deployment, EngineFile, MaskSet, OnnxModel
 from maskplan.pipeline.core.choices import (
     CHANNEL,
@@ -15,8 +16,8 @@ from maskplan.pipeline.core.choices import (
     FAIL,
     FP16,
     FP32,
+    GPU_BACKENDS,
     INT8,
-    TENSORRT,
     Backend,
     FloatPrecision,
     MaskMethod,
@@ -32,9 +33,11 @@ from maskplan.pipeline.pruning.method import method_or_file, resolve_method
 from maskplan.pipeline.recipe import Recipe
 from maskplan.pipeline.report.record import ReportFiles, RunReport
 from maskplan.pipeline.stages import engines, model, onnx_files, report
+from maskplan.pipeline.stages.compile import compile_files
 from maskplan.pipeline.stages.job import Images, Job, Network, PermuteResult
 from maskplan.pipeline.stages.refine import FIRST, REFINED, better, figures, layers_to_restore, why_skip
 from maskplan.pipeline.stages.workspace import Workspace
+from maskplan.pipeline.triton.config import require_platform
 from maskplan.pipeline.triton.deploy import DeployOptions
 from maskplan.pipeline.triton.deploy import deploy as deploy_engine
 from maskplan.pipeline.triton.golden import golden_of
@@ -99,7 +102,7 @@ class _Target:
 
 @dataclass(frozen=True)
 class _Pass:
-    """What the line made of one set of masks."""
+    """What the line made of one set of masks; `ran` are the built engines, or what runs in their place on this host."""
 
     job: Job
     masks: MaskSet
@@ -107,6 +110,7 @@ class _Pass:
     conformance: ConformanceReport
     rows: Mapping[str, OnnxModel]
     built: engines.Engines
+    ran: engines.Engines
 
 
 def run(options: LineOptions) -> LineResult:
@@ -117,9 +121,12 @@ def run(options: LineOptions) -> LineResult:
         ConformanceError: The check found weights that are not N:M.
     """
     _require_deployable_masks(options)
-    if options.repository is not None:
-        require_deployable(options.repository, folder_name(options.model.model))
     backend, reason = choose_backend(options.backend)
+    if options.repository is not None:
+        require_platform(backend)
+        require_deployable(options.repository, folder_name(options.model.model))
+    if backend in GPU_BACKENDS:
+        require_buildable(backend, options.recipe.tensorrt)
     log.info("backend: %s (%s)", backend, reason)
     target = _target(backend, options.precision)
     with Workspace(options.out) as ws:
@@ -146,8 +153,9 @@ def run(options: LineOptions) -> LineResult:
         if options.refine:
             kept, refinement = _refine(target, dense, start, kept, images)
             engine = engines.keep_engine(job, kept.built.sparse)
-        compared = engines.compare(kept.job, kept.built, target.float_precision, dense, kept.sparse, kept.rows, images)
-        timing = engines.time_stage(kept.job, kept.built)
+        compiled = compile_files(job, backend, dense.deployed.fp16, kept.sparse.deployed.fp16)
+        compared = engines.compare(kept.job, kept.ran, target.float_precision, dense, kept.sparse, kept.rows, images)
+        timing = engines.time_stage(kept.job, kept.ran)
         # Layers can only be compared where the channels are in one order.
         in_same_order = dense.floats.fp32 if start is checkpoint else onnx_files.export_fp32(job, start, "permuted")
 
@@ -171,6 +179,9 @@ def run(options: LineOptions) -> LineResult:
             depth=report.measure_depth(job, in_same_order, kept.sparse.deployed.fp32, images),
             mask_statistics=report.measure_statistics(job, start, kept.masks),
             command=options.command,
+            compile=compiled.report,
+            compile_reason=compiled.reason,
+            stand_in=None if kept.ran.stands_in_for is None else kept.ran.sparse.backend,
         )
         files = report.write(job, result)
         reused = tuple(ws.reused)
@@ -216,7 +227,8 @@ def _from_masks_to_engine(
     rows = onnx_files.comparison_rows(dense, sparse, baselines)
     sparse_onnx = sparse.deployed.of(target.float_precision)
     built = engines.build(job, target.backend, dense_source, sparse_onnx, candidate=candidate)
-    return _Pass(job, masks, sparse, conformance.of(target.float_precision), rows, built)
+    ran = engines.runnable(job, built, dense.deployed.of(target.float_precision), sparse_onnx)
+    return _Pass(job, masks, sparse, conformance.of(target.float_precision), rows, built, ran)
 
 
 def _refine(
@@ -243,8 +255,8 @@ def _refine(
 
 
 def _figures_on_select(candidate: _Pass, dense: Network, images: Images | None) -> PassFigures:
-    parity = engines.compare_on_select(candidate.job, candidate.built, dense, candidate.sparse, images)
-    timing = engines.time_stage(candidate.job, candidate.built)
+    parity = engines.compare_on_select(candidate.job, candidate.ran, dense, candidate.sparse, images)
+    timing = engines.time_stage(candidate.job, candidate.ran)
     return figures(candidate.built.sparse, candidate.masks, parity, timing)
 
 
@@ -265,7 +277,7 @@ def _deploy(options: LineOptions, result: RunReport) -> Deployment | None:
 
 
 def _target(backend: Backend, precision: Precision | None) -> _Target:
-    default: FloatPrecision = FP16 if backend == TENSORRT else FP32
+    default: FloatPrecision = FP16 if backend in GPU_BACKENDS else FP32
     if precision is None:
         return _Target(backend, default, default)
     return _Target(backend, precision, default if precision == INT8 else precision)

@@ -1,10 +1,11 @@
-"""ONNX to a TensorRT plan: a strongly typed network, with the sparse-weights flag."""
+"""ONNX to a plan of TensorRT or TensorRT-RTX: a strongly typed network, with the sparse-weights flag."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,32 @@ from maskplan.engines.trt.calibrator import ImplicitInt8, calibrating
 from maskplan.engines.trt.cuda import gpu
 from maskplan.engines.trt.log_capture import TrtLogCapture
 from maskplan.engines.trt.options import MIN_LEVEL_FOR_SPARSE, TrtOptions
+from maskplan.engines.trt.parse import parse
 from maskplan.engines.trt.progress import progress_monitor
 from maskplan.engines.trt.record import write_plan
+from maskplan.engines.trt.shapes import require_compatible_shapes, shape_of
 from maskplan.engines.trt.timing_cache import load_timing_cache, save_timing_cache
-from maskplan.engines.trt.versions import construct, import_tensorrt, member, network_flags
-from maskplan.exporters.metadata import load_onnx
-from maskplan.exporters.run_shapes import set_shapes
-from maskplan.pipeline.core.artifacts import EngineFile, LayerSparsity, OnnxModel, Profile, TensorSpec
-from maskplan.pipeline.core.choices import INT8
-from maskplan.pipeline.core.errors import HostError, InputError, PipelineError, listed
+from maskplan.engines.trt.versions import (
+    LIBRARIES,
+    Library,
+    construct,
+    import_library,
+    member,
+    network_flags,
+    require_supported,
+    set_targets,
+)
+from maskplan.pipeline.core.artifacts import EngineFile, LayerSparsity, OnnxModel, Profile
+from maskplan.pipeline.core.choices import INT8, OTHER_BYTES, SAME_BYTES, TENSORRT, Backend, SparseFlagEffect
+from maskplan.pipeline.core.errors import HostError, InputError, PipelineError
 
 log = logging.getLogger(__name__)
 
 FP32_NOTE = "the graph is FP32: TensorRT documents sparse kernels for FP16 and INT8 only"
+
+
+class BuildError(InputError):
+    """The library does not build the model, which its parser has accepted; `found` quotes its messages."""
 
 
 def build_trt(
@@ -36,26 +50,52 @@ def build_trt(
     options: TrtOptions,
     out: Path,
     implicit: ImplicitInt8 | None = None,
+    *,
+    backend: Backend = TENSORRT,
+    log_capture: TrtLogCapture | None = None,
 ) -> EngineFile:
     """Build a plan with one optimization profile for each of `profiles`; with `implicit`, a weakly typed one in INT8.
 
     A plan that cannot be inspected is kept, because its build took minutes; a note in its record says so.
 
+    Args:
+        onnx_model: The graph.
+        profiles: Ranges of batch sizes.
+        sparse_weights: Set the sparse flag.
+        options: The other options.
+        out: The file to write.
+        implicit: Calibration images for the implicit INT8 mode.
+        backend: `tensorrt` or `tensorrt-rtx`.
+        log_capture: Captures what the library logs while it compiles; by default a new one.
+
     Raises:
-        HostError: TensorRT or a GPU is missing, its memory is insufficient, or the timing cache is locked.
-        InputError: TensorRT cannot parse or build the model; the message quotes its errors.
+        HostError: The library or a GPU that it needs is missing, its memory is insufficient, or the timing cache is locked.
+        InputError: The library does not take an option or a profile, or cannot parse or build the model; the message quotes
+            its errors.
     """
-    trt = import_tensorrt()
-    device = gpu()
-    log_capture = TrtLogCapture(trt)
+    trt = import_library(backend)
+    library = LIBRARIES[backend]
+    require_supported(backend, options, implicit_int8=implicit is not None)
+    device = gpu() if library.builds_on_gpu else None
+    require_compatible_shapes(onnx_model, profiles)
+    log_capture = TrtLogCapture(trt) if log_capture is None else log_capture
     if implicit is not None:
         onnx_model = replace(onnx_model, precision=INT8)
-    warnings = _warnings(onnx_model, sparse_weights, options)
+    warnings = _warnings(onnx_model, sparse_weights, options) if library.builds_on_gpu else ()
     started = time.perf_counter()
-    plan = _build(trt, onnx_model, profiles, sparse_weights, options, implicit, log_capture)
+    plan = compile_plan(trt, onnx_model, profiles, sparse_weights, options, log_capture, implicit)
     build_s = round(time.perf_counter() - started, 3)
-    layers, device_memory_bytes, failure = _inspect(trt, plan, options)
-    warnings += failure
+    log_capture.stop()
+    sparse_flag: SparseFlagEffect | None = None
+    if library.builds_on_gpu:
+        layers, device_memory_bytes, failure = _inspect(trt, plan, options)
+        warnings += failure
+    else:
+        layers, device_memory_bytes = (), None
+        if sparse_weights:
+            sparse_flag = _flag_effect(
+                plan, lambda sparse: compile_plan(trt, onnx_model, profiles, sparse, options, TrtLogCapture(trt))
+            )
     for note in warnings:
         log.warning("%s", note)
     return write_plan(
@@ -65,15 +105,50 @@ def build_trt(
         sparse_weights,
         options,
         out,
+        backend=backend,
         layers=layers,
         runtime_version=str(trt.__version__),
-        device=device.name,
-        compute_capability=device.compute_capability,
+        device=device.name if device is not None else _device_of(options),
+        compute_capability=device.compute_capability if device is not None else None,
         device_memory_bytes=device_memory_bytes,
         build_s=build_s,
-        notes=warnings + _sparsity_notes(log_capture),
+        notes=(*warnings, *_sparsity_notes(log_capture), *_flag_note(library, trt, sparse_weights, sparse_flag)),
         typing="strong" if implicit is None else "weak",
+        sparse_flag=sparse_flag,
     )
+
+
+def _device_of(options: TrtOptions) -> str:
+    """The GPUs that a plan is for whose build needed none."""
+    if not options.targets:
+        return "GPUs from compute capability 8.0 on (9.0 not promised)"
+    return f"GPUs of compute capability {', '.join(options.capabilities)}"
+
+
+def _flag_effect(plan: bytes, compile_again: Callable[[bool], bytes]) -> SparseFlagEffect | None:
+    """What the sparse flag changes in a plan: compare builds with and without it; None if builds are not repeatable."""
+    without = compile_again(False)
+    if plan == without:
+        return SAME_BYTES
+    # For some kinds of GPUs (sm75 with 1.7.1) builds with the same options differ now and then.
+    with_flag, without_flag = {plan, compile_again(True)}, {without, compile_again(False)}
+    if with_flag & without_flag:
+        return SAME_BYTES
+    return OTHER_BYTES if len(with_flag) == len(without_flag) == 1 else None
+
+
+def _flag_note(
+    library: Library, trt: Any, sparse_weights: bool, sparse_flag: SparseFlagEffect | None
+) -> tuple[str, ...]:
+    """What builds without the sparse flag showed; that says nothing about the kernels that a GPU runs."""
+    if library.builds_on_gpu or not sparse_weights:
+        return ()
+    name = f"{library.name} {trt.__version__}"
+    if sparse_flag == SAME_BYTES:
+        return (f"{name} takes no sparse weights ahead of time: without the sparse flag the plan has the same bytes",)
+    if sparse_flag == OTHER_BYTES:
+        return (f"{name} builds another plan with the sparse flag; whether sparse kernels run is not known",)
+    return (f"builds of {name} for these GPUs differ from each other, so it is not known what the sparse flag changes",)
 
 
 def _warnings(onnx_model: OnnxModel, sparse_weights: bool, options: TrtOptions) -> tuple[str, ...]:
@@ -91,23 +166,29 @@ def _warnings(onnx_model: OnnxModel, sparse_weights: bool, options: TrtOptions) 
     return tuple(notes)
 
 
-def _build(
+def compile_plan(
     trt: Any,
     onnx_model: OnnxModel,
     profiles: tuple[Profile, ...],
     sparse_weights: bool,
     options: TrtOptions,
-    implicit: ImplicitInt8 | None,
     log_capture: TrtLogCapture,
+    implicit: ImplicitInt8 | None = None,
 ) -> bytes:
+    """The bytes of a plan; `log_capture` has what the library logged.
+
+    Raises:
+        HostError: See `build_trt`.
+        InputError: The library cannot parse or build the model.
+    """
     builder = construct(trt.Builder, log_capture)
     network = builder.create_network(network_flags(trt) if implicit is None else 0)
     if network is None:
-        raise _failed("TensorRT failed to create a network", onnx_model, log_capture)
-    _parse(trt, network, onnx_model, log_capture)
+        raise _failed("failed to create a network", onnx_model, log_capture)
+    parse(trt, network, onnx_model, log_capture)
     config = builder.create_builder_config()
     if config is None:
-        raise _failed("TensorRT failed to create a builder configuration", onnx_model, log_capture)
+        raise _failed("failed to create a builder configuration", onnx_model, log_capture)
     _configure(trt, config, sparse_weights, options)
     for profile in profiles:
         _add_profile(builder, config, onnx_model, profile, log_capture)
@@ -120,38 +201,10 @@ def _build(
         config.progress_monitor = monitor
         memory = builder.build_serialized_network(network, config)
     if memory is None:
-        raise _failed("TensorRT cannot build the model", onnx_model, log_capture)
+        raise _failed("cannot build the model", onnx_model, log_capture)
     if options.timing_cache is not None:
         save_timing_cache(config, options.timing_cache, options.timing_cache_wait_s)
     return bytes(memory)
-
-
-def _parse(trt: Any, network: Any, onnx_model: OnnxModel, log_capture: TrtLogCapture) -> None:
-    parser = construct(trt.OnnxParser, log_capture, network)
-    redeclared = _redeclared(onnx_model)
-    if redeclared is None:
-        parsed = parser.parse_from_file(str(onnx_model.path))
-    else:
-        parsed = parser.parse(redeclared, str(onnx_model.path))
-    if parsed:
-        return
-    errors = [parser.get_error(i) for i in range(parser.num_errors)]
-    raise InputError(
-        f"TensorRT cannot parse the model: {len(errors)} errors",
-        where=onnx_model.path,
-        found=listed(f"node {e.node_name() or e.node()} ({e.node_operator() or '?'}): {e.desc()}" for e in errors)
-        or log_capture.reason(),
-        fix="export with another opset, or remove these operators from the graph",
-    )
-
-
-def _redeclared(onnx_model: OnnxModel) -> bytes | None:
-    """The graph with the shapes of the record; None if the file has the same."""
-    try:
-        model = load_onnx(onnx_model.path)
-    except InputError:  # TensorRT's parser describes it better
-        return None
-    return model.SerializeToString() if set_shapes(model, onnx_model.inputs, onnx_model.outputs) else None
 
 
 def _configure(trt: Any, config: Any, sparse_weights: bool, options: TrtOptions) -> None:
@@ -173,6 +226,7 @@ def _configure(trt: Any, config: Any, sparse_weights: bool, options: TrtOptions)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if options.hardware_compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    set_targets(trt, config, options.targets)
     if options.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
 
@@ -181,41 +235,24 @@ def _add_profile(
     builder: Any, config: Any, onnx_model: OnnxModel, profile: Profile, log_capture: TrtLogCapture
 ) -> None:
     shape = builder.create_optimization_profile()
-    # In a graph of a fixed batch, TensorRT refuses a profile with another one.
-    is_dynamic = any(spec.shape[:1] == (None,) for spec in onnx_model.inputs)
     for spec in onnx_model.inputs:
-        own = spec.shape[0] if spec.shape and is_dynamic else None
-        shapes = [_with_batch(spec, batch if own is None else own) for batch in (profile.min, profile.opt, profile.max)]
+        shapes = [shape_of(onnx_model, spec, batch) for batch in (profile.min, profile.opt, profile.max)]
         try:
             shape.set_shape(spec.name, *shapes)
         except (RuntimeError, ValueError) as error:
             raise InputError(
-                "TensorRT rejects a profile",
+                f"{log_capture.library.name} rejects a profile",
                 where=f"{onnx_model.path}: {spec.name}",
                 found=f"{profile}: {error}",
                 fix="use batch sizes that the graph accepts, in ascending order",
             ) from error
     if config.add_optimization_profile(shape) < 0:
         raise InputError(
-            "TensorRT rejects a profile",
+            f"{log_capture.library.name} rejects a profile",
             where=onnx_model.path,
             found=f"{profile}; {log_capture.reason()}",
             fix="use batch sizes that the graph accepts; a graph with a fixed batch accepts only that one",
         )
-
-
-def _with_batch(spec: TensorSpec, batch: int) -> tuple[int, ...]:
-    if not spec.shape:
-        return ()
-    rest = spec.shape[1:]
-    if any(d is None for d in rest):
-        raise InputError(
-            "only the batch may be dynamic",
-            where=spec.name,
-            found=spec.shape,
-            fix="export with fixed image sizes",
-        )
-    return (batch, *(d for d in rest if d is not None))
 
 
 def _inspect(
@@ -267,9 +304,9 @@ def _failed(what: str, onnx_model: OnnxModel, log_capture: TrtLogCapture) -> Pip
             found=log_capture.reason(),
             fix="free GPU memory, reduce the batch sizes with --profile, or change the workspace limit",
         )
-    return InputError(
-        what,
+    return BuildError(
+        f"{log_capture.library.name} {what}",
         where=onnx_model.path,
         found=log_capture.reason(),
-        fix="see TensorRT's messages above; `maskplan check` shows whether the weights conform",
+        fix="see all its messages with `maskplan -v`; `maskplan check` shows whether the weights conform",
     )

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,11 @@ class Gpu:
     name: str
     compute_capability: str
     memory_bytes: int
+
+
+def has_driver() -> bool:
+    """Whether this host has an NVIDIA driver; the second path exists under the Windows Subsystem for Linux."""
+    return Path("/proc/driver/nvidia/version").exists() or Path("/dev/dxg").exists()
 
 
 def import_pycuda() -> Any:

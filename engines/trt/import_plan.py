@@ -9,7 +9,7 @@ from pathlib import Path
 from maskplan.engines.evidence import parse_layers
 from maskplan.engines.trt.options import TrtOptions
 from maskplan.engines.trt.record import write_plan
-from maskplan.engines.trt.trtexec import require_compatible_shapes
+from maskplan.engines.trt.shapes import require_compatible_shapes
 from maskplan.exporters.metadata import load_onnx
 from maskplan.pipeline.core.artifacts import EngineFile, LayerSparsity, OnnxModel, Profile
 from maskplan.pipeline.core.errors import InputError, listed

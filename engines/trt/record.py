@@ -9,7 +9,7 @@ from maskplan.engines.evidence import with_reasons
 from maskplan.engines.trt.options import TrtOptions
 from maskplan.exporters.conformance import conforming_nodes
 from maskplan.pipeline.core.artifacts import EngineFile, LayerSparsity, OnnxModel, Profile
-from maskplan.pipeline.core.choices import TENSORRT
+from maskplan.pipeline.core.choices import TENSORRT, Backend, SparseFlagEffect
 from maskplan.pipeline.core.files import write_atomically
 
 
@@ -29,6 +29,8 @@ def write_plan(
     build_s: float = 0.0,
     notes: tuple[str, ...] = (),
     typing: Literal["strong", "weak"] = "strong",
+    backend: Backend = TENSORRT,
+    sparse_flag: SparseFlagEffect | None = None,
 ) -> EngineFile:
     """Write a plan to `out` and return its record; nothing is written if the graph cannot be read.
 
@@ -40,13 +42,15 @@ def write_plan(
         options: The other build options.
         out: The file to write.
         layers: From the inspector; reasons for dense layers are added here.
-        runtime_version: TensorRT version.
-        device: Name of the GPU.
-        compute_capability: Of the GPU, such as 9.0; None if unknown.
+        runtime_version: Version of the library.
+        device: Name of the GPU, or the GPUs that the plan is for.
+        compute_capability: Of the GPU, such as 9.0; None if unknown or for several.
         device_memory_bytes: Device memory of one context.
         build_s: Duration of the build in seconds.
         notes: Remarks for the user.
         typing: `strong` if types come from the graph alone, `weak` if from builder flags.
+        backend: `tensorrt` or `tensorrt-rtx`.
+        sparse_flag: What the sparse flag changed, where that was measured.
     """
     explained = with_reasons(
         layers,
@@ -58,7 +62,7 @@ def write_plan(
         path=out,
         sha256=write_atomically(out, plan),
         bytes=len(plan),
-        backend=TENSORRT,
+        backend=backend,
         precision=onnx_model.precision,
         runtime_version=runtime_version,
         device=device,
@@ -78,6 +82,8 @@ def write_plan(
         hardware_compatible=options.hardware_compatible,
         refittable=options.refittable,
         strip_plan=options.strip_plan,
+        targets=options.targets,
+        sparse_flag=sparse_flag,
     )
 
 

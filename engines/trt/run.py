@@ -1,4 +1,4 @@
-"""Run a TensorRT plan behind the Engine protocol: buffers and stream in the primary context, GPU time from events."""
+"""Run a plan behind the Engine protocol: buffers and stream in the primary context, GPU time from events."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from maskplan.engines.trt.graph import Graph, capture
 from maskplan.engines.trt.host import require_compatible_host
 from maskplan.engines.trt.log_capture import TrtLogCapture
 from maskplan.engines.trt.record import plan_mismatches
-from maskplan.engines.trt.versions import construct, import_tensorrt
+from maskplan.engines.trt.versions import LIBRARIES, construct, import_library
 from maskplan.pipeline.core.artifacts import EngineFile, Profile, TensorSpec
 from maskplan.pipeline.core.errors import HostError, InputError, PipelineError, listed
 from maskplan.pipeline.core.files import read_bytes
@@ -40,15 +40,15 @@ class _Batch:
 
 
 class TrtEngine:
-    """A plan, deserialized after its TensorRT version and GPU were compared with this host.
+    """A plan, deserialized after its library's version and its GPU were compared with this host.
 
     Args:
         engine: The record in the sidecar; the caller has verified the digest.
         graphs: Use CUDA graphs if cuda-python is installed.
 
     Raises:
-        HostError: TensorRT is not installed, there is no GPU, or its memory is insufficient.
-        InputError: The plan was built with another TensorRT version or for another GPU, has no weights, has tensors
+        HostError: The library is not installed, there is no GPU, or its memory is insufficient.
+        InputError: The plan was built with another version or for another GPU, has no weights, has tensors
             unsupported by NumPy, is damaged, or does not match its sidecar.
     """
 
@@ -58,10 +58,11 @@ class TrtEngine:
     def __init__(self, engine: EngineFile, *, graphs: bool = True) -> None:
         _require_runnable(engine)
         require_compatible_host(engine)
-        trt = import_tensorrt()
+        trt = import_library(engine.backend)
         self._record, self._graphs = engine, graphs
         self.inputs, self.outputs = engine.inputs, engine.outputs
         self._log_capture = TrtLogCapture(trt)
+        self._library = LIBRARIES[engine.backend]
         self._batches: dict[int, _Batch] = {}
         self._current: int | None = None
         self._runtime: Any = None
@@ -84,7 +85,7 @@ class TrtEngine:
         if self._engine is None:
             raise self._failed(
                 InputError(
-                    "TensorRT cannot load the plan",
+                    f"{self._library.name} cannot load the plan",
                     where=self._record.path,
                     found=self._log_capture.reason(),
                     fix="rebuild it on this host's GPU",
@@ -103,10 +104,10 @@ class TrtEngine:
         if self._context is None:
             raise self._failed(
                 HostError(
-                    "TensorRT failed to create an execution context for the plan",
+                    f"{self._library.name} failed to create an execution context for the plan",
                     where=self._record.path,
                     found=self._log_capture.reason(),
-                    fix="see TensorRT's messages above, and nvidia-smi",
+                    fix="see nvidia-smi",
                 )
             )
 
@@ -195,10 +196,10 @@ class TrtEngine:
         for name, address in (memory.inputs | memory.outputs).items():
             if not self._context.set_tensor_address(name, int(address)):
                 raise HostError(
-                    "TensorRT rejects a tensor address",
+                    f"{self._library.name} rejects a tensor address",
                     where=f"{self._record.path}: {name}",
                     found=self._log_capture.reason(),
-                    fix="see TensorRT's messages above, and nvidia-smi",
+                    fix="see nvidia-smi",
                 )
         self._current = batch
 
@@ -207,10 +208,10 @@ class TrtEngine:
             self._context.set_optimization_profile_async(profile, self._cuda.stream_handle)
         except RuntimeError as error:  # the bindings never return False
             raise HostError(
-                "TensorRT failed to change the profile",
+                f"{self._library.name} failed to change the profile",
                 where=self._record.path,
                 found=f"{error} {self._log_capture.reason()}",
-                fix="see TensorRT's messages above, and nvidia-smi",
+                fix="see nvidia-smi",
             ) from error
         self._current = None
         self._drop_graphs()
@@ -218,7 +219,7 @@ class TrtEngine:
             shape = (batch, *_rest(spec))
             if not self._context.set_input_shape(spec.name, shape):
                 raise InputError(
-                    "TensorRT rejects an input shape",
+                    f"{self._library.name} rejects an input shape",
                     where=f"{self._record.path}: {spec.name}",
                     found=f"{shape}; {self._log_capture.reason()}",
                     fix=f"the engine accepts batches of {', '.join(map(str, self._record.profiles))}",
@@ -240,10 +241,10 @@ class TrtEngine:
             return
         if not self._enqueue():
             raise HostError(
-                "TensorRT failed to run the engine",
+                f"{self._library.name} failed to run the engine",
                 where=self._record.path,
                 found=self._log_capture.reason(),
-                fix="see TensorRT's messages above, and nvidia-smi",
+                fix="see nvidia-smi",
             )
 
     def _enqueue(self) -> bool:

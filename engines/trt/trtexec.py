@@ -8,9 +8,9 @@ from pathlib import Path
 
 from maskplan.engines.trt.build import FP32_NOTE
 from maskplan.engines.trt.options import TrtOptions
+from maskplan.engines.trt.shapes import require_compatible_shapes
 from maskplan.pipeline.core.artifacts import OnnxModel, Profile
 from maskplan.pipeline.core.choices import FP32
-from maskplan.pipeline.core.errors import InputError, listed
 
 MAJORS = (10, 11)
 _MIB = 2**20
@@ -77,28 +77,6 @@ def profile_label(profile: Profile, profiles: Sequence[Profile]) -> str:
     """A unique label of a profile for file names: the tuned batch, or all three sizes if that is ambiguous."""
     is_unique = [other.opt for other in profiles].count(profile.opt) == 1
     return f"b{profile.opt}" if is_unique else f"b{profile.min}-{profile.opt}-{profile.max}"
-
-
-def require_compatible_shapes(onnx_model: OnnxModel, profiles: Sequence[Profile]) -> None:
-    """Raise unless the profiles fix every dynamic dimension of the graph and match its static ones.
-
-    Raises:
-        InputError: A dimension other than the batch is dynamic, or a profile has batches that the graph rejects.
-    """
-    problems = []
-    for spec in onnx_model.inputs:
-        if any(d is None for d in spec.shape[1:]):
-            problems.append(f"{spec.name} is {spec.shape}: only the batch may be dynamic")
-        batch = spec.shape[0] if spec.shape else None
-        if batch is not None and (wrong := [p for p in profiles if p != Profile(batch, batch, batch)]):
-            problems.append(f"{spec.name} has a fixed batch of {batch}, not {listed(wrong)}")
-    if problems:
-        raise InputError(
-            "TensorRT cannot build the graph for these shapes",
-            where=onnx_model.path,
-            found="; ".join(problems),
-            fix="export with fixed image sizes; omit --profile if the batch is fixed",
-        )
 
 
 def _shapes(onnx_model: OnnxModel, profile: Profile) -> list[str]:

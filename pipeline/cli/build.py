@@ -13,7 +13,7 @@ import typer
 from maskplan.pipeline.cli import options
 from maskplan.pipeline.cli.help_pages import add_command
 from maskplan.pipeline.cli.options import choice, override
-from maskplan.pipeline.core.choices import TENSORRT, Backend
+from maskplan.pipeline.core.choices import GPU_BACKENDS, TENSORRT, Backend
 from maskplan.pipeline.core.escaping import shell_command
 from maskplan.pipeline.core.terminal import print_line
 
@@ -41,10 +41,12 @@ _TRT_FIELDS = {
     "--hardware-compatible": "hardware_compatible",
     "--refittable": "refittable",
     "--strip-plan": "strip_plan",
+    "--target": "targets",
 }
 
 _EXAMPLES = """
 maskplan build sparse.fp16.onnx --backend tensorrt --profile 1:8:32 -o engine.plan
+maskplan build sparse.fp16.onnx --backend tensorrt-rtx --target sm86,sm89,sm120 -o engine.rtx.plan
 maskplan build sparse.onnx --three-way dense.onnx -o three_way
 maskplan build sparse.fp16.onnx --print-trtexec 10
 maskplan build sparse.fp16.onnx --import engine.plan --layer-info layers.json --trt-version 10.13.3.9 --profile 1:8:32
@@ -95,6 +97,15 @@ def build(
         bool | None, typer.Option(help="The plan's weights can be changed later.", rich_help_panel=_TRT)
     ] = None,
     strip_plan: Annotated[bool | None, typer.Option(help="Write a plan without weights.", rich_help_panel=_TRT)] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SM,SM",
+            help="TensorRT-RTX only: kinds of GPUs that the plan runs on, such as sm86,sm89,sm120; by default all from "
+            "Ampere on.",
+            rich_help_panel=_TRT,
+        ),
+    ] = None,
     int8_mode: Annotated[
         Int8Mode,
         choice(
@@ -123,6 +134,14 @@ def build(
             rich_help_panel=_TRT,
         ),
     ] = None,
+    print_polygraphy: Annotated[
+        bool,
+        typer.Option(
+            "--print-polygraphy",
+            help="Print the polygraphy command for --backend tensorrt or tensorrt-rtx and build nothing.",
+            rich_help_panel=_TRT,
+        ),
+    ] = False,
     three_way: Annotated[
         Path | None,
         typer.Option(
@@ -149,6 +168,7 @@ def build(
     """Compile an ONNX file to an engine, with a sidecar file that describes it."""
     from maskplan.engines.build import BuildOptions, build_engine, choose_backend
     from maskplan.engines.trt.options import TrtOptions
+    from maskplan.engines.trt.versions import require_supported
     from maskplan.exporters.metadata import describe_onnx
 
     trt = override(
@@ -161,21 +181,33 @@ def build(
         hardware_compatible=hardware_compatible,
         refittable=refittable,
         strip_plan=strip_plan,
+        targets=None if target is None else _targets(target),
     )
     _require_implicit(int8_mode, {"--data": data, "--calibration-cache": calibration_cache})
     import_values = dict(zip(_IMPORT_OPTIONS, (layer_info, trt_version, compute_capability), strict=True))
-    tasks = {"--print-trtexec": print_trtexec, "--import": import_, "--three-way": three_way}
+    tasks = {
+        "--print-trtexec": print_trtexec,
+        "--print-polygraphy": print_polygraphy or None,
+        "--import": import_,
+        "--three-way": three_way,
+    }
     _require_one_task([name for name, value in (tasks | import_values).items() if value is not None])
     _require_build(int8_mode, [name for name, value in tasks.items() if value is not None])
     chosen, reason = choose_backend(backend)
     needs_tensorrt = [name for name in ("--print-trtexec", "--import") if tasks[name] is not None]
+    if chosen in GPU_BACKENDS:
+        require_supported(chosen, trt, implicit_int8=int8_mode == IMPLICIT)
     if chosen != TENSORRT and not (needs_tensorrt and chosen != backend):
         mode = ["--int8-mode implicit"] if int8_mode == IMPLICIT else []
-        _refuse_or_warn([*needs_tensorrt, *mode, *_changed(trt)], chosen, was_requested=chosen == backend)
+        others = [] if chosen in GPU_BACKENDS else [*mode, *_changed(trt)]
+        _refuse_or_warn([*needs_tensorrt, *others], chosen, was_requested=chosen == backend)
     onnx_model = describe_onnx(model)
     build_options = override(BuildOptions(chosen, _profiles(profile, onnx_model), trt=trt), sparse_weights=sparse)
     if print_trtexec is not None:
         _print_trtexec(onnx_model, three_way, build_options, out, print_trtexec)
+    elif print_polygraphy:
+        path = _engine_path(model, out, build_options.backend)
+        print("\n".join(_polygraphy_lines(onnx_model, build_options, path)))
     elif three_way is not None:
         _build_three_way(onnx_model, three_way, build_options, reason, out)
     elif import_ is not None:
@@ -186,6 +218,10 @@ def build(
         implicit = None if int8_mode == EXPLICIT else _implicit(onnx_model, data, calibration_cache)
         engine = build_engine(onnx_model, override(build_options, implicit=implicit), _engine_path(model, out, chosen))
         _show(engine, reason)
+
+
+def _targets(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip().lower() for part in text.split(",")))
 
 
 def _engine_path(model: Path, out: Path | None, backend: Backend) -> Path:
@@ -261,6 +297,9 @@ def _require_one_task(given: Collection[str]) -> None:
     others = [name for name in ("--print-trtexec", "--three-way") if name in given and "--import" in given]
     if others:
         raise InputError(f"--import with {', '.join(others)}", fix="give only one of them")
+    others = [name for name in ("--print-trtexec", "--three-way", "--import") if name in given]
+    if others and "--print-polygraphy" in given:
+        raise InputError(f"--print-polygraphy with {', '.join(others)}", fix="give only one of them")
 
 
 def _require_implicit(mode: Int8Mode, values: dict[str, Path | None]) -> None:
@@ -350,6 +389,17 @@ def _print_trtexec(
     dense = None if three_way is None else describe_onnx(three_way)
     out = out or onnx_model.path.with_name(f"{onnx_model.path.stem}.{'engine.plan' if dense is None else 'three_way'}")
     print("\n".join(_trtexec_lines(onnx_model, dense, build_options, out, major)))
+
+
+def _polygraphy_lines(onnx_model: OnnxModel, build_options: BuildOptions, out: Path) -> list[str]:
+    from maskplan.engines.trt.polygraphy_build import polygraphy_lines
+    from maskplan.pipeline.core.errors import InputError
+
+    if build_options.backend not in GPU_BACKENDS:
+        fix = "give --backend tensorrt or tensorrt-rtx"
+        raise InputError("--print-polygraphy prints builds of TensorRT and TensorRT-RTX", fix=fix)
+    sparse, trt = build_options.sparse_weights, build_options.trt
+    return polygraphy_lines(onnx_model, build_options.profiles, sparse, trt, out, build_options.backend)
 
 
 def _trtexec_lines(

@@ -174,6 +174,12 @@ def compare(
         use_ci=use_ci,
         fixed_images=fixed_images,
     )
+    if print_polygraphy and ".plan" in (dense.suffix, sparse.suffix):
+        from maskplan.pipeline.parity.print_polygraphy import polygraphy_command
+
+        # The sidecar of a plan tells its shape; the plan itself need not run on this host.
+        print(polygraphy_command(dense, sparse, None))
+        return
     earlier = read_baseline(baseline) if baseline is not None else None
     with contextlib.ExitStack() as stack:
         sides = [stack.enter_context(open_model(path)) for path in (dense, sparse)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +11,7 @@ import typer
 from maskplan.pipeline.cli import options
 from maskplan.pipeline.cli.exit_codes import GateError
 from maskplan.pipeline.cli.help_pages import add_command
-from maskplan.pipeline.cli.options import choice, override, patterns, write_report
+from maskplan.pipeline.cli.options import choice, override, parse_shapes, patterns, write_report
 from maskplan.pipeline.core.choices import FP16, FloatPrecision
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def convert_precision(
     if data is None and (mean is not None or std is not None):
         raise InputError("--mean and --std are for images", fix="give --data, or remove them")
     convert_options = override(
-        ConvertOptions(seed=seed, shapes=_parse_shapes(shape)),
+        ConvertOptions(seed=seed, shapes=parse_shapes(shape)),
         keep_fp32=patterns(keep_fp32),
         tolerance=tolerance,
         min_agreement=min_agreement,
@@ -98,19 +98,6 @@ def convert_precision(
     if not result.passed:
         raise GateError(f"{target} was not written: {'; '.join(result.problems)}")
     print(f"{target}: fp16, {target.stat().st_size:,} bytes")
-
-
-def _parse_shapes(given: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
-    from maskplan.pipeline.core.errors import InputError
-
-    shapes = {}
-    for text in given or ():
-        name, _, sizes = text.rpartition(":")
-        parts = sizes.split("x")
-        if not name or not all(part.isdecimal() and int(part) > 0 for part in parts):
-            raise InputError("not a shape", found=repr(text), fix="write for example --shape input:1x3x224x224")
-        shapes[name] = tuple(map(int, parts))
-    return shapes
 
 
 def _images(

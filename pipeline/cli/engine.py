@@ -11,7 +11,7 @@ from maskplan.pipeline.cli import options
 from maskplan.pipeline.cli.exit_codes import GateError
 from maskplan.pipeline.cli.help_pages import add_command
 from maskplan.pipeline.cli.options import choice, override
-from maskplan.pipeline.core.choices import FAIL, Precision
+from maskplan.pipeline.core.choices import FAIL, OFF, REQUIRED, Precision
 from maskplan.pipeline.core.errors import OUTPUT_OPTION
 
 _EXAMPLES = """
@@ -71,6 +71,15 @@ def engine(
             "engine."
         ),
     ] = False,
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Compile the FP16 or INT8 files with NVIDIA's compiler TensorRT-RTX, which needs no GPU, and report what "
+            "becomes of each layer: by default where it is installed; with --compile it must be, and must accept them.",
+            show_default=False,
+        ),
+    ] = None,
     repository: Annotated[Path | None, typer.Option(help="Triton model repository to deploy to.")] = None,
     allow_untrained: Annotated[bool, typer.Option(help="Deploy random weights too.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder to write; build/MODEL by default.")] = None,
@@ -86,6 +95,7 @@ def engine(
     another host after the folder was copied.
     """
     from maskplan.exporters.conformance import ConformanceError
+    from maskplan.pipeline.cli.compile_summary import refusals
     from maskplan.pipeline.cli.summary import show_summary
     from maskplan.pipeline.core.files import write_atomically
     from maskplan.pipeline.models.checkpoint import ModelOptions
@@ -102,6 +112,7 @@ def engine(
         learn=learn,
         mask=override(settings.mask, learn=learn),
         compare=override(settings.compare, max_top1_drop=max_top1_drop),
+        compile=override(settings.compile, mode=None if compile is None else REQUIRED if compile else OFF),
     )
     line_options = LineOptions(
         model=ModelOptions(model, weights, classes, seed, ema, fuse),
@@ -125,5 +136,9 @@ def engine(
     if report is not None:
         write_atomically(report, result.files.json.path.read_bytes(), option="--report")
     show_summary(result)
-    if result.report.parity.verdict == FAIL:
-        raise GateError(f"parity: {result.report.parity.reason}")
+    failed = [f"parity: {result.report.parity.reason}"] if result.report.parity.verdict == FAIL else []
+    compiled = result.report.compile
+    if settings.compile.mode == REQUIRED and compiled is not None and not compiled.accepted:
+        failed.append("; ".join(f"compile: {line}" for line in refusals(compiled)))
+    if failed:
+        raise GateError("\n".join(failed))

@@ -31,6 +31,7 @@ def inspect(
     report: options.Report = None,
 ) -> None:
     """Show what an engine is, which weights it holds, and which of its layers run sparse."""
+    from maskplan.engines.build import why_not_runnable
     from maskplan.engines.sidecar import read_engine
     from maskplan.pipeline.core.serialization import encode
 
@@ -50,6 +51,9 @@ def inspect(
         "masks": _masks(provenance) if provenance and provenance.masked else "unknown",
         "sparse": _evidence(record),
     }
+    reason = why_not_runnable(record)
+    if reason is not None:
+        lines["runs here"] = f"no: {reason}"
     for label, text in [*lines.items(), *(("note", note) for note in record.notes)]:
         print_line(f"{label:<10} {text}")
     for layer in record.layers:
@@ -76,18 +80,21 @@ def _flags(record: EngineFile) -> list[str]:
         "refittable": record.refittable,
         "stripped of weights": record.strip_plan,
     }
-    return [name for name, is_set in flags.items() if is_set]
+    targets = [f"targets {', '.join(record.targets)}"] if record.targets else []
+    return [name for name, is_set in flags.items() if is_set] + targets
 
 
 def _evidence(record: EngineFile) -> str:
     from maskplan.engines.evidence import totals
-    from maskplan.pipeline.core.choices import TENSORRT
+    from maskplan.pipeline.core.choices import ONNXRUNTIME, TENSORRT_RTX
 
     if record.layers:
         counts = totals(record.layers)
         return f"{counts.sparse} layers sparse, {counts.dense} dense, {counts.unknown} unknown"
-    if record.backend != TENSORRT:
+    if record.backend == ONNXRUNTIME:
         return "no evidence of layers: the backend gives none"
+    if record.backend == TENSORRT_RTX:
+        return "no evidence of layers: the kernels are chosen on the GPU that loads the plan"
     reason = "the plan could not be inspected" if record.sparse_weights else "the sparse flag was off"
     return f"no evidence of layers: {reason}"
 

@@ -74,6 +74,24 @@ def parse_batch_sizes(text: str | None, example: str = "--batch 1,8,32") -> tupl
     return tuple(map(int, sizes))
 
 
+def parse_shapes(given: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
+    """`["input:1x3x224x224"]` to `{"input": (1, 3, 224, 224)}`.
+
+    Raises:
+        InputError: Not a name with positive sizes.
+    """
+    from maskplan.pipeline.core.errors import InputError
+
+    shapes = {}
+    for text in given or ():
+        name, _, sizes = text.rpartition(":")
+        parts = sizes.split("x")
+        if not name or not all(part.isdecimal() and int(part) > 0 for part in parts):
+            raise InputError("not a shape", found=repr(text), fix="write for example --shape input:1x3x224x224")
+        shapes[name] = tuple(map(int, parts))
+    return shapes
+
+
 def write_report(path: Path | None, values: object) -> None:
     """Write the JSON values of `--report FILE`, if it was given."""
     from maskplan.pipeline.core.files import write_json

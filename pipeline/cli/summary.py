@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from maskplan.pipeline.core.choices import FAIL
+from maskplan.pipeline.cli.compile_summary import verdict_line
+from maskplan.pipeline.core.choices import FAIL, TENSORRT_RTX
 from maskplan.pipeline.core.console import stdout_console
 from maskplan.pipeline.core.escaping import one_line, shell_command
 
@@ -38,7 +39,7 @@ def _table(report: RunReport) -> Table:
         collapse_padding=True,
         pad_edge=False,
         title_style="bold",
-        title=f"{report.model.model}, {report.precision} on {report.engine.backend}",
+        title=_title(report),
         title_justify="left",
     )
     table.add_column("weights", no_wrap=True)
@@ -47,6 +48,13 @@ def _table(report: RunReport) -> Table:
     for row in _rows(report):
         table.add_row(*row)
     return table
+
+
+def _title(report: RunReport) -> str:
+    title = f"{report.model.model}, {report.precision} on {report.engine.backend}"
+    if report.stand_in is None:
+        return title
+    return f"{title}, measured on {report.stand_in}"
 
 
 def _rows(report: RunReport) -> Iterator[tuple[str, ...]]:
@@ -85,6 +93,12 @@ def _verdicts(report: RunReport) -> Iterator[tuple[str, str]]:
         yield "permutation", f"kept magnitude {gain:+.2f}%, efficacy {report.permutation.efficacy:.1f}"
     elif report.permutation_reason is not None:
         yield "permutation", f"none: {report.permutation_reason}"
+    if report.compile is not None:
+        yield "compiler", verdict_line(report.compile)
+    elif report.compile_reason is not None:
+        yield "compiler", f"not asked: {report.compile_reason}"
+    for note in report.engine.notes if report.engine.sparse_flag is not None else ():
+        yield "sparsity", note
     if report.timing.note:
         yield "timing", report.timing.note
     if report.refine is not None:
@@ -98,10 +112,12 @@ def _files(result: LineResult) -> Iterator[tuple[str, str]]:
     """Label and text of each line about what was written, and of the next command."""
     report, engine = result.report, shorten(result.report.engine.path)
     yield "engine", str(engine)
+    if report.compile is not None and report.compile.sparse.path is not None:
+        yield "RTX engine", str(shorten(report.compile.sparse.path))
     yield "report", str(shorten(result.files.html.path))
     if result.deployment is not None:
         yield "deployed", f"{result.deployment.folder}, version {result.deployment.version}"
-    elif report.model.trained and report.parity.verdict != FAIL:
+    elif report.model.trained and report.parity.verdict != FAIL and report.engine.backend != TENSORRT_RTX:
         yield "next", shell_command(["maskplan", "deploy", engine, "--repository", "models"])
     else:
         yield "next", shell_command(["maskplan", "inspect", engine])

@@ -57,6 +57,7 @@ def time(
 
 
 def _time_two(dense: Path, sparse: Path, time_options: TimeOptions, report: Path | None) -> None:
+    from maskplan.engines.build import device_of
     from maskplan.engines.ort import NO_SPARSE_KERNELS
     from maskplan.engines.sidecar import read_engine
     from maskplan.pipeline.core.choices import GPU_BACKENDS
@@ -78,7 +79,7 @@ def _time_two(dense: Path, sparse: Path, time_options: TimeOptions, report: Path
             time_options,
             note=NO_SPARSE_KERNELS if on_cpu else "",
             same_file=on_cpu,
-            device=None if on_cpu else records[1].device,
+            device=None if on_cpu else device_of(records[1]),
         )
     write_report(report, encode(timing))
     print(f"{timing.device}, CPUs {timing.affinity}")

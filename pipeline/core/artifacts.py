@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from maskplan.pipeline.core.choices import Backend, LayerState, Layout, OnnxPrecision
+from maskplan.pipeline.core.choices import Backend, LayerState, Layout, OnnxPrecision, SparseFlagEffect
 
 
 @dataclass(frozen=True)
@@ -282,6 +282,8 @@ class EngineFile:
         refittable: Its weights can be replaced.
         strip_plan: It contains no weights and cannot run until it is refitted.
         batched: Whether each image of a batch has one row in every output; None if unknown.
+        targets: Kinds of GPUs that it was built for, such as `sm86`; empty for the backend's usual ones.
+        sparse_flag: What the sparse flag changed, where that was measured by a second build without it.
         notes: What a reader should know, such as a backend without sparse kernels.
     """
 
@@ -311,6 +313,8 @@ class EngineFile:
     refittable: bool = False
     strip_plan: bool = False
     batched: bool | None = None
+    targets: tuple[str, ...] = field(default=(), metadata={"omit_empty": True})
+    sparse_flag: SparseFlagEffect | None = field(default=None, metadata={"omit_empty": True})
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,20 @@ FP16: Final = "fp16"
 BF16: Final = "bf16"
 INT8: Final = "int8"
 
-Backend = Literal["tensorrt", "onnxruntime"]
+Backend = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
 
 TENSORRT: Final = "tensorrt"
+TENSORRT_RTX: Final = "tensorrt-rtx"
 ONNXRUNTIME: Final = "onnxruntime"
 
-GPU_BACKENDS: Final[frozenset[Backend]] = frozenset({TENSORRT})
-"""Backends whose engines run on a GPU, have sparse kernels, and are tied to the GPU that they were built on."""
+GPU_BACKENDS: Final[frozenset[Backend]] = frozenset({TENSORRT, TENSORRT_RTX})
+"""Backends whose engines are plans: they run on a GPU only, and accept the batch sizes of their profiles only."""
+
+SparseFlagEffect = Literal["same_bytes", "other_bytes"]
+"""Whether a plan's bytes differ from those of a build without the sparse flag."""
+
+SAME_BYTES: Final = "same_bytes"
+OTHER_BYTES: Final = "other_bytes"
 
 GateVerdict = Literal["pass", "fail", "not_applicable"]
 
@@ -44,6 +51,26 @@ LayerState = Literal["sparse", "dense", "unknown"]
 SPARSE: Final = "sparse"
 DENSE: Final = "dense"
 UNKNOWN: Final = "unknown"
+
+CompileMode = Literal["auto", "required", "off"]
+"""Whether the line compiles its ONNX files with NVIDIA's compiler: where it is installed, in any case, or not at all."""
+
+REQUIRED: Final = "required"
+OFF: Final = "off"
+
+LayerRole = Literal["product", "quantize", "dequantize", "cast", "reformat", "other", "no_kernel"]
+"""What a layer of a compiled engine does, as far as the compiler shows it; `engines/trt/layers.py` has the rules."""
+
+PRODUCT: Final = "product"
+QUANTIZE: Final = "quantize"
+DEQUANTIZE: Final = "dequantize"
+CAST: Final = "cast"
+REFORMAT: Final = "reformat"
+OTHER: Final = "other"
+NO_KERNEL: Final = "no_kernel"
+
+CONVERSIONS: Final[frozenset[LayerRole]] = frozenset({QUANTIZE, DEQUANTIZE, CAST, REFORMAT})
+"""Roles of kernels of their own whose work could be part of another kernel: they only change types or formats."""
 
 Layout = Literal["channel", "flat"]
 """Which axis the groups of a convolution's weight run along: the input channels, or the flattened C*R*S axis."""

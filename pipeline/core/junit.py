@@ -7,24 +7,24 @@ from collections.abc import Sequence
 from xml.etree import ElementTree
 
 from maskplan.pipeline.core.choices import DENSE_BY_CHOICE, INELIGIBLE, NOT_APPLICABLE, PASS, VIOLATING, GateVerdict
+from maskplan.pipeline.core.compilation import CompileResult
 from maskplan.pipeline.core.escaping import printable
 from maskplan.pipeline.core.reports import Check, ConformanceReport, OutputCloseness, ParityReport
 
 
-def conformance_junit(report: ConformanceReport, model: str) -> bytes:
-    """A test case for the whole file and one for each weight; violations fail, weights that need not conform are skipped."""
-    failed = sum(w.verdict == VIOLATING for w in report.weights)
-    skipped = sum(w.verdict in (DENSE_BY_CHOICE, INELIGIBLE) for w in report.weights)
+def conformance_junit(report: ConformanceReport, model: str, compiled: CompileResult | None = None) -> bytes:
+    """A test case for the whole file and one for each weight; violations fail, weights that need not conform are skipped.
+
+    With `compiled` there is one more, which fails if the compiler refuses the file.
+    """
     suite = ElementTree.Element(
         "testsuite",
         name=f"{report.pattern} conformance of {model}",
-        tests=str(len(report.weights) + 1),
-        failures=str(failed + (not report.passed)),
-        skipped=str(skipped),
     )
     whole = ElementTree.SubElement(suite, "testcase", classname=model, name="verdict")
     if not report.passed:
-        ElementTree.SubElement(whole, "failure", message=report.reason or "")
+        kind = "skipped" if report.verdict == NOT_APPLICABLE else "failure"
+        ElementTree.SubElement(whole, kind, message=report.reason or "")
     for weight in report.weights:
         case = ElementTree.SubElement(suite, "testcase", classname=model, name=f"{weight.name} ({weight.node})")
         if weight.verdict == VIOLATING:
@@ -34,7 +34,19 @@ def conformance_junit(report: ConformanceReport, model: str) -> bytes:
                 failure.text = f"first at {list(weight.first_violation.index)}: {list(weight.first_violation.values)}"
         elif weight.verdict in (DENSE_BY_CHOICE, INELIGIBLE):
             ElementTree.SubElement(case, "skipped", message=weight.reason or weight.verdict)
+    if compiled is not None:
+        _add_compiled(suite, compiled, model)
+    for kind, tag in (("failures", "failure"), ("skipped", "skipped")):
+        suite.set(kind, str(len(suite.findall(f"testcase/{tag}"))))
+    suite.set("tests", str(len(suite)))
     return _xml(suite)
+
+
+def _add_compiled(suite: ElementTree.Element, compiled: CompileResult, model: str) -> None:
+    case = ElementTree.SubElement(suite, "testcase", classname=model, name=f"compiled by {compiled.compiler}")
+    if not compiled.accepted:
+        failure = ElementTree.SubElement(case, "failure", message="; ".join(map(str, compiled.problems)))
+        failure.text = "\n".join(problem.fix for problem in compiled.problems)
 
 
 def parity_junit(report: ParityReport, model: str) -> bytes:

@@ -18,7 +18,7 @@ from maskplan.engines.sidecar import read_engine, sidecar_path
 from maskplan.exporters.metadata import load_onnx, read_provenance
 from maskplan.exporters.onnx_export import ExportOptions, export_onnx
 from maskplan.pipeline.core.artifacts import Preprocessing, Provenance
-from maskplan.pipeline.core.choices import TENSORRT
+from maskplan.pipeline.core.choices import GPU_BACKENDS
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.data.dataset import Split
 from maskplan.pipeline.data.source import find_val
@@ -54,7 +54,7 @@ def open_model(path: Path) -> Iterator[OpenedModel]:
     with contextlib.ExitStack() as stack:
         if path.suffix == ".plan" or (path.suffix == ".onnx" and sidecar_path(path).is_file()):
             record = read_engine(path)
-            profiles = record.profiles if record.backend == TENSORRT else ()
+            profiles = record.profiles if record.backend in GPU_BACKENDS else ()
             yield OpenedModel(
                 stack.enter_context(Classifier(open_engine(record), path.name, profiles)), record.provenance
             )

@@ -6,9 +6,10 @@ import shlex
 from pathlib import Path
 
 from maskplan.engines.sidecar import read_engine, sidecar_path
+from maskplan.engines.trt.versions import LIBRARIES
 from maskplan.exporters.metadata import describe_onnx
 from maskplan.pipeline.core.artifacts import TensorSpec
-from maskplan.pipeline.core.choices import TENSORRT
+from maskplan.pipeline.core.choices import GPU_BACKENDS
 from maskplan.pipeline.core.errors import InputError
 
 OUTPUTS = "dense_outputs.json"
@@ -21,7 +22,7 @@ _ITERATIONS = 32
 _TOLERANCE = 0.1
 
 
-def polygraphy_command(dense: Path, sparse: Path, shape: tuple[int, int, int]) -> str:
+def polygraphy_command(dense: Path, sparse: Path, shape: tuple[int, int, int] | None) -> str:
     """The `polygraphy run` commands that compare two models' outputs, as one line for a shell.
 
     The first command runs the dense model on noise and saves its outputs; the second runs the sparse model on the same
@@ -34,7 +35,7 @@ def polygraphy_command(dense: Path, sparse: Path, shape: tuple[int, int, int]) -
     Args:
         dense: The reference: an ONNX file, an engine or a TensorRT plan with its sidecar.
         sparse: The model that is compared with it, of the same kinds.
-        shape: Shape of one image, (channels, H, W).
+        shape: Shape of one image, (channels, H, W); None takes what each file declares, and 1 for what is dynamic.
 
     Raises:
         InputError: A file is missing, damaged, a checkpoint or of an unknown kind, or its path contains a colon.
@@ -45,8 +46,8 @@ def polygraphy_command(dense: Path, sparse: Path, shape: tuple[int, int, int]) -
     return f"{shlex.join([*_run(dense, shape), *save])} && {shlex.join([*_run(sparse, shape), *load])}"
 
 
-def _run(path: Path, shape: tuple[int, int, int]) -> list[str]:
-    source, runner = _source(path)
+def _run(path: Path, shape: tuple[int, int, int] | None) -> list[str]:
+    source, runner, environment = _source(path)
     if ":" in str(path):
         raise InputError(
             "Polygraphy cannot open a file whose path contains a colon",
@@ -55,19 +56,31 @@ def _run(path: Path, shape: tuple[int, int, int]) -> list[str]:
         )
     if not source.shape or len(source.shape) != 4:
         raise InputError("not an image model", where=path, found=f"input {source.name} {source.shape}")
-    sizes = ",".join(str(d) for d in (source.shape[0] or 1, *shape))
+    sizes = ",".join(str(d or 1) for d in (source.shape[0], *(shape or source.shape[1:])))
     # A name that begins with a dash would be parsed as an option.
     file = f"./{path}" if str(path).startswith("-") else str(path)
     noise = ["--seed", str(_SEED), "--val-range", _RANGE, "--iterations", str(_ITERATIONS)]
-    return ["polygraphy", "run", file, *runner, "--input-shapes", f"{source.name}:[{sizes}]", *noise, "--validate"]
+    return [
+        *environment,
+        "polygraphy",
+        "run",
+        file,
+        *runner,
+        "--input-shapes",
+        f"{source.name}:[{sizes}]",
+        *noise,
+        "--validate",
+    ]
 
 
-def _source(path: Path) -> tuple[TensorSpec, list[str]]:
-    """A model's input, and the flags that select its runner."""
+def _source(path: Path) -> tuple[TensorSpec, list[str], tuple[str, ...]]:
+    """A model's input, the flags that select its runner, and the environment that this needs."""
+    environment: tuple[str, ...] = ()
     if path.suffix == ".plan" or (path.suffix == ".onnx" and sidecar_path(path).is_file()):
         record = read_engine(path)
         inputs = record.inputs
-        runner = ["--trt", "--model-type", "engine"] if record.backend == TENSORRT else ["--onnxrt"]
+        runner = ["--trt", "--model-type", "engine"] if record.backend in GPU_BACKENDS else ["--onnxrt"]
+        environment = LIBRARIES[record.backend].polygraphy if record.backend in GPU_BACKENDS else ()
     elif path.suffix == ".onnx":
         inputs, runner = describe_onnx(path).inputs, ["--onnxrt"]
     elif path.suffix == ".safetensors":
@@ -85,4 +98,4 @@ def _source(path: Path) -> tuple[TensorSpec, list[str]]:
             found=", ".join(spec.name for spec in inputs) or "none",
             fix="give an image classifier",
         )
-    return inputs[0], runner
+    return inputs[0], runner, environment

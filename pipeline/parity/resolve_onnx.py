@@ -10,7 +10,7 @@ from pathlib import Path
 
 from maskplan.engines.sidecar import read_engine, sidecar_path
 from maskplan.exporters.onnx_export import ExportOptions, export_onnx
-from maskplan.pipeline.core.choices import TENSORRT
+from maskplan.pipeline.core.choices import GPU_BACKENDS
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.files import sha256_of
 from maskplan.pipeline.models.checkpoint import read_checkpoint, rebuild_module
@@ -33,7 +33,7 @@ def resolve_onnx(path: Path) -> Iterator[Path]:
     elif path.suffix == ".onnx":
         if sidecar_path(path).is_file():
             record = read_engine(path)
-            yield _source_of_plan(path) if record.backend == TENSORRT else path
+            yield _source_of_plan(path) if record.backend in GPU_BACKENDS else path
         else:
             yield path
     elif path.suffix == ".safetensors":

@@ -11,8 +11,9 @@ from importlib import resources
 from typing import Any
 
 from maskplan.engines.evidence import totals
+from maskplan.engines.ort import PLANS_DID_NOT_RUN
 from maskplan.pipeline.core.artifacts import LayerSparsity
-from maskplan.pipeline.core.choices import CONFORMING, DENSE, GPU_BACKENDS, SPARSE, UNKNOWN
+from maskplan.pipeline.core.choices import CONFORMING, CONVERSIONS, DENSE, GPU_BACKENDS, SPARSE, UNKNOWN
 from maskplan.pipeline.core.reports import BatchTiming, LayerDifference, WeightVerdict
 from maskplan.pipeline.core.serialization import encode
 from maskplan.pipeline.permutation.record import AS_GIVEN, FIXED, MOVED, UNREAD
@@ -111,7 +112,9 @@ def render(report: RunReport, values: dict[str, Any]) -> str:
         layers=layer_rows(report),
         plots=_plots(report),
         gain=gain,
-        sparse_kernels=report.engine.backend in GPU_BACKENDS,
+        conversions=CONVERSIONS,
+        sparse_kernels=report.ran_on in GPU_BACKENDS,
+        plans_did_not_run=PLANS_DID_NOT_RUN if report.stand_in is not None else "",
         largest_differences=largest_differences(report),
         groups_by_state=_groups_by_state(report),
         changed_options=changed_options(report.recipe),
@@ -136,9 +139,10 @@ def headline(report: RunReport) -> tuple[str, str]:
         return "bad", f"{conforming[0].upper()}{conforming[1:]}, but accuracy is not kept: {parity.reason}."
     assert parity.top1_drop is not None
     change = f"loses {parity.top1_drop:.2f} points" if parity.top1_drop > 0 else f"gains {-parity.top1_drop:.2f} points"
+    subject = "engine" if report.stand_in is None else "model, run by ONNX Runtime,"
     change = "keeps" if parity.top1_drop == 0 else change + " of"
     return "good", (
-        f"The sparse engine {change} top-1 ({parity.top1_dense:.2f}% dense, {parity.top1_sparse:.2f}% sparse,"
+        f"The sparse {subject} {change} top-1 ({parity.top1_dense:.2f}% dense, {parity.top1_sparse:.2f}% sparse,"
         f" {parity.images} images); {conforming}."
     )
 

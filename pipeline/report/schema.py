@@ -2,7 +2,7 @@
 
 `python -m maskplan.pipeline.report.schema > docs/report.schema.json` writes the published copy; a test compares the two.
 The commands' own reports (`check`, `compare`, `time`, each with `--report`) are single records, which the schema has under
-`$defs`: `ConformanceReport`, `ParityReport`, `TimingReport`.
+`$defs`: `CheckReport`, `ParityReport`, `TimingReport`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from maskplan.pipeline.core.artifacts import EngineFile, ImageSet, LayerSparsity, MaskSet, Pattern, Provenance
-from maskplan.pipeline.core.choices import Precision
+from maskplan.pipeline.core.choices import Backend, Precision
+from maskplan.pipeline.core.compilation import CompileReport, CompileResult
 from maskplan.pipeline.core.reports import (
     CalibrationReport,
     ConformanceReport,
@@ -56,6 +57,7 @@ def report_schema() -> dict[str, Any]:
         _fields(EngineFile, defs, omit=("layers", "provenance"))
         | {
             "backend_reason": of(str),
+            "ran_on": of(Backend),
             "fidelity": of(Fidelity | None),
             "sparsity": _table(
                 {
@@ -64,7 +66,8 @@ def report_schema() -> dict[str, Any]:
                     "layers": of(tuple[LayerSparsity, ...]),
                 }
             ),
-        }
+        },
+        optional=_optional(EngineFile),
     )
     permutation = _table(
         _fields(Permutation, defs)
@@ -76,6 +79,7 @@ def report_schema() -> dict[str, Any]:
         | {name: of(int) for name in ("masked_layers", "masked_parameters")}
         | {name: of(float) for name in ("masked_macs_percent", "kept_magnitude_percent")}
     )
+    compiled = _table(_fields(CompileReport, defs) | {"reason": of(None)})
     sections = {
         "schema": {"const": SCHEMA},
         "model": _table(
@@ -88,6 +92,7 @@ def report_schema() -> dict[str, Any]:
         "calibration": of(CalibrationReport | None),
         "engine": engine,
         "dense_engine": engine,
+        "compile": {"oneOf": [of(None), _table({"reason": of(str)}), compiled]},
         "parity": of(ParityReport),
         "depth": of(DepthReport | None),
         "timing": of(TimingReport),
@@ -96,6 +101,9 @@ def report_schema() -> dict[str, Any]:
         "command": of(str),
         "versions": of(dict[str, str]),
     }
+    defs["CheckReport"] = _table(
+        _fields(ConformanceReport, defs) | {"compile": of(CompileResult)}, optional=("compile",)
+    )
     return {
         "$schema": DIALECT,
         "title": "report.json of maskplan",

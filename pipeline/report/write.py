@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import shlex
 from collections.abc import Sequence
@@ -48,8 +49,9 @@ def report_values(report: RunReport) -> dict[str, Any]:
         "mask_statistics": encode(report.mask_statistics),
         "conformance": encode(report.conformance),
         "calibration": encode(report.calibration),
-        "engine": engine_values(report.engine, root, report.fidelity, report.backend_reason),
-        "dense_engine": engine_values(report.dense_engine, root, None, report.backend_reason),
+        "engine": engine_values(report, report.engine, root, report.fidelity),
+        "dense_engine": engine_values(report, report.dense_engine, root, None),
+        "compile": compile_values(report, root),
         "parity": encode(report.parity),
         "depth": encode(report.depth),
         "timing": encode(report.timing),
@@ -77,6 +79,13 @@ def permutation_values(done: Permuted | None, reason: str | None, root: Path) ->
     }
 
 
+def compile_values(report: RunReport, root: Path) -> dict[str, Any] | None:
+    """What the compiler made of the ONNX files, or why it was not asked; None where that was turned off."""
+    if report.compile is None:
+        return None if report.compile_reason is None else {"reason": report.compile_reason}
+    return {**encode(report.compile, root), "reason": None}
+
+
 def masks_values(masks: MaskSet, root: Path) -> dict[str, Any]:
     """The masks' part of the report, with totals."""
     masked = sum(m.macs for m in masks.masked)
@@ -95,7 +104,7 @@ def masks_values(masks: MaskSet, root: Path) -> dict[str, Any]:
     }
 
 
-def engine_values(engine: EngineFile, root: Path, fidelity: Fidelity | None, reason: str) -> dict[str, Any]:
+def engine_values(report: RunReport, engine: EngineFile, root: Path, fidelity: Fidelity | None) -> dict[str, Any]:
     """An engine's part of the report. Totals count a layer once; `layers` lists it once for each profile of the engine."""
     values: dict[str, Any] = encode(engine, root)
     layers = values.pop("layers")
@@ -103,7 +112,8 @@ def engine_values(engine: EngineFile, root: Path, fidelity: Fidelity | None, rea
     counted = totals(engine.layers)
     return {
         **values,
-        "backend_reason": reason,
+        "backend_reason": report.backend_reason,
+        "ran_on": report.ran_on,
         "fidelity": encode(fidelity),
         "sparsity": {
             "requested": engine.sparse_weights,
@@ -131,11 +141,10 @@ def _without_host_path(argument: str) -> str:
 def versions() -> dict[str, str]:
     """Versions of the packages used; none is imported to find them."""
     found = {"maskplan": __version__, "python": platform.python_version()}
-    for name in ("numpy", "onnx", "onnxruntime", "polygraphy", "torch", "torchvision", "timm", "tensorrt"):
-        try:
+    ours = ("numpy", "onnx", "onnxruntime", "polygraphy", "torch", "torchvision", "timm")
+    for name in (*ours, "tensorrt", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 

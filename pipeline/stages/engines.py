@@ -9,11 +9,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from maskplan.engines.base import Classifier
-from maskplan.engines.build import SUFFIX, BuildOptions, build_engine, is_foreign, open_engine, profiles_for
-from maskplan.engines.ort import NO_SPARSE_KERNELS, OrtEngine
+from maskplan.engines.build import (
+    SUFFIX,
+    BuildOptions,
+    build_engine,
+    device_of,
+    is_foreign,
+    open_engine,
+    profiles_for,
+    why_not_runnable,
+)
+from maskplan.engines.ort import NO_SPARSE_KERNELS, PLANS_DID_NOT_RUN, OrtEngine
 from maskplan.engines.sidecar import has_sidecar, write_sidecar
 from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel
-from maskplan.pipeline.core.choices import GPU_BACKENDS, TENSORRT, Backend, FloatPrecision
+from maskplan.pipeline.core.choices import GPU_BACKENDS, ONNXRUNTIME, SAME_BYTES, Backend, FloatPrecision
 from maskplan.pipeline.core.files import read_bytes, write_atomically
 from maskplan.pipeline.core.reports import Fidelity, ParityReport, TimingReport
 from maskplan.pipeline.parity.compare import compare as compare_models
@@ -34,19 +43,27 @@ _BUILD, _BUILD_CANDIDATE = "build-sparse", "build-candidate"
 
 @dataclass(frozen=True)
 class Engines:
-    """The three engines of a fair comparison; `pruned` is `sparse` itself where the runtime has no sparse flag."""
+    """The three engines of a fair comparison.
+
+    Attributes:
+        dense: Dense weights.
+        pruned: The sparse engine's weights without the sparse flag; `sparse` itself where the flag makes no difference.
+        sparse: Pruned weights.
+        stands_in_for: The backend whose plans do not run on this host, where these engines run in their place.
+    """
 
     dense: EngineFile
     pruned: EngineFile
     sparse: EngineFile
+    stands_in_for: Backend | None = None
 
 
 @dataclass(frozen=True)
 class Compared:
-    """Both verdicts of the compare stage."""
+    """Both verdicts of the compare stage; the second is None where the engine's plan did not run."""
 
     parity: ParityReport
-    fidelity: Fidelity
+    fidelity: Fidelity | None
 
 
 def build(
@@ -56,7 +73,7 @@ def build(
 
     Args:
         job: The run.
-        backend: `tensorrt` or `onnxruntime`.
+        backend: What to build for.
         dense: The dense model, or its engine from an earlier pass.
         sparse: The pruned model.
         candidate: Write the sparse engine between stages; `keep_engine` copies the better candidate to its final name. An
@@ -65,7 +82,7 @@ def build(
 
     def engine(name: str, model: OnnxModel, out: Path, sparse_weights: bool, twin: str | None = None) -> EngineFile:
         options = BuildOptions(backend, sparse_weights=sparse_weights)
-        if backend == TENSORRT:
+        if backend in GPU_BACKENDS:
             profiles = profiles_for(model, job.recipe.time.batches)
             options = replace(options, profiles=profiles, trt=job.recipe.tensorrt)
         # The path of the timing cache belongs to the host, not to the engine.
@@ -88,15 +105,40 @@ def build(
         dense_engine = dense
     else:
         dense_engine = engine("build-dense", dense, job.ws.path(f"dense_engine{suffix}"), False)
-    if backend not in GPU_BACKENDS:
+    if backend not in GPU_BACKENDS or sparse_engine.sparse_flag == SAME_BYTES:
         return Engines(dense_engine, sparse_engine, sparse_engine)
     pruned = engine("build-pruned", sparse, job.ws.hidden(f"pruned_engine{suffix}"), False)
     return Engines(dense_engine, pruned, sparse_engine)
 
 
+def runnable(job: Job, built: Engines, dense: OnnxModel, sparse: OnnxModel) -> Engines:
+    """The engines that are compared and timed: the built ones, or ONNX Runtime's for plans that do not run on this host.
+
+    Args:
+        job: The run.
+        built: The engines.
+        dense: The ONNX file of the dense engine.
+        sparse: The ONNX file of the sparse engine.
+    """
+    reason = why_not_runnable(built.sparse)
+    if reason is None:
+        return built
+    log.warning("%s (%s)", PLANS_DID_NOT_RUN, reason)
+
+    def engine(name: str, model: OnnxModel) -> EngineFile:
+        out, options = job.ws.hidden(f"{name}.onnx"), BuildOptions(ONNXRUNTIME, sparse_weights=False)
+        stage = f"build-{name}-onnxruntime"
+        return job.ws.stage(
+            stage, EngineFile, {"onnx": model.sha256}, lambda: build_engine(model, options, out), intact=has_sidecar
+        )
+
+    dense_engine, sparse_engine = engine("dense", dense), engine("sparse", sparse)
+    return Engines(dense_engine, sparse_engine, sparse_engine, stands_in_for=built.sparse.backend)
+
+
 def keep_engine(job: Job, engine: EngineFile) -> EngineFile:
     """Copy the better of two candidates to its final name."""
-    out = job.ws.path(f"engine{engine.path.suffix}")
+    out = job.ws.path(f"engine{SUFFIX[engine.backend]}")
     inputs = {"engine": _identity(engine)}
     return job.ws.stage("keep-engine", EngineFile, inputs, lambda: _copy_engine(engine, out), intact=has_sidecar)
 
@@ -157,6 +199,8 @@ def compare(
                 if note is not None:
                     log.warning("%s", note)
                     parity = replace(parity, notes=(*parity.notes, note))
+            if engines.stands_in_for is not None:
+                return Compared(replace(parity, notes=(*parity.notes, PLANS_DID_NOT_RUN)), None)
             # Graph optimizations round differently; the reference runs the nodes as they are in the file.
             exact = stack.enter_context(_onnx_classifier(own_onnx, "its ONNX file", optimized=False))
             count = min(options.fixed_images, _FIDELITY_IMAGES)
@@ -166,6 +210,7 @@ def compare(
         "engines": [_identity(e) for e in (engines.dense, engines.sparse)],
         "others": {name: m.sha256 for name, m in rows.items()},
         **({"untouched": untouched.sha256} if untouched is not None else {}),
+        **_stand_in_key(engines),
         "val": images.sets.val.key if images and val else None,
         # Whether `select` is held out is read off samples of these parts.
         "shaping": [s.key for s in images.sets.shaping] if images and val else None,
@@ -210,6 +255,8 @@ def _onnx_classifier(model: OnnxModel, name: str, *, optimized: bool = True) -> 
 def time_stage(job: Job, engines: Engines) -> TimingReport:
     """Time the engines interleaved."""
     on_cpu = engines.sparse.backend not in GPU_BACKENDS
+    notes = [PLANS_DID_NOT_RUN] if engines.stands_in_for is not None else []
+    notes += [NO_SPARSE_KERNELS] if on_cpu else []
 
     def work() -> TimingReport:
         with (
@@ -222,20 +269,25 @@ def time_stage(job: Job, engines: Engines) -> TimingReport:
                 sparse,
                 pruned,
                 job.recipe.time,
-                note=NO_SPARSE_KERNELS if on_cpu else "",
-                same_file=on_cpu,
-                device=None if on_cpu else engines.sparse.device,
+                note="; ".join(notes),
+                same_file=engines.pruned == engines.sparse,
+                device=None if on_cpu else device_of(engines.sparse),
             )
 
     identities = [_identity(e) for e in (engines.dense, engines.pruned, engines.sparse)]
-    return job.ws.stage("time", TimingReport, {"engines": identities, "options": job.recipe.time}, work)
+    inputs = {"engines": identities, "options": job.recipe.time, **_stand_in_key(engines)}
+    return job.ws.stage("time", TimingReport, inputs, work)
+
+
+def _stand_in_key(engines: Engines) -> dict[str, str]:
+    return {} if engines.stands_in_for is None else {"stands_in_for": engines.stands_in_for}
 
 
 def _identity(engine: EngineFile) -> str | list[str | None]:
     """What identifies an engine's results: for a plan, the GPU and the TensorRT version too."""
     if engine.backend not in GPU_BACKENDS:
         return engine.sha256
-    return [engine.sha256, engine.runtime_version, engine.device, engine.compute_capability]
+    return [engine.sha256, engine.runtime_version, device_of(engine), engine.compute_capability]
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ STAGE_VERSIONS = {
     "check": 1,
     "calibrate": 3,
     "baseline": 1,
+    "compile": 1,
     "build": 2,
     "compare": 1,
     "time": 1,

@@ -21,7 +21,7 @@ from maskplan.engines.build import SUFFIX, BuildOptions, build_engine
 from maskplan.engines.sidecar import read_engine, sidecar_path
 from maskplan.engines.trt.options import TrtOptions
 from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel
-from maskplan.pipeline.core.choices import TENSORRT
+from maskplan.pipeline.core.choices import GPU_BACKENDS
 from maskplan.pipeline.core.errors import InputError, host_error, listed
 from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.core.reports import GpuClocks
@@ -168,7 +168,7 @@ def _require_comparable(engines: Mapping[str, Sequence[EngineFile]], folder: Pat
                     problems[path].append(f"{field} {traits[path][field]}, others {usual}")
     for kind, builds in engines.items():
         for e in builds:
-            if e.sparse_weights != (kind == SPARSE and e.backend == TENSORRT):
+            if e.sparse_weights != (kind == SPARSE and e.backend in GPU_BACKENDS):
                 problems[e.path].append(f"sparse flag {'on' if e.sparse_weights else 'off'}")
     wrong = [f"{path.name}: {'; '.join(texts)}" for path, texts in problems.items() if texts]
     if wrong:

@@ -55,14 +55,26 @@ def platform_of(engine: EngineFile) -> str:
     Raises:
         InputError: Triton has no platform for its backend.
     """
-    if engine.backend not in _PLATFORMS:
-        raise InputError(
-            "Triton has no platform for this backend",
-            where=engine.path,
-            found=engine.backend,
-            fix=f"build for one of {', '.join(_PLATFORMS)}",
-        )
+    require_platform(engine.backend, engine.path)
     return _PLATFORMS[engine.backend][0]
+
+
+def require_platform(backend: str, where: Path | None = None) -> None:
+    """Raise unless Triton serves engines of this backend.
+
+    Args:
+        backend: The backend.
+        where: The engine, if there already is one.
+
+    Raises:
+        InputError: It does not.
+    """
+    if backend not in _PLATFORMS:
+        raise InputError(
+            f"Triton has no backend for {backend}, so such an engine cannot be deployed",
+            where=where,
+            fix=f"build with --backend {' or '.join(_PLATFORMS)} to deploy",
+        )
 
 
 def model_files(engines: Sequence[EngineFile]) -> dict[str, EngineFile]:

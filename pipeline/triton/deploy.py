@@ -18,7 +18,7 @@ from maskplan.pipeline.core.errors import InputError, listed
 from maskplan.pipeline.core.escaping import one_line
 from maskplan.pipeline.core.files import read_bytes, write_atomically
 from maskplan.pipeline.core.validation import at_least
-from maskplan.pipeline.triton.config import Serving, config_text, model_files, platform_of
+from maskplan.pipeline.triton.config import Serving, config_text, model_files, platform_of, require_platform
 from maskplan.pipeline.triton.golden import Golden, golden_files
 from maskplan.pipeline.triton.repository import (
     PREVIOUS,
@@ -82,6 +82,8 @@ def deploy(engine_paths: Path | Sequence[Path], options: DeployOptions, golden: 
     """
     paths = [engine_paths] if isinstance(engine_paths, Path) else list(engine_paths)
     engines = [read_engine(path) for path in paths]
+    for engine in engines:
+        require_platform(engine.backend, engine.path)
     _require_weights(engines)
     _require_trained(engines, options)
     _require_one_model(engines)

@@ -67,7 +67,7 @@ def expected(source: Path, x: Array) -> Array:
 
 
 def test_every_backend_has_a_suffix_and_is_held_to_the_contract() -> None:
-    assert set(SUFFIX) == set(BACKENDS) == {"onnxruntime", "tensorrt"}
+    assert set(SUFFIX) == set(BACKENDS) == {"onnxruntime", "tensorrt", "tensorrt-rtx"}
 
 
 def test_an_engine_computes_what_its_onnx_file_does_at_every_batch(backend: str, source: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from fake_cuda import World
 from fake_tensorrt import Control
 from plan_builds import build
 
-from maskplan.engines.trt.versions import import_tensorrt, network_flags
+from maskplan.engines.trt.versions import import_library, network_flags
 from maskplan.pipeline.core.errors import HostError, PipelineError
 
 
@@ -41,7 +41,7 @@ def test_a_tensorrt_that_is_too_old_is_told_with_what_is_needed(
 def test_a_folder_that_is_called_tensorrt_is_not_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))
     with pytest.raises(HostError, match="TensorRT is not installed"):
-        import_tensorrt()
+        import_library("tensorrt")
 
 
 def test_without_a_gpu_nothing_is_built(trt: Control, gpu: World, source: Path) -> None:

@@ -13,7 +13,6 @@ import onnxruntime
 import pytest
 from concat_net import concat_input, concat_qdq_fp16, detector_qdq_fp16
 from fp16_graphs import run
-
 from onnx import TensorProto, helper, numpy_helper
 
 from maskplan.engines.ort import build_ort
