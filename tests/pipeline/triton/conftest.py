@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +32,6 @@ class Served:
             return client.infer(name, feeds, outputs, version).outputs
         finally:
             client.close()
-
-    def forget(self, name: str) -> None:
-        """Unload a model and delete it, so that another can take its name."""
-        self.server.unload(name)
-        shutil.rmtree(self.repository / name)
 
 
 @pytest.fixture(scope="session")

@@ -83,35 +83,24 @@ def test_one_number_for_each_image_is_still_batched(tmp_path: Path, triton: Any)
     assert served(triton, "argmax", source, feeds)["max_batch_size"] == 8
 
 
-@pytest.mark.parametrize("declared", [None, ["N", 5], ["N"]])
+@pytest.mark.parametrize("declared", [None, ["N", 5]])
 def test_an_output_without_a_shape_or_with_a_wrong_one_gets_its_own(declared: Any, tmp_path: Path, triton: Any) -> None:
     source = flattened(tmp_path / "m.onnx", declared)
     config = served(triton, f"shapeless{declared and len(declared)}", source, [{"x": images(b)} for b in (1, 3)])
     assert (config["max_batch_size"], config["output"][0]["dims"]) == (8, [4])
 
 
-@pytest.mark.parametrize(
-    ("target", "declared"),
-    [
-        ([1, -1], ("N", 4)),
-        ([1, 4], ("N", 4)),
-        ([1, -1], (1, None)),
-        ([1, -1], None),
-        ([2, -1], ("N", 4)),
-        ([16, 4], ("N", 4)),
-    ],
-)
+@pytest.mark.parametrize(("target", "declared"), [([1, -1], ("N", 4)), ([2, -1], None)])
 def test_a_batch_baked_into_a_reshape_is_fixed(target: list[int], declared: Any, tmp_path: Path, triton: Any) -> None:
     last = helper.make_node("Reshape", ["p", "target"], ["y"])
     source = net(tmp_path / "m.onnx", last, declared, target=np.array(target, np.int64))
     batch = target[0]
-    config = served(triton, "baked", source, [{"x": images(batch)}])
+    name = f"baked{batch}"
+    config = served(triton, name, source, [{"x": images(batch)}])
     assert (config["max_batch_size"], config["input"][0]["dims"]) == (0, [batch, 3, 8, 8])
     assert config["output"][0]["dims"] == [batch, 4]
-    triton.server.load("baked")
     with pytest.raises(InputError, match="shape"):
-        triton.infer("baked", {"x": images(batch + 1)})
-    triton.forget("baked")
+        triton.infer(name, {"x": images(batch + 1)})
 
 
 def test_a_dimension_of_minus_one_is_a_dynamic_one(tmp_path: Path, triton: Any) -> None:
