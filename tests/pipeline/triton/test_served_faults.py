@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from deployable import record
 from onnx import TensorProto, helper
 from served_models import engine, graph, images, served, weights
+from triton_server import missing, triton_server
 
+from maskplan.engines.sidecar import read_engine, write_sidecar
 from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.files import sha256_of
 
 INT64 = TensorProto.INT64
+
+# Deploys a plan, and prints how many bytes the process has held at most.
+DEPLOY = """
+import resource, sys
+from pathlib import Path
+from maskplan.pipeline.triton.deploy import DeployOptions, deploy
+deploy(Path(sys.argv[1]), DeployOptions(Path(sys.argv[2]), "big"))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
 
 
 def net(path: Path, last: Any, shape: Any, batch: Any = "N", **tensors: Any) -> Path:
@@ -127,3 +142,26 @@ def test_an_input_without_a_shape_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="an input has no shape") as caught:
         engine(source)
     assert "x" in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_plan_of_more_than_2_gb_is_deployed_in_parts(tmp_path: Path) -> None:
+    """Larger than one message of protobuf and one write of Linux; the server's backend is one that does not read it."""
+    if missing():
+        pytest.skip(missing())
+    path = tmp_path / "big.plan"
+    with path.open("wb") as file:
+        file.write(b"start")
+        file.truncate(2**31 + 2**20)
+        file.seek(0, 2)
+        file.write(b"end")
+    write_sidecar(record(path=path, sha256=sha256_of(path), bytes=path.stat().st_size))
+    done = subprocess.run([sys.executable, "-c", DEPLOY, path, tmp_path / "models"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 2**30
+    deployed = tmp_path / "models/big/1/model.plan"
+    assert read_engine(deployed).bytes == deployed.stat().st_size == 2**31 + 2**20 + 3
+    config = tmp_path / "models/big/config.pbtxt"
+    config.write_text(config.read_text().replace("KIND_GPU", "KIND_CPU"))
+    with triton_server(tmp_path / "models", control="none", any_model=True) as server:
+        assert server.is_ready("big", 1)
