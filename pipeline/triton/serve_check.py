@@ -53,6 +53,8 @@ def find_served(
     Raises:
         InputError: The server serves something else under this name; every difference is listed.
     """
+    # First, so that another server is not mistaken for one without the model.
+    client.server()
     served = client.model(model)
     expected = version if version is not None else deployed.version if deployed is not None else served.versions[-1]
     if deployed is not None:
