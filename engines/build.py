@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,8 +17,6 @@ from maskplan.exporters.run_shapes import run_shapes
 from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel, Profile
 from maskplan.pipeline.core.choices import AUTO, ONNXRUNTIME, TENSORRT, TENSORRT_RTX, Backend
 from maskplan.pipeline.core.errors import HostError, InputError, PipelineError
-
-log = logging.getLogger(__name__)
 
 DEFAULT_PROFILES = (Profile(1, 1, 1), Profile(1, 8, 8))
 
@@ -135,8 +132,6 @@ def build_engine(onnx_model: OnnxModel, options: BuildOptions, out: Path) -> Eng
     fixed = next((spec.shape[0] for spec in found.inputs if spec.shape), None)
     if found.inputs != onnx_model.inputs and fixed is not None:
         options = replace(options, profiles=(Profile(fixed, fixed, fixed),))
-    for note in found.notes:
-        log.warning("%s: %s", onnx_model.path, note)
     onnx_model = replace(onnx_model, inputs=found.inputs, outputs=found.outputs)
     engine = BACKENDS[options.backend](onnx_model, options, out)
     engine = replace(engine, batched=found.batched, notes=(*found.notes, *engine.notes))

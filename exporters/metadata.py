@@ -47,7 +47,7 @@ def load_onnx(path: Path) -> onnx.ModelProto:
 
 
 def parse_onnx(data: bytes, path: Path) -> onnx.ModelProto:
-    """Parse the bytes of an ONNX file.
+    """Parse the bytes of an ONNX file; axes of negative size become dynamic.
 
     Raises:
         InputError: They are not ONNX.
@@ -67,7 +67,16 @@ def parse_onnx(data: bytes, path: Path) -> onnx.ModelProto:
         raise InputError(
             "a name in the ONNX file is not UTF-8", where=path, found=repr(damaged), fix="export or copy it again"
         )
+    _clear_negative_sizes(model)
     return model
+
+
+def _clear_negative_sizes(model: onnx.ModelProto) -> None:
+    """Make axes of size -1 dynamic: some tools write dynamic axes so, and ONNX Runtime reads them as such."""
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_value < 0:
+                dim.ClearField("dim_value")
 
 
 def _undecodable(message: Any) -> Iterator[bytes]:
@@ -150,6 +159,5 @@ def read_provenance(model: onnx.ModelProto, where: object) -> Provenance | None:
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     tensor = value.type.tensor_type
-    # Some tools write a dynamic axis as the value -1.
-    shape = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value >= 0 else None for d in tensor.shape.dim)
+    shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
     return TensorSpec(value.name, _DTYPES.get(tensor.elem_type, f"onnx type {tensor.elem_type}"), shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import onnx
 
 from maskplan.exporters.metadata import load_onnx
 from maskplan.exporters.subgraphs import model_nodes
+from maskplan.exporters.tensors import TensorError, read_values
 from maskplan.pipeline.core.artifacts import OnnxModel, TensorSpec
 from maskplan.pipeline.core.errors import InputError, PipelineError, listed
 from maskplan.pipeline.core.ort_session import open_session
@@ -19,8 +21,8 @@ from maskplan.pipeline.core.ort_session import open_session
 log = logging.getLogger(__name__)
 
 _BATCHES = (1, 2, 3)
-# Batch sizes that people export with; tried where the graph runs with none of the above.
-_COMMON_BATCHES = (4, 8, 16, 32, 64)
+# Larger ones are rather windows or pixels than images.
+_MAX_BATCH = 256
 # For dynamic axes behind the batch, such as the height and width of images: the first that the graph runs with.
 _SIZES = (64, 224, 32, 8, 1)
 # Operators whose number of results depends on the values of their inputs.
@@ -107,6 +109,8 @@ class _Graph:
             for v in (*model.graph.input, *model.graph.output)
             if v.type.tensor_type.shape.dim
         }
+        # A batch that an exporter has written into the graph is found there.
+        self.reshaped_to = _first_sizes(model)
         self.has_data_dependent_sizes = any(node.op_type in _DATA_DEPENDENT for node in model_nodes(model))
 
     def is_of_the_batch(self, output: str) -> bool:
@@ -150,19 +154,33 @@ class _Graph:
         return {name: np.shape(array) for name, array in zip(self._names, arrays, strict=True)}
 
 
+def _first_sizes(model: onnx.ModelProto) -> set[int]:
+    """The constant first sizes that Reshape and Expand give their results."""
+    targets = {
+        node.input[1] for node in model_nodes(model) if node.op_type in ("Reshape", "Expand") and len(node.input) > 1
+    }
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model_nodes(model):
+        if node.op_type == "Constant" and node.attribute[:1] and node.attribute[0].name == "value":
+            constants[node.output[0]] = node.attribute[0].t
+    found: set[int] = set()
+    for name in targets & constants.keys():
+        with contextlib.suppress(TensorError):
+            values = read_values(constants[name], None).array
+            if values.ndim == 1 and values.size and 0 < values[0] <= _MAX_BATCH:
+                found.add(int(values[0]))
+    return found
+
+
 def _with_batches(graph: _Graph, onnx_model: OnnxModel, size: int) -> RunShapes:
     inputs, outputs = onnx_model.inputs, onnx_model.outputs
     runs = {batch: shapes for batch in _BATCHES if (shapes := graph.run(batch, size))}
-    fitting = [
-        batch
-        for batch, shapes in runs.items()
-        if not _contradictions(outputs, shapes) and not _merges_images(batch, shapes, runs.get(1))
-    ]
-    if not fitting and len(runs) < len(_BATCHES):
-        rows = {shape[0] for shapes in runs.values() for shape in shapes.values() if shape}
-        for batch in sorted({*_COMMON_BATCHES, *(r for r in rows if r > max(_BATCHES))}):
-            shapes = graph.run(batch, size)
-            if shapes and not _contradictions(outputs, shapes):
+    fitting = [batch for batch, shapes in runs.items() if _is_as_declared(outputs, batch, shapes)]
+    merged = _merged_batches(list(runs.values())) & graph.reshaped_to
+    if merged or not fitting:
+        for batch in sorted(merged or graph.reshaped_to - runs.keys()):
+            shapes = runs.get(batch) or graph.run(batch, size)
+            if shapes and _is_as_declared(outputs, batch, shapes):
                 runs, fitting = {batch: shapes}, [batch]
                 break
     if not runs:
@@ -192,19 +210,26 @@ def _with_fixed_batch(
     return RunShapes(tuple(fixed), tuple(full), False, (note,))
 
 
-def _merges_images(batch: int, shapes: Shapes, single: Shapes | None) -> bool:
-    """Whether a batch makes another axis than the first longer than for a single image, as a Reshape to (1, -1) does."""
-    return single is not None and any(
-        shape[:1] == single[name][:1]
-        and batch not in shape
-        and any(1 < one < size == batch * one for one, size in zip(single[name], shape, strict=False))
-        for name, shape in shapes.items()
+def _merged_batches(runs: Sequence[Shapes]) -> set[int]:
+    """First sizes that stay as they are while another axis grows with the batch, as after a Reshape to (1, -1)."""
+    found = set()
+    for shapes in zip(*(run.values() for run in runs), strict=True) if len(runs) == len(_BATCHES) else ():
+        if len({(shape[:1], len(shape)) for shape in shapes}) == 1 and shapes[0]:
+            axes = list(zip(*shapes, strict=True))
+            grows = [axis == tuple(axis[0] * batch for batch in _BATCHES) for axis in axes]
+            # An axis that is the batch itself is one that was moved on purpose.
+            if any(grown and axis[0] > 1 for grown, axis in zip(grows, axes, strict=True)) and _BATCHES not in axes:
+                found.add(axes[0][0])
+    return found
+
+
+def _is_as_declared(outputs: Sequence[TensorSpec], batch: int, shapes: Shapes) -> bool:
+    """Whether every output has a shape that its declaration admits, or as many rows as images; an empty one admits all."""
+    return all(
+        _admits((*shapes[o.name][:1], *o.shape[1:]) if shapes[o.name][:1] == (batch,) else o.shape, shapes[o.name])
+        for o in outputs
+        if o.shape
     )
-
-
-def _contradictions(outputs: Sequence[TensorSpec], shapes: Shapes) -> list[str]:
-    """Outputs whose declared shape does not admit the one that they have; an empty shape is none."""
-    return [o.name for o in outputs if o.shape and not _admits(o.shape, shapes[o.name])]
 
 
 def _admits(declared: Sequence[int | None], shape: Sequence[int]) -> bool:

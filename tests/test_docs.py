@@ -1,6 +1,6 @@
 """Every command in the README and in docs/ is run in order, with a small network in place of resnet50.
 
-docs/gpu-host.md has a test of its own (test_gpu_host.py).
+docs/gpu-host.md and docs/serving.md have tests of their own (test_gpu_host.py, pipeline/triton/test_serving_page.py).
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def test_every_command_is_in_a_console_block() -> None:
         assert len(re.findall(r"^\s*\$ ", text, re.MULTILINE)) == len(commands(page)), page
     assert sum(len(commands(page)) for page in PAGES) > 25
     with_commands = {f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md") if "```console" in p.read_text()}
-    assert with_commands - set(PAGES) == {"docs/gpu-host.md"}
+    assert with_commands - set(PAGES) == {"docs/gpu-host.md", "docs/serving.md"}
 
 
 def test_the_commands_run_as_printed(

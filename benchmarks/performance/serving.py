@@ -21,6 +21,7 @@ import random
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,21 @@ def by_maskplan(engines: dict[int, Path], keep_versions: int | None) -> tuple[An
     return add, lambda repository, _: rollback(repository, MODEL)
 
 
+def by_deploying_again(engines: dict[int, Path]) -> tuple[Any, Any]:
+    """`maskplan deploy`, of the earlier version's file to go back to it."""
+    served: list[Path] = []
+
+    def add(repository: Path, _: int, number: int) -> None:
+        done = deploy(engines[number], DeployOptions(repository, MODEL))
+        served.append(done.folder / str(done.version) / "model.onnx")
+
+    def undo(repository: Path, _: int) -> None:
+        served.pop()
+        deploy(served[-1], DeployOptions(repository, MODEL))
+
+    return add, undo
+
+
 def by_folders(served: int) -> tuple[Any, Any]:
     """Version folders and the policy `latest`; a rollback takes the folder away."""
 
@@ -129,7 +145,7 @@ def lose(way: Way, deployments: int, rollbacks: int) -> dict[str, Any]:
             wait_for(server.http, lambda number: number == NUMBERS[0])
             started = time.monotonic()
             with clients(server.http, CLIENTS) as counted:
-                change(way, repository, server, steps(deployments, rollbacks))
+                lost_in = change(way, repository, server, steps(deployments, rollbacks), counted)
             seconds = time.monotonic() - started
             failed_loads = sum("failed to load" in line for line in server.log().splitlines())
     result = {
@@ -139,16 +155,20 @@ def lose(way: Way, deployments: int, rollbacks: int) -> dict[str, Any]:
         "rollbacks": rollbacks,
         "seconds": round(seconds, 1),
         "failed_loads": failed_loads,
-        "clients": {kind: counts(got) for kind, got in counted.items()},
+        "clients": {kind: {**counts(got), "lost_in_rollbacks": lost_in["undo", kind]} for kind, got in counted.items()},
     }
     print(result, flush=True)
     return result
 
 
-def change(way: Way, repository: Path, server: TritonServer, plan: Sequence[str]) -> None:
-    """Carry out the steps, each when the server has taken the last."""
+def change(
+    way: Way, repository: Path, server: TritonServer, plan: Sequence[str], counted: dict[Kind, Counted]
+) -> Counter[tuple[str, Kind]]:
+    """Carry out the steps, each when the server has taken the last; how many requests were lost in which kind of step."""
     generator, version, numbers = random.Random(1), 1, [NUMBERS[0]]
+    lost: Counter[tuple[str, Kind]] = Counter()
     for step in plan:
+        before = {kind: sum(got.refused.values()) for kind, got in counted.items()}
         if step == "add":
             version += 1
             numbers.append(NUMBERS[NUMBERS[0] == numbers[-1]])
@@ -160,6 +180,9 @@ def change(way: Way, repository: Path, server: TritonServer, plan: Sequence[str]
             server.load(MODEL)
         wait_for(server.http, lambda number, expected=numbers[-1]: number == expected)  # type: ignore[misc]
         time.sleep(generator.uniform(0.1, 0.6))
+        for kind, got in counted.items():
+            lost[step, kind] += sum(got.refused.values()) - before[kind]
+    return lost
 
 
 def counts(got: Counted) -> dict[str, Any]:
@@ -233,6 +256,7 @@ def main() -> None:
             Way("maskplan deploy", "explicit", *by_maskplan(engines, None)),
             Way("maskplan deploy --keep-versions 1", "poll", *by_maskplan(engines, 1)),
             Way("maskplan deploy --keep-versions 1", "explicit", *by_maskplan(engines, 1)),
+            Way("maskplan deploy, of the earlier file to go back", "poll", *by_deploying_again(engines)),
             Way("version folders, latest 1", "poll", *by_folders(1)),
             Way("version folders, latest 2", "poll", *by_folders(2)),
             Way("the file replaced in place", "poll", *in_place()),

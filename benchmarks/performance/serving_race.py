@@ -131,6 +131,7 @@ def clients(url: str, kinds: list[Kind], gap_s: float = GAP_S) -> Iterator[dict[
                 else:
                     counted[kind].refused[status] += 1
                     counted[kind].messages = [*counted[kind].messages, data.decode(errors="replace")][:5]
+        connection.close()
 
     threads = [threading.Thread(target=run, args=(kind,)) for kind in kinds]
     for thread in threads:
@@ -147,11 +148,12 @@ def wait_for(url: str, is_served: Callable[[int | None], bool], patience_s: floa
     """Wait until a model answers whose number is the right one."""
     end = time.monotonic() + patience_s
     while time.monotonic() < end:
-        connection = connect(url)
-        with contextlib.suppress(OSError, http.client.HTTPException):
+        with (
+            contextlib.suppress(OSError, http.client.HTTPException),
+            contextlib.closing(connect(url)) as connection,
+        ):
             if is_served(number_of(ask(connection)[2])):
                 return
-        connection.close()
         time.sleep(0.02)
     raise TimeoutError("the server does not serve the new version")
 

@@ -133,7 +133,10 @@ class TritonClient:
         Raises:
             InputError: There is no server, or none that speaks this protocol.
         """
-        about = self._json("GET", "/v2")
+        try:
+            about = self._json("GET", "/v2")
+        except RefusedError as error:
+            raise self._no_protocol(str(error.found)) from error
         if not isinstance(about.get("name"), str):
             raise self._no_protocol(f"{about}"[:200])
         return one_line(f"{about['name']} {about.get('version', '')}".strip())

@@ -73,9 +73,9 @@ def find_deployed(path: Path, model: str | None, version: int | None) -> Deploye
         InputError: There is nothing of this kind, or a file cannot be read.
     """
     if path.name == _DESCRIPTION or (path / _DESCRIPTION).is_file():
-        golden = read_golden(path.parent if path.name == _DESCRIPTION else path)
-        _require_asked(path, golden, model, version)
-        return Deployed(golden.model, golden.version, None, (), None, golden)
+        pair = read_golden(path.parent if path.name == _DESCRIPTION else path)
+        _require_asked(path, pair, model, version)
+        return Deployed(pair.model, pair.version, None, (), None, pair)
     folder = path if (path / CONFIG).is_file() else _only_model(path, model)
     config = read_config(folder / CONFIG)
     # Triton's own default is the newest version.
@@ -89,14 +89,17 @@ def find_deployed(path: Path, model: str | None, version: int | None) -> Deploye
         )
     chosen = max(versions) if version is None else version
     engines = [folder / str(chosen) / name for name in _ENGINES]
-    pair = folder / str(chosen) / FOLDER
+    beside = folder / str(chosen) / FOLDER
+    golden = read_golden(beside) if (beside / _DESCRIPTION).is_file() else None
+    if golden is not None:
+        _require_asked(beside, golden, None, chosen)
     return Deployed(
         model or folder.absolute().name,
         chosen,
         config,
         tuple(sorted(versions)),
         next((engine for engine in engines if engine.is_file()), None),
-        read_golden(pair) if (pair / _DESCRIPTION).is_file() else None,
+        golden,
     )
 
 

@@ -15,7 +15,7 @@ from maskplan.pipeline.core.errors import HostError, InputError, host_error
 from maskplan.pipeline.core.file_lock import acquire_lock
 from maskplan.pipeline.core.files import (
     NAME_MAX,
-    read_bytes,
+    readable,
     remove_leftovers,
     sync_folder,
     temporary_path,
@@ -27,6 +27,7 @@ PREVIOUS = "previous-config.pbtxt"
 _ROLLED_BACK = "rolled-back-config.pbtxt"
 _HIDDEN = "rolled-back"
 REPOSITORY_OPTION = "--repository"
+_PART_BYTES = 1 << 24
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -100,11 +101,12 @@ def add_version(folder: Path, version: int, copies: Mapping[str, Path], contents
     try:
         staged.mkdir()
         for name, source in copies.items():
-            write_atomically(staged / name, read_bytes(source), option=REPOSITORY_OPTION)
+            _copy(source, staged / name)
         for name, data in contents.items():
             write_atomically(staged / name, data, option=REPOSITORY_OPTION)
+        # Names and files are on the disk before the config that names the version.
+        sync_folder(staged)
         staged.rename(folder / str(version))
-        # On the disk before the config that names it.
         sync_folder(folder)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
@@ -112,6 +114,21 @@ def add_version(folder: Path, version: int, copies: Mapping[str, Path], contents
         raise host_error(error, where=folder, option=REPOSITORY_OPTION) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file in parts: plans of several gigabytes need not fit into memory."""
+    with readable(source):
+        data = source.open("rb")
+    with data, target.open("xb") as file:
+        while True:
+            with readable(source):
+                part = data.read(_PART_BYTES)
+            if not part:
+                break
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def mark_rolled_back(folder: Path, version: int, *, hide: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from maskplan.pipeline.core.artifacts import Deployment
@@ -39,9 +40,12 @@ def rollback(repository: Path, name: str) -> Deployment:
     with locked(folder):
         undone = _last_deployed(folder, read_config(config))
         previous = folder / str(undone) / PREVIOUS
-        restored = read_config(previous)
-        served = _served(folder, restored, undone)
-        write_config(config, read_bytes(previous))
+        restored, data = read_config(previous), read_bytes(previous)
+        versions = _served(folder, restored, undone)
+        served = max(versions)
+        if set(versions) < set(restored.versions):
+            data = _with_versions(data, versions)
+        write_config(config, data)
         mark_rolled_back(folder, undone, hide=not restored.versions)
         mark_changed(config)
     files = (folder / str(served), config, *(folder / labels for labels in restored.labels))
@@ -62,11 +66,12 @@ def _last_deployed(folder: Path, served: ServedConfig) -> int:
     return undoable[-1]
 
 
-def _served(folder: Path, restored: ServedConfig, undone: int) -> int:
-    """The newest version under the restored config; everything that the config names must still exist."""
+def _served(folder: Path, restored: ServedConfig, undone: int) -> list[int]:
+    """The versions under the restored config. The newest must still exist; older ones may have been deleted."""
     others = [v for v in versions_in(folder) if v != undone]
-    versions = restored.versions or tuple(others[-1:])
-    missing = [f"version {v}" for v in versions if v not in others]
+    named = restored.versions or tuple(others[-1:])
+    versions = [v for v in named if v in others]
+    missing = [] if max(named, default=0) in versions or not named else [f"version {max(named)}"]
     missing += [labels for labels in restored.labels if not (folder / labels).is_file()]
     if missing or not versions:
         raise InputError(
@@ -75,4 +80,10 @@ def _served(folder: Path, restored: ServedConfig, undone: int) -> int:
             found=f"missing: {listed(missing) or 'every earlier version'}",
             fix="restore it, or deploy another engine instead",
         )
-    return max(versions)
+    return versions
+
+
+def _with_versions(config: bytes, versions: list[int]) -> bytes:
+    """A config that `deploy` wrote, with fewer versions."""
+    names = f"versions: [ {', '.join(map(str, versions))} ]".encode()
+    return re.sub(rb"\bversions: \[[\d, ]*\]", names, config, count=1)

@@ -14,11 +14,12 @@ from maskplan.pipeline.core.choices import FAIL, NOT_APPLICABLE, PASS, GateVerdi
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.reports import Check, ParityReport
 from maskplan.pipeline.core.validation import at_least
-from maskplan.pipeline.triton.client import KSERVE_NAMES, Address, Answer, ServedModel, TritonClient
+from maskplan.pipeline.triton.client import KSERVE_NAMES, Address, ServedModel, TritonClient
 from maskplan.pipeline.triton.deployed import Deployed, GoldenPair
 from maskplan.pipeline.triton.pbtxt import quoted
 from maskplan.pipeline.triton.serve_latency import LoadOptions, measure
 from maskplan.pipeline.triton.serve_report import ServedLatency, ServeReport
+from maskplan.pipeline.triton.served_engine import ServedEngine
 
 _SEED = 1
 
@@ -52,6 +53,8 @@ def find_served(
     Raises:
         InputError: The server serves something else under this name; every difference is listed.
     """
+    # First, so that another server is not mistaken for one without the model.
+    client.server()
     served = client.model(model)
     expected = version if version is not None else deployed.version if deployed is not None else served.versions[-1]
     if deployed is not None:
@@ -96,7 +99,7 @@ def check_served(
         InputError: The server does not respond, or refuses the golden input.
     """
     golden = deployed.golden if deployed is not None else None
-    checks: list[Check] = [] if golden is None else [_golden(client, served, golden, options)]
+    checks: list[Check] = [] if golden is None else [_golden(client, served, version, golden, options)]
     notes = [] if golden is not None else ["no golden pair: the outputs were not compared with those of the engine"]
     latency = _latency(client.address, served, version, golden, options, notes)
     if latency:
@@ -189,9 +192,11 @@ def _type_and_shape(spec: TensorSpec) -> str:
     return f"TYPE_{KSERVE_NAMES.get(spec.dtype, spec.dtype)} [{dims}]"
 
 
-def _golden(client: TritonClient, served: ServedModel, golden: GoldenPair, options: ServeCheckOptions) -> Check:
-    answer: Answer = client.infer(served.name, golden.feeds, list(golden.outputs), golden.version)
-    share = max(difference(answer.outputs[name], array) for name, array in golden.outputs.items())
+def _golden(
+    client: TritonClient, served: ServedModel, version: int, golden: GoldenPair, options: ServeCheckOptions
+) -> Check:
+    outputs = ServedEngine(client, served, version).infer(golden.feeds)
+    share = max(difference(outputs[name], array) for name, array in golden.outputs.items())
     limit = golden.tolerance if options.tolerance is None else options.tolerance
     names = ", ".join(golden.outputs)
     message = f"{names}: the largest difference is {share:.2g} of the largest golden value; {limit:g} is allowed"

@@ -78,5 +78,4 @@ def served(triton: Any, name: str, source: Path, feeds: list[dict[str, Any]], **
             tolerance = 1e-2 if wanted.dtype == np.float16 else 1e-4
             np.testing.assert_allclose(outputs[key], wanted.reshape(outputs[key].shape), rtol=tolerance, atol=tolerance)
     config: dict[str, Any] = triton.server.ask("GET", f"/v2/models/{name}/config")[1]
-    triton.server.unload(name)
     return config

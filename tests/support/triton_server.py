@@ -68,6 +68,9 @@ class TritonServer:
             connection.request(method, path, None if body is None else json.dumps(body))
             answer = connection.getresponse()
             data = answer.read()
+        except OSError as error:
+            error.add_note(f"exit code {self.process.poll()}; the server's log ends with\n{self.log()[-3000:]}")
+            raise
         finally:
             connection.close()
         return answer.status, json.loads(data) if data else None
@@ -125,6 +128,8 @@ def triton_server(
             f"--model-control-mode={control}",
             *([f"--repository-poll-secs={poll_s}"] if control == "poll" else []),
             *(["--disable-auto-complete-config"] if strict else []),
+            # Names of the shared memory, by which what a killed server leaves is found.
+            f"--backend-config=python,shm-region-prefix-name={Path(work).name}",
             "--exit-timeout-secs=5",
             "--strict-readiness=false",
             "--exit-on-error=false",
@@ -142,6 +147,8 @@ def triton_server(
             yield server
         finally:
             stop(process)
+            for left in Path("/dev/shm").glob(f"*{Path(work).name}*"):
+                left.unlink(missing_ok=True)
 
 
 def stop(process: subprocess.Popen[bytes], patience_s: float = 8) -> None:

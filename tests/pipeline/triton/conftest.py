@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +32,6 @@ class Served:
             return client.infer(name, feeds, outputs, version).outputs
         finally:
             client.close()
-
-    def forget(self, name: str) -> None:
-        """Unload a model and delete it, so that another can take its name."""
-        self.server.unload(name)
-        shutil.rmtree(self.repository / name)
 
 
 @pytest.fixture(scope="session")
@@ -83,21 +77,22 @@ def _load(server: TritonServer, repository: Path, text: str) -> str:
     versions = [
         v for p in written.messages("version_policy") for s in p.messages("specific") for v in s.texts("versions")
     ]
-    for version in versions:
-        (folder / version).mkdir()
-    for output in written.messages("output"):
-        if output.text("label_filename"):
-            (folder / output.text("label_filename")).write_text("a\nb\n")
-    # There is no GPU.
-    (folder / "config.pbtxt").write_text(text.replace("KIND_GPU", "KIND_CPU"))
-    status, answer = server.ask("POST", f"/v2/repository/models/{name}/load")
-    said = "" if status == 200 else str(answer)
-    if not said:
+    try:
+        for version in versions:
+            (folder / version).mkdir()
+        for output in written.messages("output"):
+            if output.text("label_filename"):
+                (folder / output.text("label_filename")).write_text("a\nb\n")
+        # There is no GPU.
+        (folder / "config.pbtxt").write_text(text.replace("KIND_GPU", "KIND_CPU"))
+        status, answer = server.ask("POST", f"/v2/repository/models/{name}/load")
+        if status != 200:
+            return str(answer)
         ready = {version for version, (state, _) in server.versions(name).items() if state == "READY"}
-        said = "" if ready == set(versions) else f"served: {ready}, wanted: {versions}"
         server.unload(name)
-    folder.rename(repository.parent / f"{name}-{next(_counter)}")
-    return said
+        return "" if ready == set(versions) else f"served: {ready}, wanted: {versions}"
+    finally:
+        folder.rename(repository.parent / f"{name}-{next(_counter)}")
 
 
 _counter = itertools.count()

@@ -137,6 +137,16 @@ def test_a_version_that_an_interrupted_deployment_left_is_not_served(tmp_path: P
     assert assert_served(folder) == (1, 3)
 
 
+def test_an_older_version_that_was_deleted_is_not_missed(tmp_path: Path) -> None:
+    """Only the version before the one taken back has to be there; the one before that was served beside it."""
+    options, folder = DeployOptions(tmp_path / "models", "net"), tmp_path / "models/net"
+    for _ in range(3):
+        deploy(built(tmp_path / "engine"), options)
+    shutil.rmtree(folder / "1")
+    assert rollback(tmp_path / "models", "net").version == 2
+    assert assert_served(folder) == (2,)
+
+
 def test_the_config_is_newer_than_everything_else_in_the_folder(tmp_path: Path) -> None:
     """A polling server compares times only, and those of the file system have steps of milliseconds."""
     folder = tmp_path / "models/net"

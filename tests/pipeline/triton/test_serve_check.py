@@ -175,6 +175,17 @@ def test_a_model_that_is_not_served_is_named_with_those_that_are(
     assert check(cli, triton, "--model", f"idle.{name}").code == 3
 
 
+def test_a_wrong_port_is_not_mistaken_for_a_server_without_the_model(cli: Cli, served: tuple[Any, str]) -> None:
+    triton, name = served
+    metrics = next(line for line in triton.server.log().splitlines() if "Started Metrics Service at" in line)
+    for url in (triton.server.grpc, metrics.split()[-1].strip('"'), "127.0.0.1:1"):
+        ran = check(cli, triton, "--model", name, "--no-latency", url=url)
+        assert (ran.code, ran.out) == (3, "")
+        wrong = "no server responds" if url == "127.0.0.1:1" else "not a Triton server, or not its HTTP port"
+        assert ran.err.startswith(f"error: {wrong}")
+        assert ran.err.count("error:") == 1
+
+
 def test_the_gate_judges_the_served_model_on_images(cli: Cli, triton: Any, tmp_path: Path) -> None:
     """Against the deployed engine, and against another model with the same classes."""
     made = dataclasses.replace(PROVENANCE, labels=("a", "b", "c", "d", "e"))

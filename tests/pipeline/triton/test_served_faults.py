@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from deployable import record
 from onnx import TensorProto, helper
 from served_models import engine, graph, images, served, weights
+from triton_server import missing, triton_server
 
+from maskplan.engines.sidecar import read_engine, write_sidecar
 from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.files import sha256_of
 
 INT64 = TensorProto.INT64
+
+# Deploys a plan, and prints how many bytes the process has held at most.
+DEPLOY = """
+import resource, sys
+from pathlib import Path
+from maskplan.pipeline.triton.deploy import DeployOptions, deploy
+deploy(Path(sys.argv[1]), DeployOptions(Path(sys.argv[2]), "big"))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
 
 
 def net(path: Path, last: Any, shape: Any, batch: Any = "N", **tensors: Any) -> Path:
@@ -83,35 +98,24 @@ def test_one_number_for_each_image_is_still_batched(tmp_path: Path, triton: Any)
     assert served(triton, "argmax", source, feeds)["max_batch_size"] == 8
 
 
-@pytest.mark.parametrize("declared", [None, ["N", 5], ["N"]])
+@pytest.mark.parametrize("declared", [None, ["N", 5]])
 def test_an_output_without_a_shape_or_with_a_wrong_one_gets_its_own(declared: Any, tmp_path: Path, triton: Any) -> None:
     source = flattened(tmp_path / "m.onnx", declared)
     config = served(triton, f"shapeless{declared and len(declared)}", source, [{"x": images(b)} for b in (1, 3)])
     assert (config["max_batch_size"], config["output"][0]["dims"]) == (8, [4])
 
 
-@pytest.mark.parametrize(
-    ("target", "declared"),
-    [
-        ([1, -1], ("N", 4)),
-        ([1, 4], ("N", 4)),
-        ([1, -1], (1, None)),
-        ([1, -1], None),
-        ([2, -1], ("N", 4)),
-        ([16, 4], ("N", 4)),
-    ],
-)
+@pytest.mark.parametrize(("target", "declared"), [([1, -1], ("N", 4)), ([2, -1], None)])
 def test_a_batch_baked_into_a_reshape_is_fixed(target: list[int], declared: Any, tmp_path: Path, triton: Any) -> None:
     last = helper.make_node("Reshape", ["p", "target"], ["y"])
     source = net(tmp_path / "m.onnx", last, declared, target=np.array(target, np.int64))
     batch = target[0]
-    config = served(triton, "baked", source, [{"x": images(batch)}])
+    name = f"baked{batch}"
+    config = served(triton, name, source, [{"x": images(batch)}])
     assert (config["max_batch_size"], config["input"][0]["dims"]) == (0, [batch, 3, 8, 8])
     assert config["output"][0]["dims"] == [batch, 4]
-    triton.server.load("baked")
     with pytest.raises(InputError, match="shape"):
-        triton.infer("baked", {"x": images(batch + 1)})
-    triton.forget("baked")
+        triton.infer(name, {"x": images(batch + 1)})
 
 
 def test_a_dimension_of_minus_one_is_a_dynamic_one(tmp_path: Path, triton: Any) -> None:
@@ -138,3 +142,26 @@ def test_an_input_without_a_shape_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="an input has no shape") as caught:
         engine(source)
     assert "x" in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_plan_of_more_than_2_gb_is_deployed_in_parts(tmp_path: Path) -> None:
+    """Larger than one message of protobuf and one write of Linux; the server's backend is one that does not read it."""
+    if missing():
+        pytest.skip(missing())
+    path = tmp_path / "big.plan"
+    with path.open("wb") as file:
+        file.write(b"start")
+        file.truncate(2**31 + 2**20)
+        file.seek(0, 2)
+        file.write(b"end")
+    write_sidecar(record(path=path, sha256=sha256_of(path), bytes=path.stat().st_size))
+    done = subprocess.run([sys.executable, "-c", DEPLOY, path, tmp_path / "models"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 2**30
+    deployed = tmp_path / "models/big/1/model.plan"
+    assert read_engine(deployed).bytes == deployed.stat().st_size == 2**31 + 2**20 + 3
+    config = tmp_path / "models/big/config.pbtxt"
+    config.write_text(config.read_text().replace("KIND_GPU", "KIND_CPU"))
+    with triton_server(tmp_path / "models", control="none", any_model=True) as server:
+        assert server.is_ready("big", 1)
