@@ -26,7 +26,7 @@ def verdict_line(report: CompileReport) -> str:
     name = f"{sparse.compiler} {sparse.version}"
     if not report.accepted:
         return f"REFUSED by {name}: {'; '.join(refusals(report))}"
-    return f"{name} takes {report.dense.onnx} and {sparse.onnx}: {_layers(sparse.profiles[-1:])}"
+    return f"{name} accepts both {sparse.precision.upper()} files: {_layers(sparse.profiles[-1:])}"
 
 
 def result_lines(result: CompileResult) -> Iterator[str]:
