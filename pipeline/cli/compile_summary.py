@@ -57,7 +57,7 @@ def _layers(profiles: tuple[CompiledProfile, ...]) -> str:
     profile = profiles[0]
     products = ", ".join(f"{count} in {dtype}" for dtype, count in profile.products.items()) or "none"
     parts = [f"convolutions and matrix products: {products}"]
-    conversions = {role: count for role, count in profile.roles.items() if role in CONVERSIONS}
+    conversions: dict[str, int] = {role: count for role, count in profile.roles.items() if role in CONVERSIONS}
     parts.append(f"kernels that only convert: {_counts(conversions) or 'none'}")
     return "; ".join(parts)
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from compiled_graphs import graph, needs_rtx
 
@@ -18,6 +19,7 @@ from maskplan.engines.trt.compile import compile_onnx, installed_version, is_ins
 from maskplan.engines.trt.compile_process import CompileRequest, build_problem, compile_here
 from maskplan.engines.trt.compile_shapes import fix_shapes
 from maskplan.engines.trt.options import TrtOptions
+from maskplan.exporters.metadata import describe_onnx
 from maskplan.pipeline.core.artifacts import OnnxModel, Profile, TensorSpec
 from maskplan.pipeline.core.compilation import CompileResult
 from maskplan.pipeline.core.errors import HostError, InputError
@@ -182,6 +184,22 @@ def test_a_file_that_its_parser_cannot_hold_is_refused_before_it_is_read(tmp_pat
     model = replace(graph(tmp_path / "net.onnx"), bytes=2**31)
     with pytest.raises(InputError, match=r"2\.1 GB; its parser reads at most 2 GB[\s\S]*save_as_external_data"):
         compile_onnx(model)
+
+
+@needs_rtx
+def test_data_outside_the_files_folder_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "secret.bin").write_bytes(bytes(8 * 8 * 9 * 4))
+    (tmp_path / "inner").mkdir()
+    path = tmp_path / "inner" / "net.onnx"
+    graph(path)
+    model = onnx.load(path)
+    weight = model.graph.initializer[0]
+    weight.ClearField("raw_data")
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value="../secret.bin")
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(InputError, match="external data cannot be read"):
+        here(describe_onnx(path))
 
 
 def test_int8_in_versions_before_1_7_is_explained(tmp_path: Path) -> None:
