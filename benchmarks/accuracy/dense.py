@@ -45,16 +45,24 @@ def accuracy(net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> floa
 
 
 def train(
-    net: nn.Module, images: torch.Tensor, labels: torch.Tensor, epochs: int, peak: float, seed: int, name: str
+    net: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    epochs: int,
+    peak: float,
+    seed: int,
+    name: str,
+    batch_size: int = BATCH,
 ) -> None:
     """SGD with momentum; the learning rate rises over the first fifth and then falls to nearly zero."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(net.parameters(), peak, momentum=0.9, weight_decay=DECAY, nesterov=True)
-    steps = epochs * (len(images) // BATCH)
+    steps = epochs * (len(images) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.2)
     net.train()
     orders = (torch.randperm(len(images), generator=generator) for _ in range(epochs))
-    batches = (order[at : at + BATCH] for order in orders for at in range(0, len(order) - BATCH + 1, BATCH))
+    starts = range(0, len(images) - batch_size + 1, batch_size)
+    batches = (order[at : at + batch_size] for order in orders for at in starts)
     for batch in track(batches, name, steps):
         x = normalized(shifted_and_flipped(images[batch], generator))
         loss = F.cross_entropy(net(x), labels[batch], label_smoothing=SMOOTHING)

@@ -16,9 +16,9 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,19 +36,17 @@ from maskplan.exporters.precision import to_fp16
 from maskplan.pipeline.core.choices import CAST, DEQUANTIZE, NO_KERNEL, PRODUCT, QUANTIZE, REFORMAT
 from maskplan.pipeline.core.compilation import CompileResult
 from maskplan.pipeline.core.files import write_json
-from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
 from maskplan.pipeline.report.write import versions
 from maskplan.pipeline.timing.compare_latency import cpu_name
 
 NETWORKS = {
     "resnet50": 224,
-    "resnet18": 64,
     "mobilenet_v2": 64,
     "shufflenet_v2_x0_5": 64,
     "densenet121": 64,
     "efficientnet_b0": 64,
-    "regnet_y_400mf": 64,
+    "googlenet": 64,
 }
 IMAGES = 4
 HERE = Path(__file__).parent
@@ -60,6 +58,7 @@ class Network:
     """A network in FP32, with images to calibrate on."""
 
     name: str
+    size: int
     model: onnx.ModelProto
     path: Path
     images: Path
@@ -71,7 +70,7 @@ def network(name: str, size: int, folder: Path) -> Network:
     preprocessing = replace(provenance.preprocessing, height=size, width=size)
     model = trace(module, replace(provenance, preprocessing=preprocessing))
     images = np.random.default_rng(0).standard_normal((IMAGES, preprocessing.channels, size, size), np.float32)
-    found = Network(name, model, folder / f"{name}.onnx", folder / f"{name}.npy")
+    found = Network(name, size, model, folder / f"{name}.onnx", folder / f"{name}.npy")
     onnx.save(model, found.path)
     np.save(found.images, images)
     return found
@@ -114,13 +113,9 @@ OTHERS = {
 }
 
 
-def convert(tool: str, net: Network, out: Path, python: Path) -> dict[str, str]:
-    """Write another tool's file; the versions used.
-
-    Raises:
-        subprocess.CalledProcessError: The tool failed.
-    """
-    command = [str(python), str(HERE / "other_tools.py"), tool, str(net.path), str(net.images), str(out)]
+def convert(net: Network, folder: Path, python: Path) -> dict[str, Any]:
+    """Write other tools' files; why tools failed, and the versions used."""
+    command = [str(python), str(HERE / "other_tools.py"), str(net.path), str(net.images), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
@@ -151,24 +146,19 @@ def compiled(path: Path) -> dict[str, Any]:
     return counts(compile_onnx(describe_onnx(path)).result)
 
 
-def measure(name: str, size: int, folder: Path, others: Path | None) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def measure(net: Network, folder: Path, python: Path | None) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """All rows of one network, and the other tools' versions."""
-    net = network(name, size, folder)
-    rows, found, out = [], {}, folder / "out.onnx"
+    rows = []
     for (kind, row), make in our_files(net).items():
-        onnx.save(make(), out)
-        rows.append({"network": name, "size": size, "types": kind, "row": row, **compiled(out)})
-    for (kind, row), tool in OTHERS.items() if others else ():
-        about = {"network": name, "size": size, "types": kind, "row": row}
-        out.unlink(missing_ok=True)
-        try:
-            found = convert(tool, net, out, others)  # type: ignore[arg-type]
-        except subprocess.CalledProcessError as error:
-            last = error.stderr.strip().splitlines()[-1:]
-            rows.append({**about, "accepted": False, "reason": f"the tool failed: {' '.join(last)}"})
-            continue
-        rows.append({**about, **compiled(out)})
-    return sorted(rows, key=lambda row: str(row["types"])), found
+        onnx.save(make(), folder / "ours.onnx")
+        rows.append({"types": kind, "row": row, **compiled(folder / "ours.onnx")})
+    others = convert(net, folder, python) if python else {"failed": {}, "versions": {}}
+    for (kind, row), tool in OTHERS.items() if python else ():
+        why = others["failed"].get(tool)
+        found = compiled(folder / f"{tool}.onnx") if why is None else {"accepted": False, "reason": why}
+        rows.append({"types": kind, "row": row, **found})
+    about = {"network": net.name, "size": net.size}
+    return [about | row for row in sorted(rows, key=lambda row: str(row["types"]))], others["versions"]
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -176,8 +166,13 @@ def show(rows: list[dict[str, Any]]) -> None:
     head = "".join(f"{column:>11}" for column in COLUMNS)
     for number, row in enumerate(rows):
         if number == 0 or (row["network"], row["types"]) != (rows[number - 1]["network"], rows[number - 1]["types"]):
-            print(f"\n{row['network']} {row['size']}x{row['size']}, {row['types']:<22}{head}")
-        cells = "".join(f"{row[column]:>11}" for column in COLUMNS) if row["accepted"] else f"  {row['reason'][:110]}"
+            title = f"{row['network']} {row['size']}x{row['size']}, {row['types']}"
+            print(f"\n{title:<42}{head}", flush=True)
+        cells = (
+            "".join(f"{row[column]:>11}" for column in COLUMNS)
+            if row["accepted"]
+            else f"  {' '.join(row['reason'].split())[:110]}"
+        )
         print(f"  {row['row']:<40}{cells}")
 
 
@@ -185,34 +180,34 @@ def main() -> None:
     """Measure all networks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--others", type=Path, help="Python of the other tools' environment")
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), metavar="NAME[:SIZE]")
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
+    parser.add_argument("--jobs", type=int, default=1, help="networks at a time")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
-    rows, theirs = [], {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, _, size in track([n.partition(":") for n in args.networks], "networks", len(args.networks)):
-            found, used = measure(name, int(size or NETWORKS.get(name, 64)), Path(folder), args.others)
-            rows += found
-            theirs |= used
-    show(rows)
-    write_json(
-        args.out,
-        {
-            "command": " ".join(
-                [
-                    "python",
-                    "benchmarks/performance/compiled_placement.py",
-                    *(["--others", "PYTHON"] if args.others else []),
-                ]
-            ),
-            "device": cpu_name(),
-            "versions": versions(),
-            "other_versions": theirs,
-            "images": IMAGES,
-            "rows": rows,
-        },
+    given = [f"--{name} PYTHON" for name in ("others",) if args.others] + (
+        [f"--jobs {args.jobs}"] if args.jobs > 1 else []
     )
+    result: dict[str, Any] = {
+        "command": " ".join(["python benchmarks/performance/compiled_placement.py", *given]),
+        "device": cpu_name(),
+        "versions": versions(),
+        "other_versions": {},
+        "images": IMAGES,
+        "rows": [],
+    }
+    with tempfile.TemporaryDirectory() as made, ThreadPoolExecutor(args.jobs) as pool:
+        work = []
+        for name in args.networks:
+            folder = Path(made) / name
+            folder.mkdir()
+            work.append(pool.submit(measure, network(name, NETWORKS[name], folder), folder, args.others))
+        for done in work:
+            rows, others = done.result()
+            result["rows"] += rows
+            result["other_versions"] |= others
+            show(rows)
+            write_json(args.out, result)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,8 +1,9 @@
-"""Convert one ONNX file with another tool, in that tool's environment; `compiled_placement.py` starts it.
+"""Convert one ONNX file with other tools, in their environment; `compiled_placement.py` starts it.
 
-    python benchmarks/performance/other_tools.py TOOL model.onnx images.npy out.onnx
+    python benchmarks/performance/other_tools.py model.onnx images.npy FOLDER
 
-prints the versions as JSON. It imports nothing of maskplan, whose dependencies differ from ModelOpt's.
+writes a file for each tool to FOLDER and prints, as JSON, the versions and why a tool failed. It imports nothing of
+maskplan, whose dependencies differ from ModelOpt's.
 """
 
 from __future__ import annotations
@@ -109,30 +110,32 @@ def modelopt_fp16(model: Path, images: Images, out: Path) -> None:
     onnx.save(convert_to_mixed_precision(str(model), keep_io_types=True), out)
 
 
-TOOLS: dict[str, Callable[[Path, Images, Path], None]] = {
-    tool.__name__: tool
-    for tool in (
-        onnxruntime_default,
-        onnxruntime_tensorrt,
-        modelopt_int8_fp32,
-        modelopt_int8_fp16,
-        onnxconverter_fp16,
-        modelopt_fp16,
-    )
-}
+# ModelOpt changes ONNX Runtime's quantizer when it is imported, so it comes last.
+TOOLS: tuple[Callable[[Path, Images, Path], None], ...] = (
+    onnxruntime_default,
+    onnxruntime_tensorrt,
+    onnxconverter_fp16,
+    modelopt_fp16,
+    modelopt_int8_fp32,
+    modelopt_int8_fp16,
+)
 
 
 def main() -> None:
-    """Convert one file."""
-    tool, model, images, out = sys.argv[1:]
-    TOOLS[tool](Path(model), np.load(images), Path(out))
-    found = {}
+    """Convert one file with all tools."""
+    model, images, folder = map(Path, sys.argv[1:])
+    failed, found = {}, {}
+    for tool in TOOLS:
+        try:
+            tool(model, np.load(images), folder / f"{tool.__name__}.onnx")
+        except Exception as error:  # whatever another tool raises is its answer
+            failed[tool.__name__] = f"{type(error).__name__}: {error}"
     for name in ("nvidia-modelopt", "onnxruntime", "onnxconverter-common", "onnx", "numpy"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    print(json.dumps(found))
+    print(json.dumps({"failed": failed, "versions": found}))
 
 
 if __name__ == "__main__":

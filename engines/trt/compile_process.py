@@ -133,7 +133,8 @@ def _layers(
     profiles: tuple[Profile, ...], log_capture: TrtLogCapture
 ) -> tuple[tuple[CompiledProfile, ...], tuple[str, ...]]:
     """The layers by profile, and what could not be read."""
-    names = [str(profile) for profile in profiles] or [None]
+    names: list[str | None] = [str(profile) for profile in profiles]
+    names = names or [None]
     if not log_capture.layer_lists:
         return (), ("the compiler's log has no list of layers",)
     found = parse_engine_layers(log_capture.layer_lists[0], len(names))

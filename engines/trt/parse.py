@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskplan.engines.trt.log_capture import TrtLogCapture
@@ -42,8 +43,10 @@ def parse(trt: Any, network: Any, onnx_model: OnnxModel, log_capture: TrtLogCapt
 
     Raises:
         ParseError: The parser rejects it; the message lists every node at fault.
+        InputError: The file refers to data that is missing or outside its folder, which the library would read.
         HostError: The parser does not start.
     """
+    _require_own_data(onnx_model.path)
     parser = construct(trt.OnnxParser, log_capture, network)
     redeclared = _redeclared(onnx_model)
     if redeclared is None:
@@ -64,6 +67,14 @@ def _redeclared(onnx_model: OnnxModel) -> bytes | None:
     except InputError:  # the parser describes it better
         return None
     return model.SerializeToString() if set_shapes(model, onnx_model.inputs, onnx_model.outputs) else None
+
+
+def _require_own_data(path: Path) -> None:
+    from maskplan.exporters.external_data import external_tensors, locate_external
+    from maskplan.exporters.lazy_load import load_lazily
+
+    for tensor in external_tensors(load_lazily(path)):
+        locate_external(tensor, path.parent)
 
 
 class ParseError(InputError):

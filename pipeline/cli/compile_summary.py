@@ -26,7 +26,7 @@ def verdict_line(report: CompileReport) -> str:
     name = f"{sparse.compiler} {sparse.version}"
     if not report.accepted:
         return f"REFUSED by {name}: {'; '.join(refusals(report))}"
-    return f"{name} takes {report.dense.onnx} and {sparse.onnx}: {_layers(sparse.profiles[-1:])}"
+    return f"{name} accepts both {sparse.precision.upper()} files: {_layers(sparse.profiles[-1:])}"
 
 
 def result_lines(result: CompileResult) -> Iterator[str]:
@@ -57,7 +57,7 @@ def _layers(profiles: tuple[CompiledProfile, ...]) -> str:
     profile = profiles[0]
     products = ", ".join(f"{count} in {dtype}" for dtype, count in profile.products.items()) or "none"
     parts = [f"convolutions and matrix products: {products}"]
-    conversions = {role: count for role, count in profile.roles.items() if role in CONVERSIONS}
+    conversions: dict[str, int] = {role: count for role, count in profile.roles.items() if role in CONVERSIONS}
     parts.append(f"kernels that only convert: {_counts(conversions) or 'none'}")
     return "; ".join(parts)
 

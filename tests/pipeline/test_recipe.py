@@ -74,7 +74,9 @@ OTHERS: dict[str, dict[str, tuple[str, Any]]] = {
         "hardware_compatible": ("true", True),
         "refittable": ("true", True),
         "strip_plan": ("true", True),
+        "targets": ("['sm86']", ("sm86",)),
     },
+    "compile": {"mode": ("'required'", "required")},
     "compare": {
         "max_top1_drop": ("-0.5", -0.5),
         "min_agreement": ("99", 99.0),
@@ -193,7 +195,10 @@ def test_the_seed_is_for_every_stage_that_the_recipe_gives_none(tmp_path: Path) 
 def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     problems = {
         "[lern]\nepochs = 3": ["[lern]", "did you mean 'learn'"],
-        "[quantization]": ["[quantization]", "mask, learn, recalibrate, export, calibrate, tensorrt, compare, time"],
+        "[quantization]": [
+            "[quantization]",
+            "mask, learn, recalibrate, export, calibrate, compile, tensorrt, compare, time",
+        ],
         "[learn]\nepoch = 2\nlr = 'fast'": ["[learn]", "'epoch'", "did you mean 'epochs'", "'fast'", "float"],
         "[time]\nbatches = 8\nseconds = -1": ["[time]", "batches", "seconds is -1"],
         "[export]\nquux = 18": ["[export]", "'quux'", "its keys are tolerance_fp16, tolerance_fp32"],

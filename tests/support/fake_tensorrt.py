@@ -19,6 +19,7 @@ import numpy as np
 import onnx
 import pytest
 from fake_cuda import World
+from fake_tensorrt_answers import NO_PLUGIN, PARSER_CODES, phases, static_mismatch, unsupported
 from fake_tensorrt_runtime import MAGIC, runtime_classes
 from fake_tensorrt_values import made, pure_virtual, value_classes
 from google.protobuf.message import DecodeError
@@ -111,6 +112,8 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
 
     severities = IntEnum("Severity", {"INTERNAL_ERROR": 0, "ERROR": 1, "WARNING": 2, "INFO": 3, "VERBOSE": 4})
 
+    codes = IntEnum("ErrorCode", PARSER_CODES)
+
     class ILogger:
         Severity = severities
         INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = severities
@@ -159,6 +162,9 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
 
         def add_optimization_profile(self, profile: IOptimizationProfile) -> int:
             if "profile" in control.failures:
+                return -1
+            if told := profile._invalid():
+                registered[0].log(severities.ERROR, told)
                 return -1
             self._profiles.append(profile)
             return len(self._profiles) - 1
@@ -278,21 +284,15 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
                 self._logger.log(severities.VERBOSE, line)
             assert network._model is not None
             for value in network._model.graph.input:
-                told = _static_mismatch(value, [p._shapes[value.name] for p in config._profiles])
+                told = static_mismatch(value, [p._shapes[value.name] for p in config._profiles])
                 if told:
                     self._logger.log(severities.ERROR, told)
                     return None
             if "INT8" in control.flags and (told := calibrate(network, config)):
                 self._logger.log(severities.ERROR, told)
                 return None
-            monitor = config._monitor
-            if monitor is not None:
-                monitor.phase_start("Building Engine", None, 2)
-                for step in range(2):
-                    control.during_build()
-                    if not monitor.step_complete("Building Engine", step):
-                        return None
-                monitor.phase_finish("Building Engine")
+            if config._monitor is not None and not phases(config._monitor, lambda: control.during_build()):
+                return None
             if config._cache is not None:
                 config._cache._lines.add(f"TensorRT {version} tactic {control.builds}".encode())
             control.builds += 1
@@ -318,16 +318,26 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
             self._errors: list[ParserError] = []
 
         def parse_from_file(self, model: str) -> bool:
+            path = Path(model)
             if "parse" in control.failures:
-                self._errors = [ParserError("no importer registered", i, f"strange_{i}", "Strange") for i in range(3)]
-            elif not Path(model).is_file():
-                self._logger.log(severities.ERROR, f"Could not open file {model}")
-                return False
+                self._errors = [
+                    ParserError(codes.INVALID_NODE, NO_PLUGIN, i, f"strange_{i}", "Strange") for i in range(3)
+                ]
+            elif not path.is_file():
+                told = f"Input file cannot be found, or is not a regular file: {model}"
+                self._errors = [ParserError(codes.INVALID_VALUE, f"Assertion failed: stat(model, &sb) == 0: {told}")]
             else:
                 try:
                     self._network._model = onnx.load(model)
                 except DecodeError:
-                    self._errors = [ParserError("Failed to parse the ONNX model.")]
+                    told = "Assertion failed: model->ParseFromCodedStream(&codedInput): Failed to parse the ONNX model."
+                    self._errors = [ParserError(codes.MODEL_DESERIALIZE_FAILED, told)]
+                else:
+                    self._errors = [
+                        ParserError(codes[code], *told) for code, *told in unsupported(self._network._model)
+                    ]
+            for error in self._errors:
+                self._logger.log(severities.ERROR, f"ModelImporter.cpp:151: ERROR: {error.desc()}")
             return not self._errors
 
         def parse(self, model: bytes, path: str | None = None) -> bool:
@@ -370,23 +380,12 @@ def make(version: str, world: World, control: Control) -> types.ModuleType:
         formats,
         modes,
         types_,
+        codes,
     ):
         setattr(module, cls.__name__, cls)
     if not newer:
         module.IInt8EntropyCalibrator2 = IInt8EntropyCalibrator2  # type: ignore[attr-defined]
     return module
-
-
-def _static_mismatch(value: onnx.ValueInfoProto, profiles: list[list[tuple[int, ...]]]) -> str:
-    """What a builder says of a profile for dimensions that the network fixes (NVIDIA/TensorRT issue 939); else nothing."""
-    fixed = [d.dim_value or None for d in value.type.tensor_type.shape.dim]
-    for number, shapes in enumerate(profiles):
-        for axis, (size, *sizes) in enumerate(zip(fixed, *shapes, strict=True)):
-            if size is not None and set(sizes) != {size}:
-                return (
-                    f"{value.name}: for dimension number {axis} in profile {number} does not match network definition"
-                )
-    return ""
 
 
 def _layers(model: onnx.ModelProto, sparse: bool, newer: bool, dense: set[str]) -> list[dict[str, Any]]:

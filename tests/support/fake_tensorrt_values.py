@@ -56,13 +56,19 @@ def value_classes(version: str) -> tuple[Any, ...]:
             self._shapes: dict[str, list[tuple[int, ...]]] = {}
 
         def set_shape(self, input: str, min: Sequence[int], opt: Sequence[int], max: Sequence[int]) -> None:
-            shapes = [tuple(min), tuple(opt), tuple(max)]
             if any(not isinstance(size, int) for size in (*min, *opt, *max)):
                 raise ValueError("cannot be converted to Dims")
-            for name, lower, higher in (("opt", min, opt), ("max", opt, max)):
-                if not all(a <= b for a, b in zip(lower, higher, strict=True)):
-                    raise RuntimeError(f"Shape provided for {name} is inconsistent with other shapes.")
-            self._shapes[input] = shapes
+            self._shapes[input] = [tuple(min), tuple(opt), tuple(max)]
+
+        def _invalid(self) -> str:
+            """What a configuration says of sizes that are not in order; `set_shape` itself takes them."""
+            for name, (low, best, high) in self._shapes.items():
+                if not all(a <= b <= c for a, b, c in zip(low, best, high, strict=True)):
+                    return (
+                        "IOptimizationProfile::isValid: Error Code 4: API Usage Error (Invalid optimization profiles for"
+                        f" input tensors {name}, please ensure that the optimization profiles satisfy MIN<=OPT<=MAX.)"
+                    )
+            return ""
 
     class IInt8EntropyCalibrator2:
         def __init__(self) -> None:
@@ -84,8 +90,11 @@ def value_classes(version: str) -> tuple[Any, ...]:
             pure_virtual("IInt8EntropyCalibrator2", "write_calibration_cache")
 
     class ParserError:
-        def __init__(self, desc: str, node: int = -1, node_name: str = "", node_operator: str = "") -> None:
-            self._desc, self._node, self._name, self._operator = desc, node, node_name, node_operator
+        def __init__(self, code: Any, desc: str, node: int = -1, node_name: str = "", node_operator: str = "") -> None:
+            self._code, self._desc, self._node, self._name, self._operator = code, desc, node, node_name, node_operator
+
+        def code(self) -> Any:
+            return self._code
 
         def desc(self) -> str:
             return self._desc

@@ -18,6 +18,15 @@ from maskplan.pipeline.core.artifacts import (
     Profile,
     Provenance,
 )
+from maskplan.pipeline.core.compilation import (
+    CompiledLayer,
+    CompiledProfile,
+    CompileProblem,
+    CompileReport,
+    CompileResult,
+    CompileWarning,
+    TensorFormat,
+)
 from maskplan.pipeline.core.reports import (
     BatchTiming,
     Check,
@@ -119,6 +128,40 @@ def report_of(folder: Path, **changed: Any) -> RunReport:
     return RunReport(**known | changed)
 
 
+def compiled_result(name: str = "sparse", **changed: Any) -> CompileResult:
+    """A file of two layers that was accepted."""
+    half, single = TensorFormat("Half", "NHWC"), TensorFormat("Float", "Linear")
+    layers = (
+        CompiledLayer("__myl_Cast_myl0_0", "kgen", "cast", "Float", (single,), (half,), ("Cast",), ("to_fp16",)),
+        CompiledLayer("a_myl0_1", "correlation", "product", "Half", (half,), (half,), (), ("a", "relu")),
+    )
+    counts = ({"correlation": 1, "kgen": 1}, {"cast": 1, "product": 1}, {"Half": 1})
+    known: dict[str, Any] = {
+        "onnx": f"{name}.fp16.onnx",
+        "onnx_sha256": "4" * 64,
+        "precision": "fp16",
+        "compiler": "TensorRT-RTX",
+        "version": "1.7.1.116",
+        "accepted": True,
+        "problems": (),
+        "profiles": (CompiledProfile("1:8:8", layers, *counts),),
+        "warnings": (CompileWarning("converting scales", 18),),
+        "unread_lines": (),
+        "path": None,
+        "sha256": "5" * 64,
+        "size_bytes": 7654321,
+        "build_s": 1.25,
+    }
+    return CompileResult(**known | changed)
+
+
+def refused_result(name: str = "sparse") -> CompileResult:
+    """A file that was refused."""
+    problem = CompileProblem("layer.unique", "Unique", "the operator is not supported", "write it with others")
+    nothing: dict[str, Any] = {"profiles": (), "warnings": (), "sha256": None, "size_bytes": None}
+    return compiled_result(name, accepted=False, problems=(problem,), **nothing)
+
+
 def full(folder: Path) -> RunReport:
     """Everything that a run can find."""
     plain = report_of(folder)
@@ -153,6 +196,9 @@ def full(folder: Path) -> RunReport:
             made, Permutation(folder / "p.safetensors", "2" * 64, "net", "2:4", "3" * 64, groups), 200.0, 230.0, 260.0
         ),
         command="maskplan engine net --permute",
+        compile=CompileReport(
+            compiled_result("dense"), compiled_result(path=folder / "sparse.rtx.plan", unread_lines=("Name: ?",))
+        ),
     )
 
 
@@ -161,6 +207,8 @@ CASES: dict[str, dict[str, Any]] = {
     "untrained": {"model": replace(MADE, trained=False, origin="random, seed 7"), "parity": UNTRAINED},
     "failed": {"parity": FAILED},
     "not finite": {"parity": NOT_FINITE, "fidelity": Fidelity(32, None, None, 0.0)},
+    "refused": {"compile": CompileReport(compiled_result("dense"), refused_result())},
+    "not compiled": {"compile_reason": "TensorRT-RTX is not installed"},
     "not timed": {"timing": TimingReport("a device", 2, "", ())},
     "not conforming": {
         "conformance": ConformanceReport(

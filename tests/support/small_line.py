@@ -47,6 +47,8 @@ batches = [1]
 [compare]
 fixed_images = 2
 max_top1_drop = 100.0
+[compile]
+mode = "off"
 """
 
 VISIBLE = (

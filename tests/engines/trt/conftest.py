@@ -9,7 +9,9 @@ import fake_cuda
 import fake_tensorrt
 import pytest
 from small_net import small_net
-from tensorrt_hosts import FAKE_VERSIONS
+from tensorrt_hosts import COMPILERS, FAKE_VERSIONS, install_compiler
+
+from maskplan.pipeline.core.choices import Backend
 
 
 @pytest.fixture
@@ -21,6 +23,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> fake_cuda.World:
 def trt(request: pytest.FixtureRequest, gpu: fake_cuda.World, monkeypatch: pytest.MonkeyPatch) -> fake_tensorrt.Control:
     """TensorRT of the oldest and the newest version that we serve."""
     return fake_tensorrt.install(request.param, gpu, monkeypatch)
+
+
+@pytest.fixture(params=COMPILERS)
+def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """The backend of a library that builds here: TensorRT, of the oldest and the newest version, and TensorRT-RTX itself."""
+    return install_compiler(request.param, monkeypatch)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from typing import Any
 import fake_cuda
 import fake_tensorrt
 import pytest
+from real_bindings import described
 
 ROOT = Path(__file__).parents[3]
 BINDINGS = ROOT / ".venv" / "bindings"
@@ -242,6 +243,20 @@ def test_what_only_older_versions_have_is_not_in_the_fake_of_11() -> None:
         assert not hasattr(module, "IInt8EntropyCalibrator2") or module is older
 
 
+def rtx_classes() -> Classes:
+    """The real TensorRT-RTX, where it is installed."""
+    tensorrt_rtx = pytest.importorskip(
+        "tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'maskplan[rtx]'"
+    )
+    return {name: described(value) for name, value in vars(tensorrt_rtx).items() if isinstance(value, type)}
+
+
+def test_the_fake_of_11_is_like_tensorrt_rtx() -> None:
+    """One API, so one body of code: all that the stand-in of TensorRT 11.4 has, TensorRT-RTX 1.7 has as well."""
+    assert differences(fake("11.4.0.106"), rtx_classes()) == []
+    assert "no class IInt8EntropyCalibrator2" in differences(fake("10.16.1.11"), rtx_classes())
+
+
 def chain(node: ast.AST) -> list[str] | None:
     """`trt.A.B` as its names, for what starts at a variable called `trt`."""
     names: list[str] = []
@@ -283,7 +298,6 @@ def test_names_looked_up_at_run_time_are_literals_that_some_version_has(librarie
     if not here:
         pytest.skip("no bindings of TensorRT: make .venv/.bindings")
     known = set()
-    for version in here:
-        classes = read(version, libraries)
+    for classes in [*(read(version, libraries) for version in here), rtx_classes()]:
         known |= {m for c in classes.values() for part in c.values() for m in part} | set(classes)
     assert set(looked_up) <= known

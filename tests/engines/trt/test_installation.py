@@ -17,13 +17,15 @@ from maskplan.pipeline.core.errors import HostError, PipelineError
 
 
 def test_a_version_in_which_every_network_is_strongly_typed_needs_no_flag() -> None:
-    trt = SimpleNamespace(NetworkDefinitionCreationFlag=SimpleNamespace(), __version__="11.0.0.114")
+    trt = SimpleNamespace(
+        NetworkDefinitionCreationFlag=SimpleNamespace(), __name__="tensorrt", __version__="11.0.0.114"
+    )
     assert network_flags(trt) == 0
 
 
 def test_an_older_one_without_the_flag_is_refused() -> None:
     """Its networks would be weakly typed, and run in FP32."""
-    trt = SimpleNamespace(NetworkDefinitionCreationFlag=SimpleNamespace(), __version__="10.13.3.9")
+    trt = SimpleNamespace(NetworkDefinitionCreationFlag=SimpleNamespace(), __name__="tensorrt", __version__="10.13.3.9")
     with pytest.raises(HostError, match=r"TensorRT 10.13.3.9 without the flag STRONGLY_TYPED"):
         network_flags(trt)
 
@@ -62,7 +64,7 @@ def test_a_tensorrt_that_does_not_load_is_told(
     (package / "__init__.py").write_text(f"raise {error}\n")
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     monkeypatch.syspath_prepend(package.parent)
-    with pytest.raises(HostError, match="TensorRT is not installed") as caught:
+    with pytest.raises(HostError, match="TensorRT is not installed completely") as caught:
         build(source)
     assert error.partition("(")[0] in str(caught.value)
 

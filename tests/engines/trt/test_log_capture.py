@@ -12,6 +12,8 @@ from plan_builds import build
 
 from maskplan.engines.sidecar import read_engine
 from maskplan.engines.trt.log_capture import TrtLogCapture
+from maskplan.engines.trt.versions import LIBRARIES, import_library
+from maskplan.pipeline.core.choices import Backend
 from maskplan.pipeline.core.errors import HostError, InputError
 
 
@@ -115,16 +117,29 @@ def test_and_other_failures_are_not_taken_for_it(trt: Control, source: Path, mes
         build(source)
 
 
-def test_lines_about_sparsity_and_errors_are_kept_apart(trt: Control) -> None:
-    import tensorrt
-
-    log_capture = TrtLogCapture(tensorrt)
-    log_capture.logger.log(tensorrt.ILogger.INFO, "(Sparsity) Chose 2 layer(s) using sparse tactics")
-    log_capture.logger.log(tensorrt.ILogger.WARNING, "something else")
+def test_lines_about_sparsity_and_errors_are_kept_apart(compiler: Backend) -> None:
+    trt = import_library(compiler)
+    log_capture = TrtLogCapture(trt)
+    log_capture.logger.log(trt.ILogger.INFO, "(Sparsity) Chose 2 layer(s) using sparse tactics")
+    log_capture.logger.log(trt.ILogger.WARNING, "something else")
     assert log_capture.reason() == "something else"
-    log_capture.logger.log(tensorrt.ILogger.INTERNAL_ERROR, "an assertion failed")
+    log_capture.logger.log(trt.ILogger.INTERNAL_ERROR, "an assertion failed")
     assert log_capture.sparsity == ["(Sparsity) Chose 2 layer(s) using sparse tactics"]
     assert log_capture.warnings == ["something else"]
     assert log_capture.errors == ["an assertion failed"]
     assert log_capture.reason() == "an assertion failed"
-    assert TrtLogCapture(tensorrt).reason() == "TensorRT gave no reason"
+    assert TrtLogCapture(trt).reason() == f"{LIBRARIES[compiler].name} gave no reason"
+
+
+def test_a_missing_driver_is_no_reason_where_none_is_needed() -> None:
+    """TensorRT-RTX logs it beside whatever else fails; TensorRT needs a driver."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'maskplan[rtx]'")
+    trt = import_library("tensorrt-rtx")
+    log_capture = TrtLogCapture(trt)
+    log_capture.logger.log(trt.ILogger.ERROR, "Invalid optimization profiles")
+    log_capture.logger.log(
+        trt.ILogger.ERROR, "Cuda Runtime (In catchCudaError at checkMacros.cpp:250 (cudaError 35: old))"
+    )
+    assert log_capture.reason() == "Invalid optimization profiles"
+    del log_capture.errors[0]
+    assert "cudaError 35" in log_capture.reason()

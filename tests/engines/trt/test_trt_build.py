@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +13,12 @@ from fake_tensorrt import Control
 from plan_builds import PROFILES, build
 from small_net import small_net
 
-from maskplan.engines.build import BuildOptions, build_engine
 from maskplan.engines.sidecar import read_engine
 from maskplan.engines.trt.build import FP32_NOTE
 from maskplan.engines.trt.options import TrtOptions
 from maskplan.engines.trt.progress import _monitor_class
-from maskplan.exporters.metadata import describe_onnx
 from maskplan.pipeline.cli.app import main
 from maskplan.pipeline.core.errors import HostError, InputError
-from maskplan.pipeline.core.interrupts import INTERRUPTS, handle_signals
 
 
 def left(folder: Path) -> set[str]:
@@ -108,7 +103,7 @@ FAILURES = {
     "network": (InputError, "failed to create a network"),
     "parser": (HostError, "failed to create a OnnxParser"),
     "config": (InputError, "failed to create a builder configuration"),
-    "parse": (InputError, "cannot parse the model: 3 errors"),
+    "parse": (InputError, "cannot parse the model: 3 problems"),
     "profile": (InputError, "rejects a profile"),
     "build": (InputError, "cannot build the model"),
     "out_of_memory": (HostError, "insufficient GPU memory for the build"),
@@ -130,16 +125,17 @@ def test_a_parser_failure_lists_nodes_and_operators(trt: Control, source: Path) 
     with pytest.raises(InputError) as caught:
         build(source)
     for number in range(3):
-        assert f"node strange_{number} (Strange): no importer registered" in str(caught.value)
+        assert f"node strange_{number} (Strange): " in str(caught.value)
 
 
 def test_tensorrts_own_words_are_quoted_and_logged(
     trt: Control, source: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trt.failures.add("build")
-    with caplog.at_level(logging.ERROR), pytest.raises(InputError, match="Could not find any implementation"):
+    with caplog.at_level(logging.DEBUG), pytest.raises(InputError, match="Could not find any implementation"):
         build(source)
     assert "TensorRT: Could not find any implementation" in caplog.text
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING], "one message is enough"
 
 
 def test_what_stood_in_the_way_of_a_builder_is_told(
@@ -158,26 +154,6 @@ def test_what_stood_in_the_way_of_a_builder_is_told(
     monkeypatch.setattr(tensorrt, "Builder", refuse)
     with pytest.raises(HostError, match="the builder's library cannot be loaded"):
         build(source)
-
-
-def test_a_graph_that_cannot_be_read_is_told_without_a_node(trt: Control, source: Path) -> None:
-    described = describe_onnx(source)
-    out = source.with_name("engine.plan")
-    source.write_bytes(b"no model any more")
-    with pytest.raises(InputError, match=r"found: node -1 \(\?\): Failed to parse the ONNX model"):
-        build_engine(described, BuildOptions("tensorrt", PROFILES), out)
-    source.unlink()
-    with pytest.raises(InputError, match="found: Could not open file"):
-        build_engine(described, BuildOptions("tensorrt", PROFILES), out)
-    assert left(source.parent) == set()
-
-
-def test_only_the_batch_may_be_dynamic(trt: Control, source: Path) -> None:
-    free = small_net(source.with_name("free.onnx"), "float16", size="size")
-    with pytest.raises(InputError, match="only the batch may be dynamic") as caught:
-        build(free)
-    assert "(None, 3, None, None)" in str(caught.value)
-    assert left(source.parent) == {"net.onnx", "free.onnx"}
 
 
 @pytest.mark.parametrize(
@@ -246,32 +222,24 @@ def test_a_plan_for_other_versions_is_inspected_like_any_other(trt: Control, sou
     assert {layer.name: layer.state for layer in record.layers}["mix"] == "sparse"
 
 
-def test_ctrl_c_ends_a_build_between_two_steps_and_leaves_nothing(
-    trt: Control, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(INTERRUPTS, "pending", None)
-    before = left(source.parent)
-    trt.during_build = lambda: os.kill(os.getpid(), signal.SIGINT)
-    with handle_signals(), pytest.raises(KeyboardInterrupt):
-        build(source)
-    assert left(source.parent) == before
-    assert trt.builds == 0
-
-
-def test_the_outermost_phase_is_drawn(trt: Control) -> None:
-    """TensorRT nests phases; a bar that jumps between them would tell nothing."""
+def test_a_phase_within_another_is_a_part_of_its_step(trt: Control) -> None:
+    """A bar of the outermost phase alone would stand still for minutes."""
     import tensorrt
 
     drawn: list[tuple[int, int | None]] = []
     monitor = _monitor_class(tensorrt)(lambda done, total: drawn.append((done, total)))
     monitor.phase_start("Building Engine", None, 2)
     assert monitor.step_complete("Building Engine", 0)
-    monitor.phase_start("Tactics", "Building Engine", 40)
+    monitor.phase_start("Tactics", "Building Engine", 4)
+    assert monitor.step_complete("Tactics", 0)
+    assert monitor.step_complete("Tactics", 2)
+    monitor.phase_finish("Tactics")
+    # Repeated for the next profile: the bar waits.
+    monitor.phase_start("Tactics", "Building Engine", 4)
     assert monitor.step_complete("Tactics", 0)
     monitor.phase_finish("Tactics")
-    assert monitor.step_complete("Building Engine", 1)
     monitor.phase_finish("Building Engine")
-    assert drawn == [(0, 2), (1, None), (2, None)]
+    assert drawn == [(share, 100) for share in (0, 50, 50, 62, 87, 87, 87, 87, 87, 100)]
 
 
 @pytest.mark.parametrize("options", [{"optimization_level": 6}, {"optimization_level": -1}, {"workspace_bytes": 0}])

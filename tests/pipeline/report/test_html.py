@@ -112,7 +112,7 @@ def test_the_page_is_accessible(folder: Path) -> None:
     ids = [a["id"] for _, a in read.tags if "id" in a]
     assert len(set(ids)) == len(ids)
     links = [a["href"] or "" for a in read.attributes("a")]
-    assert len(links) == 7
+    assert len(links) == 8
     assert {link.removeprefix("#") for link in links} <= set(ids)
     # What scrolls sideways can be reached without a mouse, and has a name.
     boxes = [a for a in read.attributes("div") if a.get("class") == "scroll"]
@@ -258,6 +258,29 @@ def test_a_full_report_shows_every_measurement(folder: Path) -> None:
     assert "moved 1 8 fixed they reach an output 2 32" in text
     assert "p.safetensors, sha256 2222" in text
     assert "command maskplan engine net --permute" in text
+
+
+def test_what_the_compiler_made_of_the_files_is_shown(folder: Path) -> None:
+    text = Page(page_of(full(folder))).text
+    assert "TensorRT-RTX 1.7.1.116 compiles both files that a GPU host builds from. It needed no GPU." in text
+    assert "not sparse kernels, not speed, and not TensorRT itself" in text
+    for name in ("dense", "sparse"):
+        assert f"{name}.fp16.onnx 1:8:8 2 1 Half 1 cast 1.2 7.65" in text
+    assert "1 to_fp16 kgen cast Float Half Cast 2 a , relu correlation product Half Half" in text
+    assert "Warning for sparse.fp16.onnx (18 times): converting scales" in text
+    assert "1 lines about layers of sparse.fp16.onnx" in text
+    assert "RTX engine sparse.rtx.plan, 7,654,321 bytes" in text
+
+
+def test_a_refusal_is_shown_with_its_node_and_a_way_out(folder: Path) -> None:
+    text = Page(page_of(report_of(folder, **CASES["refused"]))).text
+    assert "TensorRT-RTX 1.7.1.116 refuses sparse.fp16.onnx." in text
+    assert (
+        "sparse.fp16.onnx : node layer.unique (Unique): the operator is not supported. Way out: write it with others."
+        in text
+    )
+    assert "Not asked: TensorRT-RTX is not installed." in Page(page_of(report_of(folder, **CASES["not compiled"]))).text
+    assert "NVIDIA's compiler" not in Page(page_of(report_of(folder))).text
 
 
 def test_no_flips_are_reported_without_a_significance_test(folder: Path) -> None:

@@ -66,6 +66,8 @@ def _drop(*place: str) -> Callable[[Any], None]:
         (_set("recipe", "learn", "epochs", value="many"), r"\$\.recipe\.learn\.epochs"),
         (_set("masks", "image_sets", 0, "sketch", value=[]), "sketch"),
         (_set("permutation", value={"reason": None}), r"\$\.permutation"),
+        (_set("compile", value={"reason": None}), r"\$\.compile"),
+        (_drop("compile"), "compile"),
     ],
 )
 def test_a_changed_key_type_or_choice_is_a_violation(
