@@ -61,7 +61,7 @@ def collect_histograms(
     computed = [name for name in names if name in graph.producers]
     session = open_session(_with_outputs(model, computed).SerializeToString(), where)
     batch_dim = source.type.tensor_type.shape.dim[0]
-    fixed = batch_dim.dim_value if batch_dim.HasField("dim_value") else 0
+    fixed = max(batch_dim.dim_value, 0)
 
     def count(values: _Values, images: _Images) -> None:
         for name, histogram in histograms.items():

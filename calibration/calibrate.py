@@ -14,10 +14,12 @@ from maskplan.calibration.activations import collect_histograms
 from maskplan.calibration.batches import calibration_batches, choose_images
 from maskplan.calibration.cache import CacheKey, read_cache, write_cache
 from maskplan.calibration.histogram import union
-from maskplan.calibration.placement import Placement, PlaceOptions, place
+from maskplan.calibration.layers import CalibratedLayer, list_layers
+from maskplan.calibration.placement import Placement, PlaceOptions, place, require_float_graph
 from maskplan.calibration.qdq import insert_qdq
 from maskplan.calibration.ranges import RangeMethod, RangeOptions, Ranges, amax_of
 from maskplan.calibration.sensitivity import BudgetSelection, placements_of, select_by_budget
+from maskplan.exporters.computed_weights import store_weights
 from maskplan.exporters.external_data import load_external_data
 from maskplan.exporters.half_range import outside_fp16
 from maskplan.exporters.metadata import describe_onnx, load_onnx, opset_of, read_provenance, write_provenance
@@ -96,11 +98,13 @@ class Calibrated:
         models: The files written, in the order of the given paths.
         amax: Ranges of the quantized activations.
         report: For the line's report.
+        layers: Every layer of the model, with its type and why it is not INT8.
     """
 
     models: tuple[OnnxModel, ...]
     amax: Mapping[str, float]
     report: CalibrationReport
+    layers: tuple[CalibratedLayer, ...] = ()
 
 
 def calibrate(
@@ -111,6 +115,9 @@ def calibrate(
     cache: Path | None = None,
 ) -> Calibrated:
     """Write INT8 models.
+
+    Weights that are computed from stored tensors, or stored in another layout or type, are stored as their operator reads
+    them first, and local functions are inlined.
 
     Args:
         onnx_model: An FP32 graph of any tool.
@@ -125,6 +132,8 @@ def calibrate(
     """
     model = load_onnx(onnx_model.path)
     load_external_data(model, onnx_model.path.parent, where=onnx_model.path)
+    require_float_graph(model)
+    store_weights(model, None)
     placement = place(model, options.place)
     select = _budget_images(source, options)
     if FP16 in paths:
@@ -150,19 +159,20 @@ def calibrate(
     if (provenance := read_provenance(model, onnx_model.path)) is not None:
         all_sets = merge_image_sets(provenance.image_sets, image_sets)
         write_provenance(quantized, replace(provenance, image_sets=all_sets))
+    layers = list_layers(model, placement, next(iter(paths)) if len(paths) == 1 else FP32)
     report = CalibrationReport(
         method=options.method,
         images=image_sets[0].images if image_sets else 0,
         ranges_from=origin,
         quantized_layers=len(placement.weights),
-        in_float=placement.in_float,
+        in_float=tuple((layer.node, layer.reason) for layer in layers if layer.reason is not None),
         select_drop=None if selection is None else selection.drop,
         select_images=0 if selection is None else selection.images,
     )
     # Convert all models before writing the first: an error leaves no file.
     protos = [_with_float_type(quantized, precision, ranges, options.keep_fp32) for precision in paths]
     models = tuple(_write(proto, path) for proto, path in zip(protos, paths.values(), strict=True))
-    return Calibrated(models, {a.tensor: ranges.amax[a.tensor] for a in placement.activations}, report)
+    return Calibrated(models, {a.tensor: ranges.amax[a.tensor] for a in placement.activations}, report, layers)
 
 
 def _tensors_to_measure(model: onnx.ModelProto, placement: Placement, options: CalibrateOptions) -> list[str]:

@@ -15,12 +15,12 @@ def logits_of(model: onnx.ModelProto, images: npt.NDArray[np.float32]) -> npt.ND
     """The first output of a classifier for images (N, channels, H, W): (N, classes), float32."""
     session = open_session(model.SerializeToString())
     name, fixed = session.get_inputs()[0].name, session.get_inputs()[0].shape[0]
-    step = fixed if isinstance(fixed, int) else _BATCH
+    step = fixed if isinstance(fixed, int) and fixed > 0 else _BATCH
     parts = []
     for start in range(0, len(images), step):
         part = images[start : start + step]
         # A fixed batch must be full; the outputs of the padding are dropped.
-        missing = step - len(part) if isinstance(fixed, int) else 0
+        missing = step - len(part) if step == fixed else 0
         padded = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
         parts.append(session.run(None, {name: padded})[0][: len(part)])
     return np.concatenate(parts).astype(np.float32, copy=False)

@@ -126,5 +126,6 @@ def build_ort(onnx_model: OnnxModel, profiles: tuple[Profile, ...], sparse_weigh
 
 def _spec(value: Any) -> TensorSpec:
     dtypes = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
-    shape = tuple(d if isinstance(d, int) else None for d in value.shape)
+    # Some converters write a dynamic axis as -1.
+    shape = tuple(d if isinstance(d, int) and d >= 0 else None for d in value.shape)
     return TensorSpec(value.name, dtypes.get(value.type, value.type.removeprefix("tensor(").removesuffix(")")), shape)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 
+from maskplan.exporters.computed_weights import folded
 from maskplan.exporters.counting import GroupCounts, count_groups
+from maskplan.exporters.fixed_weights import stays_dense
+from maskplan.exporters.folding import FoldError
 from maskplan.exporters.lazy_load import load_lazily
 from maskplan.exporters.metadata import read_provenance
+from maskplan.exporters.name_patterns import matching, require_matches
 from maskplan.exporters.tensors import Array, StoredValues, TensorError, dtype_name, is_numeric, read_values
+from maskplan.exporters.unseen import UnseenUse, unseen_uses
 from maskplan.exporters.weights import WeightUse, weight_uses
 from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.core.choices import (
@@ -23,14 +27,15 @@ from maskplan.pipeline.core.choices import (
     FAIL,
     INELIGIBLE,
     PASS,
+    UNKNOWN,
     VIOLATING,
-    GateVerdict,
+    CheckVerdict,
     WeightState,
 )
 from maskplan.pipeline.core.errors import InputError, listed
 from maskplan.pipeline.core.reports import ConformanceReport, Violation, WeightVerdict
 from maskplan.pipeline.core.weight_ops import LIKELY_SPEEDUP_CHANNELS
-from maskplan.pipeline.masking.eligibility import DTYPE
+from maskplan.pipeline.masking.eligibility import DTYPE, UNSEEN, UNSUPPORTED
 from maskplan.pipeline.masking.patterns import parse_pattern
 
 
@@ -42,7 +47,7 @@ class CheckOptions:
         pattern: N:M.
         masked: Names of the weights that must conform; None takes them from the file's metadata.
         strict: Every eligible weight must conform, whether it is listed or not.
-        allow_dense: Patterns (globs) of names of weights that may stay dense.
+        allow_dense: Patterns (globs) of names of weights or nodes that may stay dense.
     """
 
     pattern: str = "2:4"
@@ -73,14 +78,18 @@ def check_2to4(model: onnx.ModelProto | Path | str, options: CheckOptions | None
 
     The weights that the file's metadata or `options.masked` lists must conform; the other eligible weights are dense by
     choice. With no list, or with `strict`, every eligible weight must conform. Zero is `== 0`: -0.0 is zero and NaN is not.
-    In quantized weights the zero point is zero.
+    In quantized weights the zero point is zero. A weight that is computed from stored tensors is checked as its operator
+    reads it. Convolutions with fewer than 4 outputs and weights that are tables (`fixed_weights.py`) may stay dense unless
+    they are listed. Weights that cannot be read, such as those of fused operators of ONNX Runtime, leave the verdict
+    `unknown` if they would have to conform, and so does a file without weights.
 
     Args:
         model: An ONNX file, or a parsed model without external data.
         options: The pattern, and which weights.
 
     Raises:
-        InputError: The file is not ONNX, or weights in it cannot be read; the message counts them.
+        InputError: The file is not ONNX, weights in it cannot be read (the message counts them), or a pattern of
+            `allow_dense` matches nothing.
     """
     options = options or CheckOptions()
     pattern = parse_pattern(options.pattern)
@@ -92,11 +101,13 @@ def check_2to4(model: onnx.ModelProto | Path | str, options: CheckOptions | None
         masked = provenance.masked if provenance else ()
     required = None if options.strict or not masked else frozenset(masked)
     verdicts, unreadable = [], []
+    folder = path.parent if path else None
     for use in weight_uses(proto, pattern.m):
         try:
-            verdicts.append(_check_weight(use, pattern, required, options, path.parent if path else None))
+            verdicts.append(_check_use(use, pattern, required, options, folder))
         except TensorError as error:
             unreadable.append(f"{use.name}: {error}")
+    verdicts += [_unseen(unseen, required, options) for unseen in unseen_uses(proto)]
     if unreadable:
         raise InputError(
             "a weight cannot be read" if len(unreadable) == 1 else f"{len(unreadable)} weights cannot be read",
@@ -104,16 +115,22 @@ def check_2to4(model: onnx.ModelProto | Path | str, options: CheckOptions | None
             found=listed(unreadable, 3),
             fix="the file may be truncated or damaged: export it again",
         )
-    counts = Counter(v.verdict for v in verdicts)
+    found = tuple(v for v in verdicts if v is not None)
+    known = (name for v in found for name in (v.name, v.node))
+    require_matches(options.allow_dense, (*known, *masked), "--allow-dense", path)
+    counts = Counter(v.verdict for v in found)
+    dense_nodes = {v.name for v in found if _may_be_dense((v.name, v.node), options)}
+    listed_names = [n for n in masked if n not in dense_nodes and not _may_be_dense((n,), options)]
     return ConformanceReport(
-        *_verdict(verdicts, [name for name in masked if not _may_be_dense(name, options)], counts),
+        *_verdict(found, listed_names, counts),
         pattern=str(pattern),
         eligible=counts[CONFORMING] + counts[VIOLATING] + counts[DENSE_BY_CHOICE],
         conforming=counts[CONFORMING],
         violating=counts[VIOLATING],
         dense_by_choice=counts[DENSE_BY_CHOICE],
         ineligible=counts[INELIGIBLE],
-        weights=tuple(verdicts),
+        weights=found,
+        unknown=counts[UNKNOWN],
     )
 
 
@@ -138,26 +155,77 @@ def require_2to4(model: onnx.ModelProto | Path | str, options: CheckOptions | No
 
 def _verdict(
     verdicts: Collection[WeightVerdict], masked: Collection[str], counts: Counter[WeightState]
-) -> tuple[GateVerdict, str | None]:
+) -> tuple[CheckVerdict, str | None]:
     if counts[VIOLATING]:
         return FAIL, f"{counts[VIOLATING]} weights have groups with too many non-zeros"
     usable = {v.name for v in verdicts if v.verdict == CONFORMING}
     missing = [name for name in masked if name not in usable]
     if missing:
         return FAIL, f"{len(missing)} masked weights are not among the file's eligible weights, first {missing[0]}"
+    if counts[UNKNOWN]:
+        first = next(v for v in verdicts if v.verdict == UNKNOWN)
+        more = f" and {counts[UNKNOWN] - 1} more" if counts[UNKNOWN] > 1 else ""
+        return UNKNOWN, f"weights that cannot be read: {first.op} {first.node}{more}"
+    if not verdicts:
+        return UNKNOWN, "no weight was found"
     if not counts[CONFORMING]:
         return FAIL, "no eligible weight conforms" if counts[DENSE_BY_CHOICE] else "no weight is eligible"
     return PASS, None
 
 
-def _check_weight(
+def _check_use(
     use: WeightUse,
     pattern: Pattern,
     required: Collection[str] | None,
     options: CheckOptions,
     folder: Path | None,
+) -> WeightVerdict | None:
+    """The verdict of one use; None if a computed operand is no matrix."""
+    if use.expression is None:
+        return _check_weight(use, None, pattern, required, options, folder)
+    try:
+        values = folded(use, folder, pattern.m)
+    except FoldError as error:
+        return _unseen(
+            UnseenUse(use.name, use.node, use.op, None, True, f"cannot be computed: {error}"), required, options
+        )
+    hint = f"computed in the graph by {use.expression.op}"
+    return None if values is None else _check_weight(values, hint, pattern, required, options, folder)
+
+
+def _unseen(use: UnseenUse, required: Collection[str] | None, options: CheckOptions) -> WeightVerdict:
+    verdict: WeightState = UNKNOWN
+    if not use.can_be_sparse:
+        verdict = INELIGIBLE
+    elif (required is not None and use.name not in required) or _may_be_dense((use.name, use.node), options):
+        verdict = DENSE_BY_CHOICE
+    return WeightVerdict(
+        name=use.name,
+        node=use.node,
+        op=use.op,
+        shape=tuple(use.tensor.dims) if use.tensor is not None else (),
+        axis=None,
+        dtype=dtype_name(use.tensor.data_type) if use.tensor is not None else "unknown",
+        verdict=verdict,
+        reason=UNSEEN if use.can_be_sparse else UNSUPPORTED,
+        groups=0,
+        violating_groups=0,
+        negative_zeros=0,
+        first_violation=None,
+        likely_speedup=False,
+        hint=use.hint or None,
+    )
+
+
+def _check_weight(
+    use: WeightUse,
+    hint: str | None,
+    pattern: Pattern,
+    required: Collection[str] | None,
+    options: CheckOptions,
+    folder: Path | None,
 ) -> WeightVerdict:
-    tensor, reason, hint, first = use.tensor, use.reason, use.hint, None
+    tensor, reason, first = use.tensor, use.reason, None
     counts = GroupCounts(0, 0, 0, None)
     if reason is None and tensor is not None:
         if is_numeric(tensor):
@@ -170,10 +238,15 @@ def _check_weight(
         else:
             reason = DTYPE
     verdict: WeightState
+    must_conform = required is not None and use.name in required
     if reason is not None:
         verdict = INELIGIBLE
-    elif (required is not None and use.name not in required) or (counts.violating and _may_be_dense(use.name, options)):
+    elif (required is not None and not must_conform) or (
+        counts.violating and _may_be_dense((use.name, use.node), options)
+    ):
         verdict = DENSE_BY_CHOICE
+    elif counts.violating and not must_conform and (reason := stays_dense(use, folder)) is not None:
+        verdict, first, hint = DENSE_BY_CHOICE, None, None
     else:
         verdict = VIOLATING if counts.violating else CONFORMING
     shape = tuple(tensor.dims) if tensor is not None else ()
@@ -196,8 +269,8 @@ def _check_weight(
     )
 
 
-def _may_be_dense(name: str, options: CheckOptions) -> bool:
-    return any(fnmatch.fnmatchcase(name, glob) for glob in options.allow_dense)
+def _may_be_dense(names: Iterable[str], options: CheckOptions) -> bool:
+    return matching(names, options.allow_dense) is not None
 
 
 def _zero_values(use: WeightUse, values: StoredValues, folder: Path | None) -> Array | None:

@@ -83,7 +83,7 @@ def shaped_weights(model: onnx.ModelProto, names: Collection[str], folder: Path 
     """
     inferred = shape_inference.infer_shapes(model)
     known = (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output)
-    sizes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in known}
+    sizes = {v.name: [max(d.dim_value, 0) for d in v.type.tensor_type.shape.dim] for v in known}
     nodes = {node.name or node.output[0]: node for node in model.graph.node if node.output}
     weights: dict[str, npt.NDArray[np.float32]] = {}
     shapes: dict[str, LayerShape] = {}

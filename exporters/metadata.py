@@ -11,12 +11,14 @@ from typing import Any
 
 import onnx
 
+from maskplan.exporters.subgraphs import model_nodes, walk_graphs
 from maskplan.exporters.weights import weight_uses
 from maskplan.pipeline.core.artifacts import OnnxModel, Provenance, TensorSpec
 from maskplan.pipeline.core.choices import BF16, FP16, FP32, INT8, OnnxPrecision
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.files import read_bytes, sha256_of
 from maskplan.pipeline.core.serialization import decode, encode, parse_json
+from maskplan.pipeline.core.weight_ops import INTEGER_OPS
 from maskplan.pipeline.models.state_dict import METADATA_KEY
 
 _DTYPES = {
@@ -35,6 +37,10 @@ _PRECISIONS: dict[int, OnnxPrecision] = {
     onnx.TensorProto.FLOAT16: FP16,
     onnx.TensorProto.BFLOAT16: BF16,
 }
+
+
+# Of ONNX Runtime, beside ONNX's own INTEGER_OPS.
+_RUNTIME_INTEGER_OPS = {"QGemm", "QAttention", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QLinearConv"}
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:
@@ -62,21 +68,23 @@ def parse_onnx(data: bytes, path: Path) -> onnx.ModelProto:
         raise InputError("not an ONNX file", where=path, found="no nodes", fix="give a complete .onnx file")
     if not model.opset_import:
         raise InputError("not a complete ONNX file", where=path, found="no opset", fix="export or copy it again")
+    for graph in walk_graphs(model.graph):
+        _clear_negative_sizes(graph)
     damaged = next(_undecodable(model), None)
     if damaged is not None:
         raise InputError(
             "a name in the ONNX file is not UTF-8", where=path, found=repr(damaged), fix="export or copy it again"
         )
-    _clear_negative_sizes(model)
     return model
 
 
-def _clear_negative_sizes(model: onnx.ModelProto) -> None:
+def _clear_negative_sizes(graph: onnx.GraphProto) -> None:
     """Make axes of size -1 dynamic: some tools write dynamic axes so, and ONNX Runtime reads them as such."""
-    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_value < 0:
-                dim.ClearField("dim_value")
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        if value.type.HasField("tensor_type"):
+            for dim in value.type.tensor_type.shape.dim:
+                if dim.dim_value < 0:
+                    dim.ClearField("dim_value")
 
 
 def _undecodable(message: Any) -> Iterator[bytes]:
@@ -115,12 +123,14 @@ def opset_of(model: onnx.ModelProto) -> int:
 
 
 def precision_of(model: onnx.ModelProto) -> OnnxPrecision:
-    """`int8` with Q/DQ, else the type of most nodes' weights: `fp32`, `fp16` or `bf16`.
+    """`int8` with Q/DQ or operators on integers, else the type of most nodes' weights: `fp32`, `fp16` or `bf16`.
 
     Counts convolutions and matrix products, not elements, because a few layers kept in FP32 may hold most elements; of two
     types that are equally frequent, the narrower one wins. In a file without such nodes, the elements of its tensors count.
     """
     if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
+        return INT8
+    if any(node.op_type in INTEGER_OPS or node.op_type in _RUNTIME_INTEGER_OPS for node in model_nodes(model)):
         return INT8
     counts = Counter(_PRECISIONS.get(use.tensor.data_type) for use in weight_uses(model) if use.tensor is not None)
     if not any(counts[name] for name in _PRECISIONS.values()):
@@ -159,5 +169,5 @@ def read_provenance(model: onnx.ModelProto, where: object) -> Provenance | None:
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     tensor = value.type.tensor_type
-    shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
+    shape = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value >= 0 else None for d in tensor.shape.dim)
     return TensorSpec(value.name, _DTYPES.get(tensor.elem_type, f"onnx type {tensor.elem_type}"), shape)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -13,9 +13,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from maskplan.exporters.computed_weights import store_computed_weights
 from maskplan.exporters.external_data import external_tensors, locate_external
+from maskplan.exporters.fixed_weights import stays_dense
 from maskplan.exporters.metadata import load_onnx
+from maskplan.exporters.name_patterns import matching, require_matches
 from maskplan.exporters.tensors import Array, StoredValues, TensorError, is_addressable, read_values
+from maskplan.exporters.unseen import unseen_uses
 from maskplan.exporters.weights import WeightUse, weight_uses
 from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.core.errors import InputError, host_error, listed
@@ -37,37 +41,44 @@ class Pruned:
         weights: Weights that are N:M now.
         changed: Those of them that were not before.
         zeroed: Elements set to zero.
+        left_dense: Weights that could be N:M but must not be, with the reason.
     """
 
     path: Path
     weights: int
     changed: int
     zeroed: int
+    left_dense: tuple[tuple[str, str], ...] = ()
 
 
 def prune_onnx(path: Path, out: Path, pattern: Pattern, allow_dense: tuple[str, ...] = ()) -> Pruned:
     """Make every eligible weight of an ONNX file N:M by magnitude.
 
-    Inline weights are written inline, external ones to a single data file in the folder of `out`.
+    Inline weights are written inline, external ones to a single data file in the folder of `out`. Weights that are computed
+    from stored tensors are stored as computed first. Convolutions with fewer than 4 outputs and weights that are tables
+    (`fixed_weights.py`) stay as they are.
 
     Args:
         path: The file to read.
         out: The file to write; may be `path` itself.
         pattern: N:M.
-        allow_dense: Patterns (globs) of names of weights to leave unchanged.
+        allow_dense: Patterns (globs) of names of weights or nodes to leave unchanged.
 
     Raises:
-        InputError: Not ONNX, weights that cannot be read, or a weight that is used along two axes.
+        InputError: Not ONNX, weights that cannot be read, a weight that is used along two axes, or a pattern of
+            `allow_dense` that matches nothing.
         HostError: `out` cannot be written.
     """
     model = load_onnx(path)
-    selected = _select(model, pattern, allow_dense, path)
+    _require_names(model, pattern, allow_dense, path)
+    store_computed_weights(model, path.parent, pattern.m)
+    selected, left_dense = _select(model, pattern, allow_dense, path, path.parent)
     external = external_tensors(model)
     if external:
-        return _prune_external(model, selected, external, path, out, pattern)
-    pruned = prune_model(model, pattern, allow_dense, where=path)
+        return _prune_external(model, selected, left_dense, external, path, out, pattern)
+    changed, zeroed = _prune_inline(selected.values(), pattern)
     write_atomically(out, model.SerializeToString())
-    return Pruned(out, *pruned)
+    return Pruned(out, len(selected), changed, zeroed, left_dense)
 
 
 def prune_model(
@@ -78,31 +89,57 @@ def prune_model(
     Returns:
         Weights, weights changed, elements set to zero.
     """
+    _require_names(model, pattern, allow_dense, where)
+    store_computed_weights(model, None, pattern.m)
+    selected, _ = _select(model, pattern, allow_dense, where, None)
+    return len(selected), *_prune_inline(selected.values(), pattern)
+
+
+def _prune_inline(uses: Iterable[WeightUse], pattern: Pattern) -> tuple[int, int]:
+    """Weights changed, elements set to zero."""
     changed = zeroed = 0
-    selected = _select(model, pattern, allow_dense, where)
-    for use in selected.values():
+    for use in uses:
         assert use.tensor is not None
         values, count = _pruned_values(use, pattern, None)
         if count:
             _store(use.tensor, values)
         changed, zeroed = changed + bool(count), zeroed + count
-    return len(selected), changed, zeroed
+    return changed, zeroed
+
+
+def _require_names(model: onnx.ModelProto, pattern: Pattern, allow_dense: tuple[str, ...], where: object) -> None:
+    """Raise unless every pattern matches a weight or node; on the model as given, before any weight is stored anew."""
+    if allow_dense:
+        uses = (*weight_uses(model, pattern.m), *unseen_uses(model))
+        require_matches(allow_dense, [name for use in uses for name in (use.name, use.node)], "--allow-dense", where)
 
 
 def _select(
-    model: onnx.ModelProto, pattern: Pattern, allow_dense: tuple[str, ...], where: object
-) -> dict[int, WeightUse]:
-    """One use of every weight that can be N:M, by the `id` of its tensor; 4-bit weights are skipped."""
+    model: onnx.ModelProto, pattern: Pattern, allow_dense: tuple[str, ...], where: object, folder: Path | None
+) -> tuple[dict[int, WeightUse], tuple[tuple[str, str], ...]]:
+    """One use of every weight to prune, by the `id` of its tensor, and those that must stay dense, with their reasons.
+
+    4-bit weights are skipped. A weight that one of its uses keeps dense is dense for all of them.
+    """
     selected: dict[int, WeightUse] = {}
+    kept: dict[int, tuple[str, str] | None] = {}
     conflicts = []
-    for use in weight_uses(model, pattern.m):
-        if use.reason is not None or use.tensor is None or not is_addressable(use.tensor):
+    # A list, so that no tensor's `id` is given to another one.
+    uses = list(weight_uses(model, pattern.m))
+    for use in uses:
+        if use.reason is not None or use.tensor is None or not is_addressable(use.tensor) or id(use.tensor) in kept:
             continue
-        if any(fnmatch.fnmatchcase(use.name, glob) for glob in allow_dense):
+        if matching((use.name, use.node), allow_dense) is not None:
+            kept[id(use.tensor)] = None
             continue
         known = selected.setdefault(id(use.tensor), use)
-        if known.axis != use.axis:
+        if known is use and (why := _stays_dense(use, folder)) is not None:
+            kept[id(use.tensor)] = use.name, why
+        elif known.axis != use.axis:
             conflicts.append(f"{use.name}: axis {known.axis} for {known.node}, {use.axis} for {use.node}")
+    selected = {key: use for key, use in selected.items() if key not in kept}
+    conflicts = [text for text in conflicts if any(text.startswith(f"{use.name}: ") for use in selected.values())]
+    left_dense = tuple(entry for entry in kept.values() if entry is not None)
     if conflicts:
         raise InputError(
             "weights are used along two axes, and pruning along one may break the other",
@@ -112,7 +149,14 @@ def _select(
         )
     if not selected:
         raise InputError("no weight is eligible", where=where, fix="`maskplan check` shows the reasons")
-    return selected
+    return selected, left_dense
+
+
+def _stays_dense(use: WeightUse, folder: Path | None) -> str | None:
+    try:
+        return stays_dense(use, folder)
+    except TensorError as error:
+        raise InputError("a weight cannot be read", where=use.name, found=error) from error
 
 
 def _pruned_values(use: WeightUse, pattern: Pattern, folder: Path | None) -> tuple[Array, int]:
@@ -161,6 +205,7 @@ def _store(tensor: TensorProto, values: Array) -> None:
 def _prune_external(
     model: onnx.ModelProto,
     selected: dict[int, WeightUse],
+    left_dense: tuple[tuple[str, str], ...],
     external: list[TensorProto],
     path: Path,
     out: Path,
@@ -207,7 +252,7 @@ def _prune_external(
             entry = tensor.external_data.add()
             entry.key, entry.value = key, value
     write_atomically(out, model.SerializeToString())
-    return Pruned(out, weights, changed, zeroed)
+    return Pruned(out, weights, changed, zeroed, left_dense)
 
 
 def _copy(tensor: TensorProto, folder: Path, file: BinaryIO) -> None:

@@ -109,6 +109,22 @@ def read_values(tensor: TensorProto, folder: Path | None) -> StoredValues:
     return StoredValues(array, negative_zero, lambda a: np.ascontiguousarray(a).view(kind).astype(np.float64))
 
 
+def native_values(tensor: TensorProto, folder: Path | None) -> Array:
+    """A tensor's values in NumPy's own type for them, also floats of 16 and 8 bits; booleans too.
+
+    Raises:
+        TensorError: As `read_values`.
+    """
+    if tensor.data_type == TensorProto.BOOL and tensor.data_location != TensorProto.EXTERNAL:
+        try:
+            return numpy_helper.to_array(tensor)
+        except (ValueError, TypeError) as error:
+            raise TensorError(str(error)) from error
+    stored = read_values(tensor, folder)
+    kind = _AS_BITS.get(tensor.data_type, (None, None, None))[2]
+    return stored.array if kind is None else np.ascontiguousarray(stored.array).view(kind).reshape(stored.array.shape)
+
+
 def _flat(tensor: TensorProto, dtype: np.dtype[Any], size: int, folder: Path | None) -> Array:
     if tensor.data_location == TensorProto.EXTERNAL:
         return _external(tensor, dtype, size, folder)

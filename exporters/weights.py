@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import onnx
-from onnx import helper
 
-from maskplan.exporters.subgraphs import subgraphs
+from maskplan.exporters.folding import Expression, constant_expression
+from maskplan.exporters.scopes import MAX_DEPTH, STANDARD, Scope, scoped_nodes
 from maskplan.exporters.tensors import TensorError, read_values
 from maskplan.pipeline.core.weight_ops import WEIGHT_OPS
 from maskplan.pipeline.masking.eligibility import NOT_CONSTANT, ineligible_reason
@@ -23,11 +23,8 @@ _DEQUANTIZE = {"DequantizeLinear", "TRT_FP8DequantizeLinear", "TRT_INT4Dequantiz
 _QUANTIZE = {"QuantizeLinear", "TRT_FP8QuantizeLinear"}
 _SAME_SHAPE = {"Identity", "Cast", *_DEQUANTIZE, *_QUANTIZE}
 _RESHAPING = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
-# Limits on hostile files: nodes in a chain or nested graphs, and dimensions.
-_MAX_DEPTH = 32
+# A limit on hostile files.
 _MAX_RANK = 32
-
-UNBAKED = "the weight is multiplied by a mask in the graph: bake the mask into the weight"
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,9 @@ class WeightUse:
         groups: Of a convolution; 1 otherwise.
         zero_point: Of a quantized tensor; None for plain zero.
         reason: Why it can never be N:M; None if it can.
-        hint: An explanation for the reader of the report, or None.
+        expression: Of a weight that nodes compute from stored tensors alone, where no single stored tensor has its groups;
+            `computed_weights.folded` computes it. None otherwise.
+        outputs: Output channels; with an expression 0 until it is computed.
     """
 
     name: str
@@ -62,7 +61,8 @@ class WeightUse:
     groups: int
     zero_point: ZeroPoint | None
     reason: str | None
-    hint: str | None = None
+    expression: Expression | None = None
+    outputs: int = 0
 
 
 def weight_uses(model: onnx.ModelProto, m: int = 4) -> Iterator[WeightUse]:
@@ -70,117 +70,67 @@ def weight_uses(model: onnx.ModelProto, m: int = 4) -> Iterator[WeightUse]:
 
     Includes those in subgraphs and local functions. A MatMul or Gemm of two activations has no weight and is omitted.
     """
-    functions = {(f.domain, f.name): f for f in model.functions}
-    yield from _walk(_Scope.of(model.graph, None), model.graph.node, functions, m, 0)
-
-
-@dataclass(frozen=True)
-class _Scope:
-    """The names that are visible to the nodes of one graph."""
-
-    constants: Mapping[str, onnx.TensorProto]
-    producers: Mapping[str, onnx.NodeProto]
-    outer: _Scope | None
-    # The formal inputs of a function, with the name that the caller passes and the scope of that name.
-    passed: Mapping[str, tuple[str, _Scope]] = field(default_factory=dict)
-    # Attributes of the call, to which nodes of the function refer by name.
-    given: Mapping[str, onnx.AttributeProto] = field(default_factory=dict)
-
-    @staticmethod
-    def of(graph: onnx.GraphProto, outer: _Scope | None) -> _Scope:
-        producers = {name: node for node in graph.node for name in node.output}
-        given = outer.given if outer is not None else {}
-        return _Scope({t.name: t for t in graph.initializer}, producers, outer, given=given)
-
-    def find(self, name: str) -> tuple[onnx.TensorProto | onnx.NodeProto | None, _Scope]:
-        """The tensor or node that a name refers to, and the scope that contains it."""
-        scope: _Scope | None = self
-        # Bounded: a function that passes its own input to itself would never end.
-        for _ in range(_MAX_DEPTH * _MAX_DEPTH):
-            if scope is None:
-                break
-            if name in scope.constants:
-                return scope.constants[name], scope
-            if name in scope.producers:
-                return scope.producers[name], scope
-            if name in scope.passed:
-                name, scope = scope.passed[name]
-            else:
-                scope = scope.outer
-        return None, self
-
-
-_Functions = Mapping[tuple[str, str], onnx.FunctionProto]
-
-
-def _walk(
-    scope: _Scope, nodes: Sequence[onnx.NodeProto], functions: _Functions, m: int, depth: int
-) -> Iterator[WeightUse]:
-    for node in nodes:
-        if node.op_type in WEIGHT_OPS and node.domain in ("", "ai.onnx"):
+    for node, scope in scoped_nodes(model):
+        if node.op_type in WEIGHT_OPS and node.domain in STANDARD:
             yield from _uses_of(node, scope, m)
-        if depth >= _MAX_DEPTH:
-            continue
-        for graph in subgraphs(node):
-            yield from _walk(_Scope.of(graph, scope), graph.node, functions, m, depth + 1)
-        function = functions.get((node.domain, node.op_type))
-        if function is not None:
-            yield from _walk(_inside(function, node, scope), function.node, functions, m, depth + 1)
 
 
-def _inside(function: onnx.FunctionProto, call: onnx.NodeProto, caller: _Scope) -> _Scope:
-    defaults = {a.name: a for a in function.attribute_proto}
-    return _Scope(
-        constants={},
-        producers={name: node for node in function.node for name in node.output},
-        outer=None,
-        passed={formal: (actual, caller) for formal, actual in zip(function.input, call.input, strict=False)},
-        given={**defaults, **{a.name: a for a in call.attribute}},
-    )
+def stored_behind(name: str, scope: Scope) -> tuple[str, onnx.TensorProto | None] | None:
+    """The stored tensor with two axes or more that a name leads to; its tensor is None if several take part."""
+    traced = _trace(name, 0, scope)
+    if traced is not None:
+        return (traced[0], traced[1]) if len(traced[1].dims) > 1 else None
+    found = constant_expression(name, scope)
+    return (found.stored[0], None) if found is not None and found.stored else None
 
 
-def _uses_of(node: onnx.NodeProto, scope: _Scope, m: int) -> Iterator[WeightUse]:
-    attributes = _attributes(node, scope)
+def _uses_of(node: onnx.NodeProto, scope: Scope, m: int) -> Iterator[WeightUse]:
+    attributes = scope.attributes(node)
     op = WEIGHT_OPS[node.op_type]
     groups = int(attributes.get("group", 1)) if op.is_convolution else 1
     name = node.name or (node.output[0] if node.output else node.op_type)
-    unbaked = None
+    computed: tuple[Expression, int] | None = None
     for operand in op.operands:
         if operand.index >= len(node.input):
             continue
         operand_name = node.input[operand.index]
         traced = _trace(operand_name, operand.axes(attributes)[0], scope)
         if traced is None:
-            unbaked = unbaked or _masked_in_graph(operand_name, scope)
+            found = constant_expression(operand_name, scope) if computed is None else None
+            if found is not None and (found.stored or op.is_convolution):
+                # The reduction axis is that of the operand: the value is stored as the operator reads it.
+                computed = found, operand.axes(attributes)[0]
             continue
-        stored, tensor, stored_axis, zero_point = traced
+        stored, tensor, stored_axis, zero_point, shape = traced
         if len(tensor.dims) < 2:
             continue
         reason = ineligible_reason(node.op_type, tensor.dims[stored_axis], groups, m)
-        yield WeightUse(stored, name, node.op_type, tensor, stored_axis, groups, zero_point, reason)
+        outputs = shape[operand.axes(attributes)[1]]
+        yield WeightUse(stored, name, node.op_type, tensor, stored_axis, groups, zero_point, reason, outputs=outputs)
         return
-    if unbaked is not None:
-        yield WeightUse(unbaked, name, node.op_type, None, 0, groups, None, NOT_CONSTANT, UNBAKED)
+    if computed is not None:
+        expression, axis = computed
+        yield WeightUse(expression.name, name, node.op_type, None, axis, groups, None, NOT_CONSTANT, expression)
     elif op.is_convolution:
         # A product of two activations has no weight; a convolution always has one, computed or missing.
         weight_name = node.input[1] if len(node.input) > 1 else ""
         yield WeightUse(weight_name, name, node.op_type, None, 0, groups, None, NOT_CONSTANT)
 
 
-_Traced = tuple[str, onnx.TensorProto, int, ZeroPoint | None]
+_Traced = tuple[str, onnx.TensorProto, int, ZeroPoint | None, tuple[int, ...]]
 
 
-def _trace(name: str, axis: int, scope: _Scope) -> _Traced | None:
+def _trace(name: str, axis: int, scope: Scope) -> _Traced | None:
     """Follow `name` to a stored tensor; None if it is computed, or if the reduction axis is not one stored axis."""
-    between: list[tuple[onnx.NodeProto, _Scope]] = []
-    for _ in range(_MAX_DEPTH):
+    between: list[tuple[onnx.NodeProto, Scope]] = []
+    for _ in range(MAX_DEPTH):
         found, scope = scope.find(name)
         if isinstance(found, onnx.TensorProto):
             return _translate_axis(found.name or name, found, axis, between)
         if found is None:
             return None
         if found.op_type == "Constant":
-            value = _attributes(found, scope).get("value")
+            value = scope.attributes(found).get("value")
             return _translate_axis(name, value, axis, between) if isinstance(value, onnx.TensorProto) else None
         if found.op_type not in _SAME_SHAPE | _RESHAPING or not found.input:
             return None
@@ -190,7 +140,7 @@ def _trace(name: str, axis: int, scope: _Scope) -> _Traced | None:
 
 
 def _translate_axis(
-    name: str, tensor: onnx.TensorProto, axis: int, between: Sequence[tuple[onnx.NodeProto, _Scope]]
+    name: str, tensor: onnx.TensorProto, axis: int, between: Sequence[tuple[onnx.NodeProto, Scope]]
 ) -> _Traced | None:
     """The traced weight, its axis translated from the op's operand to the stored tensor; None if that is impossible."""
     # Forward, from the tensor to the op: the shape after each node.
@@ -214,21 +164,21 @@ def _translate_axis(
             # The stored tensor is a float that this node quantizes: its zero is 0.
             zero_point = None
         elif node.op_type in _DEQUANTIZE and len(node.input) > 2 and node.input[2]:
-            stored = _constant(node.input[2], scope)
+            stored = scope.constant(node.input[2])
             if stored is None:
                 return None
-            zero_point = ZeroPoint(stored, int(_attributes(node, scope).get("axis", 1)))
+            zero_point = ZeroPoint(stored, int(scope.attributes(node).get("axis", 1)))
         elif zero_point is not None:
             along = _axis_before(node, scope, zero_point.axis % max(len(after), 1), before, after)
             zero_point = None if along is None else ZeroPoint(zero_point.tensor, along)
-    return name, tensor, axis, zero_point
+    return name, tensor, axis, zero_point, shapes[-1]
 
 
-def _output_shape(node: onnx.NodeProto, scope: _Scope, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+def _output_shape(node: onnx.NodeProto, scope: Scope, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     """The output shape of a node for an input of `shape`; None if it is unknown or does not fit."""
     if node.op_type in _SAME_SHAPE:
         return shape
-    attributes = _attributes(node, scope)
+    attributes = scope.attributes(node)
     if node.op_type == "Transpose":
         perm = _perm(attributes, len(shape))
         return tuple(shape[p] for p in perm) if sorted(perm) == list(range(len(shape))) else None
@@ -266,13 +216,13 @@ def _reshaped(shape: tuple[int, ...], target: list[int], allowzero: bool) -> tup
 
 
 def _axis_before(
-    node: onnx.NodeProto, scope: _Scope, axis: int, before: tuple[int, ...], after: tuple[int, ...]
+    node: onnx.NodeProto, scope: Scope, axis: int, before: tuple[int, ...], after: tuple[int, ...]
 ) -> int | None:
     """The axis of `before` that becomes `axis` of `after`; None if a reshape split or merged it."""
     if node.op_type in _SAME_SHAPE:
         return axis
     if node.op_type == "Transpose":
-        return _perm(_attributes(node, scope), len(before))[axis]
+        return _perm(scope.attributes(node), len(before))[axis]
     # Reshapes keep the order of elements: the same axis has the same product of lengths before it, and the same length.
     outer = math.prod(after[:axis])
     for i, length in enumerate(before):
@@ -281,37 +231,12 @@ def _axis_before(
     return None
 
 
-def _masked_in_graph(name: str, scope: _Scope) -> str | None:
-    """The weight's name if the operand is a product of two stored tensors: a mask that was not baked."""
-    producer, scope = scope.find(name)
-    if not isinstance(producer, onnx.NodeProto) or producer.op_type not in ("Mul", "Where"):
-        return None
-    names = [found[0] for operand in producer.input if (found := _trace(operand, 0, scope)) is not None]
-    return names[0 if producer.op_type == "Mul" else 1] if len(names) >= 2 else None
-
-
-def _attributes(node: onnx.NodeProto, scope: _Scope) -> dict[str, Any]:
-    values = {}
-    for attribute in node.attribute:
-        source = scope.given.get(attribute.ref_attr_name) if attribute.ref_attr_name else attribute
-        if source is not None:
-            values[attribute.name] = helper.get_attribute_value(source)
-    return values
-
-
 def _perm(attributes: Mapping[str, Any], rank: int) -> list[int]:
     return list(attributes["perm"]) if "perm" in attributes else list(range(rank))[::-1]
 
 
-def _constant(name: str, scope: _Scope) -> onnx.TensorProto | None:
-    found, scope = scope.find(name)
-    if isinstance(found, onnx.NodeProto) and found.op_type == "Constant":
-        found = _attributes(found, scope).get("value")
-    return found if isinstance(found, onnx.TensorProto) else None
-
-
-def _integers(name: str, scope: _Scope) -> list[int] | None:
-    tensor = _constant(name, scope)
+def _integers(name: str, scope: Scope) -> list[int] | None:
+    tensor = scope.constant(name)
     if tensor is None or tensor.data_type != onnx.TensorProto.INT64:
         return None
     try:

@@ -121,8 +121,11 @@ def calibrate(
     calibrated = calibrate_onnx(onnx_model, source, calibrate_options, {float_dtype: target}, cache)
     if export_trt_cache is not None:
         write_tensorrt_cache(export_trt_cache, calibrated.amax)
-    write_report(report, encode(calibrated.report))
+    write_report(report, encode(calibrated.report) | {"layers": [encode(layer) for layer in calibrated.layers]})
     _show(calibrated.report, target, float_dtype)
+    for layer in calibrated.layers:
+        if layer.reason is None:
+            print_line(f"  {layer.node}: {layer.dtype} ({layer.op}, weight {layer.weight})")
     if onnx_model.provenance is not None and onnx_model.provenance.masked:
         _check(target, onnx_model.provenance.pattern)
 

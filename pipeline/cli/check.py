@@ -48,7 +48,7 @@ def check(
     ] = None,
     strict: Annotated[bool | None, typer.Option(help="Every eligible weight must conform.")] = None,
     allow_dense: Annotated[
-        list[str] | None, typer.Option(help="Pattern of names of weights that may stay dense. Repeatable.")
+        list[str] | None, typer.Option(help="Pattern of names of weights or nodes that may stay dense. Repeatable.")
     ] = None,
     pattern: options.Pattern = None,
     report: options.Report = None,
@@ -149,6 +149,6 @@ def _show(report: ConformanceReport) -> None:
     verdict = report.verdict.replace("_", " ")
     console.print(
         f"{verdict}: {report.conforming} conforming, {report.violating} violating, {report.dense_by_choice} dense by choice,"
-        f" {report.ineligible} ineligible",
+        f" {report.ineligible} ineligible" + (f", {report.unknown} unknown" if report.unknown else ""),
         soft_wrap=True,
     )

@@ -30,7 +30,7 @@ def prune(
     out: options.Out = Path("sparse.onnx"),
     pattern: options.Pattern = None,
     allow_dense: Annotated[
-        list[str] | None, typer.Option(help="Pattern of names of weights to leave dense. Repeatable.")
+        list[str] | None, typer.Option(help="Pattern of names of weights or nodes to leave dense. Repeatable.")
     ] = None,
     report: options.Report = None,
 ) -> None:
@@ -48,5 +48,7 @@ def prune(
         f"{out}: {pruned.changed} of {pruned.weights} weights changed, {pruned.zeroed:,} elements set to zero;"
         f" {conformance.verdict}"
     )
+    for name, reason in pruned.left_dense:
+        print_line(f"  {name} stays dense: {reason.replace('_', ' ')}")
     if not conformance.passed:
         raise GateError(f"{out}: {conformance.reason}")

@@ -37,7 +37,10 @@ PASS: Final = "pass"
 FAIL: Final = "fail"
 NOT_APPLICABLE: Final = "not_applicable"
 
-WeightState = Literal["conforming", "violating", "dense_by_choice", "ineligible"]
+CheckVerdict = Literal["pass", "fail", "unknown"]
+"""Result of the 2:4 check; `unknown` if there are weights that it cannot read, or none at all."""
+
+WeightState = Literal["conforming", "violating", "dense_by_choice", "ineligible", "unknown"]
 """What the 2:4 check found for one weight."""
 
 CONFORMING: Final = "conforming"

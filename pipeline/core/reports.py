@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from maskplan.pipeline.core.choices import PASS, GateVerdict, WeightState
+from maskplan.pipeline.core.choices import PASS, CheckVerdict, GateVerdict, WeightState
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class WeightVerdict:
         shape: As stored.
         axis: The stored axis along which the groups run; None if ineligible.
         dtype: As stored.
-        verdict: `conforming`, `violating`, `dense_by_choice` or `ineligible`.
-        reason: Why it is ineligible; None otherwise.
+        verdict: `conforming`, `violating`, `dense_by_choice`, `ineligible`, or `unknown` if it cannot be read.
+        reason: Why it is ineligible, unknown, or dense without being asked for; None otherwise.
         groups: Groups of M.
         violating_groups: Those with more than N non-zeros.
         negative_zeros: Elements that are -0.0; they count as zero.
@@ -54,9 +54,13 @@ class WeightVerdict:
 
 @dataclass(frozen=True)
 class ConformanceReport:
-    """Whether all weights that must be N:M are; a model without such a weight fails."""
+    """Whether all weights that must be N:M are; a model without such a weight fails, or is unknown if some cannot be read.
 
-    verdict: GateVerdict
+    Attributes:
+        unknown: Weights that cannot be read, among those that would have to conform.
+    """
+
+    verdict: CheckVerdict
     reason: str | None
     pattern: str
     eligible: int
@@ -65,6 +69,7 @@ class ConformanceReport:
     dense_by_choice: int
     ineligible: int
     weights: tuple[WeightVerdict, ...]
+    unknown: int = 0
 
     @property
     def passed(self) -> bool:

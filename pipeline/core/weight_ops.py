@@ -67,3 +67,20 @@ WEIGHT_OPS: Final[Mapping[str, WeightOp]] = {
 
 SPARSE_OPS: Final = frozenset(name for name, op in WEIGHT_OPS.items() if op.has_sparse_kernels)
 QUANTIZABLE_OPS: Final = frozenset(name for name, op in WEIGHT_OPS.items() if op.is_quantizable)
+
+INTEGER_OPS: Final[Mapping[str, tuple[int, ...]]] = {
+    "QLinearConv": (3,),
+    "QLinearMatMul": (3, 0),
+    "ConvInteger": (1,),
+    "MatMulInteger": (1, 0),
+}
+"""ONNX's operators on integers, with the inputs that may be a weight; what they hold cannot run 2:4 as it is."""
+
+DENSE_OPS: Final[Mapping[str, tuple[int, ...]]] = {
+    "LSTM": (1,),
+    "GRU": (1,),
+    "RNN": (1,),
+    "DeformConv": (1,),
+    "Einsum": (0, 1),
+}
+"""ONNX's other operators with weights, likewise: there are no sparse kernels for them."""

@@ -12,6 +12,11 @@ GROUPED, CHANNELS, NOT_CONSTANT, UNSUPPORTED, DTYPE = (
     "dtype",
 )
 
+UNSEEN, FEW_OUTPUTS, FIXED = "operator_not_known", "fewer_than_4_outputs", "fixed_table"
+
+MIN_OUTPUTS = 4
+"""A convolution with fewer outputs computes coordinates, a mask or a score; it costs little and stays dense."""
+
 
 def ineligible_reason(op: str, channels: int, groups: int, m: int = 4) -> str | None:
     """Reason why TensorRT can never run a weight as N:M, or None if it can.

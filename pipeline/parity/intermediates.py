@@ -48,7 +48,7 @@ class Intermediates:
             self._external = True
         constants = {tensor.name for tensor in self.model.graph.initializer}
         sources = [value for value in self.model.graph.input if value.name not in constants]
-        dims = [d.dim_value for d in sources[0].type.tensor_type.shape.dim] if sources else []
+        dims = [max(d.dim_value, 0) for d in sources[0].type.tensor_type.shape.dim] if sources else []
         fits = len(dims) == 4 and all(d in (0, asked) for d, asked in zip(dims[1:], shape, strict=True))
         if len(sources) != 1 or not fits:
             found = ", ".join(
