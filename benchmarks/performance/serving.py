@@ -16,6 +16,7 @@ directly and through the server (HTTP, binary tensors, the backend for ONNX Runt
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import sys
@@ -229,51 +230,66 @@ def void(_: object) -> None:
     """Drop a value."""
 
 
+def lost_requests(work: Path, quick: bool) -> list[dict[str, Any]]:
+    """Every way to change the model."""
+    engines = {}
+    for number in NUMBERS:
+        (work / f"{number}.onnx").write_bytes(graph(number))
+        options = BuildOptions("onnxruntime", (Profile(1, 8, 8),))
+        engines[number] = build_engine(describe_onnx(work / f"{number}.onnx"), options, work / f"e{number}.onnx").path
+    ways = [
+        Way("maskplan deploy", "poll", *by_maskplan(engines, None)),
+        Way("maskplan deploy", "explicit", *by_maskplan(engines, None)),
+        Way("maskplan deploy --keep-versions 1", "poll", *by_maskplan(engines, 1)),
+        Way("maskplan deploy --keep-versions 1", "explicit", *by_maskplan(engines, 1)),
+        Way("maskplan deploy, of the earlier file to go back", "poll", *by_deploying_again(engines)),
+        Way("version folders, latest 1", "poll", *by_folders(1)),
+        Way("version folders, latest 2", "poll", *by_folders(2)),
+        Way("the file replaced in place", "poll", *in_place()),
+    ]
+    if quick:
+        return [lose(way, 4, 1) for way in ways[:2]]
+    return [lose(way, DEPLOYMENTS, ROLLBACKS) for way in ways]
+
+
+def latencies(work: Path, quick: bool) -> list[dict[str, Any]]:
+    """Both networks."""
+    rows = []
+    for name, source in (("digits_resnet", "digits_resnet"), ("resnet20", RESNET20)):
+        (work / name).mkdir()
+        rows.append(latency(name, source, work / name, LoadOptions(window_s=0.3 if quick else 2.0)))
+    return rows
+
+
+PARTS: dict[str, Callable[[Path, bool], list[dict[str, Any]]]] = {
+    "lost_requests": lost_requests,
+    "latency": latencies,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few deployments, and nothing is written")
-    quick = parser.parse_args().quick
+    parser.add_argument("--part", choices=PARTS, help="measure this part only, and keep the other one's results")
+    given = parser.parse_args()
     if missing():
         sys.exit(missing())
-    deployments, rollbacks = (4, 1) if quick else (DEPLOYMENTS, ROLLBACKS)
-    loads = LoadOptions(window_s=0.3 if quick else 2.0)
-    load_before = os.getloadavg()[0]
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        measured = []
-        for name, source in (("digits_resnet", "digits_resnet"), ("resnet20", RESNET20)):
-            (work / name).mkdir()
-            measured.append(latency(name, source, work / name, loads))
-        engines = {}
-        for number in NUMBERS:
-            (work / f"{number}.onnx").write_bytes(graph(number))
-            options = BuildOptions("onnxruntime", (Profile(1, 8, 8),))
-            engines[number] = build_engine(
-                describe_onnx(work / f"{number}.onnx"), options, work / f"e{number}.onnx"
-            ).path
-        ways = [
-            Way("maskplan deploy", "poll", *by_maskplan(engines, None)),
-            Way("maskplan deploy", "explicit", *by_maskplan(engines, None)),
-            Way("maskplan deploy --keep-versions 1", "poll", *by_maskplan(engines, 1)),
-            Way("maskplan deploy --keep-versions 1", "explicit", *by_maskplan(engines, 1)),
-            Way("maskplan deploy, of the earlier file to go back", "poll", *by_deploying_again(engines)),
-            Way("version folders, latest 1", "poll", *by_folders(1)),
-            Way("version folders, latest 2", "poll", *by_folders(2)),
-            Way("the file replaced in place", "poll", *in_place()),
-        ]
-        lost = [lose(way, deployments, rollbacks) for way in (ways[:2] if quick else ways)]
-    if not quick:
-        result = {
-            "command": "python benchmarks/performance/serving.py",
-            "device": cpu_name(),
-            "cores": os.cpu_count(),
-            "versions": {**versions(), "triton": "2.51.0 (nvidia-pytriton 0.7.0)"},
-            "load_before": round(load_before, 2),
-            "clients": {"unnamed": CLIENTS.count("unnamed"), "named": CLIENTS.count("named"), "gap_s": GAP_S},
-            "lost_requests": lost,
-            "latency": measured,
-        }
-        write_json(Path(__file__).with_suffix(".json"), result)
+    out = Path(__file__).with_suffix(".json")
+    result: dict[str, Any] = json.loads(out.read_text()) if given.part else {}
+    result |= {
+        "command": "python benchmarks/performance/serving.py",
+        "device": cpu_name(),
+        "cores": os.cpu_count(),
+        "versions": {**versions(), "triton": "2.51.0 (nvidia-pytriton 0.7.0)"},
+        "clients": {"unnamed": CLIENTS.count("unnamed"), "named": CLIENTS.count("named"), "gap_s": GAP_S},
+    }
+    for part in [given.part] if given.part else PARTS:
+        load_before = round(os.getloadavg()[0], 2)
+        with tempfile.TemporaryDirectory() as folder:
+            rows = PARTS[part](Path(folder), given.quick)
+        result[part] = {"load_before": load_before, "rows": rows}
+    if not given.quick:
+        write_json(out, result)
 
 
 if __name__ == "__main__":

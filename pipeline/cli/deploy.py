@@ -108,8 +108,8 @@ def deploy(
     if golden is None:
         print_line(f"note: without a golden input and output: {reason}")
     else:
-        command = ["maskplan", "serve-check", "--url", "localhost:8000", "--repository", repository, "--model", name]
-        print_line(f"try it: {shell_command(command)}")
+        options = ("--url", "localhost:8000", "--repository", repository, "--model", name)
+        print_line(f"try it: {shell_command(('maskplan', 'serve-check', *options))}")
     if any(record.version_compatible for record in records):
         print_line(
             "note: a version-compatible plan: start Triton with --backend-config=tensorrt,version-compatible=true"

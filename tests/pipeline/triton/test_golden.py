@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import numpy as np
 import onnxruntime
 import pytest
 from deployable import built, plan, record, source
+from onnx import helper
+from served_models import engine, graph
 
 from maskplan.engines.build import BuildOptions, build_engine
 from maskplan.engines.sidecar import read_engine
@@ -20,7 +23,7 @@ from maskplan.exporters.metadata import describe_onnx
 from maskplan.pipeline.core.artifacts import TensorSpec
 from maskplan.pipeline.core.errors import InputError, PipelineError
 from maskplan.pipeline.triton.deploy import DeployOptions, deploy
-from maskplan.pipeline.triton.golden import Golden, golden_of, golden_pair
+from maskplan.pipeline.triton.golden import Golden, golden_files, golden_of, golden_pair
 
 
 def pair(batch: int = 2, classes: int = 5, dtype: Any = np.float32) -> Golden:
@@ -134,3 +137,16 @@ def test_memory_of_the_gpu_is_given_back_whether_the_engine_ran_or_not(
 def test_a_plan_that_cannot_be_opened_here_has_no_pair(tmp_path: Path) -> None:
     with pytest.raises(PipelineError):
         golden_pair(read_engine(plan(tmp_path / "a.plan")))
+
+
+@pytest.mark.parametrize(("shape", "stored"), [(["N"], (1, 1)), ([3], (3,)), (["N", 2], (1, 2))])
+def test_the_pair_has_the_shapes_that_clients_see(shape: list[Any], stored: tuple[int, ...], tmp_path: Path) -> None:
+    """Triton serves one number for each image as (N, 1)."""
+    batch = "N" if shape[0] == "N" else 3
+    node = "ReduceMax" if len(shape) == 1 else "Relu"
+    axes: dict[str, Any] = {"axes": [1], "keepdims": 0} if len(shape) == 1 else {}
+    nodes = [helper.make_node(node, ["x"], ["y"], **axes)]
+    made = read_engine(engine(graph(tmp_path / "m.onnx", nodes, [("x", [batch, 2])], [("y", shape)])))
+    files = golden_files(golden_pair(made), made, "net", 1)
+    assert np.load(io.BytesIO(files["golden/output.npy"])).shape == stored
+    assert np.load(io.BytesIO(files["golden/input.npy"])).shape == (stored[0], 2)

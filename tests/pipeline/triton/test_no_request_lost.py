@@ -195,9 +195,11 @@ def test_two_deployments_at_once_are_served_or_refused(engines: dict[int, Path],
         for thread in threads:
             thread.join()
         last = deploy(engines[2], DeployOptions(repository, MODEL)).version
-        wait_for(server.http, is_number(2))
-        time.sleep(2)
+        end = time.monotonic() + 30
+        while not server.is_ready(MODEL, last) and time.monotonic() < end:
+            time.sleep(0.05)
         assert server.is_ready(MODEL, last)
+        wait_for(server.http, is_number(2))
         assert_nothing_failed(server)
     assert set(refused) <= {"another deployment is writing to the model"}
     assert sorted(deployed) == list(range(2, 2 + len(deployed)))
