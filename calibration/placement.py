@@ -13,7 +13,8 @@ The rules follow NVIDIA's placement recommendations for explicit quantization:
   quantized afterwards. Between two such operators there is a pair if a layer reads the value between them too.
 - All inputs of a concatenation share one scale if any of them is quantized. With `quantize_outputs`, all readers of a
   pooling get its quantized output if one of them is a concatenation.
-- Average pooling computes, so it ends such a path: its output is quantized if a layer reads it, its input is not.
+- Average pooling computes, so it ends such a path: its output is quantized if a layer reads it, its input only if a layer
+  reads that too.
 - A tensor with several readers is quantized once, and dequantized once for each reader.
 
 Throughout, a place for a pair is an edge: a reader of a tensor, as (node index, input index). `place` builds the set of
@@ -133,6 +134,7 @@ def place(model: onnx.ModelProto, options: PlaceOptions | None = None) -> Placem
     if options.quantize_outputs:
         in_float = {layer.node for layer in layers if layer.reason is not None}
         edges |= _output_edges(graph, quantized, fused, in_float)
+    edges |= _averages_beside_layers(graph, edges)
     moves = _quantized_moves(graph, edges)
     return Placement(
         tuple(_activations(graph, edges)),
@@ -302,6 +304,15 @@ def _output_edges(
         others = {edge for name in pooled - graph.read_elsewhere for edge in graph.readers[name]}
         edges |= inputs | (others - closed)
     return edges
+
+
+def _averages_beside_layers(graph: Graph, edges: set[tuple[int, int]]) -> set[tuple[int, int]]:
+    """The inputs of average poolings that a quantized layer reads too.
+
+    Read in float they would need all that is before them in float as well, and an engine would compute it twice.
+    """
+    averages = {(n, 0) for n, node in enumerate(graph.nodes) if node.op_type == "AveragePool"}
+    return {(n, i) for n, i in averages if any(edge in edges for edge in graph.readers[graph.nodes[n].input[i]])}
 
 
 def _is_pooled(graph: Graph, tensor: str) -> bool:

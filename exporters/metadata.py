@@ -32,6 +32,8 @@ _DTYPES = {
     onnx.TensorProto.INT64: "int64",
     onnx.TensorProto.BOOL: "bool",
 }
+# Protobuf's limit for one message.
+_MAX_BYTES = 2**31 - 1
 _PRECISIONS: dict[int, OnnxPrecision] = {
     onnx.TensorProto.FLOAT: FP32,
     onnx.TensorProto.FLOAT16: FP16,
@@ -47,8 +49,15 @@ def load_onnx(path: Path) -> onnx.ModelProto:
     """Parse an ONNX file without loading external data.
 
     Raises:
-        InputError: The file is missing or is not ONNX.
+        InputError: The file is missing or is not ONNX, or is too large for a single message of protobuf.
     """
+    if path.is_file() and path.stat().st_size > _MAX_BYTES:
+        raise InputError(
+            "an ONNX file of more than 2 GB cannot be read",
+            where=path,
+            found=f"{path.stat().st_size:,} bytes",
+            fix="save it with its weights in a file beside it: onnx.save(model, path, save_as_external_data=True)",
+        )
     return parse_onnx(read_bytes(path), path)
 
 

@@ -39,7 +39,7 @@ for command in commands:
         code = main(command.split())
     print(json.dumps([command, code, err.getvalue(), sorted(asked)]))
 """
-HEAVY = "torch,torchvision,timm,onnxruntime,polygraphy,tensorrt,pycuda,matplotlib,sklearn,scipy,numba"
+HEAVY = "torch,torchvision,timm,onnxruntime,polygraphy,tensorrt,tensorrt_rtx,pycuda,matplotlib,sklearn,scipy,numba"
 
 AFTER_EXPORT = (
     "check engine.onnx --report r.json --junit r.xml",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,7 +33,15 @@ from maskplan.engines.trt.versions import (
     set_targets,
 )
 from maskplan.pipeline.core.artifacts import EngineFile, LayerSparsity, OnnxModel, Profile
-from maskplan.pipeline.core.choices import INT8, OTHER_BYTES, SAME_BYTES, TENSORRT, Backend, SparseFlagEffect
+from maskplan.pipeline.core.choices import (
+    INT8,
+    OTHER_BYTES,
+    SAME_BYTES,
+    SAME_CONTENT,
+    TENSORRT,
+    Backend,
+    SparseFlagEffect,
+)
 from maskplan.pipeline.core.errors import HostError, InputError, PipelineError
 
 log = logging.getLogger(__name__)
@@ -41,6 +51,10 @@ FP32_NOTE = "the graph is FP32: TensorRT documents sparse kernels for FP16 and I
 
 class BuildError(InputError):
     """The library does not build the model, which its parser has accepted; `found` quotes its messages."""
+
+
+_NUMBERED = re.compile(rb"(__mye)[0-9]+")
+_MAX_REPEATS = 5
 
 
 def build_trt(
@@ -94,7 +108,8 @@ def build_trt(
         layers, device_memory_bytes = (), None
         if sparse_weights:
             sparse_flag = _flag_effect(
-                plan, lambda sparse: compile_plan(trt, onnx_model, profiles, sparse, options, TrtLogCapture(trt))
+                plan,
+                lambda sparse: compile_plan(trt, onnx_model, profiles, sparse, options, TrtLogCapture(trt, quiet=True)),
             )
     for note in warnings:
         log.warning("%s", note)
@@ -126,15 +141,28 @@ def _device_of(options: TrtOptions) -> str:
 
 
 def _flag_effect(plan: bytes, compile_again: Callable[[bool], bytes]) -> SparseFlagEffect | None:
-    """What the sparse flag changes in a plan: compare builds with and without it; None if builds are not repeatable."""
+    """What the sparse flag changes in a plan: compare builds with and without it; None if they cannot tell.
+
+    Builds with the same options may differ (INT8 graphs with a dynamic batch, sm75): the compiler numbers its own tensors as
+    it goes, and longer numbers move what follows. A few builds of each kind are enough for two that have the same numbers.
+    """
     without = compile_again(False)
     if plan == without:
         return SAME_BYTES
-    # For some kinds of GPUs (sm75 with 1.7.1) builds with the same options differ now and then.
-    with_flag, without_flag = {plan, compile_again(True)}, {without, compile_again(False)}
-    if with_flag & without_flag:
-        return SAME_BYTES
-    return OTHER_BYTES if len(with_flag) == len(without_flag) == 1 else None
+    with_flag, without_flag = [_without_numbers(plan)], [_without_numbers(without)]
+    for _ in range(_MAX_REPEATS):
+        if set(with_flag) & set(without_flag):
+            return SAME_CONTENT
+        with_flag.append(_without_numbers(compile_again(True)))
+        without_flag.append(_without_numbers(compile_again(False)))
+    if set(with_flag) & set(without_flag):
+        return SAME_CONTENT
+    return OTHER_BYTES if len(set(with_flag)) == len(set(without_flag)) == 1 else None
+
+
+def _without_numbers(plan: bytes) -> str:
+    """Digest of a plan without the numbers of the compiler's own tensors."""
+    return hashlib.sha256(_NUMBERED.sub(rb"\1", plan)).hexdigest()
 
 
 def _flag_note(
@@ -146,9 +174,14 @@ def _flag_note(
     name = f"{library.name} {trt.__version__}"
     if sparse_flag == SAME_BYTES:
         return (f"{name} takes no sparse weights ahead of time: without the sparse flag the plan has the same bytes",)
+    if sparse_flag == SAME_CONTENT:
+        return (
+            f"{name} takes no sparse weights ahead of time: without the sparse flag the plan differs only in the numbers of"
+            " the compiler's own tensors",
+        )
     if sparse_flag == OTHER_BYTES:
         return (f"{name} builds another plan with the sparse flag; whether sparse kernels run is not known",)
-    return (f"builds of {name} for these GPUs differ from each other, so it is not known what the sparse flag changes",)
+    return (f"two builds of {name} with the same options differ, so it is not known what the sparse flag changes",)
 
 
 def _warnings(onnx_model: OnnxModel, sparse_weights: bool, options: TrtOptions) -> tuple[str, ...]:

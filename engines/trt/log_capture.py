@@ -37,10 +37,12 @@ class TrtLogCapture:
         sparsity: Messages about sparse layers.
         layer_lists: Messages that list the layers of a finished engine, which TensorRT-RTX's builder writes.
         library: Which of the two libraries.
+        quiet: Warnings are not shown: the work repeats what was done before.
         logger: The logger to pass to TensorRT's constructors.
     """
 
-    def __init__(self, trt: Any) -> None:
+    def __init__(self, trt: Any, *, quiet: bool = False) -> None:
+        self.quiet = quiet
         self.errors: list[str] = []
         self.warnings: list[str] = []
         self.sparsity: list[str] = []
@@ -92,10 +94,13 @@ def _logger(trt: Any) -> Any:
 
         def log(self, severity: Any, msg: str) -> None:
             level = levels.get(severity, logging.DEBUG)
-            # Errors are quoted by the exception that follows; where none does, the parser only tried something.
-            log.log(logging.DEBUG if level == logging.ERROR else level, "%s: %s", name, msg)
             with _LOCK:
                 listeners = tuple(_LISTENERS)
+            # Errors are quoted by the exception that follows; where none does, the parser only tried something. A warning
+            # may come for each layer, and again from each build.
+            is_repeated = any(capture.quiet or msg in capture.warnings for capture in listeners)
+            shown = logging.DEBUG if level == logging.ERROR or is_repeated else level
+            log.log(shown, "%s: %s", name, msg.strip())
             for log_capture in listeners:
                 if level == logging.ERROR:
                     log_capture.errors.append(msg)

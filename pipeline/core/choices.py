@@ -25,10 +25,11 @@ ONNXRUNTIME: Final = "onnxruntime"
 GPU_BACKENDS: Final[frozenset[Backend]] = frozenset({TENSORRT, TENSORRT_RTX})
 """Backends whose engines are plans: they run on a GPU only, and accept the batch sizes of their profiles only."""
 
-SparseFlagEffect = Literal["same_bytes", "other_bytes"]
-"""Whether a plan's bytes differ from those of a build without the sparse flag."""
+SparseFlagEffect = Literal["same_bytes", "same_content", "other_bytes"]
+"""Whether a plan differs from a build without the sparse flag; `same_content`: in the compiler's own numbering only."""
 
 SAME_BYTES: Final = "same_bytes"
+SAME_CONTENT: Final = "same_content"
 OTHER_BYTES: Final = "other_bytes"
 
 GateVerdict = Literal["pass", "fail", "not_applicable"]

@@ -22,7 +22,7 @@ from maskplan.engines.build import (
 from maskplan.engines.ort import NO_SPARSE_KERNELS, PLANS_DID_NOT_RUN, OrtEngine
 from maskplan.engines.sidecar import has_sidecar, write_sidecar
 from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel
-from maskplan.pipeline.core.choices import GPU_BACKENDS, ONNXRUNTIME, SAME_BYTES, Backend, FloatPrecision
+from maskplan.pipeline.core.choices import GPU_BACKENDS, ONNXRUNTIME, SAME_BYTES, SAME_CONTENT, Backend, FloatPrecision
 from maskplan.pipeline.core.files import read_bytes, write_atomically
 from maskplan.pipeline.core.reports import Fidelity, ParityReport, TimingReport
 from maskplan.pipeline.parity.compare import compare as compare_models
@@ -105,7 +105,7 @@ def build(
         dense_engine = dense
     else:
         dense_engine = engine("build-dense", dense, job.ws.path(f"dense_engine{suffix}"), False)
-    if backend not in GPU_BACKENDS or sparse_engine.sparse_flag == SAME_BYTES:
+    if backend not in GPU_BACKENDS or sparse_engine.sparse_flag in (SAME_BYTES, SAME_CONTENT):
         return Engines(dense_engine, sparse_engine, sparse_engine)
     pruned = engine("build-pruned", sparse, job.ws.hidden(f"pruned_engine{suffix}"), False)
     return Engines(dense_engine, pruned, sparse_engine)

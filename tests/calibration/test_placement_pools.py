@@ -47,3 +47,24 @@ def test_with_outputs_all_readers_of_a_pooling_that_is_concatenated_get_its_quan
     assert uses(found)["x"] == [("stem", 0), ("again", 1)], "inputs of a concatenation are quantized together"
     assert uses(placed(body, OUTPUTS, ("y", "b")))["b"] == [("join", 0)], "what the graph returns stays as it is"
     assert "b" not in uses(placed(body))
+
+
+def test_an_average_is_quantized_beside_a_layer_so_that_what_is_before_both_stays_int8() -> None:
+    body = """
+        stem | a = Conv(x, w0)
+        pool | b = MaxPool<kernel_shape = [2, 2]>(a)
+        join | c = Concat<axis = 1>(b, b)
+        conv | d = Conv(c, wide)
+        average | e = AveragePool<kernel_shape = [2, 2]>(c)
+        other | y = Conv(e, wide)
+    """
+    found = placed(body, outputs=("d", "y"))
+    assert uses(found) == {
+        "x": [("stem", 0)],
+        "a": [("pool", 0)],
+        "b": [("join", 0), ("join", 1)],
+        "c": [("conv", 0), ("average", 0)],
+        "e": [("other", 0)],
+    }
+    alone = placed(body.replace("d = Conv(c, wide)", "d = Sigmoid(c)"), outputs=("d", "y"))
+    assert uses(alone) == {"x": [("stem", 0)], "e": [("other", 0)]}, "without a layer beside it, an average ends INT8"

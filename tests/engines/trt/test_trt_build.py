@@ -132,7 +132,8 @@ def test_tensorrts_own_words_are_quoted_and_logged(
     trt: Control, source: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trt.failures.add("build")
-    with caplog.at_level(logging.DEBUG), pytest.raises(InputError, match="Could not find any implementation"):
+    level = caplog.at_level(logging.DEBUG, logger="maskplan.engines.trt.log_capture")
+    with level, pytest.raises(InputError, match="Could not find any implementation"):
         build(source)
     assert "TensorRT: Could not find any implementation" in caplog.text
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING], "one message is enough"

@@ -121,10 +121,10 @@ def test_a_file_that_is_no_longer_a_model_is_told_without_a_node(compiler: Backe
 
     described, out = describe_onnx(source), source.with_name("engine.plan")
     source.write_bytes(b"no model any more")
-    with pytest.raises(ParseError, match=r"found: .*Failed to parse the ONNX model"):
+    with pytest.raises(InputError, match="not an ONNX file"):
         build_engine(described, BuildOptions(compiler, PROFILES), out)
     source.unlink()
-    with pytest.raises(ParseError, match=r"found: .*not a regular file"):
+    with pytest.raises(InputError, match="file not found"):
         build_engine(described, BuildOptions(compiler, PROFILES), out)
     assert left(source.parent) == set()
 
