@@ -12,7 +12,7 @@ from maskplan.pipeline.cli import options
 from maskplan.pipeline.cli.exit_codes import GateError
 from maskplan.pipeline.cli.help_pages import add_command
 from maskplan.pipeline.cli.options import override, parse_shapes, patterns, write_report
-from maskplan.pipeline.core.choices import FAIL, NOT_APPLICABLE, VIOLATING
+from maskplan.pipeline.core.choices import UNKNOWN, VIOLATING
 from maskplan.pipeline.core.terminal import print_line
 
 if TYPE_CHECKING:
@@ -91,14 +91,15 @@ def check(
         CheckOptions(masked=masked), strict=strict, pattern=pattern, allow_dense=patterns(allow_dense)
     )
     conformance = check_2to4(model, check_options)
-    if compile and "*" in check_options.allow_dense and not (conformance.passed or conformance.violating):
-        conformance = dataclasses.replace(conformance, verdict=NOT_APPLICABLE, reason="every weight may be dense")
+    compiler_alone = compile and "*" in check_options.allow_dense and not (conformance.passed or conformance.violating)
+    if compiler_alone:
+        conformance = dataclasses.replace(conformance, verdict=UNKNOWN, reason="every weight may be dense")
     compiled = _compile(model, profile, shape) if compile else None
     write_report(report, encode(conformance) | ({} if compiled is None else {"compile": encode(compiled)}))
     if junit is not None:
         write_atomically(junit, conformance_junit(conformance, str(model), compiled), option="--junit")
     _show(conformance)
-    failed = [f"{model}: {conformance.reason}"] if conformance.verdict == FAIL else []
+    failed = [f"{model}: {conformance.reason}"] if not (conformance.passed or compiler_alone) else []
     if compiled is not None:
         hint = "; --allow-dense '*' leaves only the compiler's verdict" if compiled.accepted else ""
         failed = [reason + hint for reason in failed] + _show_compiled(compiled)

@@ -6,7 +6,15 @@ import dataclasses
 from collections.abc import Sequence
 from xml.etree import ElementTree
 
-from maskplan.pipeline.core.choices import DENSE_BY_CHOICE, INELIGIBLE, NOT_APPLICABLE, PASS, VIOLATING, GateVerdict
+from maskplan.pipeline.core.choices import (
+    DENSE_BY_CHOICE,
+    INELIGIBLE,
+    NOT_APPLICABLE,
+    PASS,
+    UNKNOWN,
+    VIOLATING,
+    GateVerdict,
+)
 from maskplan.pipeline.core.compilation import CompileResult
 from maskplan.pipeline.core.escaping import printable
 from maskplan.pipeline.core.reports import Check, ConformanceReport, OutputCloseness, ParityReport
@@ -23,7 +31,7 @@ def conformance_junit(report: ConformanceReport, model: str, compiled: CompileRe
     )
     whole = ElementTree.SubElement(suite, "testcase", classname=model, name="verdict")
     if not report.passed:
-        kind = "skipped" if report.verdict == NOT_APPLICABLE else "failure"
+        kind = "skipped" if report.verdict == UNKNOWN else "failure"
         ElementTree.SubElement(whole, kind, message=report.reason or "")
     for weight in report.weights:
         case = ElementTree.SubElement(suite, "testcase", classname=model, name=f"{weight.name} ({weight.node})")
