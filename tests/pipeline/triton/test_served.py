@@ -21,7 +21,6 @@ from served_models import answers, engine, graph, images, served, weights
 from triton_messages import MISSING, environment
 from triton_server import triton_server
 
-from maskplan.pipeline.core.artifacts import Profile
 from maskplan.pipeline.triton.config import Serving
 from maskplan.pipeline.triton.deploy import DeployOptions, deploy
 
@@ -111,7 +110,7 @@ def test_half_precision_under_a_name_of_odd_characters(tmp_path: Path, triton: A
 
 
 def test_a_fixed_batch(tmp_path: Path, triton: Any) -> None:
-    config = served(triton, "fixed", conv(tmp_path / "m.onnx", batch=4), [{"x": images(4)}])
+    config = served(triton, "fixed.batch", conv(tmp_path / "m.onnx", batch=4), [{"x": images(4)}])
     assert (config["max_batch_size"], config["input"][0]["dims"]) == (0, [4, 3, 8, 8])
 
 
@@ -141,21 +140,17 @@ def test_requests_share_batches_of_the_preferred_size(tmp_path: Path, triton: An
     assert counts == {4: 2}
 
 
-def test_warm_up_runs_before_the_model_is_ready(tmp_path: Path, triton: Any) -> None:
-    """A graph that fails on zeros, as an index is then too large, is not ready with warm-up."""
-    nodes = [
-        helper.make_node("ReduceSum", ["x"], ["s"], keepdims=0),
-        helper.make_node("Sub", ["one", "s"], ["d"]),
-        helper.make_node("Cast", ["d"], ["i"], to=TensorProto.INT64),
-        helper.make_node("Gather", ["rows", "i"], ["y"]),
-    ]
-    tensors = {"one": np.float32(1), "rows": np.ones((1, 1, 3), np.float32)}
-    path = engine(graph(tmp_path / "m.onnx", nodes, [("x", [1, 3])], [("y", [1, 3])], **tensors), (Profile(1, 1, 1),))
+def test_warm_up_runs_every_tuned_batch_before_the_model_is_ready(tmp_path: Path, triton: Any) -> None:
+    """Only one that succeeds: Triton 2.51 at times ends with a segmentation fault where a warm-up fails."""
+    path = engine(conv(tmp_path / "m.onnx"))
     for warmup in (False, True):
         name = f"warm{warmup}"
         deploy(path, DeployOptions(triton.repository, name, serving=Serving(warmup=warmup)))
-        triton.server.ask("POST", f"/v2/repository/models/{name}/load")
-        assert triton.server.is_ready(name) is not warmup
+        triton.server.load(name)
+        _, stats = triton.server.ask("GET", f"/v2/models/{name}/stats")
+        assert [b["batch_size"] for b in stats["model_stats"][0].get("batch_stats", [])] == (
+            [1, 4, 8] if warmup else []
+        )
 
 
 def test_every_instance_is_started(tmp_path: Path, triton: Any) -> None:
