@@ -49,12 +49,13 @@ def is_fixed(use: WeightUse, folder: Path | None) -> bool:
     values = native_values(use.tensor, folder)
     integer = values.dtype.kind in "iu"
     # Most weights are told by their first lines, without a copy of all.
-    if values.shape[0] > _SAMPLE and use.axis != 0 and not _is_regular(values[:_SAMPLE], use, folder, integer):
+    if values.shape[0] > _SAMPLE and use.axis != 0 and _is_regular(values[:_SAMPLE], use, folder, integer) is False:
         return False
-    return _is_regular(values, use, folder, integer)
+    return bool(_is_regular(values, use, folder, integer))
 
 
-def _is_regular(values: Array, use: WeightUse, folder: Path | None, integer: bool) -> bool:
+def _is_regular(values: Array, use: WeightUse, folder: Path | None, integer: bool) -> bool | None:
+    """Whether the values are a table; None if they are all equal where that says nothing."""
     lines = np.moveaxis(values.astype(np.float64), use.axis, -1)
     if integer and use.zero_point is not None:
         zero = read_values(use.zero_point.tensor, folder).array
@@ -64,11 +65,10 @@ def _is_regular(values: Array, use: WeightUse, folder: Path | None, integer: boo
     if not np.isfinite(lines).all():
         return False
     if not lines.any():
-        # All zero: pruning changes nothing. A part that is zero does not decide.
-        return len(values) == _SAMPLE
+        return None
     if np.ptp(lines) == 0 and use.tensor is not None and (use.op != "Conv" or lines[..., 0].size == lines.shape[0]):
         # Equal outputs of equal inputs compute nothing worth keeping: an initial value, not a table.
-        return len(values) == _SAMPLE
+        return None
     if integer:
         return _is_rounded_sequence(lines.reshape(-1, lines.shape[-1]))
     rounding = float(np.finfo(values.dtype).eps) if values.dtype.kind == "f" else 2.0**-7

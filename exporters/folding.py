@@ -105,6 +105,7 @@ def fold(expression: Expression, folder: Path | None) -> Array:
     values: dict[tuple[str, int], Array] = {}
     # In depth: what a node needs is computed before the node.
     stack = [(expression.name, expression.scope)]
+    begun = set[tuple[str, int]]()
     while stack:
         name, visible = stack[-1]
         found, holder = visible.find(name)
@@ -117,7 +118,8 @@ def fold(expression: Expression, folder: Path | None) -> Array:
             raise FoldError(f"{name} is not found" if found is None else "too many nodes")
         else:
             missing = [(n, holder) for n in found.input if n and (n, id(holder)) not in values]
-            if any(entry in stack for entry in missing):
+            begun.add(key)
+            if any((n, id(at)) in begun for n, at in missing):
                 raise FoldError(f"{name} depends on itself")
             if missing:
                 stack += missing

@@ -68,7 +68,8 @@ class WeightUse:
 def weight_uses(model: onnx.ModelProto, m: int = 4) -> Iterator[WeightUse]:
     """Every use of a weight by Conv, ConvTranspose, Gemm and MatMul, in the order of the graph.
 
-    Includes those in subgraphs and local functions. A MatMul or Gemm of two activations has no weight and is omitted.
+    Includes those in subgraphs and local functions. A MatMul or Gemm of two activations has no weight and is omitted, and so
+    is one of two constants, whose result may be a weight.
     """
     for node, scope in scoped_nodes(model):
         if node.op_type in WEIGHT_OPS and node.domain in STANDARD:
@@ -89,6 +90,8 @@ def _uses_of(node: onnx.NodeProto, scope: Scope, m: int) -> Iterator[WeightUse]:
     op = WEIGHT_OPS[node.op_type]
     groups = int(attributes.get("group", 1)) if op.is_convolution else 1
     name = node.name or (node.output[0] if node.output else node.op_type)
+    if not op.is_convolution and len(node.input) > 1 and all(_is_constant(name, scope) for name in node.input[:2]):
+        return
     computed: tuple[Expression, int] | None = None
     for operand in op.operands:
         if operand.index >= len(node.input):
@@ -115,6 +118,10 @@ def _uses_of(node: onnx.NodeProto, scope: Scope, m: int) -> Iterator[WeightUse]:
         # A product of two activations has no weight; a convolution always has one, computed or missing.
         weight_name = node.input[1] if len(node.input) > 1 else ""
         yield WeightUse(weight_name, name, node.op_type, None, 0, groups, None, NOT_CONSTANT)
+
+
+def _is_constant(name: str, scope: Scope) -> bool:
+    return scope.constant(name) is not None or constant_expression(name, scope) is not None
 
 
 _Traced = tuple[str, onnx.TensorProto, int, ZeroPoint | None, tuple[int, ...]]

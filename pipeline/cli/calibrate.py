@@ -10,7 +10,7 @@ import typer
 from maskplan.pipeline.cli import options
 from maskplan.pipeline.cli.exit_codes import GateError
 from maskplan.pipeline.cli.help_pages import add_command
-from maskplan.pipeline.cli.options import choice, override, patterns, write_report
+from maskplan.pipeline.cli.options import choice, override, parse_shape, patterns, write_report
 from maskplan.pipeline.core.choices import FP16, FP32, FloatPrecision
 from maskplan.pipeline.core.terminal import print_line
 
@@ -81,6 +81,7 @@ def calibrate(
     export_trt_cache: Annotated[
         Path | None, typer.Option(help="Write the ranges as a calibration cache of TensorRT.")
     ] = None,
+    shape: options.Shape = None,
     mean: options.Mean = None,
     std: options.Std = None,
     seed: Annotated[int, typer.Option(help="Seed of the choice of images.")] = 0,
@@ -117,7 +118,7 @@ def calibrate(
     if import_trt_cache is not None:
         source = read_tensorrt_cache(import_trt_cache)[1]
     else:
-        source = calibration_images(model, data, mean, std, seed)
+        source = calibration_images(model, data, mean, std, seed, parse_shape(shape), has_option=True)
     calibrated = calibrate_onnx(onnx_model, source, calibrate_options, {float_dtype: target}, cache)
     if export_trt_cache is not None:
         write_tensorrt_cache(export_trt_cache, calibrated.amax)
@@ -160,9 +161,16 @@ def _check(int8_file: Path, pattern: str | None) -> None:
 
 
 def calibration_images(
-    model: Path, data: Path | None, mean: str | None, std: str | None, seed: int
+    model: Path,
+    data: Path | None,
+    mean: str | None,
+    std: str | None,
+    seed: int,
+    shape: tuple[int, ...] | None = None,
+    *,
+    has_option: bool = False,
 ) -> CalibrationImages:
-    """Images for an ONNX file, preprocessed as its record or the options say.
+    """Images for an ONNX file, preprocessed as its record or the options say; `shape` fills in sizes that are dynamic.
 
     Raises:
         InputError: There are no images, or they do not fit the model.
@@ -173,7 +181,7 @@ def calibration_images(
     from maskplan.pipeline.parity.model_files import open_model, shared_preprocessing
 
     with open_model(model) as side:
-        preprocessing = shared_preprocessing([side], mean, std)
+        preprocessing = shared_preprocessing([side], mean, std, shape, has_option=has_option)
         provenance, outputs = side.provenance, side.classes
     dataset = find_dataset(
         data,

@@ -92,6 +92,23 @@ def parse_shapes(given: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def parse_shape(text: str | None) -> tuple[int, ...] | None:
+    """`"3x224x224"` to `(3, 224, 224)`; None stays None.
+
+    Raises:
+        InputError: Not positive integers separated by x.
+    """
+    if text is None:
+        return None
+    from maskplan.pipeline.core.errors import InputError
+
+    sizes = text.lower().split("x")
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        fix = "write the size of one input without the batch, for example --shape 3x224x224; batches have their own option"
+        raise InputError("not a shape", found=repr(text), fix=fix)
+    return tuple(map(int, sizes))
+
+
 def write_report(path: Path | None, values: object) -> None:
     """Write the JSON values of `--report FILE`, if it was given."""
     from maskplan.pipeline.core.files import write_json
@@ -141,6 +158,10 @@ Out = Annotated[Path, typer.Option("--output", "-o", help="File to write.")]
 KeepFp32 = Annotated[
     list[str] | None,
     typer.Option(help="Pattern of names of nodes or tensors that stay FP32 in an FP16 file. Repeatable."),
+]
+Shape = Annotated[
+    str | None,
+    typer.Option(metavar="CxHxW", help="Size of one image without the batch, where the model's own is dynamic."),
 ]
 Mean = Annotated[
     str | None, typer.Option(help="For an ONNX file of another tool: mean of each channel, such as 0.5,0.5,0.5.")

@@ -10,7 +10,7 @@ import typer
 
 from maskplan.pipeline.cli import options
 from maskplan.pipeline.cli.help_pages import add_command
-from maskplan.pipeline.cli.options import override, parse_batch_sizes, write_report
+from maskplan.pipeline.cli.options import override, parse_batch_sizes, parse_shape, write_report
 
 if TYPE_CHECKING:
     from maskplan.pipeline.core.reports import GpuClocks, Latency
@@ -41,13 +41,14 @@ def time(
     three_way: Annotated[
         Path | None, typer.Option(help="Time all engines in this folder, which `build --three-way` wrote.")
     ] = None,
+    shape: options.Shape = None,
     report: options.Report = None,
 ) -> None:
     """Time two engines, or all builds of dense, pruned and sparse; runs alternate between the engines."""
     from maskplan.pipeline.core.errors import InputError
     from maskplan.pipeline.timing.interleaved import TimeOptions
 
-    time_options = override(TimeOptions(), batches=parse_batch_sizes(batch), seconds=seconds)
+    time_options = override(TimeOptions(), batches=parse_batch_sizes(batch), seconds=seconds, shape=parse_shape(shape))
     if three_way is not None:
         _time_three_way(three_way, time_options, report)
     elif dense is None or sparse is None:
@@ -82,7 +83,8 @@ def _time_two(dense: Path, sparse: Path, time_options: TimeOptions, report: Path
             device=None if on_cpu else device_of(records[1]),
         )
     write_report(report, encode(timing))
-    print(f"{timing.device}, CPUs {timing.affinity}")
+    size = f", images {'x'.join(map(str, time_options.shape))}" if time_options.shape else ""
+    print(f"{timing.device}, CPUs {timing.affinity}{size}")
     for b in timing.batches:
         low, high = b.ratio_ci95
         print(

@@ -21,7 +21,7 @@ class LayerPolicy:
 
     Attributes:
         include_linear: Mask linear layers too, including the head.
-        names: Name patterns (`layer3.*`); empty means all layers.
+        names: Name patterns (`layer3.*`) of weights or their modules; empty means all layers.
         min_channels: Leave convolutions with fewer input channels dense.
         transposable: Leave layers dense whose output channels are not a multiple of M.
     """
@@ -56,8 +56,9 @@ def select_layers(layers: Sequence[Layer], pattern: Pattern, policy: LayerPolicy
         policy: Which eligible layers to mask.
 
     Raises:
-        InputError: No layer is left to mask.
+        InputError: No layer is left to mask, or a name pattern matches no layer.
     """
+    _require_matches(layers, policy.names)
     convolutions = [layer for layer in layers if layer.op == "Conv" and layer.position is not None]
     stem = min(convolutions, key=lambda layer: layer.position or 0, default=None)
     masked: list[Layer] = []
@@ -72,7 +73,7 @@ def select_layers(layers: Sequence[Layer], pattern: Pattern, policy: LayerPolicy
             reason = LINEAR
         elif reason is None and layer is stem:
             reason = STEM
-        elif reason is None and policy.names and not any(fnmatchcase(layer.name, name) for name in policy.names):
+        elif reason is None and policy.names and not any(_matches(layer, name) for name in policy.names):
             reason = NOT_NAMED
         elif reason is None and layer.shape[1] < policy.min_channels:
             reason = NARROW
@@ -90,3 +91,18 @@ def select_layers(layers: Sequence[Layer], pattern: Pattern, policy: LayerPolicy
             fix=f"masks need ungrouped convolutions after the first one, with {channels} in multiples of {pattern.m}",
         )
     return Selection(tuple(masked), tuple(dense))
+
+
+def _matches(layer: Layer, pattern: str) -> bool:
+    """Whether a pattern matches the weight's name, or that of its module."""
+    return fnmatchcase(layer.name, pattern) or fnmatchcase(layer.name.rpartition(".")[0], pattern)
+
+
+def _require_matches(layers: Sequence[Layer], patterns: Sequence[str]) -> None:
+    unmatched = [p for p in patterns if not any(_matches(layer, p) for layer in layers)]
+    if unmatched:
+        raise InputError(
+            "no layer has such a name",
+            found=listed(unmatched),
+            fix=f"choose from: {listed((layer.name for layer in layers), 10)}",
+        )

@@ -20,6 +20,7 @@ from maskplan.exporters.onnx_export import ExportOptions, export_onnx
 from maskplan.pipeline.core.artifacts import Preprocessing, Provenance
 from maskplan.pipeline.core.choices import GPU_BACKENDS
 from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.image_shape import image_shape
 from maskplan.pipeline.data.dataset import Split
 from maskplan.pipeline.data.source import find_val
 from maskplan.pipeline.models.checkpoint import read_checkpoint, rebuild_module
@@ -93,8 +94,18 @@ def val_images(data: Path | None, models: Sequence[OpenedModel]) -> Split | None
     )
 
 
-def shared_preprocessing(models: Sequence[OpenedModel], mean: str | None, std: str | None) -> Preprocessing:
+def shared_preprocessing(
+    models: Sequence[OpenedModel],
+    mean: str | None,
+    std: str | None,
+    shape: tuple[int, ...] | None = None,
+    *,
+    has_option: bool = False,
+) -> Preprocessing:
     """The preprocessing of all models: from a record, or for foreign files from the input's shape, `mean` and `std`.
+
+    `shape`, with or without the channels, is the size of an image where the input's is dynamic; `has_option` says whether
+    the command has an option for it, for the message.
 
     Raises:
         InputError: Records differ, or a foreign model has no fixed input size, or the numbers do not fit its channels.
@@ -108,29 +119,33 @@ def shared_preprocessing(models: Sequence[OpenedModel], mean: str | None, std: s
                 fix="compare models with the same input",
             )
         return known[0]
-    channels, height, width = _image_size(models[0].classifier)
+    channels, height, width = _image_size(models[0].classifier, shape, has_option)
     return Preprocessing(
         channels, height, width, 0, "bilinear", _channel_values(mean, channels, 0.0), _std_values(std, channels)
     )
 
 
-def _image_size(classifier: Classifier) -> tuple[int, int, int]:
+def _image_size(classifier: Classifier, given: tuple[int, ...] | None, has_option: bool) -> tuple[int, int, int]:
     """Channels, height and width of a model's images.
 
     Raises:
-        InputError: The input is channels-last, or its channels or size are dynamic or cannot be those of an image.
+        InputError: The input is channels-last, its channels or size cannot be those of an image, or they are dynamic and
+            not given, or the given ones differ.
     """
     _, channels, height, width = classifier.input.shape
+    ask = "give the size with --shape, for example --shape 3x224x224, or " if has_option else ""
+    if given is not None and (channels in (1, 3, None) and width not in (1, 3)):
+        channels, height, width = image_shape(classifier.input, given, classifier.name)
     if channels not in (1, 3) and width in (1, 3, 4):
         what = "the model's input is channels-last (N, H, W, channels)"
         fix = "export it channels-first, as (N, channels, H, W)"
     elif channels is None:
-        what, fix = "the number of channels of the model's input is dynamic", "export with 1 or 3 channels"
+        what, fix = "the number of channels of the model's input is dynamic", f"{ask}export with 1 or 3 channels"
     elif channels not in (1, 3):
         what = f"the model's input has {channels} channel{'s' if channels != 1 else ''}, and images have 1 or 3"
         fix = "use a model for gray or RGB images"
     elif height is None or width is None:
-        what, fix = "the model has no fixed input size", "export with fixed image sizes"
+        what, fix = "the model has no fixed input size", f"{ask}export with fixed image sizes"
     elif height < 1 or width < 1:
         what, fix = "the model's input holds no pixels", "export with the size of an image"
     else:

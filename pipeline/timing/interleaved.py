@@ -13,6 +13,7 @@ import numpy.typing as npt
 from maskplan.engines.base import CallTiming, Classifier
 from maskplan.engines.trt.clocks import ClockWatch, watch_clocks
 from maskplan.pipeline.core.errors import InputError, listed
+from maskplan.pipeline.core.image_shape import image_shape
 from maskplan.pipeline.core.reports import GpuClocks
 from maskplan.pipeline.core.validation import at_least
 
@@ -36,6 +37,8 @@ class TimeOptions:
         seconds: Target duration per batch size, all engines together.
         min_repeats: Minimum number of timed runs of each engine.
         max_repeats: Maximum number of timed runs of each engine.
+        shape: Of one input without the batch, such as (3, 224, 224), for engines whose sizes are dynamic; None takes the
+            engines' own.
     """
 
     RENAMED_FIELDS: ClassVar[Mapping[str, str]] = {"least": "min_repeats", "most": "max_repeats"}
@@ -45,12 +48,15 @@ class TimeOptions:
     seconds: float = 5.0
     min_repeats: int = 5
     max_repeats: int = 2000
+    shape: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.batches:
             raise InputError("no batch sizes to time", fix="give at least one")
         for batch in self.batches:
             at_least(1, batches=batch)
+        for size in self.shape or ():
+            at_least(1, shape=size)
         at_least(0, warm_up=self.warm_up, seconds=self.seconds)
         at_least(1, min_repeats=self.min_repeats)
         at_least(self.min_repeats, max_repeats=self.max_repeats)
@@ -104,7 +110,7 @@ def run_interleaved(engines: Sequence[Classifier], batch: int, options: TimeOpti
         clock: Returns seconds.
 
     Raises:
-        InputError: An engine cannot run the batch in one call.
+        InputError: An engine cannot run the batch in one call, or the size of its images is not known.
     """
     rejecting = [f"{e.name} accepts {e.batch_for(1)} to {e.max_batch}" for e in engines if not _accepts(e, batch)]
     if rejecting:
@@ -113,14 +119,7 @@ def run_interleaved(engines: Sequence[Classifier], batch: int, options: TimeOpti
             found=listed(rejecting),
             fix="build with a --profile that includes it, or time other batch sizes",
         )
-    rest = [d for d in engines[0].input.shape[1:] if d is not None]
-    if len(rest) < len(engines[0].input.shape) - 1:
-        raise InputError(
-            "only the batch may be dynamic",
-            where=engines[0].name,
-            found=f"{engines[0].input.name} {engines[0].input.shape}",
-            fix="export with fixed image sizes",
-        )
+    rest = image_shape(engines[0].input, options.shape, engines[0].name)
     images = np.random.default_rng(_SEED).standard_normal((batch, *rest), dtype=np.float32)
     slowest = 0.0
     for engine in engines:
