@@ -214,7 +214,7 @@ def _reduce(compute: Callable[..., Array]) -> Callable[[_Inputs, _Attributes], A
 
 
 def _norm(x: Array, **how: Any) -> Array:
-    return np.sqrt(np.sum(np.square(x), **how))
+    return np.asarray(np.sqrt(np.sum(np.square(x), **how)))
 
 
 def _reshape(operands: _Inputs, attributes: _Attributes) -> Array:
@@ -307,7 +307,8 @@ def _filled(operands: _Inputs, attributes: _Attributes) -> Array:
 def _range(operands: _Inputs, _: _Attributes) -> Array:
     start, limit, step = (_first([operand]).reshape(-1)[0] for operand in operands)
     _limited((max(0, math.ceil((limit - start) / step)),))
-    return np.arange(start, limit, step, _first(operands).dtype)
+    found: Array = np.arange(start, limit, step).astype(_first(operands).dtype)
+    return found
 
 
 def _cast(operands: _Inputs, attributes: _Attributes) -> Array:
@@ -341,7 +342,7 @@ def _product(operands: _Inputs, attributes: _Attributes) -> Array:
     found = np.matmul(a, b) * attributes.get("alpha", 1.0)
     if len(operands) > 2 and operands[2] is not None:
         found = found + operands[2] * attributes.get("beta", 1.0)
-    return found
+    return np.asarray(found)
 
 
 def _scaled(x: Array, scale: Array | None, zero: Array | None, attributes: _Attributes) -> tuple[Array, Array]:
@@ -371,7 +372,7 @@ def _quantize(operands: _Inputs, attributes: _Attributes) -> Array:
     if kind not in (np.int8, np.uint8, np.int16, np.uint16):
         raise FoldError(f"quantization to {kind}")
     by, offset = _scaled(x, scale, zero, attributes)
-    return np.clip(np.rint(x / by) + offset, np.iinfo(kind).min, np.iinfo(kind).max).astype(kind)
+    return np.asarray(np.clip(np.rint(x / by) + offset, np.iinfo(kind).min, np.iinfo(kind).max).astype(kind))
 
 
 # Their results have the type of their first operand; NumPy computes some of them in a wider one.
