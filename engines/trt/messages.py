@@ -19,7 +19,7 @@ _PLACES = (
 )
 _CONDITION = re.compile(r'^.*&& "(?P<text>[^"]+)"$', re.DOTALL)
 _WITHOUT_DRIVER = re.compile(r"\(cudaError 35: ")
-_IN_BRACKETS = re.compile(r"\((?P<text>.*)\)")
+_IN_BRACKETS = re.compile(r"\s*\((?P<text>.*)\)\s*", re.DOTALL)
 
 _WAYS_OUT = (
     (NOT_SUPPORTED, "write it with other operators, or export with another opset"),
@@ -43,8 +43,8 @@ def readable(text: str) -> str:
     for line in lines or [text.strip()]:
         for place in _PLACES:
             line = place.sub("", line)
-        if line.startswith("("):
-            line = re.sub(_IN_BRACKETS, lambda match: match["text"], line, count=1)
+        bracketed = _IN_BRACKETS.fullmatch(line)
+        line = bracketed["text"] if bracketed else line
         condition = _CONDITION.fullmatch(line)
         shortened.append(condition["text"] if condition else line.rpartition("): ")[2] or line)
     found = "; ".join(dict.fromkeys(line.strip() for line in shortened if line.strip()))

@@ -216,3 +216,5 @@ def test_the_longest_name_in_a_message_is_the_node(tmp_path: Path) -> None:
     model = graph(tmp_path / "net.onnx")
     assert build_problem(model, "IShuffleLayer layer.relu: failed").node == "layer.relu"
     assert build_problem(model, "layer.relu.1: failed").node is None
+    reshaping = graph(tmp_path / "reshape.onnx", "fixed_batch_inside")
+    assert build_problem(reshaping, "layer.reshape, fed by layer.conv: failed").node == "layer.reshape"
