@@ -24,7 +24,8 @@ from maskplan.pipeline.core.choices import (
     Precision,
 )
 from maskplan.pipeline.core.errors import InputError
-from maskplan.pipeline.core.reports import ConformanceReport, PassFigures, Refinement
+from maskplan.pipeline.core.refinement import PassFigures, Refinement
+from maskplan.pipeline.core.reports import ConformanceReport
 from maskplan.pipeline.data.dataset import Dataset
 from maskplan.pipeline.data.source import find_dataset
 from maskplan.pipeline.models.checkpoint import ModelOptions

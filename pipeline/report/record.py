@@ -8,13 +8,13 @@ from pathlib import Path
 from maskplan.pipeline.core.artifacts import EngineFile, MaskSet, Provenance
 from maskplan.pipeline.core.choices import Backend
 from maskplan.pipeline.core.compilation import CompileReport
+from maskplan.pipeline.core.refinement import Refinement
 from maskplan.pipeline.core.reports import (
     CalibrationReport,
     ConformanceReport,
     DepthReport,
     Fidelity,
     ParityReport,
-    Refinement,
     TimingReport,
 )
 from maskplan.pipeline.masking.statistics import MaskStatistics

@@ -18,13 +18,13 @@ from typing import Any
 from maskplan.pipeline.core.artifacts import EngineFile, ImageSet, LayerSparsity, MaskSet, Pattern, Provenance
 from maskplan.pipeline.core.choices import Backend, Precision
 from maskplan.pipeline.core.compilation import CompileReport, CompileResult
+from maskplan.pipeline.core.refinement import Refinement
 from maskplan.pipeline.core.reports import (
     CalibrationReport,
     ConformanceReport,
     DepthReport,
     Fidelity,
     ParityReport,
-    Refinement,
     TimingReport,
 )
 from maskplan.pipeline.masking.statistics import MaskStatistics

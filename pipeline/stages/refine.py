@@ -7,14 +7,8 @@ from typing import Final, Literal
 
 from maskplan.pipeline.core.artifacts import EngineFile, MaskSet
 from maskplan.pipeline.core.choices import DENSE, FAIL, NOT_APPLICABLE, SPARSE, UNKNOWN
-from maskplan.pipeline.core.reports import (
-    BatchTiming,
-    ConformanceReport,
-    ParityReport,
-    PassFigures,
-    PassTiming,
-    TimingReport,
-)
+from maskplan.pipeline.core.refinement import PassFigures, PassTiming
+from maskplan.pipeline.core.reports import BatchTiming, ConformanceReport, ParityReport, TimingReport
 from maskplan.pipeline.timing.interleaved import HOST
 
 Pass = Literal["first", "refined"]

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from maskplan.pipeline.core.artifacts import DenseLayer, EngineFile, LayerSparsity, MaskedLayer, MaskSet, Pattern
 from maskplan.pipeline.core.choices import FAIL, PASS
-from maskplan.pipeline.core.reports import ConformanceReport, PassFigures, PassTiming, WeightVerdict
+from maskplan.pipeline.core.refinement import PassFigures, PassTiming
+from maskplan.pipeline.core.reports import ConformanceReport, WeightVerdict
 from maskplan.pipeline.masking.maskset import exclude_layers
 from maskplan.pipeline.stages.refine import FIRST, REFINED, better, layers_to_restore, why_skip
 

@@ -184,12 +184,12 @@ def test_all_reasons_against_serving_are_reported_at_once() -> None:
 
 
 def test_a_backend_that_triton_does_not_know_is_refused() -> None:
-    with pytest.raises(InputError, match="no platform"):
+    with pytest.raises(InputError, match="Triton has no backend"):
         config_text([record(backend="openvino")], "net")
 
 
 def test_the_files_of_a_backend_that_triton_does_not_know_are_refused() -> None:
-    with pytest.raises(InputError, match="no platform"):
+    with pytest.raises(InputError, match="Triton has no backend"):
         model_files([record(backend="openvino")])
 
 
