@@ -110,8 +110,9 @@ def _prune_inline(uses: Iterable[WeightUse], pattern: Pattern) -> tuple[int, int
 def _require_names(model: onnx.ModelProto, pattern: Pattern, allow_dense: tuple[str, ...], where: object) -> None:
     """Raise unless every pattern matches a weight or node; on the model as given, before any weight is stored anew."""
     if allow_dense:
-        uses = (*weight_uses(model, pattern.m), *unseen_uses(model))
-        require_matches(allow_dense, [name for use in uses for name in (use.name, use.node)], "--allow-dense", where)
+        names = [name for use in weight_uses(model, pattern.m) for name in (use.name, use.node)]
+        names += [name for unseen in unseen_uses(model) for name in (unseen.name, unseen.node)]
+        require_matches(allow_dense, names, "--allow-dense", where)
 
 
 def _select(

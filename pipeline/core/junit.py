@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from xml.etree import ElementTree
 
-from maskplan.pipeline.core.choices import DENSE_BY_CHOICE, INELIGIBLE, NOT_APPLICABLE, PASS, VIOLATING
+from maskplan.pipeline.core.choices import DENSE_BY_CHOICE, INELIGIBLE, NOT_APPLICABLE, PASS, UNKNOWN, VIOLATING
 from maskplan.pipeline.core.escaping import printable
 from maskplan.pipeline.core.reports import Check, ConformanceReport, OutputCloseness, ParityReport
 
 
 def conformance_junit(report: ConformanceReport, model: str) -> bytes:
-    """A test case for the whole file and one for each weight; violations fail, weights that need not conform are skipped."""
-    failed = sum(w.verdict == VIOLATING for w in report.weights)
+    """A test case for the whole file and one for each weight; violations and weights that cannot be read fail, weights that need not conform are skipped."""
+    failed = sum(w.verdict in (VIOLATING, UNKNOWN) for w in report.weights)
     skipped = sum(w.verdict in (DENSE_BY_CHOICE, INELIGIBLE) for w in report.weights)
     suite = ElementTree.Element(
         "testsuite",
@@ -31,6 +31,8 @@ def conformance_junit(report: ConformanceReport, model: str) -> bytes:
             failure = ElementTree.SubElement(case, "failure", message=text)
             if weight.first_violation is not None:
                 failure.text = f"first at {list(weight.first_violation.index)}: {list(weight.first_violation.values)}"
+        elif weight.verdict == UNKNOWN:
+            ElementTree.SubElement(case, "failure", message=f"unknown: {weight.hint or weight.reason}")
         elif weight.verdict in (DENSE_BY_CHOICE, INELIGIBLE):
             ElementTree.SubElement(case, "skipped", message=weight.reason or weight.verdict)
     return _xml(suite)

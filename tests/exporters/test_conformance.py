@@ -65,7 +65,7 @@ def test_what_may_be_dense_does_not_fail_and_what_conforms_still_counts(glob: st
 
 
 def test_a_glob_that_matches_nothing_is_an_error() -> None:
-    with pytest.raises(InputError, match="(?s)no node and no weight has such a name.*found: B, bb"):
+    with pytest.raises(InputError, match=r"(?s)no node and no weight has such a name.*found: B, bb"):
         verdicts(three(), allow_dense=("B", "b", "bb"))
 
 

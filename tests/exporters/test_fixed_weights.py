@@ -108,6 +108,7 @@ TRAINED = {
     "four bits": np.rint(noise(8, 16, 1, 1) * 3).astype(np.float32) * np.float32(0.07),
     "small steps from a mean": 1 + noise(8, 16, 1, 1) * np.float32(1e-3),
     "one spatial shape for each output": noise(8, 16, 1, 1) * noise(8, 1, 3, 3, seed=1),
+    "1 x 1 in a frame of 3 x 3": np.pad(noise(8, 16, 1, 1), ((0, 0), (0, 0), (1, 1), (1, 1))),
     "constant at first": np.ones((8, 8, 1, 1), np.float32),
     "a table but for one value": np.repeat(BINS, 4, 0) + np.eye(4, 16, dtype=np.float32)[:, :, None, None],
 }

@@ -208,7 +208,7 @@ with open("/proc/self/status") as status:
     virtual = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmSize"))
 resource.setrlimit(resource.RLIMIT_AS, (virtual + 2**30, virtual + 2**30))
 
-outcomes = {"error": 0, "pass": 0, "fail": 0}
+outcomes = {"error": 0, "pass": 0, "fail": 0, "unknown": 0}
 for seed in range(COUNT):
     path = FOLDER / "spoiled.onnx"
     path.write_bytes(spoil(random.Random(seed), bases[seed % 2]))
@@ -234,7 +234,7 @@ for seed in range(COUNT):
     outside = [p for p in opened if FOLDER not in p.resolve().parents and p.suffix in (".bin", ".onnx", "")]
     assert not outside, f"seed {seed}: read {outside}"
 print(outcomes)
-assert all(outcomes.values())
+assert outcomes["error"] and outcomes["pass"] and outcomes["fail"]
 '''
 
 

@@ -35,7 +35,9 @@ UNSEEN = {
     "MatMulInteger, weight first": helper.make_node("MatMulInteger", ["w", "a"], ["y"], "odd"),
     "QGemm": helper.make_node("QGemm", ["a", "s", "z", "w", "s", "z"], ["y"], "odd", domain="com.microsoft"),
     "a plugin": helper.make_node("DeformablePatch", ["a", "w"], ["y"], "odd", domain="mine"),
-    "a convolution in another domain": helper.make_node("Conv", ["a", "w"], ["y"], "odd", domain="com.ms.internal.nhwc"),
+    "a convolution in another domain": helper.make_node(
+        "Conv", ["a", "w"], ["y"], "odd", domain="com.ms.internal.nhwc"
+    ),
 }
 
 
@@ -74,6 +76,8 @@ def test_operators_that_never_run_sparse_and_tables_of_plugins_hide_nothing() ->
     assert check_2to4(model_of(nms, anchors=np.ones((100, 4), np.float32)), STRICT).passed
 
 
-@pytest.mark.parametrize(("name", "precision"), [("QLinearConv", "int8"), ("ConvInteger", "int8"), ("FusedConv", "fp32")])
+@pytest.mark.parametrize(
+    ("name", "precision"), [("QLinearConv", "int8"), ("ConvInteger", "int8"), ("FusedConv", "fp32")]
+)
 def test_operators_on_integers_are_int8(name: str, precision: str) -> None:
     assert precision_of(model_of(UNSEEN[name], **INTEGERS)) == precision
