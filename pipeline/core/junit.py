@@ -11,7 +11,10 @@ from maskplan.pipeline.core.reports import Check, ConformanceReport, OutputClose
 
 
 def conformance_junit(report: ConformanceReport, model: str) -> bytes:
-    """A test case for the whole file and one for each weight; violations and weights that cannot be read fail, weights that need not conform are skipped."""
+    """A test case for the whole file and one for each weight.
+
+    Violations and weights that cannot be read fail; weights that need not conform are skipped.
+    """
     failed = sum(w.verdict in (VIOLATING, UNKNOWN) for w in report.weights)
     skipped = sum(w.verdict in (DENSE_BY_CHOICE, INELIGIBLE) for w in report.weights)
     suite = ElementTree.Element(
