@@ -66,7 +66,7 @@ def _is_regular(values: Array, use: WeightUse, folder: Path | None, integer: boo
         return False
     if not lines.any():
         return None
-    if np.ptp(lines) == 0 and use.tensor is not None and (use.op != "Conv" or lines[..., 0].size == lines.shape[0]):
+    if np.ptp(lines) == 0:
         # Equal outputs of equal inputs compute nothing worth keeping: an initial value, not a table.
         return None
     if integer:

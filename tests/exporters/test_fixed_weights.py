@@ -56,7 +56,10 @@ TABLES = {
     "coordinates of a grid": (GRID, "fixed_table"),
     "powers of two": (np.repeat(2.0 ** np.arange(8, dtype=np.float32).reshape(1, 8, 1, 1), 4, 0), "fixed_table"),
     "cosines": (COSINES[:, :, None, None], "fixed_table"),
-    "mean of a window over all channels": (np.full((4, 8, 3, 3), 1 / 72, np.float32), "fixed_table"),
+    "mean of a window over all channels": (
+        np.float32(1 / 72) * noise(4, 1, 1, 1) * np.ones((4, 8, 3, 3), np.float32),
+        "fixed_table",
+    ),
     "binomial blur with a gain for each channel": (noise(8, 8, 1, 1) * BLUR, "fixed_table"),
     "edges in four directions": (
         np.stack([np.broadcast_to(k, (8, 3, 3)) for k in (SOBEL, SOBEL.T, -SOBEL, -SOBEL.T)]),
