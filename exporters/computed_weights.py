@@ -67,7 +67,7 @@ def is_masked(expression: Expression, folder: Path | None) -> bool:
         values = native_values(tensor, folder) if found is None else fold(found, folder)
         if not values.all() and bool(((values == 0) | (values == 1)).all()):
             return True
-    return producer.op_type == "Where"
+    return bool(producer.op_type == "Where")
 
 
 def store_computed_weights(model: onnx.ModelProto, folder: Path | None, m: int = 4) -> None:
