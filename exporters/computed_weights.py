@@ -18,7 +18,7 @@ from onnx import inliner, numpy_helper
 from maskplan.exporters.folding import Expression, FoldError, constant_expression, fold
 from maskplan.exporters.scopes import MAX_DEPTH, Scope
 from maskplan.exporters.subgraphs import subgraphs, walk_nodes
-from maskplan.exporters.tensors import TensorError
+from maskplan.exporters.tensors import TensorError, native_values
 from maskplan.exporters.weights import WeightUse, weight_uses
 from maskplan.pipeline.core.weight_ops import WEIGHT_OPS
 from maskplan.pipeline.masking.eligibility import ineligible_reason
@@ -48,6 +48,26 @@ def folded(use: WeightUse, folder: Path | None, m: int) -> WeightUse | None:
     # The value is as the operator reads it: (K, C, ...) of a convolution, else the outputs are the other of two axes.
     outputs = values.shape[0] if use.op == "Conv" else values.shape[-1 if axis == values.ndim - 2 else -2]
     return replace(use, tensor=tensor, axis=axis, reason=reason, outputs=outputs)
+
+
+def is_masked(expression: Expression, folder: Path | None) -> bool:
+    """Whether a computed weight is the product of another one and stored zeros and ones, or a choice between it and others.
+
+    Raises:
+        FoldError: The operands cannot be computed here.
+        TensorError: A stored tensor cannot be read.
+    """
+    producer, scope = expression.scope.find(expression.name)
+    if not isinstance(producer, onnx.NodeProto) or producer.op_type not in ("Mul", "Where"):
+        return False
+    for name in producer.input if producer.op_type == "Mul" else ():
+        tensor, found = scope.constant(name), constant_expression(name, scope)
+        if tensor is None and found is None:
+            return False
+        values = native_values(tensor, folder) if found is None else fold(found, folder)
+        if not values.all() and bool(((values == 0) | (values == 1)).all()):
+            return True
+    return bool(producer.op_type == "Where")
 
 
 def store_computed_weights(model: onnx.ModelProto, folder: Path | None, m: int = 4) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 
-from maskplan.exporters.computed_weights import folded
+from maskplan.exporters.computed_weights import folded, is_masked
 from maskplan.exporters.counting import GroupCounts, count_groups
 from maskplan.exporters.fixed_weights import stays_dense
 from maskplan.exporters.folding import FoldError
@@ -37,6 +37,8 @@ from maskplan.pipeline.core.reports import ConformanceReport, Violation, WeightV
 from maskplan.pipeline.core.weight_ops import LIKELY_SPEEDUP_CHANNELS
 from maskplan.pipeline.masking.eligibility import DTYPE, UNSEEN, UNSUPPORTED
 from maskplan.pipeline.masking.patterns import parse_pattern
+
+UNBAKED = "the weight is multiplied by a mask in the graph: bake the mask into the weight, as `maskplan prune` does"
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,11 @@ def _check_use(
         return _check_weight(use, None, pattern, required, options, folder)
     try:
         values = folded(use, folder, pattern.m)
+        if values is not None and is_masked(use.expression, folder):
+            # Not what was meant to be built, even if its zeros are in the right places.
+            return _check_weight(
+                replace(use, name=use.expression.stored[0]), UNBAKED, pattern, required, options, folder
+            )
     except FoldError as error:
         return _unseen(
             UnseenUse(use.name, use.node, use.op, None, True, f"cannot be computed: {error}"), required, options

@@ -66,7 +66,7 @@ def _is_regular(values: Array, use: WeightUse, folder: Path | None, integer: boo
         return False
     if not lines.any():
         return None
-    if np.ptp(lines) == 0 and use.tensor is not None and (use.op != "Conv" or lines[..., 0].size == lines.shape[0]):
+    if np.ptp(lines) == 0:
         # Equal outputs of equal inputs compute nothing worth keeping: an initial value, not a table.
         return None
     if integer:
@@ -138,6 +138,9 @@ def _is_one_kernel(lines: _Floats, tolerance: float) -> bool:
     if kernels.shape[1] < _MIN_LINE or len(kernels) < _MIN_LINE:
         return False
     first = kernels[np.argmax(np.abs(kernels).max(axis=1))]
+    if np.count_nonzero(first) < 2:
+        # A 1 x 1 convolution in a larger frame.
+        return False
     factors = kernels @ first / (first @ first)
     bound = tolerance * float(np.abs(first).max())
     if np.abs(kernels - factors[:, None] * first).max() > 2 * bound:

@@ -214,7 +214,8 @@ def _reduce(compute: Callable[..., Array]) -> Callable[[_Inputs, _Attributes], A
 
 
 def _norm(x: Array, **how: Any) -> Array:
-    return np.asarray(np.sqrt(np.sum(np.square(x), **how)))
+    length: Array = np.sqrt(np.sum(np.square(x), **how))
+    return length
 
 
 def _reshape(operands: _Inputs, attributes: _Attributes) -> Array:
@@ -305,10 +306,9 @@ def _filled(operands: _Inputs, attributes: _Attributes) -> Array:
 
 
 def _range(operands: _Inputs, _: _Attributes) -> Array:
-    start, limit, step = (_first([operand]).reshape(-1)[0] for operand in operands)
-    _limited((max(0, math.ceil((limit - start) / step)),))
-    found: Array = np.arange(start, limit, step).astype(_first(operands).dtype)
-    return found
+    start, limit, step = (float(_first([operand]).reshape(-1)[0]) for operand in operands)
+    (count,) = _limited((max(0, math.ceil((limit - start) / step)),))
+    return (start + step * np.arange(count)).astype(_first(operands).dtype)
 
 
 def _cast(operands: _Inputs, attributes: _Attributes) -> Array:
@@ -339,10 +339,10 @@ def _product(operands: _Inputs, attributes: _Attributes) -> Array:
     if min(a.ndim, b.ndim) < 2:
         raise FoldError("a product of vectors")
     _limited((*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1]))
-    found = np.matmul(a, b) * attributes.get("alpha", 1.0)
+    found: Array = np.matmul(a, b) * attributes.get("alpha", 1.0)
     if len(operands) > 2 and operands[2] is not None:
         found = found + operands[2] * attributes.get("beta", 1.0)
-    return np.asarray(found)
+    return found
 
 
 def _scaled(x: Array, scale: Array | None, zero: Array | None, attributes: _Attributes) -> tuple[Array, Array]:
@@ -372,7 +372,8 @@ def _quantize(operands: _Inputs, attributes: _Attributes) -> Array:
     if kind not in (np.int8, np.uint8, np.int16, np.uint16):
         raise FoldError(f"quantization to {kind}")
     by, offset = _scaled(x, scale, zero, attributes)
-    return np.asarray(np.clip(np.rint(x / by) + offset, np.iinfo(kind).min, np.iinfo(kind).max).astype(kind))
+    rounded: Array = np.clip(np.rint(x / by) + offset, np.iinfo(kind).min, np.iinfo(kind).max).astype(kind)
+    return rounded
 
 
 # Their results have the type of their first operand; NumPy computes some of them in a wider one.

@@ -117,7 +117,8 @@ def native_values(tensor: TensorProto, folder: Path | None) -> Array:
     """
     if tensor.data_type == TensorProto.BOOL and tensor.data_location != TensorProto.EXTERNAL:
         try:
-            return np.asarray(numpy_helper.to_array(tensor))
+            booleans: Array = numpy_helper.to_array(tensor)
+            return booleans
         except (ValueError, TypeError) as error:
             raise TensorError(str(error)) from error
     stored = read_values(tensor, folder)

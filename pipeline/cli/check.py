@@ -97,7 +97,9 @@ def check(
     compiled = _compile(model, profile, shape) if compile else None
     write_report(report, encode(conformance) | ({} if compiled is None else {"compile": encode(compiled)}))
     if junit is not None:
-        write_atomically(junit, conformance_junit(conformance, str(model), compiled), option="--junit")
+        write_atomically(
+            junit, conformance_junit(conformance, str(model), compiled, judged=not compiler_alone), option="--junit"
+        )
     _show(conformance)
     failed = [f"{model}: {conformance.reason}"] if not (conformance.passed or compiler_alone) else []
     if compiled is not None:

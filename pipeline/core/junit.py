@@ -20,10 +20,13 @@ from maskplan.pipeline.core.escaping import printable
 from maskplan.pipeline.core.reports import Check, ConformanceReport, OutputCloseness, ParityReport
 
 
-def conformance_junit(report: ConformanceReport, model: str, compiled: CompileResult | None = None) -> bytes:
-    """A test case for the whole file and one for each weight; violations fail, weights that need not conform are skipped.
+def conformance_junit(
+    report: ConformanceReport, model: str, compiled: CompileResult | None = None, *, judged: bool = True
+) -> bytes:
+    """A test case for the whole file and one for each weight.
 
-    With `compiled` there is one more, which fails if the compiler refuses the file.
+    Violations and weights that cannot be read fail; weights that need not conform are skipped, as is the whole file where
+    it is not `judged`. With `compiled` there is one more, which fails if the compiler refuses the file.
     """
     suite = ElementTree.Element(
         "testsuite",
@@ -31,7 +34,7 @@ def conformance_junit(report: ConformanceReport, model: str, compiled: CompileRe
     )
     whole = ElementTree.SubElement(suite, "testcase", classname=model, name="verdict")
     if not report.passed:
-        kind = "skipped" if report.verdict == UNKNOWN else "failure"
+        kind = "failure" if judged else "skipped"
         ElementTree.SubElement(whole, kind, message=report.reason or "")
     for weight in report.weights:
         case = ElementTree.SubElement(suite, "testcase", classname=model, name=f"{weight.name} ({weight.node})")
@@ -40,6 +43,8 @@ def conformance_junit(report: ConformanceReport, model: str, compiled: CompileRe
             failure = ElementTree.SubElement(case, "failure", message=text)
             if weight.first_violation is not None:
                 failure.text = f"first at {list(weight.first_violation.index)}: {list(weight.first_violation.values)}"
+        elif weight.verdict == UNKNOWN:
+            ElementTree.SubElement(case, "failure", message=f"unknown: {weight.hint or weight.reason}")
         elif weight.verdict in (DENSE_BY_CHOICE, INELIGIBLE):
             ElementTree.SubElement(case, "skipped", message=weight.reason or weight.verdict)
     if compiled is not None:

@@ -54,11 +54,7 @@ class WeightVerdict:
 
 @dataclass(frozen=True)
 class ConformanceReport:
-    """Whether all weights that must be N:M are; a model without such a weight fails, or is unknown if some cannot be read.
-
-    Attributes:
-        unknown: Weights that cannot be read, among those that would have to conform.
-    """
+    """Whether all weights that must be N:M are; a model without such a weight fails, one with unreadable ones is unknown."""
 
     verdict: CheckVerdict
     reason: str | None

@@ -151,11 +151,24 @@ def test_a_computed_weight_is_checked_and_pruned_as_its_operator_reads_it(name: 
 
 
 def test_a_computed_weight_that_is_2_4_conforms_without_talk_of_masks() -> None:
-    mask = np.tile(np.array([1, 0, 1, 0], np.float32), 2).reshape(1, 8, 1, 1)
-    nodes = [node("Mul", ["v", "m"], ["k"]), CONV]
-    report = check_2to4(model_of(nodes, {"v": noise(6, 8, 3, 3), "m": mask}), STRICT)
+    sparse = noise(6, 8, 3, 3) * np.tile(np.array([1, 0, 1, 0], np.float32), 2).reshape(1, 8, 1, 1)
+    nodes = [node("Mul", ["v", "g"], ["k"]), CONV]
+    report = check_2to4(model_of(nodes, {"v": sparse, "g": noise(6, 1, 1, 1)}), STRICT)
     assert (report.verdict, report.weights[0].verdict) == ("pass", "conforming")
     assert report.weights[0].hint == "computed in the graph by Mul"
+
+
+def test_a_mask_in_the_graph_is_told_and_prune_bakes_it() -> None:
+    mask = np.tile(np.array([True, False, True, False]), 2).reshape(1, 8, 1, 1)
+    nodes = [node("Cast", ["m"], ["f"], to=TensorProto.FLOAT), node("Mul", ["v", "f"], ["k"]), CONV]
+    model = model_of(nodes, {"v": noise(6, 8, 3, 3), "m": mask})
+    report = check_2to4(model)
+    assert (report.verdict, report.weights[0].verdict) == ("fail", "ineligible")
+    assert "bake the mask" in str(report.weights[0].hint)
+    expected = run(model)
+    assert prune_model(model, PATTERN) == (1, 0, 0)
+    assert check_2to4(model, STRICT).passed
+    assert np.allclose(run(model), expected, atol=1e-5)
 
 
 def test_what_depends_on_the_input_is_not_constant_and_what_cannot_be_computed_is_unknown() -> None:

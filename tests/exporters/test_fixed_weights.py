@@ -56,7 +56,10 @@ TABLES = {
     "coordinates of a grid": (GRID, "fixed_table"),
     "powers of two": (np.repeat(2.0 ** np.arange(8, dtype=np.float32).reshape(1, 8, 1, 1), 4, 0), "fixed_table"),
     "cosines": (COSINES[:, :, None, None], "fixed_table"),
-    "mean of a window over all channels": (np.full((4, 8, 3, 3), 1 / 72, np.float32), "fixed_table"),
+    "mean of a window over all channels": (
+        np.float32(1 / 72) * noise(4, 1, 1, 1) * np.ones((4, 8, 3, 3), np.float32),
+        "fixed_table",
+    ),
     "binomial blur with a gain for each channel": (noise(8, 8, 1, 1) * BLUR, "fixed_table"),
     "edges in four directions": (
         np.stack([np.broadcast_to(k, (8, 3, 3)) for k in (SOBEL, SOBEL.T, -SOBEL, -SOBEL.T)]),
@@ -108,6 +111,7 @@ TRAINED = {
     "four bits": np.rint(noise(8, 16, 1, 1) * 3).astype(np.float32) * np.float32(0.07),
     "small steps from a mean": 1 + noise(8, 16, 1, 1) * np.float32(1e-3),
     "one spatial shape for each output": noise(8, 16, 1, 1) * noise(8, 1, 3, 3, seed=1),
+    "1 x 1 in a frame of 3 x 3": np.pad(noise(8, 16, 1, 1), ((0, 0), (0, 0), (1, 1), (1, 1))),
     "constant at first": np.ones((8, 8, 1, 1), np.float32),
     "a table but for one value": np.repeat(BINS, 4, 0) + np.eye(4, 16, dtype=np.float32)[:, :, None, None],
 }

@@ -90,7 +90,8 @@ class Drawn:
 
     def conv(self, name: str) -> None:
         kernel = [self.pick(1, 2, 3, 5) for _ in range(self.pick(1, 2, 2, 3))]
-        shape = (self.pick(1, 3, 6), self.pick(3, 4, 8, 10, 12), *kernel)
+        # Four outputs or more: the check lets smaller ones stay dense.
+        shape = (self.pick(4, 5, 6), self.pick(3, 4, 8, 10, 12), *kernel)
         weight = self.store(name, shape, axis=1)
         self.nodes.append(helper.make_node("Conv", ["x", weight], [f"{name}_y"], f"node_{name}"))
 
@@ -214,8 +215,8 @@ def test_bfloat16_is_judged_at_every_position() -> None:
 
 def test_nan_is_a_non_zero_like_any_other() -> None:
     """Two non-zeros in a group, one of them NaN: Polygraphy's minimum of a list that begins with NaN is NaN."""
-    values = dense(1, 4, 1, 1)
-    values[0, :, 0, 0] = (np.nan, 0, 0, 1)
+    values = dense(4, 4, 1, 1)
+    values[:, :, 0, 0] = (np.nan, 0, 0, 1)
     assert theirs(model_of([conv()], {"w": values})) == {"w": VIOLATING}
     assert ours(model_of([conv()], {"w": values})) == {"w": CONFORMING}
     values[0, 1] = 1

@@ -129,3 +129,12 @@ def test_transposable_masks_need_output_channels_in_multiples_too() -> None:
     }
     with pytest.raises(InputError, match="input and output channels in multiples of 4"):
         select_layers([layers[0], layers[2]], TWO_FOUR, LayerPolicy(transposable=True))
+
+
+def test_patterns_match_weights_and_modules_and_one_without_a_match_is_an_error() -> None:
+    layers = [conv("stem.weight", 4, 0), conv("a.weight", 8, 1), conv("b.weight", 8, 2)]
+    for pattern in ("a", "a.*"):
+        chosen = select_layers(layers, TWO_FOUR, LayerPolicy(names=(pattern,)))
+        assert [layer.name for layer in chosen.masked] == ["a.weight"]
+    with pytest.raises(InputError, match=r"(?s)no layer has such a name.*found: c\.\*\n"):
+        select_layers(layers, TWO_FOUR, LayerPolicy(names=("a", "c.*")))
