@@ -62,7 +62,8 @@ deploy: .venv/.ready ## Add the engine of MODEL= to the Triton model repository 
 	$(BIN)/maskplan deploy $(ENGINE) --repository $(REPOSITORY)
 
 # One OpenMP thread a process: more only spin on models this small. Two processes: tests that build engines need 2 GB each.
-PYTEST = TRITONCLIENT=$$(test -e .venv/.triton && echo $(CURDIR)/.venv/triton) \
+# Bytecode is written even where the environment forbids it: the tests start over a hundred processes.
+PYTEST = PYTHONDONTWRITEBYTECODE= TRITONCLIENT=$$(test -e .venv/.triton && echo $(CURDIR)/.venv/triton) \
   TRITONSERVER=$$(test -e .venv/.tritonserver && echo $(CURDIR)/.venv/tritonserver) OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive \
   $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
