@@ -82,7 +82,8 @@ def set_shapes(model: onnx.ModelProto, inputs: Sequence[TensorSpec], outputs: Se
         declared = tuple(
             d.dim_value if d.HasField("dim_value") and d.dim_value >= 0 else None for d in tensor.shape.dim
         )
-        if shape is None or (tensor.HasField("shape") and declared == shape):
+        # Without a declared shape the record has (): that says nothing, and is no scalar.
+        if shape is None or declared == shape:
             continue
         changed = True
         names = [d.dim_param for d in tensor.shape.dim]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from digits_run import LEARN
 from hypothesis import settings
 from PIL import Image
 from report_schema import validate_report
@@ -71,8 +72,8 @@ def _quick_exports() -> None:
     gc.freeze()
 
 
-# The defaults, but for 20 epochs and ten seconds of timing that no test needs.
-DIGITS_RECIPE = "[learn]\nepochs = 10\n[time]\nseconds = 0.5\n"
+# The defaults, but for epochs and seconds of timing that no test needs.
+DIGITS_RECIPE = LEARN + "[time]\nseconds = 0.5\n"
 
 
 @dataclass(frozen=True)

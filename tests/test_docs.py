@@ -187,11 +187,12 @@ def test_every_command_is_in_a_console_block() -> None:
     assert with_commands - set(PAGES) == {"docs/gpu-host.md", "docs/serving.md"}
 
 
+@pytest.mark.parametrize("pages", [PAGES[:1], pytest.param(PAGES, marks=pytest.mark.slow)], ids=["README", "all"])
 def test_the_commands_run_as_printed(
-    folder: Path, small_resnet50: None, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    pages: tuple[str, ...], folder: Path, small_resnet50: None, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
-    for page in PAGES:
+    for page in pages:
         for command in commands(page):
             words = shlex.split(command)
             if words[0] != "maskplan":

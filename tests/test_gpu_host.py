@@ -15,6 +15,7 @@ import fake_cusparselt
 import fake_tensorrt
 import onnx
 import pytest
+from digits_run import LEARN
 from tensorrt_hosts import HAS_RTX
 
 from maskplan.engines import cusparselt
@@ -34,6 +35,7 @@ ELSEWHERE = {
     "pip install cuda-python",
     "pip install 'tensorrt-rtx-cu13==1.7.1.116' pycuda",
     "docker run --rm",
+    "python benchmarks/gpu.py",
     "scp -r build/digits_resnet",
     "scp gpu-host:theirs.plan gpu-host:theirs.plan.layers.json",
 }
@@ -69,7 +71,7 @@ def test_the_commands_lead_from_a_folder_to_a_deployed_and_measured_plan(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished_digits, "build/digits_resnet")
-    Path("quick.toml").write_text("[time]\nseconds = 0.1\n")
+    Path("quick.toml").write_text(f"{LEARN}[time]\nseconds = 0.1\n")
     monkeypatch.setattr(cusparselt, "find_cusparselt_host", lambda: fake_cusparselt.HOST)
     arrived = False
     printed: dict[str, str] = {}

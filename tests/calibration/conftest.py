@@ -21,6 +21,7 @@ from maskplan.pipeline.core.artifacts import Preprocessing, Provenance
 
 Array = npt.NDArray[Any]
 FAMILIES = ("resnet18", "vgg", "shufflenet_v2", "mobilenet_v3_small", "densenet")
+QUICK = ("resnet18", "vgg", "shufflenet_v2")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,10 @@ class Family:
 Run = Callable[..., dict[str, Array]]
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES],
+)
 def family(request: pytest.FixtureRequest) -> Family:
     return build_family(request.param)
 

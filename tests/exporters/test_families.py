@@ -26,7 +26,7 @@ from maskplan.pipeline.stages import onnx_files
 from maskplan.pipeline.stages.job import Job
 from maskplan.pipeline.stages.workspace import Workspace
 
-QUICK = ("resnet18", "shufflenet_v2_x0_5", "mobilenet_v3_small")
+QUICK = ("resnet18", "shufflenet_v2_x0_5")
 SLOW = (
     "resnet34",
     "resnet50",
@@ -37,6 +37,7 @@ SLOW = (
     "shufflenet_v2_x2_0",
     "convnext_tiny",
     "convnext_small",
+    "mobilenet_v3_small",
     "mobilenet_v3_large",
     "efficientnet_b0",
     "densenet121",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from digits_run import LEARN
 from small_line import read_json, stages_of
 
 from maskplan.pipeline.cli.app import main
@@ -28,7 +29,7 @@ def failed(finished_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> F
     """Magnitude masks without recalibration cost the digits about 30 points; do not write to it."""
     folder = tmp_path_factory.mktemp("failed")
     out = Path(shutil.copytree(finished_digits, folder / "out"))
-    (folder / "r.toml").write_text("[recalibrate]\nimages = 0\n[time]\nseconds = 0.1\n")
+    (folder / "r.toml").write_text(f"{LEARN}[recalibrate]\nimages = 0\n[time]\nseconds = 0.1\n")
     arguments = ["engine", "--masks", "magnitude", "--recipe", f"{folder}/r.toml", "--out", str(out)]
     return Failed(main([*arguments, "--repository", f"{folder}/models"]), out, folder / "models")
 
@@ -57,7 +58,7 @@ def test_an_engine_that_lost_accuracy_is_not_deployed(failed: Failed) -> None:
 
 def test_lost_accuracy_says_so_each_time(failed: Failed, cli: Callable[..., Any], tmp_path: Path) -> None:
     out = Path(shutil.copytree(failed.out, tmp_path / "out"))
-    (tmp_path / "r.toml").write_text("[recalibrate]\nimages = 0\n[time]\nseconds = 0.1\n")
+    (tmp_path / "r.toml").write_text(f"{LEARN}[recalibrate]\nimages = 0\n[time]\nseconds = 0.1\n")
 
     ran = cli("engine", "--masks", "magnitude", "--recipe", tmp_path / "r.toml", "--out", out)
 

@@ -137,6 +137,7 @@ def fill_disk(line: Line, out: Path, limit: int) -> None:
         assert not list(out.rglob("*.maskplan-tmp"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_with_a_message_and_finished_stages_are_kept(
     line: Line, cli: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -93,6 +93,7 @@ OTHERS: dict[str, dict[str, tuple[str, Any]]] = {
         "seconds": ("0.5", 0.5),
         "min_repeats": ("6", 6),
         "max_repeats": ("600", 600),
+        "shape": ("[3, 64, 64]", (3, 64, 64)),
     },
 }
 

@@ -311,6 +311,7 @@ def test_a_folder_without_its_records_is_made_again_to_the_same_bytes(
 # --- determinism
 
 
+@pytest.mark.slow  # test_kill.py has a plain test of runs in other processes
 def test_another_process_elsewhere_makes_the_same_bytes(line: Line, tmp_path: Path) -> None:
     """Another folder, working directory, hash seed and process: the same masks, checkpoints, ONNX and predictions."""
     (tmp_path / "cwd").mkdir()

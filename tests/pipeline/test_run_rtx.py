@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from digits_run import LEARN
 from report_schema import validate_report
 from tensorrt_hosts import HAS_GPU, NEEDS_RTX
 
@@ -20,7 +21,7 @@ Cli = Callable[..., Any]
 
 pytestmark = [NEEDS_RTX, pytest.mark.skipif(HAS_GPU, reason="plans may run here")]
 
-QUICK = '[time]\nbatches = [1, 4]\nseconds = 0.2\n\n[tensorrt]\ntargets = ["sm86", "sm120"]\n'
+QUICK = LEARN + '[time]\nbatches = [1, 4]\nseconds = 0.2\n\n[tensorrt]\ntargets = ["sm86", "sm120"]\n'
 
 
 def test_plans_are_built_and_their_onnx_files_measured(digits: Path, cli: Cli, tmp_path: Path) -> None:

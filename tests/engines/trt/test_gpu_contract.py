@@ -151,12 +151,12 @@ def test_a_plan_of_another_tensorrt_or_gpu_is_refused(source: Path, told: dict[s
     assert says in str(caught.value)
 
 
-def test_what_tensorrt_cannot_parse_is_told_in_its_words_and_leaves_nothing(source: Path) -> None:
+def test_a_file_that_is_no_longer_a_model_leaves_nothing(source: Path) -> None:
     described = describe_onnx(source)
     source.write_bytes(b"no model any more")
-    with pytest.raises(InputError, match="cannot parse the model") as caught:
+    with pytest.raises(InputError, match="not an ONNX file") as caught:
         build_engine(described, BuildOptions("tensorrt", PROFILES), source.with_name("engine.plan"))
-    assert "gave no reason" not in str(caught.value)
+    assert str(source) in str(caught.value)
     assert [p.name for p in source.parent.iterdir()] == [source.name]
 
 

@@ -31,6 +31,7 @@ COMMANDS = (
     "time",
     "inspect",
     "deploy",
+    "serve-check",
     "stability",
     "probe",
 )

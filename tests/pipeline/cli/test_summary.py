@@ -17,7 +17,9 @@ from maskplan.pipeline.cli.summary import _files
 def test_the_next_command_can_be_pasted(name: str, trained: bool, tmp_path: Path) -> None:
     engine = tmp_path / name / "engine.onnx"
     parity, model = SimpleNamespace(verdict="pass"), SimpleNamespace(trained=trained)
-    report = SimpleNamespace(engine=SimpleNamespace(path=engine), parity=parity, model=model)
+    report = SimpleNamespace(
+        engine=SimpleNamespace(path=engine, backend="onnxruntime"), parity=parity, model=model, compile=None
+    )
     result: Any = SimpleNamespace(
         report=report, deployment=None, files=SimpleNamespace(html=SimpleNamespace(path=tmp_path / "report.html"))
     )

@@ -285,6 +285,7 @@ np.savez(out / f"{rank}.npz", **masks)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_learn_the_same_masks(tmp_path: Path) -> None:
     """With the environment that torchrun sets; torchrun itself is run by the slow test of the command."""
     with socket.socket() as free:

@@ -34,7 +34,9 @@ Figure().text(0, 0, "x")
 """
 
 
-@pytest.mark.parametrize("program", [READ_ONLY + MASKS, PLOT], ids=["masks", "plots"])
+@pytest.mark.parametrize(
+    "program", [READ_ONLY + MASKS, pytest.param(PLOT, marks=pytest.mark.slow)], ids=["masks", "plots"]
+)
 def test_without_a_place_for_caches_the_work_is_done_in_silence(program: str) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA", "XDG", "MPL"))}
     environment["HOME"] = "/dev/null/home"
