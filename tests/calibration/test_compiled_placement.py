@@ -23,7 +23,13 @@ POOLS = {"MaxPool": "maxpool", "AveragePool": "avgpool"}
 
 @pytest.mark.parametrize(
     ("name", "quantize_outputs"),
-    [("resnet18", False), ("vgg", False), ("shufflenet_v2", False), ("mobilenet_v3_small", False), ("densenet", True)],
+    [
+        ("resnet18", False),
+        ("vgg", False),
+        ("shufflenet_v2", False),
+        pytest.param("mobilenet_v3_small", False, marks=pytest.mark.slow),
+        pytest.param("densenet", True, marks=pytest.mark.slow),
+    ],
 )
 def test_every_quantized_layer_is_an_integer_product(
     families: Any, name: str, quantize_outputs: bool, tmp_path: Path

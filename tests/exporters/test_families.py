@@ -26,8 +26,9 @@ from maskplan.pipeline.stages import onnx_files
 from maskplan.pipeline.stages.job import Job
 from maskplan.pipeline.stages.workspace import Workspace
 
-QUICK = ("resnet18", "shufflenet_v2_x0_5")
+QUICK = ("shufflenet_v2_x0_5",)
 SLOW = (
+    "resnet18",
     "resnet34",
     "resnet50",
     "vgg16",

