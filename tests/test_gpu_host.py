@@ -71,7 +71,7 @@ def test_the_commands_lead_from_a_folder_to_a_deployed_and_measured_plan(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished_digits, "build/digits_resnet")
-    Path("quick.toml").write_text(f"{LEARN}[time]\nseconds = 0.1\n")
+    Path("quick.toml").write_text(f"{LEARN}[compile]\nmode = 'off'\n[time]\nseconds = 0.1\n")
     monkeypatch.setattr(cusparselt, "find_cusparselt_host", lambda: fake_cusparselt.HOST)
     arrived = False
     printed: dict[str, str] = {}

@@ -79,6 +79,7 @@ def test_twenty_killed_runs(line: Line, cli: Callable[..., Any], tmp_path: Path,
     assert kill_until_done(line, tmp_path / f"another folder {seed}", seed=seed, kills=5, cli=cli) >= 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_finished_stages_and_says_so(line: Line, cli: Callable[..., Any], tmp_path: Path) -> None:
     process = start(line, tmp_path / "out")
     assert process.stderr is not None
