@@ -64,6 +64,7 @@ def test_accuracy_and_ablation(bench: Bench, toy_cifar: Path, tmp_path: Path, we
     assert "| no noise |" in page
 
 
+@pytest.mark.slow
 def test_the_recipe_of_danhofer2024(bench: Bench, toy_cifar: Path, tmp_path: Path, weights: Path) -> None:
     bench("reported.py", NET, "--data", toy_cifar, "--weights", weights, "--results", tmp_path, "--epochs", 1)
     (run,) = written(tmp_path, "reported")

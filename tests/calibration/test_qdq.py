@@ -141,6 +141,7 @@ def test_each_tensor_is_quantized_once_and_each_reader_has_its_own_values(family
         assert len(graph.readers(node.output[0])) == 1
 
 
+@pytest.mark.slow
 def test_int8_outputs_leave_no_float_reader_behind_a_layer(families: Callable[[str], Any]) -> None:
     family = families("mobilenet_v3_small")
     before, after = Read(family.model), Read(quantized(family, quantize_outputs=True))

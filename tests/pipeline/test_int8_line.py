@@ -232,6 +232,7 @@ def test_other_options_of_calibration_run_only_what_depends_on_them(again: Path,
     assert read_json(again / "sparse.ranges.json")["options"]["method"] == "minmax"
 
 
+@pytest.mark.slow
 def test_a_budget_is_held_in_the_line(again: Path, cli: Callable[..., Any]) -> None:
     (again.parent / "other.toml").write_text(f"{QUICK}max_drop = 5.0\n")
     ran = cli("engine", *options(again, "other.toml"), "--out", again)

@@ -184,6 +184,7 @@ def test_unstructured_masks_of_a_checkpoint_are_refused_with_what_to_do(cli: Cli
     assert "maskplan convert" in ran.err
 
 
+@pytest.mark.slow
 def test_the_line_takes_the_masks_of_a_checkpoint(cli: Cli, spec: str, tmp_path: Path) -> None:
     torch.save(FILES["pruned 2:4"], tmp_path / "w.pth")
     recipe = tmp_path / "quick.toml"

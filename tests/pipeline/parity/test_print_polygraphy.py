@@ -44,6 +44,7 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_polygraphy_runs_the_command_and_compares_the_outputs(tmp_path: Path) -> None:
     """Equal models pass; then the second command alone, on the saved outputs, fails for different ones."""
     dense = small_net(tmp_path / "a dense net.onnx")
