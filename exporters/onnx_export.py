@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import logging
+import string
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from onnx import numpy_helper
 from maskplan.exporters.half_range import MARGIN, outside_fp16
 from maskplan.exporters.metadata import describe_onnx, write_provenance
 from maskplan.exporters.precision import to_fp16
-from maskplan.exporters.subgraphs import subgraphs
+from maskplan.exporters.subgraphs import subgraphs, walk_nodes
 from maskplan.pipeline import __version__
 from maskplan.pipeline.core.artifacts import OnnxModel, Preprocessing, Provenance
 from maskplan.pipeline.core.choices import FP32, FloatPrecision
@@ -125,10 +126,22 @@ def trace(module: nn.Module, provenance: Provenance) -> onnx.ModelProto:
     _remove_exporter_notes(model)
     _rename_weights_and_nodes(model, module, provenance.preprocessing)
     _normalize_zeros(model)
+    _lower_case_einsums(model)
     model.producer_name, model.producer_version = "maskplan", __version__
     write_provenance(model, provenance)
     onnx.checker.check_model(model)
     return model
+
+
+def _lower_case_einsums(model: onnx.ModelProto) -> None:
+    """Rename the indices of Einsum equations: TensorRT's parser takes lower-case letters only."""
+    for node in walk_nodes(model.graph.node):
+        for attribute in node.attribute if node.op_type == "Einsum" else ():
+            equation = attribute.s.decode()
+            letters = list(dict.fromkeys(c for c in equation if c.isalpha()))
+            if attribute.name == "equation" and not equation.islower() and len(letters) <= len(string.ascii_lowercase):
+                names = dict(zip(letters, string.ascii_lowercase, strict=False))
+                attribute.s = "".join(names.get(c, c) for c in equation).encode()
 
 
 def _remove_exporter_notes(model: onnx.ModelProto) -> None:

@@ -35,6 +35,19 @@ TRACES = (b"stack_trace", b"site-packages", b'File "', b"torch_version", b"name_
 both_precisions = pytest.mark.parametrize("precision", ["fp32", "fp16"])
 
 
+def test_indices_of_einsum_are_lower_case_as_tensorrt_requires(tmp_path: Path) -> None:
+    module = Net(
+        lambda s, x: torch.einsum("nCHW,nDHW->nDC", s.stem(x), s.stem(x)[:, :2]), stem=nn.Conv2d(3, 4, 3)
+    ).eval()
+    (model,) = export(module, tmp_path)
+    equations = [
+        a.s.decode() for node in onnx.load(model.path).graph.node for a in node.attribute if node.op_type == "Einsum"
+    ]
+    assert equations
+    assert all(equation.islower() for equation in equations)
+    assert np.allclose(run(model.path, images(2)), eager(module, images(2)), atol=1e-3)
+
+
 def assert_names_follow(path: Path, module: nn.Module) -> None:
     """Weights bear their parameters' names and shapes; the nodes that use them bear the modules' paths."""
     graph = onnx.load(path).graph
