@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from maskplan.pipeline.cli import options
 from maskplan.pipeline.cli.compare_summary import show_parity
 from maskplan.pipeline.cli.exit_codes import GateError
 from maskplan.pipeline.cli.help_pages import add_command
@@ -24,7 +25,12 @@ if TYPE_CHECKING:
     from maskplan.pipeline.parity.model_files import OpenedModel
     from maskplan.pipeline.parity.options import CompareOptions
 
-_THRESHOLDS, _FOREIGN, _RESULTS, _WHERE = "Thresholds", "ONNX files of other tools", "Results", "Where they differ"
+_THRESHOLDS, _FOREIGN, _RESULTS, _WHERE = (
+    options.THRESHOLDS,
+    "ONNX files of other tools",
+    "Results",
+    "Where they differ",
+)
 _BISECT_IMAGES = 32
 
 _EXAMPLES = """
@@ -57,18 +63,12 @@ def compare(
         Path | None,
         typer.Option(help="Folder with val/CLASS/*, or of images without labels. digits_resnet has its own images."),
     ] = None,
-    max_top1_drop: Annotated[
-        float | None,
-        typer.Option(help="Percentage points of top-1 accuracy that may be lost.", rich_help_panel=_THRESHOLDS),
-    ] = None,
+    max_top1_drop: options.MaxTop1Drop = None,
     max_top5_drop: Annotated[
         float | None,
         typer.Option(help="Percentage points of top-5 accuracy that may be lost.", rich_help_panel=_THRESHOLDS),
     ] = None,
-    min_agreement: Annotated[
-        float | None,
-        typer.Option(help="Percent of images on which both must predict the same class.", rich_help_panel=_THRESHOLDS),
-    ] = None,
+    min_agreement: options.MinAgreement = None,
     max_flip_rate: Annotated[
         float | None,
         typer.Option(help="Percent of images whose predicted class may change.", rich_help_panel=_THRESHOLDS),
@@ -83,14 +83,7 @@ def compare(
             help="Smallest cosine similarity between outputs for one fixed image.", rich_help_panel=_THRESHOLDS
         ),
     ] = None,
-    use_ci: Annotated[
-        bool | None,
-        typer.Option(
-            "--use-ci/--use-point",
-            help="Judge the worse end of the 95% confidence interval, or the point estimate.",
-            rich_help_panel=_THRESHOLDS,
-        ),
-    ] = None,
+    use_ci: options.UseCi = None,
     fixed_images: Annotated[
         int | None,
         typer.Option(help="Number of images on which raw outputs are compared.", rich_help_panel=_THRESHOLDS),

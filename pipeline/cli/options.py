@@ -167,3 +167,21 @@ Mean = Annotated[
     str | None, typer.Option(help="For an ONNX file of another tool: mean of each channel, such as 0.5,0.5,0.5.")
 ]
 Std = Annotated[str | None, typer.Option(help="For an ONNX file of another tool: standard deviation of each channel.")]
+THRESHOLDS = "Thresholds"
+"""Panel of the gate's limits on a help page."""
+MaxTop1Drop = Annotated[
+    float | None,
+    typer.Option(help="Percentage points of top-1 accuracy that may be lost.", rich_help_panel=THRESHOLDS),
+]
+MinAgreement = Annotated[
+    float | None,
+    typer.Option(help="Percent of images on which both must predict the same class.", rich_help_panel=THRESHOLDS),
+]
+UseCi = Annotated[
+    bool | None,
+    typer.Option(
+        "--use-ci/--use-point",
+        help="Judge the worse end of the 95% confidence interval, or the point estimate.",
+        rich_help_panel=THRESHOLDS,
+    ),
+]

@@ -92,22 +92,9 @@ def serve_check(
         Path | None,
         typer.Option(help="Folder with val/CLASS/*, or of images without labels.", rich_help_panel=_GATE),
     ] = None,
-    max_top1_drop: Annotated[
-        float | None,
-        typer.Option(help="Percentage points of top-1 accuracy that may be lost.", rich_help_panel=_GATE),
-    ] = None,
-    min_agreement: Annotated[
-        float | None,
-        typer.Option(help="Percent of images on which both must predict the same class.", rich_help_panel=_GATE),
-    ] = None,
-    use_ci: Annotated[
-        bool | None,
-        typer.Option(
-            "--use-ci/--use-point",
-            help="Judge the worse end of the 95% confidence interval, or the point estimate.",
-            rich_help_panel=_GATE,
-        ),
-    ] = None,
+    max_top1_drop: options.MaxTop1Drop = None,
+    min_agreement: options.MinAgreement = None,
+    use_ci: options.UseCi = None,
     mean: options.Mean = None,
     std: options.Std = None,
     report: Annotated[
