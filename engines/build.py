@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from maskplan.engines.sidecar import read_engine, write_sidecar
 from maskplan.engines.trt.calibrator import ImplicitInt8
 from maskplan.engines.trt.cuda import gpu, has_driver
 from maskplan.engines.trt.options import TrtOptions
+from maskplan.engines.trt.versions import is_installed
 from maskplan.exporters.run_shapes import run_shapes
 from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel, Profile
 from maskplan.pipeline.core.choices import AUTO, ONNXRUNTIME, TENSORRT, TENSORRT_RTX, Backend
@@ -103,20 +103,13 @@ def choose_backend(requested: str) -> tuple[Backend, str]:
             return backend, "requested"
     if requested != AUTO:
         raise InputError(f"unknown backend {requested!r}", fix=f"choose one of {', '.join([AUTO, *BACKENDS])}")
-    if not _is_installed("tensorrt"):
+    if not is_installed("tensorrt"):
         return ONNXRUNTIME, "TensorRT is not installed"
-    if not _is_installed("pycuda"):
+    if not is_installed("pycuda"):
         return ONNXRUNTIME, "TensorRT is installed, but pycuda, which is required to run its engines, is not"
     if not has_driver():
         return ONNXRUNTIME, "TensorRT and pycuda are installed, but the NVIDIA driver is not"
     return TENSORRT, "TensorRT, pycuda and an NVIDIA driver are installed"
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):  # import finders may raise these
-        return False
 
 
 def build_engine(onnx_model: OnnxModel, options: BuildOptions, out: Path) -> EngineFile:

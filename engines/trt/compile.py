@@ -6,7 +6,6 @@ nor what TensorRT itself would do.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -20,7 +19,7 @@ from pathlib import Path
 from maskplan.engines.trt.compile_process import Compiled, CompileRequest, read_answer
 from maskplan.engines.trt.compile_shapes import fix_shapes
 from maskplan.engines.trt.options import TrtOptions
-from maskplan.engines.trt.versions import LIBRARIES
+from maskplan.engines.trt.versions import LIBRARIES, is_installed
 from maskplan.pipeline.core.artifacts import OnnxModel, Profile
 from maskplan.pipeline.core.choices import TENSORRT_RTX
 from maskplan.pipeline.core.compilation import CompileProblem, CompileResult
@@ -33,14 +32,6 @@ _COMMAND = (sys.executable, "-P", "-m", "maskplan.engines.trt.compile_process")
 # Protobuf's limit for one message.
 _MAX_BYTES = 2**31 - 1
 _MAX_QUOTED_LINES = 3
-
-
-def is_installed() -> bool:
-    """Whether the library's package is there, without importing it."""
-    try:
-        return importlib.util.find_spec(_LIBRARY.package) is not None
-    except (ImportError, ValueError):  # import finders may raise these
-        return False
 
 
 def installed_version() -> str | None:
@@ -78,7 +69,7 @@ def compile_onnx(
         HostError: The library is not installed, does not start, or lacks memory.
         InputError: The file is larger than its parser reads, or its shapes and the profiles do not go together.
     """
-    if not is_installed():
+    if not is_installed(_LIBRARY.package):
         raise HostError(f"{_LIBRARY.name} is not installed", where=_LIBRARY.package, fix=_LIBRARY.how_to_install)
     if onnx_model.bytes > _MAX_BYTES:
         raise InputError(

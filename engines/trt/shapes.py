@@ -25,7 +25,7 @@ def require_compatible_shapes(onnx_model: OnnxModel, profiles: Sequence[Profile]
             problems.append(f"{spec.name} has a fixed batch of {batch}, not {listed(wrong)}")
     if problems:
         raise InputError(
-            "TensorRT cannot build the graph for these shapes",
+            "the graph cannot be built for these shapes",
             where=onnx_model.path,
             found="; ".join(problems),
             fix="export with fixed image sizes; omit --profile if the batch is fixed",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -117,6 +118,14 @@ LIBRARIES: dict[Backend, Library] = {
         },
     ),
 }
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package is there, without importing it."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):  # import finders may raise these
+        return False
 
 
 def import_library(backend: Backend) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from maskplan.engines.trt.compile import is_installed
+from maskplan.engines.trt.versions import is_installed
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -58,6 +58,6 @@ def test_a_dry_run_tries_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "libraries" in parts["host"]
     assert set(parts["step"]["resnet18, batch 2"]) == {"ordinary, nchw, s", "ordinary, channels_last, s", "masks, s"}
     assert set(parts["accuracy"]["resnet20"]["rows"]) == {"dense", "magnitude, recalibrated", "maskplan, recalibrated"}
-    if is_installed():
+    if is_installed("tensorrt_rtx"):
         assert {row["accepted"] for row in parts["rtx"].values()} == {True}
         assert all("ran" in row for row in parts["rtx"].values()), "runs are tried, and fail without a GPU"

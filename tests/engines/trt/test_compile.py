@@ -15,10 +15,11 @@ from compiled_graphs import graph, needs_rtx
 
 from maskplan.engines.sidecar import read_engine
 from maskplan.engines.trt import compile as compiling
-from maskplan.engines.trt.compile import compile_onnx, installed_version, is_installed
+from maskplan.engines.trt.compile import compile_onnx, installed_version
 from maskplan.engines.trt.compile_process import CompileRequest, build_problem, compile_here
 from maskplan.engines.trt.compile_shapes import fix_shapes
 from maskplan.engines.trt.options import TrtOptions
+from maskplan.engines.trt.versions import is_installed
 from maskplan.exporters.metadata import describe_onnx
 from maskplan.pipeline.core.artifacts import OnnxModel, Profile, TensorSpec
 from maskplan.pipeline.core.compilation import CompileResult
@@ -113,7 +114,7 @@ def test_a_graph_of_fixed_shape_is_compiled_without_a_profile(tmp_path: Path) ->
 
 def process(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     """A process that runs `code` in place of the compiler's."""
-    monkeypatch.setattr(compiling, "is_installed", lambda: True)
+    monkeypatch.setattr(compiling, "is_installed", lambda package: True)
     monkeypatch.setattr(compiling, "_COMMAND", (sys.executable, "-c", f"import os, sys\n{code}"))
 
 
@@ -167,8 +168,8 @@ def test_a_library_that_is_missing_or_there_in_part_is_one_message(
 ) -> None:
     model = graph(tmp_path / "net.onnx")
     with monkeypatch.context() as patched:
-        patched.setattr(compiling.importlib.util, "find_spec", lambda name: None)
-        assert not is_installed()
+        patched.setattr("importlib.util.find_spec", lambda name: None)
+        assert not is_installed("tensorrt_rtx")
         with pytest.raises(HostError, match=r"TensorRT-RTX is not installed[\s\S]*maskplan\[rtx\]"):
             compile_onnx(model)
     package = tmp_path / "part" / "tensorrt_rtx"

@@ -163,7 +163,7 @@ def test_a_file_that_is_no_longer_a_model_leaves_nothing(source: Path) -> None:
 def test_a_graph_of_a_fixed_batch_takes_no_other(source: Path) -> None:
     fixed = small_net(source.with_name("fixed.onnx"), "float16", batch=4)
     before = {p.name for p in source.parent.iterdir()}
-    with pytest.raises(InputError, match="TensorRT") as caught:
+    with pytest.raises(InputError, match="cannot be built for these shapes") as caught:
         build(fixed)
     assert "profile" in str(caught.value)
     assert {p.name for p in source.parent.iterdir()} == before

@@ -77,7 +77,7 @@ def test_shapes_that_do_not_fit_are_one_message(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(compiling, "is_installed", lambda: True)
+    monkeypatch.setattr(compiling, "is_installed", lambda package: True)
     ran = cli("check", graph(tmp_path / "net.onnx", shape=shape).path, "--compile", *options)
     assert ran.code == 3
     assert found in ran.err
@@ -87,7 +87,7 @@ def test_shapes_that_do_not_fit_are_one_message(
 def test_without_the_compiler_the_message_says_what_to_install(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiling, "is_installed", lambda: False)
+    monkeypatch.setattr(compiling, "is_installed", lambda package: False)
     report = tmp_path / "check.json"
     ran = cli("check", graph(tmp_path / "net.onnx").path, "--compile", "--report", report)
     assert ran.code == 3
