@@ -47,6 +47,15 @@ def test_a_graph_as_it_declares_is_read_from_its_file(trt: Control, tmp_path: Pa
     assert parsed(engine) == onnx.load(source)
 
 
+def test_a_first_axis_that_is_no_batch_stays_in_every_profile(trt: Control, tmp_path: Path) -> None:
+    """An input with a dynamic batch beside one of a fixed shape."""
+    nodes = [helper.make_node("MatMul", ["x", "table"], ["y"])]
+    source = graph(tmp_path / "m.onnx", nodes, [("x", ["N", 3]), ("table", [3, 5])], [("y", ["N", 5])])
+    build(source, profiles=(Profile(1, 8, 16),))
+    (profile,) = trt.config._profiles
+    assert profile._shapes == {"x": [(1, 3), (8, 3), (16, 3)], "table": [(3, 5)] * 3}
+
+
 @pytest.mark.parametrize("scalar_first", [True, False])
 def test_a_scalar_has_no_batch_in_a_profile(scalar_first: bool, trt: Control, tmp_path: Path) -> None:
     """Triton passes it to no plan."""

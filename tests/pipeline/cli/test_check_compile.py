@@ -50,14 +50,17 @@ def test_a_refused_file_fails_with_the_node_and_a_way_out(cli: Cli, tmp_path: Pa
 
 
 @needs_rtx
-def test_a_dense_file_can_be_judged_by_the_compiler_alone(cli: Cli, finished_digits: Path) -> None:
+def test_a_dense_file_can_be_judged_by_the_compiler_alone(cli: Cli, finished_digits: Path, tmp_path: Path) -> None:
     dense = finished_digits / "dense.fp16.onnx"
     both = cli("check", dense, "--compile")
     assert both.code == 1
     assert "--allow-dense '*' leaves only the compiler's verdict" in both.err
-    alone = cli("check", dense, "--compile", "--allow-dense", "*")
+    alone = cli("check", dense, "--compile", "--allow-dense", "*", "--junit", tmp_path / "check.xml")
     assert alone.code == 0, alone.err
     assert "unknown: 0 conforming" in alone.out
+    suite = ElementTree.parse(tmp_path / "check.xml").getroot()
+    assert suite.get("failures") == "0"
+    assert suite.find("testcase[@name='verdict']/skipped") is not None
 
 
 @pytest.mark.parametrize(
