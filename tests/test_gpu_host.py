@@ -66,6 +66,7 @@ def test_every_command_of_the_page_stands_in_a_console_block() -> None:
     assert re.findall(r"^\s*\$ ", PAGE.read_text(encoding="utf-8"), re.MULTILINE) == ["$ "] * len(commands())
 
 
+@pytest.mark.slow
 def test_the_commands_lead_from_a_folder_to_a_deployed_and_measured_plan(
     finished_digits: Path, tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,7 @@ def test_dense_training_continues_while_it_gains(bench: Bench, toy_cifar: Path, 
     assert "/" not in found["command"].removeprefix("python benchmarks/accuracy/dense.py")
 
 
+@pytest.mark.slow
 def test_accuracy_and_ablation(bench: Bench, toy_cifar: Path, tmp_path: Path, weights: Path) -> None:
     common = (NET, "--data", toy_cifar, "--weights", weights, "--results", tmp_path, "--epochs", 1)
     bench("accuracy.py", *common)

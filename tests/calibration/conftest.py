@@ -21,7 +21,7 @@ from maskplan.pipeline.core.artifacts import Preprocessing, Provenance
 
 Array = npt.NDArray[Any]
 FAMILIES = ("resnet18", "vgg", "shufflenet_v2", "mobilenet_v3_small", "densenet")
-QUICK = ("resnet18", "vgg", "shufflenet_v2")
+QUICK = ("resnet18", "shufflenet_v2")
 
 
 @dataclass(frozen=True)

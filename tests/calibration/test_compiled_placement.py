@@ -25,8 +25,8 @@ POOLS = {"MaxPool": "maxpool", "AveragePool": "avgpool"}
     ("name", "quantize_outputs"),
     [
         ("resnet18", False),
-        ("vgg", False),
-        ("shufflenet_v2", False),
+        pytest.param("vgg", False, marks=pytest.mark.slow),
+        pytest.param("shufflenet_v2", False, marks=pytest.mark.slow),
         pytest.param("mobilenet_v3_small", False, marks=pytest.mark.slow),
         pytest.param("densenet", True, marks=pytest.mark.slow),
     ],

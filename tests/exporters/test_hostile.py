@@ -261,6 +261,6 @@ def test_a_spoiled_file_gives_an_error_or_a_true_verdict(tmp_path: Path) -> None
     folder.mkdir()
     script.write_text(SWEEP)
     ran = subprocess.run(
-        [sys.executable, script, folder, "2000"], capture_output=True, text=True, timeout=500, check=False
+        [sys.executable, script, folder, "1000"], capture_output=True, text=True, timeout=500, check=False
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr[-3000:]

@@ -167,6 +167,7 @@ def test_a_run_continues_after_a_full_disk_wherever_it_stopped(
     assert finished == sorted(finished)
 
 
+@pytest.mark.slow
 def test_a_full_disk_does_not_spoil_a_finished_folder(line: Line, again: Line, cli: Callable[..., Any]) -> None:
     before = digests(again.out)
     changed = Line(again.out, (*again.options, "--masks", "magnitude"))

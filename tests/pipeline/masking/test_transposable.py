@@ -59,7 +59,7 @@ def weights_of(kind: str, shape: tuple[int, ...], seed: int = 0) -> npt.NDArray[
 
 
 @given(data=st.data(), pattern=st.sampled_from(SMALL))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_the_exact_mask_of_a_small_tile_keeps_what_the_best_of_all_masks_keeps(
     data: st.DataObject, pattern: tuple[int, int]
 ) -> None:

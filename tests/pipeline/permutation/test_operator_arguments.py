@@ -181,7 +181,10 @@ class Branches(nn.Module):
         return torch.stack([head(case(stem(x)).to(x).flatten(1)) for stem, case, head in branches], 1)
 
 
-@pytest.mark.parametrize("names", BATCHES, ids=[f"part {i}" for i in range(len(BATCHES))])
+@pytest.mark.parametrize(
+    "names",
+    [pytest.param(names, id=f"part {i}", marks=pytest.mark.slow if i > 1 else ()) for i, names in enumerate(BATCHES)],
+)
 def test_groups_of_each_operator_leave_its_outputs_unchanged(names: tuple[str, ...]) -> None:
     torch.manual_seed(0)
     module = drawn(Branches(names))
