@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from maskplan.pipeline.core.choices import Backend, LayerState, Layout, OnnxPrecision, SparseFlagEffect
+from maskplan.pipeline.core.choices import (
+    LOGITS,
+    Backend,
+    LayerState,
+    Layout,
+    OnnxPrecision,
+    OutputType,
+    SparseFlagEffect,
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,24 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class OutputKind:
+    """One output.
+
+    Attributes:
+        name: As in the graph.
+        kind: `logits`, of which the largest along `axis` is the prediction, or `values`.
+        axis: Of the classes; the other axes but the batch are places, such as pixels.
+    """
+
+    name: str
+    kind: OutputType
+    axis: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.kind}" + (f":{self.axis}" if self.kind == LOGITS and self.axis != 1 else "")
 
 
 @dataclass(frozen=True)
@@ -93,7 +119,7 @@ class Provenance:
         trained: False if the weights, or the weights that they were made from, are random.
         origin: Where the dense weights came from.
         dense_sha256: Digest of the dense checkpoint's tensors.
-        classes: Number of outputs.
+        classes: Number of classes of a classifier; 0 for other networks.
         labels: Class names in the order of the outputs; empty if unknown.
         preprocessing: For its inputs.
         masked: Names of the masked weights; empty for a dense model.
@@ -105,6 +131,7 @@ class Provenance:
         permutation: Digest of the permutation file that reordered the channels; None for the model's own order.
         folded: Names of weights that the model's own code computes, such as standardized ones, and that the checkpoint
             stores as computed.
+        outputs: What the network returns, unless it is a classifier.
     """
 
     model: str
@@ -123,6 +150,7 @@ class Provenance:
     permutation: str | None = None
     # Left out where empty, so that files of other models do not change.
     folded: tuple[str, ...] = field(default=(), metadata={"omit_empty": True})
+    outputs: tuple[OutputKind, ...] = field(default=(), metadata={"omit_empty": True})
 
 
 @dataclass(frozen=True)

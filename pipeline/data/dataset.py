@@ -202,7 +202,7 @@ def _list_images(folder: Path, part: str) -> tuple[list[tuple[str, str]], set[st
     images: list[tuple[str, str]] = []
     empty = []
     for class_folder in sorted(p for p in root.iterdir() if p.is_dir()):
-        files = sorted(_image_paths(class_folder))
+        files = sorted(image_paths(class_folder))
         if not files:
             empty.append(class_folder.name)
         images += [(class_folder.name, p.relative_to(root).as_posix()) for p in files]
@@ -220,7 +220,7 @@ def _list_images(folder: Path, part: str) -> tuple[list[tuple[str, str]], set[st
     return images, {name for name, _ in images}
 
 
-def _image_paths(folder: Path) -> Iterator[Path]:
+def image_paths(folder: Path) -> Iterator[Path]:
     """Image files below a folder, in linked folders too, as torchvision's ImageFolder finds them."""
     for root, folders, files in os.walk(folder, followlinks=True):
         # A link to a folder that contains it would be walked for ever.
