@@ -38,6 +38,13 @@ class BatchRunner:
         return None if first == {None} else next(iter(first)) if len(first) == 1 else 1
 
     @property
+    def has_no_batch(self) -> bool:
+        """Whether the inputs' first axes are no batch: an input is a scalar, or they declare different sizes."""
+        return len({spec.shape[0] if spec.shape else 0 for spec in self.inputs}) > 1 or not all(
+            spec.shape for spec in self.inputs
+        )
+
+    @property
     def max_batch(self) -> int:
         """The largest batch size of one call; `sys.maxsize` without profiles."""
         return self.fixed_batch or max((p.max for p in self._profiles), default=sys.maxsize)
@@ -50,17 +57,17 @@ class BatchRunner:
             return samples
         return min(p.min for p in self._profiles if p.min > samples)
 
-    def run(self, feeds: Mapping[str, Array], *, whole: bool = False) -> dict[str, Array]:
+    def run(self, feeds: Mapping[str, Array], *, whole: bool | None = None) -> dict[str, Array]:
         """Outputs by name for samples by input name.
 
         Sets `last_timing` to the sum over the calls, or to None if the engine does not measure time.
 
         Args:
             feeds: One row for each sample, the same number for every input.
-            whole: The feeds are what one run takes, with its batch axis if there is one.
+            whole: The feeds are what one run takes, with its batch axis if there is one; None where an input has none.
         """
         self.last_timing = None
-        if whole:
+        if self.has_no_batch if whole is None else whole:
             return self._infer(feeds)
         count = len(next(iter(feeds.values())))
         step = min(self.max_batch, count)
@@ -76,7 +83,8 @@ class BatchRunner:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _infer(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        outputs = self._engine.infer(feeds)
+        # The engines of one comparison may take floats of different widths.
+        outputs = self._engine.infer({spec.name: _as_type(feeds[spec.name], spec.dtype) for spec in self.inputs})
         timing = self._engine.last_timing
         if timing is not None:
             self.last_timing = timing if self.last_timing is None else self.last_timing + timing
@@ -91,6 +99,10 @@ class BatchRunner:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _as_type(array: Array, dtype: str) -> Array:
+    return array.astype(dtype, copy=False) if array.dtype.kind == "f" and array.dtype != dtype else array
 
 
 def _padded(array: Array, batch: int) -> Array:

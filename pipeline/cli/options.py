@@ -17,6 +17,8 @@ from maskplan.pipeline.core.choices import Backend, MaskMethod
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+    from maskplan.pipeline.data.samples import ImageOptions
+
     Record = TypeVar("Record", bound=DataclassInstance)
 
 BackendChoice = Literal["auto", Backend]
@@ -107,6 +109,26 @@ def parse_shape(text: str | None) -> tuple[int, ...] | None:
         fix = "write the size of one input without the batch, for example --shape 3x224x224; batches have their own option"
         raise InputError("not a shape", found=repr(text), fix=fix)
     return tuple(map(int, sizes))
+
+
+def image_options(shape: str | None, mean: str | None, std: str | None) -> ImageOptions:
+    """How image files become an input, by `--shape`, `--mean` and `--std`.
+
+    Raises:
+        InputError: Not numbers.
+    """
+    from maskplan.pipeline.core.errors import InputError
+    from maskplan.pipeline.data.samples import ImageOptions
+
+    def numbers(text: str | None) -> tuple[float, ...] | None:
+        if text is None:
+            return None
+        try:
+            return tuple(float(part) for part in text.split(","))
+        except ValueError as error:
+            raise InputError("expected one number per channel", found=repr(text), fix="write 0.5,0.5,0.5") from error
+
+    return ImageOptions(parse_shape(shape), numbers(mean), numbers(std))
 
 
 def write_report(path: Path | None, values: object) -> None:

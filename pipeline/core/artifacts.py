@@ -263,15 +263,30 @@ class OnnxModel:
 
 
 @dataclass(frozen=True)
+class ShapeRange:
+    """Whole shapes of one input of which more than the batch is dynamic, such as the size of images."""
+
+    name: str
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return ":".join([self.name, *("x".join(map(str, shape)) for shape in (self.min, self.opt, self.max))])
+
+
+@dataclass(frozen=True)
 class Profile:
-    """Batch sizes that an engine accepts and is tuned for."""
+    """Batch sizes that an engine accepts and is tuned for, and shapes of inputs of which more than the batch is dynamic."""
 
     min: int
     opt: int
     max: int
+    # Left out where empty, so that files of other engines do not change.
+    shapes: tuple[ShapeRange, ...] = field(default=(), metadata={"omit_empty": True})
 
     def __str__(self) -> str:
-        return f"{self.min}:{self.opt}:{self.max}"
+        return ",".join(map(str, self.shapes)) or f"{self.min}:{self.opt}:{self.max}"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ _FLOATS = ("float32", "float16", "float64")
 def guess_kinds(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> tuple[OutputKind, ...]:
     """The kinds of a graph's outputs by their shapes.
 
-    Logits are floats (N, classes) if they are the only output, and floats (N, classes, H, W) with the size of the input
+    Logits are floats (N, classes) or of unknown shape if they are the only output for one image, and floats (N, classes, H, W) with the size of the input
     image and another number of channels than it. Everything else is values.
     """
     return tuple(OutputKind(o.name, LOGITS if _looks_like_logits(o, inputs, outputs) else VALUES) for o in outputs)
@@ -24,9 +24,11 @@ def _looks_like_logits(output: TensorSpec, inputs: Sequence[TensorSpec], outputs
     shape = output.shape
     if output.dtype not in _FLOATS:
         return False
+    images = [i for i in inputs if len(i.shape) == 4]
     if len(shape) == 2:
         return len(outputs) == 1 and shape[1] != 1
-    images = [i for i in inputs if len(i.shape) == 4]
+    if not shape:
+        return len(outputs) == len(inputs) == len(images) == 1
     if len(shape) != 4 or len(images) != 1 or shape[1] is None or shape[1] < 2:
         return False
     return shape[2:] == images[0].shape[2:] and None not in shape[2:] and shape[1] != images[0].shape[1]

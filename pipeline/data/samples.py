@@ -201,9 +201,12 @@ def noise_samples(inputs: Sequence[TensorSpec], count: int, shape: tuple[int, ..
     arrays = {}
     for spec in inputs:
         rest = image_shape(spec, shape if len(inputs) == 1 else None, str(where)) if spec.shape else ()
-        size = (count, *rest) if batched else (count, *(spec.shape[0] or 1, *rest)[: len(spec.shape)])
-        values = generator.standard_normal(size) if spec.dtype in _FLOATS else generator.integers(0, 2, size)
-        arrays[spec.name] = values.astype(spec.dtype)
+        whole = () if not spec.shape else ((spec.shape[0] or 1), *rest)
+        size = (count, *rest) if batched else (count, *whole)
+        if spec.dtype in _FLOATS:
+            arrays[spec.name] = generator.standard_normal(size, np.float32).astype(spec.dtype, copy=False)
+        else:
+            arrays[spec.name] = generator.integers(0, 2, size).astype(spec.dtype)
     return TensorSamples("val", arrays, {}, one_run_each=not batched)
 
 
@@ -215,7 +218,8 @@ def image_options_shape(spec: TensorSpec, channels_last: bool, shape: tuple[int,
 
 def is_channels_last(spec: TensorSpec) -> bool:
     """Whether an image input is (N, H, W, channels), by its sizes."""
-    return len(spec.shape) == 4 and spec.shape[3] in _CHANNELS and spec.shape[1] not in _CHANNELS
+    few = (*_CHANNELS, 4)
+    return len(spec.shape) == 4 and spec.shape[3] in few and spec.shape[1] not in few
 
 
 def _images(data: Path, role: str, inputs: Sequence[TensorSpec], options: ImageOptions, where: object) -> ImageSamples:
@@ -248,6 +252,10 @@ def _preprocessing(spec: TensorSpec, channels_last: bool, options: ImageOptions,
     # Integers take the pixels as they are, which is a standard deviation of 1/255.
     unit = 1.0 if spec.dtype in _FLOATS else 1 / 255
     mean, std = options.mean or (0.0,) * channels, options.std or (unit,) * channels
+    if not len(mean) == len(std) == channels or min(std) <= 0:
+        found = f"mean {mean}, standard deviation {std}, {channels} channels"
+        fix = "give one number per channel, standard deviations above zero"
+        raise InputError("mean and standard deviation do not fit the channels", where=where, found=found, fix=fix)
     return Preprocessing(channels, height, width, 0, "bilinear", mean, std)
 
 

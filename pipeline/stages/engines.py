@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from maskplan.engines.base import Classifier
+from maskplan.engines.batch_runner import BatchRunner
 from maskplan.engines.build import (
     SUFFIX,
     BuildOptions,
@@ -260,9 +261,9 @@ def time_stage(job: Job, engines: Engines) -> TimingReport:
 
     def work() -> TimingReport:
         with (
-            open_classifier(engines.dense) as dense,
-            open_classifier(engines.sparse) as sparse,
-            open_classifier(engines.pruned) as pruned,
+            open_runner(engines.dense) as dense,
+            open_runner(engines.sparse) as sparse,
+            open_runner(engines.pruned) as pruned,
         ):
             return time_engines(
                 dense,
@@ -288,6 +289,14 @@ def _identity(engine: EngineFile) -> str | list[str | None]:
     if engine.backend not in GPU_BACKENDS:
         return engine.sha256
     return [engine.sha256, engine.runtime_version, device_of(engine), engine.compute_capability]
+
+
+@contextlib.contextmanager
+def open_runner(engine: EngineFile) -> Iterator[BatchRunner]:
+    """Open an engine for samples of any kind, and close it."""
+    profiles = engine.profiles if engine.backend in GPU_BACKENDS else ()
+    with BatchRunner(open_engine(engine), engine.path.name, profiles) as runner:
+        yield runner
 
 
 @contextlib.contextmanager

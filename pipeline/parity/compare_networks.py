@@ -1,0 +1,112 @@
+"""The compare stage for networks that are not classifiers of images: any inputs, any outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maskplan.engines.batch_runner import BatchRunner
+from maskplan.pipeline.core.artifacts import OutputKind
+from maskplan.pipeline.core.choices import LOGITS
+from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.output_kinds import guess_kinds, parse_kinds
+from maskplan.pipeline.core.reports import ParityReport
+from maskplan.pipeline.data.image_sets import require_disjoint
+from maskplan.pipeline.data.samples import ImageOptions, Samples, noise_samples, open_samples
+from maskplan.pipeline.parity.by_output import compare_by_output
+from maskplan.pipeline.parity.model_files import OpenedNetwork
+from maskplan.pipeline.parity.network_verdict import TOP1, network_report
+from maskplan.pipeline.parity.options import CompareOptions
+from maskplan.pipeline.parity.user_metric import Metric, load_metric, measure
+
+_NOISE_SAMPLES = 32
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """What `compare` is told about a network.
+
+    Attributes:
+        data: Images or arrays; None compares on noise.
+        outputs: `NAME:logits[:AXIS]` or `NAME:values`, where the guess is wrong.
+        metric: `FILE.py:FUNCTION`, or None.
+        images: How image files become an input.
+    """
+
+    data: Path | None = None
+    outputs: tuple[str, ...] = ()
+    metric: str | None = None
+    images: ImageOptions = field(default_factory=ImageOptions)
+
+
+def compare_networks(
+    dense: OpenedNetwork, sparse: OpenedNetwork, told: NetworkOptions, options: CompareOptions
+) -> ParityReport:
+    """Compare two networks on samples, output by output, and by a metric if there is one.
+
+    Raises:
+        InputError: The data, the outputs or the metric do not fit the networks, or the data was used to make one of them.
+    """
+    provenances = [dense.provenance, sparse.provenance]
+    kinds = output_kinds(dense, told.outputs)
+    samples, is_noise = _samples(dense, told)
+    image_set = None if is_noise else samples.identify()
+    if image_set is not None:
+        require_disjoint(image_set, [s for p in provenances if p is not None for s in p.image_sets])
+    metric, name = _metric(told.metric, kinds, samples)
+    first, second = (BatchRunner(net.engine, net.name, net.profiles) for net in (dense, sparse))
+    compared = compare_by_output(first, second, samples, kinds, keep=metric is not None)
+    measured = None
+    if metric is not None and compared.dense is not None and compared.sparse is not None:
+        measured = measure(metric, name, compared.dense, compared.sparse, samples.targets, len(samples))
+    report = network_report(compared, measured, len(samples), provenances, options, is_noise=is_noise)
+    return replace(report, images_sha256=image_set.sha256 if image_set is not None else None)
+
+
+def output_kinds(network: OpenedNetwork, given: Sequence[str]) -> tuple[OutputKind, ...]:
+    """The kinds of a network's outputs: given, else recorded, else guessed."""
+    engine, provenance = network.engine, network.provenance
+    recorded = {kind.name: kind for kind in provenance.outputs} if provenance is not None else {}
+    guessed = tuple(recorded.get(kind.name, kind) for kind in guess_kinds(engine.inputs, engine.outputs))
+    return parse_kinds(given, guessed, network.name)
+
+
+def _samples(network: OpenedNetwork, told: NetworkOptions) -> tuple[Samples, bool]:
+    """The samples, and whether they are noise."""
+    inputs, provenance = network.engine.inputs, network.provenance
+    images = told.images
+    if provenance is not None:
+        images = replace(images, preprocessing=provenance.preprocessing)
+    if told.data is None:
+        shape = images.shape
+        if shape is None and images.preprocessing is not None and len(inputs) == 1 and len(inputs[0].shape) == 4:
+            shape = (images.preprocessing.channels, images.preprocessing.height, images.preprocessing.width)
+        return noise_samples(inputs, _NOISE_SAMPLES, shape, network.name), True
+    return open_samples(told.data, "val", inputs, images, network.name), False
+
+
+def _metric(spec: str | None, kinds: Sequence[OutputKind], samples: Samples) -> tuple[Metric | None, str]:
+    """The user's metric, or top-1 where the samples are labeled and the only output holds logits of images."""
+    if spec is not None:
+        if not len(samples):
+            raise InputError("no samples for the metric", fix="give --data")
+        return load_metric(spec), spec.rpartition(":")[2]
+    if "labels" in samples.targets and len(kinds) == 1 and kinds[0].kind == LOGITS:
+        name = kinds[0].name
+        return lambda outputs, targets: _top1(outputs[name], targets["labels"]), TOP1
+    return None, ""
+
+
+def _top1(logits: Any, labels: Any) -> Any:
+    rows = np.asarray(logits)
+    if rows.ndim != 2 or np.asarray(labels).shape != (len(rows),):
+        raise InputError(
+            "the labels do not fit the logits",
+            found=f"logits {rows.shape}, labels {np.asarray(labels).shape}",
+            fix="give one class number for each sample, or --metric FILE.py:FUNCTION",
+        )
+    return 100.0 * (rows.argmax(axis=1) == labels)
