@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import numpy.typing as npt
 
 from maskplan.pipeline.masking.layerwise import fold_weight, unfold_weight
 
-if TYPE_CHECKING:
-    import torch
+_Floats = npt.NDArray[np.float64]
 
 # Memory limit of the normal equations that are solved at once.
 _MAX_BYTES = 256 * 2**20
+# Rows of a block of triangular systems.
+_BLOCK = 64
 
 
 def fit_under_mask(
@@ -37,40 +36,53 @@ def fit_under_mask(
     Returns:
         float32, shaped like `weight`, +0.0 where the mask drops.
     """
-    import torch
-
-    rows = torch.from_numpy(unfold_weight(weight)).double()
-    kept = torch.from_numpy(unfold_weight(mask))
-    products = torch.from_numpy(np.ascontiguousarray(moment)).double()
-    ridge = damping * float(products.diagonal().mean())
-    if ridge > 0:
-        products.diagonal().add_(ridge)
-    fitted = torch.zeros_like(rows)
+    rows = unfold_weight(weight).astype(np.float64)
+    kept = unfold_weight(mask)
+    products = moment.astype(np.float64)
+    diagonal = np.einsum("ii->i", products)
+    diagonal += max(damping * float(diagonal.mean()), 0)
+    fitted = np.zeros_like(rows)
     # `products` includes the damping on its diagonal, so w @ products is already the whole right-hand side.
     targets = rows @ products
-    for count in torch.unique(kept.sum(dim=1)).tolist():
-        if count == 0:
-            continue
-        same_count = (kept.sum(dim=1) == count).nonzero().flatten()
-        columns = kept[same_count].nonzero()[:, 1].reshape(len(same_count), count)
-        step = max(_MAX_BYTES // (8 * count * count), 1)
+    counts = kept.sum(axis=1)
+    for count in np.unique(counts[counts > 0]):
+        same_count = np.flatnonzero(counts == count)
+        columns = np.nonzero(kept[same_count])[1].reshape(len(same_count), count)
+        step = max(_MAX_BYTES // (8 * int(count) ** 2), 1)
         for first in range(0, len(same_count), step):
-            batch, positions = same_count[first : first + step], columns[first : first + step]
-            matrices = products[positions.unsqueeze(2), positions.unsqueeze(1)]
-            solution = _solve(matrices, targets[batch].gather(1, positions))
-            fitted[batch] = fitted[batch].scatter(1, positions, solution)
-    solved: npt.NDArray[np.float32] = fold_weight(fitted.float().numpy(), weight.shape)
+            batch, positions = same_count[first : first + step, None], columns[first : first + step]
+            matrices = products[positions[:, :, None], positions[:, None, :]]
+            fitted[batch, positions] = _solve(matrices, targets[batch, positions])
+    solved: npt.NDArray[np.float32] = fold_weight(fitted.astype(np.float32), weight.shape)
     return np.where(mask, solved, np.float32(0))
 
 
-def _solve(matrices: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def _solve(matrices: _Floats, right: _Floats) -> _Floats:
     """Solve (B, S, S) systems for (B, S); by pseudo-inverse where rounding leaves a matrix indefinite."""
-    import torch
+    try:
+        factors = np.linalg.cholesky(matrices)
+    except np.linalg.LinAlgError:
+        if len(matrices) > 1:
+            return np.concatenate([_solve(matrices[i : i + 1], right[i : i + 1]) for i in range(len(matrices))])
+        inverse: _Floats = np.linalg.pinv(matrices, rcond=1e-9, hermitian=True)
+        return np.matmul(inverse, right[..., None])[..., 0]
+    return _substituted(factors, _substituted(factors, right, is_transposed=False), is_transposed=True)
 
-    factors, failed = torch.linalg.cholesky_ex(matrices)
-    solutions = torch.cholesky_solve(right.unsqueeze(2), factors).squeeze(2)
-    bad = failed.nonzero().flatten()
-    if len(bad):
-        inverse = torch.linalg.pinv(matrices[bad], hermitian=True, rtol=1e-9)
-        solutions[bad] = (inverse @ right[bad].unsqueeze(2)).squeeze(2)
-    return solutions
+
+def _substituted(factors: _Floats, right: _Floats, *, is_transposed: bool) -> _Floats:
+    """Solve L x = b, or L^T x = b, with lower triangular matrices (B, S, S), in blocks: NumPy has no triangular solver."""
+    size = right.shape[1]
+    solution = right.copy()
+    starts = range(0, size, _BLOCK)
+    for start in reversed(starts) if is_transposed else starts:
+        stop = min(start + _BLOCK, size)
+        block = factors[:, start:stop, start:stop]
+        if is_transposed:
+            block = block.swapaxes(1, 2)
+        solution[:, start:stop] = np.linalg.solve(block, solution[:, start:stop, None])[..., 0]
+        solved = solution[:, start:stop, None]
+        if is_transposed:
+            solution[:, :start] -= np.matmul(factors[:, start:stop, :start].swapaxes(1, 2), solved)[..., 0]
+        else:
+            solution[:, stop:] -= np.matmul(factors[:, stop:, start:stop], solved)[..., 0]
+    return solution
