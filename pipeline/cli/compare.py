@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from maskplan.pipeline.core.artifacts import ImageSet, Preprocessing
     from maskplan.pipeline.core.reports import DepthReport, ParityReport
     from maskplan.pipeline.data.dataset import Split
-    from maskplan.pipeline.parity.compare_networks import NetworkOptions
-    from maskplan.pipeline.parity.model_files import OpenedModel, OpenedNetwork
+    from maskplan.pipeline.parity.model_files import OpenedModel
     from maskplan.pipeline.parity.options import CompareOptions
 
 _THRESHOLDS, _FOREIGN, _RESULTS, _WHERE = (
@@ -199,7 +198,7 @@ def compare(
     """
     from maskplan.pipeline.data.image_sets import identify, require_disjoint
     from maskplan.pipeline.parity.baseline import read_baseline, with_drift
-    from maskplan.pipeline.parity.compare_networks import NetworkOptions, compare_networks
+    from maskplan.pipeline.parity.compare_networks import NetworkOptions, compare_networks, compares_outputs
     from maskplan.pipeline.parity.model_files import as_classifier, open_network, shared_preprocessing, val_images
     from maskplan.pipeline.parity.model_outputs import load_fixed_images
 
@@ -229,7 +228,7 @@ def compare(
     with contextlib.ExitStack() as stack:
         networks = [stack.enter_context(open_network(path)) for path in (dense, sparse)]
         told = NetworkOptions(data, tuple(outputs or ()), metric, image_options(shape, mean, std))
-        if _is_general(networks, told):
+        if compares_outputs(networks, told):
             _refuse_classifier_options(save_dense, dense_results, bisect, print_polygraphy)
             parity = compare_networks(networks[0], networks[1], told, thresholds)
             _publish(with_drift(parity, earlier) if earlier else parity, sparse, report, junit, github)
@@ -257,12 +256,6 @@ def compare(
     _publish(parity, sparse, report, junit, github)
     if not parity.passed:
         raise GateError(parity.reason or "")
-
-
-def _is_general(networks: list[OpenedNetwork], told: NetworkOptions) -> bool:
-    """Whether outputs are compared instead of classes: of other networks than classifiers of images, and on arrays."""
-    of_arrays = told.data is not None and (told.data.suffix == ".npz" or any(told.data.glob("*.np[yz]")))
-    return of_arrays or bool(told.metric or told.outputs) or not all(n.classifies_images for n in networks)
 
 
 def _refuse_classifier_options(*given: object) -> None:

@@ -14,8 +14,8 @@ _FLOATS = ("float32", "float16", "float64")
 def guess_kinds(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> tuple[OutputKind, ...]:
     """The kinds of a graph's outputs by their shapes.
 
-    Logits are floats (N, classes) or of unknown shape if they are the only output for one image, and floats (N, classes, H, W) with the size of the input
-    image and another number of channels than it. Everything else is values.
+    Logits are floats (N, classes) or of unknown shape if they are the only output for one image, and floats
+    (N, classes, H, W) with the size of the input image and another number of channels than it. Everything else is values.
     """
     return tuple(OutputKind(o.name, LOGITS if _looks_like_logits(o, inputs, outputs) else VALUES) for o in outputs)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from maskplan.engines.batch_runner import BatchRunner
-from maskplan.pipeline.core.artifacts import OutputKind
+from maskplan.pipeline.core.artifacts import ImageSet, OutputKind
 from maskplan.pipeline.core.choices import LOGITS
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.output_kinds import guess_kinds, parse_kinds
@@ -43,10 +43,20 @@ class NetworkOptions:
     images: ImageOptions = field(default_factory=ImageOptions)
 
 
+def compares_outputs(networks: Sequence[OpenedNetwork], told: NetworkOptions) -> bool:
+    """Whether outputs are compared instead of classes: of other networks than classifiers of images, and on arrays."""
+    of_arrays = told.data is not None and (told.data.suffix == ".npz" or any(told.data.glob("*.np[yz]")))
+    return of_arrays or bool(told.metric or told.outputs) or not all(n.classifies_images for n in networks)
+
+
 def compare_networks(
-    dense: OpenedNetwork, sparse: OpenedNetwork, told: NetworkOptions, options: CompareOptions
+    dense: OpenedNetwork,
+    sparse: OpenedNetwork,
+    told: NetworkOptions,
+    options: CompareOptions,
+    used: Sequence[ImageSet] = (),
 ) -> ParityReport:
-    """Compare two networks on samples, output by output, and by a metric if there is one.
+    """Compare two networks on samples, output by output, and by a metric if there is one; `used` made the sparse network.
 
     Raises:
         InputError: The data, the outputs or the metric do not fit the networks, or the data was used to make one of them.
@@ -56,7 +66,7 @@ def compare_networks(
     samples, is_noise = _samples(dense, told)
     image_set = None if is_noise else samples.identify()
     if image_set is not None:
-        require_disjoint(image_set, [s for p in provenances if p is not None for s in p.image_sets])
+        require_disjoint(image_set, [*used, *(s for p in provenances if p is not None for s in p.image_sets)])
     metric, name = _metric(told.metric, kinds, samples)
     first, second = (BatchRunner(net.engine, net.name, net.profiles) for net in (dense, sparse))
     compared = compare_by_output(first, second, samples, kinds, keep=metric is not None)

@@ -22,7 +22,7 @@ from maskplan.pipeline.core.choices import GPU_BACKENDS
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.image_shape import image_shape
 from maskplan.pipeline.data.dataset import Split
-from maskplan.pipeline.data.samples import is_channels_last
+from maskplan.pipeline.data.samples import ImageOptions, is_channels_last
 from maskplan.pipeline.data.source import find_val
 from maskplan.pipeline.models.checkpoint import read_checkpoint, rebuild_module
 from maskplan.pipeline.parity.unlabeled_images import open_unlabeled
@@ -165,6 +165,15 @@ def shared_preprocessing(
     return Preprocessing(
         channels, height, width, 0, "bilinear", _channel_values(mean, channels, 0.0), _std_values(std, channels)
     )
+
+
+def image_preprocessing(models: Sequence[OpenedModel], images: ImageOptions) -> Preprocessing:
+    """As `shared_preprocessing`, from options that are read already."""
+
+    def text(values: tuple[float, ...] | None) -> str | None:
+        return None if values is None else ",".join(map(repr, values))
+
+    return shared_preprocessing(models, text(images.mean), text(images.std), images.shape, has_option=True)
 
 
 def _image_size(classifier: Classifier, given: tuple[int, ...] | None, has_option: bool) -> tuple[int, int, int]:

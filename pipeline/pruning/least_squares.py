@@ -55,7 +55,9 @@ def fit_under_mask(
     return np.where(mask, solved, np.float32(0))
 
 
-def _descend(fitted: _Floats, residual: _Floats, kept: npt.NDArray[np.bool_], products: _Floats, inverse: _Floats) -> None:
+def _descend(
+    fitted: _Floats, residual: _Floats, kept: npt.NDArray[np.bool_], products: _Floats, inverse: _Floats
+) -> None:
     """Conjugate gradients with the diagonal as preconditioner; every row takes steps of its own, `fitted` in place.
 
     Args:

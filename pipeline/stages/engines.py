@@ -22,10 +22,11 @@ from maskplan.engines.build import (
 )
 from maskplan.engines.ort import NO_SPARSE_KERNELS, PLANS_DID_NOT_RUN, OrtEngine
 from maskplan.engines.sidecar import has_sidecar, write_sidecar
-from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel
+from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel, Profile
 from maskplan.pipeline.core.choices import GPU_BACKENDS, ONNXRUNTIME, SAME_BYTES, SAME_CONTENT, Backend, FloatPrecision
 from maskplan.pipeline.core.files import read_bytes, write_atomically
 from maskplan.pipeline.core.reports import Fidelity, ParityReport, TimingReport
+from maskplan.pipeline.data.samples import Samples
 from maskplan.pipeline.parity.compare import compare as compare_models
 from maskplan.pipeline.parity.compare import fidelity
 from maskplan.pipeline.parity.held_out import held_out_note
@@ -68,7 +69,13 @@ class Compared:
 
 
 def build(
-    job: Job, backend: Backend, dense: OnnxModel | EngineFile, sparse: OnnxModel, *, candidate: bool = False
+    job: Job,
+    backend: Backend,
+    dense: OnnxModel | EngineFile,
+    sparse: OnnxModel,
+    *,
+    candidate: bool = False,
+    profiles: tuple[Profile, ...] | None = None,
 ) -> Engines:
     """Build the engines of a fair comparison.
 
@@ -79,13 +86,14 @@ def build(
         sparse: The pruned model.
         candidate: Write the sparse engine between stages; `keep_engine` copies the better candidate to its final name. An
             engine of the same inputs that a run without this option has built is copied, for builds of one graph differ.
+        profiles: Of engines for a GPU; by default one for each batch size that is timed.
     """
 
     def engine(name: str, model: OnnxModel, out: Path, sparse_weights: bool, twin: str | None = None) -> EngineFile:
         options = BuildOptions(backend, sparse_weights=sparse_weights)
         if backend in GPU_BACKENDS:
-            profiles = profiles_for(model, job.recipe.time.batches)
-            options = replace(options, profiles=profiles, trt=job.recipe.tensorrt)
+            own = profiles_for(model, job.recipe.time.batches) if profiles is None else profiles
+            options = replace(options, profiles=own, trt=job.recipe.tensorrt)
         # The path of the timing cache belongs to the host, not to the engine.
         inputs = {"onnx": model.sha256, "options": replace(options, trt=replace(options.trt, timing_cache=None))}
 
@@ -140,7 +148,7 @@ def runnable(job: Job, built: Engines, dense: OnnxModel, sparse: OnnxModel) -> E
 def keep_engine(job: Job, engine: EngineFile) -> EngineFile:
     """Copy the better of two candidates to its final name."""
     out = job.ws.path(f"engine{SUFFIX[engine.backend]}")
-    inputs = {"engine": _identity(engine)}
+    inputs = {"engine": engine_identity(engine)}
     return job.ws.stage("keep-engine", EngineFile, inputs, lambda: _copy_engine(engine, out), intact=has_sidecar)
 
 
@@ -208,7 +216,7 @@ def compare(
             return Compared(parity, fidelity(sparse_model, exact, provenance.preprocessing, val, count))
 
     inputs = {
-        "engines": [_identity(e) for e in (engines.dense, engines.sparse)],
+        "engines": [engine_identity(e) for e in (engines.dense, engines.sparse)],
         "others": {name: m.sha256 for name, m in rows.items()},
         **({"untouched": untouched.sha256} if untouched is not None else {}),
         **_stand_in_key(engines),
@@ -234,7 +242,7 @@ def compare_on_select(
             return compare_models(dense_model, sparse_model, provenance.preprocessing, provenances, select, options)
 
     inputs = {
-        "engines": [_identity(e) for e in (engines.dense, engines.sparse)],
+        "engines": [engine_identity(e) for e in (engines.dense, engines.sparse)],
         "dense": dense.floats.fp32.sha256,
         "select": images.sets.select.key if images and select else None,
         "options": options,
@@ -253,8 +261,8 @@ def _onnx_classifier(model: OnnxModel, name: str, *, optimized: bool = True) -> 
     return Classifier(OrtEngine(model.path, optimized=optimized), name)
 
 
-def time_stage(job: Job, engines: Engines) -> TimingReport:
-    """Time the engines interleaved."""
+def time_stage(job: Job, engines: Engines, samples: Samples | None = None) -> TimingReport:
+    """Time the engines interleaved, on samples of the network's own where noise does not do."""
     on_cpu = engines.sparse.backend not in GPU_BACKENDS
     notes = [PLANS_DID_NOT_RUN] if engines.stands_in_for is not None else []
     notes += [NO_SPARSE_KERNELS] if on_cpu else []
@@ -273,9 +281,10 @@ def time_stage(job: Job, engines: Engines) -> TimingReport:
                 note="; ".join(notes),
                 same_file=engines.pruned == engines.sparse,
                 device=None if on_cpu else device_of(engines.sparse),
+                samples=samples,
             )
 
-    identities = [_identity(e) for e in (engines.dense, engines.pruned, engines.sparse)]
+    identities = [engine_identity(e) for e in (engines.dense, engines.pruned, engines.sparse)]
     inputs = {"engines": identities, "options": job.recipe.time, **_stand_in_key(engines)}
     return job.ws.stage("time", TimingReport, inputs, work)
 
@@ -284,7 +293,7 @@ def _stand_in_key(engines: Engines) -> dict[str, str]:
     return {} if engines.stands_in_for is None else {"stands_in_for": engines.stands_in_for}
 
 
-def _identity(engine: EngineFile) -> str | list[str | None]:
+def engine_identity(engine: EngineFile) -> str | list[str | None]:
     """What identifies an engine's results: for a plan, the GPU and the TensorRT version too."""
     if engine.backend not in GPU_BACKENDS:
         return engine.sha256
