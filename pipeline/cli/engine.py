@@ -10,7 +10,7 @@ import typer
 from maskplan.pipeline.cli import options
 from maskplan.pipeline.cli.exit_codes import GateError
 from maskplan.pipeline.cli.help_pages import add_command
-from maskplan.pipeline.cli.options import choice, override
+from maskplan.pipeline.cli.options import choice, override, patterns
 from maskplan.pipeline.core.choices import FAIL, OFF, REQUIRED, Precision
 from maskplan.pipeline.core.errors import OUTPUT_OPTION
 
@@ -43,6 +43,7 @@ def engine(
     weights: options.Weights = "auto",
     ema: options.Ema = None,
     fuse: options.Fuse = False,
+    outputs: options.Outputs = None,
     data: options.Data = None,
     masks: Annotated[
         str | None,
@@ -115,7 +116,7 @@ def engine(
         compile=override(settings.compile, mode=None if compile is None else REQUIRED if compile else OFF),
     )
     line_options = LineOptions(
-        model=ModelOptions(model, weights, classes, seed, ema, fuse),
+        model=ModelOptions(model, weights, classes, seed, ema, fuse, patterns(outputs) or settings.model.outputs),
         data=data,
         masks=masks,
         precision=precision,
