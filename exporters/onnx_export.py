@@ -128,6 +128,7 @@ def trace(module: nn.Module, provenance: Provenance) -> onnx.ModelProto:
     assert program is not None
     model: onnx.ModelProto = program.model_proto
     _remove_exporter_notes(model)
+    _copy_constants_to_outputs(model.graph)
     _rename_weights_and_nodes(model, module, provenance.preprocessing)
     _normalize_zeros(model)
     _lower_case_einsums(model)
@@ -135,6 +136,20 @@ def trace(module: nn.Module, provenance: Provenance) -> onnx.ModelProto:
     write_provenance(model, provenance)
     onnx.checker.check_model(model)
     return model
+
+
+def _copy_constants_to_outputs(graph: onnx.GraphProto) -> None:
+    """Let a node compute each output: ONNX allows no weight or constant as an output."""
+    outputs = {value.name for value in graph.output}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name in outputs]:
+        name, tensor.name = tensor.name, f"{tensor.name}.value"
+        for node in walk_nodes(graph.node):
+            node.input[:] = [tensor.name if given == name else given for given in node.input]
+        # A copy of its own: the layers' weights are named after their parameters.
+        copied = graph.initializer.add()
+        copied.CopyFrom(tensor)
+        copied.name = f"{name}.copy"
+        graph.node.append(onnx.helper.make_node("Identity", [copied.name], [name]))
 
 
 def _lower_case_einsums(model: onnx.ModelProto) -> None:
