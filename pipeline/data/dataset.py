@@ -145,7 +145,8 @@ def open_images(folder: Path, seed: int) -> Dataset:
             fix="give both, or all images in one folder, which is then divided",
         )
     if parts:
-        return dataset_from_train_val(*(_unlabeled_files(folder / part) for part in parts), classes=(), seed=seed)
+        train, held_out = _unlabeled_files(folder / "train"), _unlabeled_files(folder / "val")
+        return dataset_from_train_val(train, held_out, (), seed)
     images = _unlabeled_files(folder)
     rest, val = _stratified(images.labels, np.arange(len(images.labels)), _LOOSE_VAL_SHARE, _LOOSE_VAL_SEED)
     train, select = _stratified(images.labels, rest, SELECT_SHARE, seed)

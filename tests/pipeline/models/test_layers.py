@@ -160,7 +160,9 @@ def test_outputs_of_any_kind_are_recorded_with_the_axes_that_grow_with_the_batch
     assert [(o.name, o.dtype, o.shape) for o in outputs] == expected
 
 
-@pytest.mark.parametrize(("forward", "found"), [(lambda m, x: None, "NoneType"), (lambda m, x: {"a": x.device}, "device")])
+@pytest.mark.parametrize(
+    ("forward", "found"), [(lambda m, x: None, "NoneType"), (lambda m, x: {"a": x.device}, "device")]
+)
 def test_what_returns_no_tensors_is_an_error(forward: Callable[[Chain, torch.Tensor], object], found: str) -> None:
     with pytest.raises(InputError, match="does not return tensors") as raised:
         trace_layers(Chain(forward), HOW)
