@@ -7,7 +7,8 @@ weight. Outputs that are no floats do not count.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -113,14 +114,16 @@ def output_loss(
     """
     if not kinds:
         return OutputLoss((OutputKind("logits", LOGITS),), (1.0,), is_classifier=True)
-    squares: dict[str, list[torch.Tensor]] = {}
+    squares: dict[str, float] = {}
+    elements: Counter[str] = Counter()
     device = next(dense.parameters()).device
     first = split.sample(_SCALE_IMAGES, 0)
     with torch.no_grad():
         for x, _ in batches(first, preprocessing, batch):
             for name, tensor in named_tensors(dense(torch.from_numpy(x).to(device))).items():
                 if tensor.is_floating_point() and tensor.numel():
-                    squares.setdefault(name, []).append(tensor.double().square().mean())
+                    squares[name] = squares.get(name, 0.0) + float(tensor.double().square().sum())
+                    elements[name] += tensor.numel()
     counted = tuple(kind for kind in kinds if kind.name in squares)
     if not counted:
         raise InputError(
@@ -128,11 +131,6 @@ def output_loss(
             found=", ".join(map(str, kinds)),
             fix="return values before they are rounded or chosen, as floats",
         )
-    return OutputLoss(counted, tuple(_scale(kind, squares) for kind in counted), is_classifier=False)
-
-
-def _scale(kind: OutputKind, squares: Mapping[str, Sequence[torch.Tensor]]) -> float:
-    if kind.kind == LOGITS:
-        return 1.0
     # Outputs that are zero throughout are compared as they are.
-    return float(torch.stack(list(squares[kind.name])).mean()) or 1.0
+    scales = (1.0 if k.kind == LOGITS else squares[k.name] / elements[k.name] or 1.0 for k in counted)
+    return OutputLoss(counted, tuple(scales), is_classifier=False)
