@@ -11,7 +11,7 @@ import typer
 from maskplan.pipeline.cli import options
 from maskplan.pipeline.cli.exit_codes import GateError
 from maskplan.pipeline.cli.help_pages import add_command
-from maskplan.pipeline.cli.options import choice, image_options, override
+from maskplan.pipeline.cli.options import choice, image_options, override, patterns
 from maskplan.pipeline.core.choices import FAIL, OFF, REQUIRED, Precision
 from maskplan.pipeline.core.errors import OUTPUT_OPTION
 
@@ -50,6 +50,7 @@ def engine(
     weights: options.Weights = "auto",
     ema: options.Ema = None,
     fuse: options.Fuse = False,
+    outputs: options.Outputs = None,
     data: options.Data = None,
     masks: Annotated[
         str | None,
@@ -95,28 +96,17 @@ def engine(
             rich_help_panel=_ONNX,
         ),
     ] = False,
-    outputs: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME:KIND",
-            help="What an output holds, where the guess is wrong: NAME:logits, NAME:logits:AXIS or NAME:values. Repeatable.",
-            rich_help_panel=_ONNX,
-        ),
-    ] = None,
     metric: Annotated[
         str | None,
         typer.Option(
             metavar="FILE.py:FUNCTION",
             help="Your own metric, called with outputs and targets by name; higher is better.",
-            rich_help_panel=_ONNX,
         ),
     ] = None,
-    max_metric_drop: Annotated[
-        float | None, typer.Option(help="How much --metric may drop.", rich_help_panel=_ONNX)
-    ] = None,
+    max_metric_drop: Annotated[float | None, typer.Option(help="How much --metric may drop.")] = None,
     min_sqnr: Annotated[
         float | None,
-        typer.Option(help="Smallest signal to noise ratio of any output, in dB.", rich_help_panel=_ONNX),
+        typer.Option(help="Smallest signal to noise ratio of any output, in dB."),
     ] = None,
     shape: Annotated[
         str | None,
@@ -171,10 +161,6 @@ def engine(
     )
     for_files = {
         "--update": update,
-        "--outputs": outputs,
-        "--metric": metric,
-        "--max-metric-drop": max_metric_drop is not None,
-        "--min-sqnr": min_sqnr is not None,
         "--shape": shape,
         "--mean": mean,
         "--std": std,
@@ -194,7 +180,7 @@ def engine(
     is_file = model.endswith(".onnx")
     _refuse(for_modules if is_file else for_files, is_file=is_file)
     line_options = LineOptions(
-        model=ModelOptions(model, weights, classes, seed, ema, fuse),
+        model=ModelOptions(model, weights, classes, seed, ema, fuse, patterns(outputs) or settings.model.outputs),
         data=data,
         masks=masks,
         precision=precision,

@@ -159,10 +159,22 @@ Ema = Annotated[
 Fuse = Annotated[
     bool, typer.Option("--fuse", help="First fuse the training branches of the model's blocks (RepVGG, MobileOne).")
 ]
+Outputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME:KIND[:AXIS]",
+        help="What an output holds, if not what its shape suggests: logits, with the axis of the classes (1 by default), or "
+        "values. Repeatable.",
+        show_default=False,
+    ),
+]
 Classes = Annotated[int | None, typer.Option(help="Number of classes, if not the model's own.")]
 Data = Annotated[
     Path | None,
-    typer.Option(help="Folder with train/CLASS/* and val/CLASS/*. digits_resnet has its own images."),
+    typer.Option(
+        help="Folder with train/CLASS/* and val/CLASS/*; where no classes are needed, any folder of images. "
+        "digits_resnet has its own images."
+    ),
 ]
 Pattern = Annotated[str | None, typer.Option(help="N:M, at most N non-zeros in each group of M.")]
 IncludeLinear = Annotated[bool | None, typer.Option(help="Include linear layers.")]

@@ -175,6 +175,7 @@ class Layer:
         position: Order of first use, from 0; None when the forward pass does not use it.
         macs: Multiply-accumulates for one image.
         computed: The operator reads a value that is computed from the weight, such as a standardized one.
+        fixed: The weight is a table, such as bins or a blur, and no trained parameter.
     """
 
     name: str
@@ -184,6 +185,7 @@ class Layer:
     position: int | None
     macs: int
     computed: bool = False
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ class Learning:
     """Cost of learning the masks, and its results on the `select` part.
 
     `start` refers to the magnitude masks, `end` to the chosen masks. Divergence is the distillation loss against the
-    dense network; top-1 is in percent.
+    dense network; top-1 is in percent, None without labels or classes.
     """
 
     recipe: str
@@ -224,8 +226,8 @@ class Learning:
     groups_changed: float
     select_divergence_start: float
     select_divergence_end: float
-    select_top1_start: float
-    select_top1_end: float
+    select_top1_start: float | None
+    select_top1_end: float | None
 
 
 @dataclass(frozen=True)
