@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,8 +15,6 @@ from maskplan.calibration.batches import calibration_batches, choose_images
 from maskplan.calibration.cache import CacheKey, read_cache, write_cache
 from maskplan.calibration.histogram import union
 from maskplan.calibration.layers import CalibratedLayer, list_layers
-from maskplan.calibration.output_layers import REASON as HEAD
-from maskplan.calibration.output_layers import output_layers
 from maskplan.calibration.placement import Placement, PlaceOptions, place, require_float_graph
 from maskplan.calibration.qdq import insert_qdq
 from maskplan.calibration.ranges import RangeMethod, RangeOptions, Ranges, amax_of
@@ -31,13 +28,10 @@ from maskplan.pipeline.core.artifacts import ImageSet, OnnxModel, Preprocessing,
 from maskplan.pipeline.core.choices import FP16, FP32
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.files import write_atomically
-from maskplan.pipeline.core.output_kinds import guess_kinds
-from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.core.reports import CalibrationReport
 from maskplan.pipeline.core.validation import at_least
 from maskplan.pipeline.data.dataset import Split, batches
 from maskplan.pipeline.data.image_sets import identify
-from maskplan.pipeline.data.samples import ImageSamples, Samples, TensorSamples
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +51,6 @@ class CalibrateOptions:
         exclude: Patterns (globs) of names of nodes or weights that stay in higher precision.
         keep_fp32: Patterns (globs) of names of nodes or tensors that stay FP32 where the layers that are not quantized
             are FP16.
-        quantize_heads: Also quantize the last layers before outputs that hold values, such as boxes.
         quantize_outputs: Also quantize the outputs of layers, to allow kernels with INT8 inputs and outputs.
         max_drop: Points of top-1 on `select` that quantization may cost; the most sensitive layers stay in higher precision
             until this holds. None quantizes all layers.
@@ -71,7 +64,6 @@ class CalibrateOptions:
     exclude: tuple[str, ...] = ()
     keep_fp32: tuple[str, ...] = ()
     quantize_outputs: bool = False
-    quantize_heads: bool = False
     max_drop: float | None = None
     seed: int = 0
 
@@ -99,13 +91,6 @@ class CalibrationImages:
 
 
 @dataclass(frozen=True)
-class CalibrationSamples:
-    """Samples to measure ranges on, for a network of any kind."""
-
-    train: Samples
-
-
-@dataclass(frozen=True)
 class Calibrated:
     """The result of calibration.
 
@@ -124,7 +109,7 @@ class Calibrated:
 
 def calibrate(
     onnx_model: OnnxModel,
-    source: CalibrationImages | CalibrationSamples | Mapping[str, float],
+    source: CalibrationImages | Mapping[str, float],
     options: CalibrateOptions,
     paths: Mapping[str, Path],
     cache: Path | None = None,
@@ -136,7 +121,7 @@ def calibrate(
 
     Args:
         onnx_model: An FP32 graph of any tool.
-        source: Images, samples of a network of any kind, or imported ranges by tensor name.
+        source: Images, or imported ranges by tensor name.
         options: How to quantize.
         paths: The files to write, by the type of everything that is not INT8: `fp32` for ONNX Runtime, `fp16` for TensorRT.
         cache: Range cache of an earlier run, which is read first; written if it does not exist.
@@ -149,20 +134,20 @@ def calibrate(
     load_external_data(model, onnx_model.path.parent, where=onnx_model.path)
     require_float_graph(model)
     store_weights(model, None)
-    placement = _without_heads(model, onnx_model, options)
+    placement = place(model, options.place)
     select = _budget_images(source, options)
     if FP16 in paths:
         _require_fp16_scales(model)
     image_sets: list[ImageSet] = []
     selection = None
-    if isinstance(source, CalibrationImages | CalibrationSamples):
-        measured_on, identity = _feeds(source, options)
-        image_sets.append(measured_on)
-        key = CacheKey(onnx_model.sha256, identity, options.ranges)
+    if isinstance(source, CalibrationImages):
+        chosen = choose_images(source.train, options.images, options.seed)
+        image_sets.append(identify(chosen))
+        key = CacheKey(onnx_model.sha256, f"{image_sets[0].sha256} {source.preprocessing}", options.ranges)
         tensors = _tensors_to_measure(model, placement, options)
         where = onnx_model.path
-        ranges, origin = _ranges(model, tensors, placement, source, options, key, cache, where)
-        if isinstance(source, CalibrationImages) and select is not None and options.max_drop is not None:
+        ranges, origin = _ranges(model, tensors, placement, chosen, source.preprocessing, options, key, cache, where)
+        if select is not None and options.max_drop is not None:
             parts = zip(*batches(select, source.preprocessing, options.batch), strict=True)
             images, labels = (np.concatenate(part) for part in parts)
             selection = select_by_budget(model, options.place, ranges.amax, options.max_drop, images, labels)
@@ -190,21 +175,6 @@ def calibrate(
     return Calibrated(models, {a.tensor: ranges.amax[a.tensor] for a in placement.activations}, report, layers)
 
 
-def _without_heads(model: onnx.ModelProto, onnx_model: OnnxModel, options: CalibrateOptions) -> Placement:
-    """The placement, without the last layers before outputs of values unless these are to be quantized as well."""
-    placement = place(model, options.place)
-    if options.quantize_heads or (onnx_model.provenance is not None and not onnx_model.provenance.outputs):
-        return placement
-    recorded = onnx_model.provenance.outputs if onnx_model.provenance is not None else ()
-    heads = output_layers(model, placement, recorded or guess_kinds(onnx_model.inputs, onnx_model.outputs))
-    if not heads:
-        return placement
-    exclude = (*options.exclude, *map(glob.escape, heads))
-    placement = place(model, replace(options.place, exclude=exclude))
-    reasons = dict.fromkeys(heads, HEAD)
-    return replace(placement, in_float=tuple((name, reasons.get(name, why)) for name, why in placement.in_float))
-
-
 def _tensors_to_measure(model: onnx.ModelProto, placement: Placement, options: CalibrateOptions) -> list[str]:
     """Tensors to measure: with a budget, also those that are quantized only if some layers are not."""
     placements = [placement] if options.max_drop is None else placements_of(model, options.place)
@@ -215,7 +185,8 @@ def _ranges(
     model: onnx.ModelProto,
     tensors: list[str],
     placement: Placement,
-    source: CalibrationImages | CalibrationSamples,
+    chosen: Split,
+    preprocessing: Preprocessing,
     options: CalibrateOptions,
     key: CacheKey,
     cache: Path | None,
@@ -227,16 +198,9 @@ def _ranges(
         if not set(tensors) - known.amax.keys():
             return known, "cache"
         log.info("%s lacks tensors that these options need: measuring the ranges again", cache)
-    if isinstance(source, CalibrationImages):
-        images = choose_images(source.train, options.images, options.seed)
-        histograms = collect_histograms(
-            model, tensors, calibration_batches(images, source.preprocessing, options.batch), where=where
-        )
-    else:
-        samples = source.train.sample(options.images, options.seed)
-        whole = isinstance(samples, TensorSamples) and samples.one_run_each
-        feeds = track(samples.batches(options.batch), "calibrate", -(-len(samples) // (1 if whole else options.batch)))
-        histograms = collect_histograms(model, tensors, feeds, where=where, whole=whole)
+    histograms = collect_histograms(
+        model, tensors, calibration_batches(chosen, preprocessing, options.batch), where=where
+    )
     amax = {name: amax_of(histogram, options.ranges) for name, histogram in histograms.items()}
     for group in placement.tied:
         amax |= dict.fromkeys(group, amax_of(union(histograms[name] for name in group), options.ranges))
@@ -246,29 +210,10 @@ def _ranges(
     return ranges, "images"
 
 
-def _feeds(source: CalibrationImages | CalibrationSamples, options: CalibrateOptions) -> tuple[ImageSet, str]:
-    """The images that ranges are measured on, and what identifies them in a cache."""
-    if isinstance(source, CalibrationImages):
-        images = identify(choose_images(source.train, options.images, options.seed))
-        return images, f"{images.sha256} {source.preprocessing}"
-    samples = source.train.sample(options.images, options.seed)
-    found = samples.identify()
-    preprocessing = samples.preprocessing if isinstance(samples, ImageSamples) else ""
-    return found, f"{found.sha256} {preprocessing}"
-
-
-def _budget_images(
-    source: CalibrationImages | CalibrationSamples | Mapping[str, float], options: CalibrateOptions
-) -> Split | None:
+def _budget_images(source: CalibrationImages | Mapping[str, float], options: CalibrateOptions) -> Split | None:
     """The images of `select` on which a budget is measured, few enough for memory; None without a budget."""
     if options.max_drop is None:
         return None
-    if isinstance(source, CalibrationSamples):
-        raise InputError(
-            "a budget in points of top-1 needs a classifier of images",
-            found="a network of another kind",
-            fix="omit --max-drop; `maskplan compare` measures what INT8 costs, and --exclude keeps layers in float",
-        )
     if not isinstance(source, CalibrationImages) or source.select is None or not len(source.select):
         raise InputError(
             "a budget needs labeled images to measure accuracy",

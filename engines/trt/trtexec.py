@@ -8,7 +8,7 @@ from pathlib import Path
 
 from maskplan.engines.trt.build import FP32_NOTE
 from maskplan.engines.trt.options import TrtOptions
-from maskplan.engines.trt.shapes import dynamic_inputs, require_compatible_shapes, shapes_of
+from maskplan.engines.trt.shapes import require_compatible_shapes
 from maskplan.pipeline.core.artifacts import OnnxModel, Profile
 from maskplan.pipeline.core.choices import FP32
 
@@ -80,11 +80,11 @@ def profile_label(profile: Profile, profiles: Sequence[Profile]) -> str:
 
 
 def _shapes(onnx_model: OnnxModel, profile: Profile) -> list[str]:
-    """Shape options of the inputs with dynamic sizes; trtexec rejects them for others."""
-    dynamic = {spec.name: shapes_of(onnx_model, spec, profile) for spec in dynamic_inputs(onnx_model)}
+    """Shape options of a graph with a dynamic batch; trtexec rejects them for a fixed batch."""
+    dynamic = [spec for spec in onnx_model.inputs if spec.shape and spec.shape[0] is None]
     options = []
-    for i, kind in enumerate(("min", "opt", "max")):
-        shapes = [f"{name}:{'x'.join(map(str, found[i]))}" for name, found in dynamic.items()]
+    for name, batch in (("min", profile.min), ("opt", profile.opt), ("max", profile.max)):
+        shapes = [f"{s.name}:{'x'.join(map(str, (batch, *s.shape[1:])))}" for s in dynamic]
         if shapes:
-            options.append(f"--{kind}Shapes={','.join(shapes)}")
+            options.append(f"--{name}Shapes={','.join(shapes)}")
     return options

@@ -38,7 +38,6 @@ def convert(
     weights: options.Weights = "auto",
     ema: options.Ema = None,
     fuse: options.Fuse = False,
-    outputs: options.Outputs = None,
     data: options.Data = None,
     update: Annotated[
         bool | None,
@@ -85,11 +84,8 @@ def convert(
         min_channels=min_channels,
     )
     settings = read_recipe(recipe, seed)
-    told = patterns(outputs) or settings.model.outputs
-    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed, ema, fuse, told))
-    dataset = find_dataset(
-        data, model=model, labels=provenance.labels, outputs=provenance.classes, seed=seed, needs_classes=False
-    )
+    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed, ema, fuse))
+    dataset = find_dataset(data, model=model, labels=provenance.labels, outputs=provenance.classes, seed=seed)
     if dataset is None:
         raise InputError("conversion needs images", fix="give --data DIR with train/ and val/")
     image_sets = (identify(dataset.train),)
@@ -108,11 +104,7 @@ def _show(loss: ConversionReport) -> None:
             f"  {layer.name}: {layer.zeros:.1f}% zeros, {layer.dropped:.1f}% of the rest dropped;"
             f" output error {layer.error:.2f}%{updated}"
         )
-    where = f"on {loss.select_images} held-out training images"
-    recalibrated = f"({loss.recalibrated_images} images recalibrated)"
-    if loss.select_top1_source is None:
-        print_line(f"divergence of the outputs {where}: {loss.select_divergence:.4f} {recalibrated}")
-    else:
-        print_line(
-            f"top-1 {where}: {loss.select_top1_source:.2f}% before, {loss.select_top1_converted:.2f}% after {recalibrated}"
-        )
+    print_line(
+        f"top-1 on {loss.select_images} held-out training images: {loss.select_top1_source:.2f}% before,"
+        f" {loss.select_top1_converted:.2f}% after ({loss.recalibrated_images} images recalibrated)"
+    )

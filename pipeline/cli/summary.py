@@ -79,18 +79,8 @@ def _verdicts(report: RunReport) -> Iterator[tuple[str, str]]:
     conformance, parity = report.conformance, report.parity
     conforming = f"{conformance.conforming} of {conformance.eligible} eligible weights are {conformance.pattern}"
     yield "conformance", f"{conformance.verdict}: {conforming}"
-    if parity.by_output:
-        details = parity.reason or "; ".join(c.message for c in parity.checks if c.passed)
-    else:
-        details = parity.reason or f"{parity.images} images, {parity.agreement:.2f}% agreement"
+    details = parity.reason or f"{parity.images} images, {parity.agreement:.2f}% agreement"
     yield "parity", f"{parity.verdict.replace('_', ' ')}: {details}"
-    for output in parity.by_output:
-        sqnr = "equal" if output.relative_error == 0 else f"SQNR {output.sqnr_db or float('nan'):.2f} dB"
-        same = "" if output.agreement is None else f", same class in {output.agreement:.2f}% of its places"
-        yield "output", f"{output.name}: {sqnr}{same}"
-    if parity.metric is not None:
-        metric = parity.metric
-        yield "metric", f"{metric.name}: {metric.dense:.5g} dense, {metric.sparse:.5g} sparse"
     if report.calibration is not None:
         calibration = report.calibration
         floats = f", {len(calibration.in_float)} in floating point" if calibration.in_float else ""

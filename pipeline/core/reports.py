@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from maskplan.pipeline.core.choices import PASS, CheckVerdict, GateVerdict, OutputType, WeightState
+from maskplan.pipeline.core.choices import PASS, CheckVerdict, GateVerdict, WeightState
 
 
 @dataclass(frozen=True)
@@ -151,57 +151,6 @@ class OutputCloseness:
 
 
 @dataclass(frozen=True)
-class OutputParity:
-    """One output of a network of any kind, over all samples of the comparison; a number that is not finite is None.
-
-    Attributes:
-        name: The output, as the dense model calls it.
-        kind: `logits` or `values`.
-        samples: How many were compared.
-        relative_error: Root of the sum of squared differences over the sum of squares of the dense output.
-        relative_error_ci95: Its bootstrap interval over samples; None, as the other intervals, for fewer than two.
-        sqnr_db: The same as a signal to noise ratio, -20 log10 of it; None also if all are equal.
-        sqnr_ci95_db: Its interval.
-        cosine_min: Smallest cosine similarity of one sample's output.
-        max_abs_diff: Largest difference of an element.
-        agreement: Percent of places, such as images or pixels, whose largest logit is of the same class; None for values.
-        agreement_ci95: Its interval: exact where there is one place a sample (Clopper and Pearson 1934), else bootstrap.
-        unmatched: Samples whose output has another size in the sparse model; they are in no other number.
-    """
-
-    name: str
-    kind: OutputType
-    samples: int
-    relative_error: float | None
-    relative_error_ci95: tuple[float, float] | None
-    sqnr_db: float | None
-    sqnr_ci95_db: tuple[float, float] | None
-    cosine_min: float | None
-    max_abs_diff: float | None
-    agreement: float | None = None
-    agreement_ci95: tuple[float, float] | None = None
-    unmatched: int = 0
-
-
-@dataclass(frozen=True)
-class MetricParity:
-    """A metric of the user's, computed on the outputs of both models for the same samples; higher is better.
-
-    Attributes:
-        name: Of its function.
-        drop: Dense minus sparse, in the metric's unit.
-        drop_ci95: Paired bootstrap interval over samples.
-    """
-
-    name: str
-    samples: int
-    dense: float
-    sparse: float
-    drop: float
-    drop_ci95: tuple[float, float] | None
-
-
-@dataclass(frozen=True)
 class Check:
     """One threshold of the gate and its result.
 
@@ -302,8 +251,6 @@ class ParityReport:
         images_sha256: Digest of the image set; None if it was not computed.
         drift: Against an earlier report, where one was given.
         depth: Where the models start to differ, if requested.
-        by_output: Of networks that are not classifiers, or where a metric is given: every output over all samples.
-        metric: The user's own, if one was given.
     """
 
     verdict: GateVerdict
@@ -335,8 +282,6 @@ class ParityReport:
     images_sha256: str | None = None
     drift: tuple[DriftRow, ...] = ()
     depth: DepthReport | None = None
-    by_output: tuple[OutputParity, ...] = field(default=(), metadata={"omit_empty": True})
-    metric: MetricParity | None = field(default=None, metadata={"omit_empty": True})
 
     @property
     def passed(self) -> bool:

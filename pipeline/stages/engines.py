@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from maskplan.engines.base import Classifier
-from maskplan.engines.batch_runner import BatchRunner
 from maskplan.engines.build import (
     SUFFIX,
     BuildOptions,
@@ -22,11 +21,10 @@ from maskplan.engines.build import (
 )
 from maskplan.engines.ort import NO_SPARSE_KERNELS, PLANS_DID_NOT_RUN, OrtEngine
 from maskplan.engines.sidecar import has_sidecar, write_sidecar
-from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel, Profile
+from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel
 from maskplan.pipeline.core.choices import GPU_BACKENDS, ONNXRUNTIME, SAME_BYTES, SAME_CONTENT, Backend, FloatPrecision
 from maskplan.pipeline.core.files import read_bytes, write_atomically
 from maskplan.pipeline.core.reports import Fidelity, ParityReport, TimingReport
-from maskplan.pipeline.data.samples import Samples
 from maskplan.pipeline.parity.compare import compare as compare_models
 from maskplan.pipeline.parity.compare import fidelity
 from maskplan.pipeline.parity.held_out import held_out_note
@@ -69,13 +67,7 @@ class Compared:
 
 
 def build(
-    job: Job,
-    backend: Backend,
-    dense: OnnxModel | EngineFile,
-    sparse: OnnxModel,
-    *,
-    candidate: bool = False,
-    profiles: tuple[Profile, ...] | None = None,
+    job: Job, backend: Backend, dense: OnnxModel | EngineFile, sparse: OnnxModel, *, candidate: bool = False
 ) -> Engines:
     """Build the engines of a fair comparison.
 
@@ -86,14 +78,13 @@ def build(
         sparse: The pruned model.
         candidate: Write the sparse engine between stages; `keep_engine` copies the better candidate to its final name. An
             engine of the same inputs that a run without this option has built is copied, for builds of one graph differ.
-        profiles: Of engines for a GPU; by default one for each batch size that is timed.
     """
 
     def engine(name: str, model: OnnxModel, out: Path, sparse_weights: bool, twin: str | None = None) -> EngineFile:
         options = BuildOptions(backend, sparse_weights=sparse_weights)
         if backend in GPU_BACKENDS:
-            own = profiles_for(model, job.recipe.time.batches) if profiles is None else profiles
-            options = replace(options, profiles=own, trt=job.recipe.tensorrt)
+            profiles = profiles_for(model, job.recipe.time.batches)
+            options = replace(options, profiles=profiles, trt=job.recipe.tensorrt)
         # The path of the timing cache belongs to the host, not to the engine.
         inputs = {"onnx": model.sha256, "options": replace(options, trt=replace(options.trt, timing_cache=None))}
 
@@ -148,7 +139,7 @@ def runnable(job: Job, built: Engines, dense: OnnxModel, sparse: OnnxModel) -> E
 def keep_engine(job: Job, engine: EngineFile) -> EngineFile:
     """Copy the better of two candidates to its final name."""
     out = job.ws.path(f"engine{SUFFIX[engine.backend]}")
-    inputs = {"engine": engine_identity(engine)}
+    inputs = {"engine": _identity(engine)}
     return job.ws.stage("keep-engine", EngineFile, inputs, lambda: _copy_engine(engine, out), intact=has_sidecar)
 
 
@@ -216,7 +207,7 @@ def compare(
             return Compared(parity, fidelity(sparse_model, exact, provenance.preprocessing, val, count))
 
     inputs = {
-        "engines": [engine_identity(e) for e in (engines.dense, engines.sparse)],
+        "engines": [_identity(e) for e in (engines.dense, engines.sparse)],
         "others": {name: m.sha256 for name, m in rows.items()},
         **({"untouched": untouched.sha256} if untouched is not None else {}),
         **_stand_in_key(engines),
@@ -242,7 +233,7 @@ def compare_on_select(
             return compare_models(dense_model, sparse_model, provenance.preprocessing, provenances, select, options)
 
     inputs = {
-        "engines": [engine_identity(e) for e in (engines.dense, engines.sparse)],
+        "engines": [_identity(e) for e in (engines.dense, engines.sparse)],
         "dense": dense.floats.fp32.sha256,
         "select": images.sets.select.key if images and select else None,
         "options": options,
@@ -261,17 +252,17 @@ def _onnx_classifier(model: OnnxModel, name: str, *, optimized: bool = True) -> 
     return Classifier(OrtEngine(model.path, optimized=optimized), name)
 
 
-def time_stage(job: Job, engines: Engines, samples: Samples | None = None) -> TimingReport:
-    """Time the engines interleaved, on samples of the network's own where noise does not do."""
+def time_stage(job: Job, engines: Engines) -> TimingReport:
+    """Time the engines interleaved."""
     on_cpu = engines.sparse.backend not in GPU_BACKENDS
     notes = [PLANS_DID_NOT_RUN] if engines.stands_in_for is not None else []
     notes += [NO_SPARSE_KERNELS] if on_cpu else []
 
     def work() -> TimingReport:
         with (
-            open_runner(engines.dense) as dense,
-            open_runner(engines.sparse) as sparse,
-            open_runner(engines.pruned) as pruned,
+            open_classifier(engines.dense) as dense,
+            open_classifier(engines.sparse) as sparse,
+            open_classifier(engines.pruned) as pruned,
         ):
             return time_engines(
                 dense,
@@ -281,10 +272,9 @@ def time_stage(job: Job, engines: Engines, samples: Samples | None = None) -> Ti
                 note="; ".join(notes),
                 same_file=engines.pruned == engines.sparse,
                 device=None if on_cpu else device_of(engines.sparse),
-                samples=samples,
             )
 
-    identities = [engine_identity(e) for e in (engines.dense, engines.pruned, engines.sparse)]
+    identities = [_identity(e) for e in (engines.dense, engines.pruned, engines.sparse)]
     inputs = {"engines": identities, "options": job.recipe.time, **_stand_in_key(engines)}
     return job.ws.stage("time", TimingReport, inputs, work)
 
@@ -293,19 +283,11 @@ def _stand_in_key(engines: Engines) -> dict[str, str]:
     return {} if engines.stands_in_for is None else {"stands_in_for": engines.stands_in_for}
 
 
-def engine_identity(engine: EngineFile) -> str | list[str | None]:
+def _identity(engine: EngineFile) -> str | list[str | None]:
     """What identifies an engine's results: for a plan, the GPU and the TensorRT version too."""
     if engine.backend not in GPU_BACKENDS:
         return engine.sha256
     return [engine.sha256, engine.runtime_version, device_of(engine), engine.compute_capability]
-
-
-@contextlib.contextmanager
-def open_runner(engine: EngineFile) -> Iterator[BatchRunner]:
-    """Open an engine for samples of any kind, and close it."""
-    profiles = engine.profiles if engine.backend in GPU_BACKENDS else ()
-    with BatchRunner(open_engine(engine), engine.path.name, profiles) as runner:
-        yield runner
 
 
 @contextlib.contextmanager

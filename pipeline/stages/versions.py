@@ -10,7 +10,6 @@ STAGE_VERSIONS = {
     "mask": 1,
     "bake": 1,
     "recalibrate": 1,
-    "prune": 1,
     "export": 3,
     "check": 1,
     "calibrate": 3,

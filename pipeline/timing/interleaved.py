@@ -8,19 +8,21 @@ from dataclasses import dataclass
 from typing import ClassVar, Final, Literal
 
 import numpy as np
+import numpy.typing as npt
 
-from maskplan.engines.base import Arrays, CallTiming, Runner
+from maskplan.engines.base import CallTiming, Classifier
 from maskplan.engines.trt.clocks import ClockWatch, watch_clocks
 from maskplan.pipeline.core.errors import InputError, listed
+from maskplan.pipeline.core.image_shape import image_shape
 from maskplan.pipeline.core.reports import GpuClocks
 from maskplan.pipeline.core.validation import at_least
-from maskplan.pipeline.data.samples import Samples, noise_samples
 
 TimeSource = Literal["gpu", "host"]
 """Which clock measured a run: GPU events, or the wall clock of the host."""
 
 GPU: Final = "gpu"
 HOST: Final = "host"
+_SEED = 1
 
 Clock = Callable[[], float]
 
@@ -78,12 +80,12 @@ class Interleaved:
     """The result of `run_interleaved`.
 
     Attributes:
-        feeds: Inputs of every run, per engine, in the order given.
+        images: Input of every run.
         runs: Per engine, in the order given.
         clocks: GPU clocks during the runs; None without a GPU.
     """
 
-    feeds: tuple[Arrays, ...]
+    images: npt.NDArray[np.float32]
     runs: tuple[Runs, ...]
     clocks: GpuClocks | None
 
@@ -98,20 +100,17 @@ class Interleaved:
         return tuple(t.gpu_ms / 1000 for t in runs.device_timings) if self.by == GPU else runs.host_s
 
 
-def run_interleaved(
-    engines: Sequence[Runner], batch: int, options: TimeOptions, clock: Clock, samples: Samples | None = None
-) -> Interleaved:
-    """Warm up all engines, then run them round-robin on one batch.
+def run_interleaved(engines: Sequence[Classifier], batch: int, options: TimeOptions, clock: Clock) -> Interleaved:
+    """Warm up all engines, then run them round-robin on one batch of noise.
 
     Args:
-        engines: Engines with inputs of the same names and shapes.
+        engines: Engines of one input shape.
         batch: Images per run.
         options: Warm-up and repeats.
         clock: Returns seconds.
-        samples: The batch are the first of these; by default it is noise.
 
     Raises:
-        InputError: An engine cannot run the batch in one call, or the size of its inputs is not known.
+        InputError: An engine cannot run the batch in one call, or the size of its images is not known.
     """
     rejecting = [f"{e.name} accepts {e.batch_for(1)} to {e.max_batch}" for e in engines if not _accepts(e, batch)]
     if rejecting:
@@ -120,15 +119,13 @@ def run_interleaved(
             found=listed(rejecting),
             fix="build with a --profile that includes it, or time other batch sizes",
         )
-    first = engines[0]
-    source = noise_samples(first.inputs, batch, options.shape, first.name) if samples is None else samples
-    feeds = next(iter(source.batches(batch)))
-    own = [_by_own_names(feeds, first, engine) for engine in engines]
+    rest = image_shape(engines[0].input, options.shape, engines[0].name)
+    images = np.random.default_rng(_SEED).standard_normal((batch, *rest), dtype=np.float32)
     slowest = 0.0
-    for engine, inputs in zip(engines, own, strict=True):
+    for engine in engines:
         for _ in range(max(options.warm_up, 1)):
             started = clock()
-            engine.run(inputs)
+            engine.logits(images)
             slowest = max(slowest, clock() - started)
     repeats = int(
         np.clip(options.seconds / max(slowest * len(engines), 1e-9), options.min_repeats, options.max_repeats)
@@ -141,23 +138,13 @@ def run_interleaved(
             # Rotating the order prevents an engine from always running after the same other one.
             for number in np.roll(np.arange(len(engines)), -i).tolist():
                 started = clock()
-                engines[number].run(own[number])
+                engines[number].logits(images)
                 host_s[number].append(clock() - started)
                 if (timing := engines[number].last_timing) is not None:
                     device_timings[number].append(timing)
     runs = tuple(Runs(tuple(h), tuple(d)) for h, d in zip(host_s, device_timings, strict=True))
-    return Interleaved(tuple(own), runs, watch.clocks)
+    return Interleaved(images, runs, watch.clocks)
 
 
-def _by_own_names(feeds: Arrays, first: Runner, engine: Runner) -> Arrays:
-    """The feeds of the first engine, by another one's names and in its types."""
-    names = [spec.name for spec in engine.inputs]
-    sources = names if set(names) == set(feeds) else [spec.name for spec in first.inputs]
-    return {
-        spec.name: feeds[source].astype(spec.dtype, copy=False)
-        for spec, source in zip(engine.inputs, sources, strict=True)
-    }
-
-
-def _accepts(engine: Runner, batch: int) -> bool:
+def _accepts(engine: Classifier, batch: int) -> bool:
     return batch <= engine.max_batch and engine.batch_for(batch) == batch

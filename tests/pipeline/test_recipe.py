@@ -76,7 +76,6 @@ OTHERS: dict[str, dict[str, tuple[str, Any]]] = {
         "strip_plan": ("true", True),
         "targets": ("['sm86']", ("sm86",)),
     },
-    "model": {"outputs": ("['boxes:values']", ("boxes:values",))},
     "compile": {"mode": ("'required'", "required")},
     "compare": {
         "max_top1_drop": ("-0.5", -0.5),

@@ -32,7 +32,7 @@ def export(
 
 def run(path: Path, x: Array) -> Array:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (logits,) = session.run(None, {"input": x})
+    (logits,) = session.run(["logits"], {"input": x})
     return logits
 
 
