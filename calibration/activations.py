@@ -111,7 +111,7 @@ def _padded(images: _Images, fixed: int) -> _Images:
     """The images, the last one repeated up to the fixed batch size of the graph."""
     return (
         images
-        if len(images) >= fixed
+        if not fixed or len(images) >= fixed
         else np.concatenate([images, np.repeat(images[-1:], fixed - len(images), axis=0)])
     )
 

@@ -16,7 +16,6 @@ from maskplan.calibration.batches import calibration_batches, choose_images
 from maskplan.calibration.cache import CacheKey, read_cache, write_cache
 from maskplan.calibration.histogram import union
 from maskplan.calibration.layers import CalibratedLayer, list_layers
-from maskplan.calibration.output_layers import REASON as HEAD
 from maskplan.calibration.output_layers import output_layers
 from maskplan.calibration.placement import Placement, PlaceOptions, place, require_float_graph
 from maskplan.calibration.qdq import insert_qdq
@@ -27,6 +26,7 @@ from maskplan.exporters.external_data import load_external_data
 from maskplan.exporters.half_range import outside_fp16
 from maskplan.exporters.metadata import describe_onnx, load_onnx, opset_of, read_provenance, write_provenance
 from maskplan.exporters.precision import FP16_SCALES_OPSET, to_fp16
+from maskplan.exporters.run_shapes import baked_batch, set_shapes
 from maskplan.pipeline.core.artifacts import ImageSet, OnnxModel, Preprocessing, merge_image_sets
 from maskplan.pipeline.core.choices import FP16, FP32
 from maskplan.pipeline.core.errors import InputError
@@ -148,6 +148,8 @@ def calibrate(
     model = load_onnx(onnx_model.path)
     load_external_data(model, onnx_model.path.parent, where=onnx_model.path)
     require_float_graph(model)
+    if (found := baked_batch(onnx_model, model)) is not None:
+        set_shapes(model, found.inputs, found.outputs)
     store_weights(model, None)
     placement = _without_heads(model, onnx_model, options)
     select = _budget_images(source, options)
@@ -201,8 +203,7 @@ def _without_heads(model: onnx.ModelProto, onnx_model: OnnxModel, options: Calib
         return placement
     exclude = (*options.exclude, *map(glob.escape, heads))
     placement = place(model, replace(options.place, exclude=exclude))
-    reasons = dict.fromkeys(heads, HEAD)
-    return replace(placement, in_float=tuple((name, reasons.get(name, why)) for name, why in placement.in_float))
+    return replace(placement, in_float=tuple((name, heads.get(name, why)) for name, why in placement.in_float))
 
 
 def _tensors_to_measure(model: onnx.ModelProto, placement: Placement, options: CalibrateOptions) -> list[str]:

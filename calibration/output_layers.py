@@ -13,13 +13,15 @@ from maskplan.exporters.weights import weight_uses
 from maskplan.pipeline.core.artifacts import OutputKind
 from maskplan.pipeline.core.choices import VALUES
 
-REASON = "the last layer before an output of values: --quantize-heads quantizes it too"
+HEAD = "the last layer before an output of values: --quantize-heads quantizes it too"
+TABLE = "a table that decodes an output of values: --quantize-heads quantizes it too"
 
 
-def output_layers(model: onnx.ModelProto, placement: Placement, kinds: Sequence[OutputKind]) -> tuple[str, ...]:
-    """Quantized layers from which an output of values is reached without another layer, in the order of the graph.
+def output_layers(model: onnx.ModelProto, placement: Placement, kinds: Sequence[OutputKind]) -> dict[str, str]:
+    """Quantized layers from which an output of values is reached without another layer, with why they are to stay float.
 
-    Layers whose weight is a table are passed through: they only decode. Empty if these are all layers of the network, and if
+    In the order of the graph. Layers whose weight is a table, such as the bins of a box decoder, are passed through: they
+    only decode, and stay float with the layer before them. Empty if these are all layers of the network, and if
     no output holds values.
 
     Args:
@@ -30,7 +32,8 @@ def output_layers(model: onnx.ModelProto, placement: Placement, kinds: Sequence[
     graph = Graph(model.graph)
     tables = {u.node for u in weight_uses(model) if u.tensor is not None and u.reason is None and is_fixed(u, None)}
     layers = {weight.node for weight in placement.weights} - tables
-    wanted, seen, found = [kind.name for kind in kinds if kind.kind == VALUES], set[str](), set[str]()
+    wanted = [kind.name for kind in kinds if kind.kind == VALUES]
+    seen, found, passed = set[str](), set[str](), set[str]()
     while wanted:
         tensor = wanted.pop()
         if tensor in seen or tensor not in graph.producers:
@@ -40,5 +43,9 @@ def output_layers(model: onnx.ModelProto, placement: Placement, kinds: Sequence[
         if graph.names[n] in layers:
             found.add(graph.names[n])
         else:
+            passed.add(graph.names[n])
             wanted.extend(graph.nodes[n].input)
-    return () if found == layers else tuple(name for name in graph.names if name in found)
+    if found == layers:
+        return {}
+    reasons = dict.fromkeys(found, HEAD) | dict.fromkeys(passed & tables, TABLE)
+    return {name: reasons[name] for name in graph.names if name in reasons}

@@ -237,7 +237,8 @@ def run_onnx(options: OnnxLineOptions) -> LineResult:
         job = Job(ws, ModelOptions(source.path.name, seed=options.seed), recipe)
         dense = onnx_source.copy_source(job, source)
         shapes = onnx_source.sample_shapes(source, dense)
-        sets = onnx_source.identify_samples(source, dense)
+        shapes_network = method == LAYERWISE or target.precision == INT8
+        sets = onnx_source.identify_samples(source, dense, shapes_network=shapes_network)
         pruned = onnx_source.prune(job, source, dense, method, sets)
         ws.keep()
 
@@ -258,7 +259,7 @@ def run_onnx(options: OnnxLineOptions) -> LineResult:
         built = engines.build(job, backend, dense_end, sparse_end, profiles=profiles)
         ran = engines.runnable(job, built, dense_end, sparse_end)
         parity = onnx_source.compare(job, source, ran, sets)
-        timing = engines.time_stage(job, ran, source.samples("val", dense.inputs))
+        timing = engines.time_stage(job, ran, source.samples("val", dense.inputs), sets.get("val"))
 
         masks = onnx_source.mask_set(source, dense, pruned, method, conformance)
         result = RunReport(

@@ -228,7 +228,7 @@ def compare(
     with contextlib.ExitStack() as stack:
         networks = [stack.enter_context(open_network(path)) for path in (dense, sparse)]
         told = NetworkOptions(data, tuple(outputs or ()), metric, image_options(shape, mean, std))
-        if compares_outputs(networks, told):
+        if compares_outputs(networks, told, thresholds):
             _refuse_classifier_options(save_dense, dense_results, bisect, print_polygraphy)
             parity = compare_networks(networks[0], networks[1], told, thresholds)
             _publish(with_drift(parity, earlier) if earlier else parity, sparse, report, junit, github)

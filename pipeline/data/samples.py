@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +29,8 @@ Feeds = dict[str, Array]
 _CHANNELS = (1, 3)
 _FLOATS = ("float32", "float16", "float64")
 _SEED = 0
+# What NumPy raises on damaged files.
+_UNREADABLE = (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error, SyntaxError)
 
 
 class Samples(Protocol):
@@ -116,7 +120,8 @@ class TensorSamples:
     def batches(self, size: int) -> Iterator[Feeds]:
         for start in range(0, len(self), 1 if self.one_run_each else size):
             rows = start if self.one_run_each else slice(start, start + size)
-            yield {name: np.ascontiguousarray(array[rows]) for name, array in self.arrays.items()}
+            # Not `ascontiguousarray`, which makes scalars vectors.
+            yield {name: np.asarray(array[rows], order="C") for name, array in self.arrays.items()}
 
     def sample(self, count: int, seed: int) -> TensorSamples:
         if count >= len(self):
@@ -126,13 +131,8 @@ class TensorSamples:
         return replace(self, arrays=arrays, targets=targets)
 
     def identify(self) -> ImageSet:
-        digests = []
-        for row in range(len(self)):
-            digest = hashlib.blake2b(digest_size=8)
-            for name in sorted(self.arrays):
-                digest.update(np.ascontiguousarray(self.arrays[name][row]).tobytes())
-            digests.append(digest.hexdigest())
-        ordered = "\n".join(digests)
+        digests = [_digest(self.arrays, row) for row in range(len(self))]
+        ordered = "\n".join(f"{digest} {_digest(self.targets, row)}" for row, digest in enumerate(digests))
         return ImageSet(
             role=self.role,
             images=len(digests),
@@ -270,9 +270,10 @@ def _labels(names: Sequence[str]) -> npt.NDArray[np.int64]:
 
 def _read_npz(path: Path) -> dict[str, Array]:
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        # NumPy leaves a damaged file open that it has opened itself.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, MemoryError) as error:
+    except (*_UNREADABLE, KeyError, AttributeError, TypeError) as error:
         fix = "write it with numpy.savez, with an array for each input"
         raise InputError("not a .npz file of arrays", where=path, found=error, fix=fix) from error
 
@@ -280,7 +281,7 @@ def _read_npz(path: Path) -> dict[str, Array]:
 def _load(path: Path) -> Array:
     try:
         loaded: Array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, MemoryError) as error:
+    except _UNREADABLE as error:
         raise InputError("not a .npy file", where=path, found=error, fix="write it with numpy.save") from error
     return loaded
 
@@ -300,7 +301,10 @@ def _tensors(found: Mapping[str, Array], role: str, inputs: Sequence[TensorSpec]
             problems.append(f"{name} is {array.shape}; the input is {_shown(spec.shape)}")
         elif array.dtype.kind not in ("f" if spec.dtype in _FLOATS else "iub"):
             problems.append(f"{name} holds {array.dtype}; the input takes {spec.dtype}")
-        arrays[name] = array.astype(spec.dtype, copy=False)
+        elif not _in_range(array, spec.dtype):
+            problems.append(f"{name} exceeds the range of {spec.dtype}")
+        else:
+            arrays[name] = array.astype(spec.dtype, copy=False)
     rows = {name: len(array) for name, array in found.items() if array.ndim}
     if not problems and len(set(rows.values())) != 1:
         problems.append(f"different numbers of samples: {', '.join(f'{n} {count}' for n, count in rows.items())}")
@@ -309,8 +313,24 @@ def _tensors(found: Mapping[str, Array], role: str, inputs: Sequence[TensorSpec]
     if problems:
         fix = "give an array (samples, ...) for each input; targets may have other names"
         raise InputError("the data does not fit the network's inputs", where=where, found=listed(problems), fix=fix)
-    targets = {name: array for name, array in found.items() if name not in arrays}
+    targets = {name: array for name, array in found.items() if name not in arrays and array.ndim}
     return TensorSamples(role, arrays, targets, one_run_each)
+
+
+def _in_range(array: Array, dtype: str) -> bool:
+    """Whether integers keep their values in another type of integers."""
+    if dtype in _FLOATS or dtype == "bool" or not array.size or array.dtype.kind == "b":
+        return True
+    bounds = np.iinfo(dtype)
+    return bool(array.min() >= bounds.min and array.max() <= bounds.max)
+
+
+def _digest(arrays: Mapping[str, Array], row: int) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted(arrays):
+        values = arrays[name][row]
+        digest.update(f"{name} {np.shape(values)}".encode() + values.tobytes())
+    return digest.hexdigest()
 
 
 def _shown(shape: Sequence[int | None]) -> str:

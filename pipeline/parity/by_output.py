@@ -70,9 +70,11 @@ def compare_by_output(
         first = dense.run(feeds, whole=whole)
         second = sparse.run({inputs[name]: array for name, array in feeds.items()}, whole=whole)
         for name in sums:
+            # What is no row for each sample keeps its first axis, which may be a batch of one run.
+            skipped = int(first[name].ndim > 0 and len(first[name]) == count)
             pairs = zip(_rows(first[name], count), _rows(second[outputs[name]], count), strict=True)
             for reference, other in pairs:
-                sums[name].add(reference, other)
+                sums[name].add(reference, other, skipped)
                 if keep:
                     kept[0].setdefault(name, []).append(reference)
                     kept[1].setdefault(name, []).append(other)
@@ -111,11 +113,18 @@ def _feeds(dense: BatchRunner, samples: Samples) -> Iterator[tuple[Mapping[str, 
 
 
 def _has_rows(dense: BatchRunner, samples: Samples) -> bool:
-    """Whether every output has one row for each of two samples."""
+    """Whether every output has one row for each sample, of one and of two; False where the network rejects two."""
     if dense.fixed_batch is not None or len(samples) < 2:
         return False
-    feeds = next(iter(samples.batches(2)))
-    return all(output.ndim > 0 and len(output) == 2 for output in dense.run(feeds).values())
+    try:
+        outputs = [dense.run(next(iter(samples.batches(count)))) for count in (1, 2)]
+    except InputError:
+        return False
+    return all(
+        output.ndim > 0 and len(output) == count
+        for count, run in zip((1, 2), outputs, strict=True)
+        for output in run.values()
+    )
 
 
 def _rows(output: Array, count: int) -> list[Array]:
@@ -135,13 +144,14 @@ class _Sums:
         self._squares: list[tuple[float, float, float, float]] = []
         self._agree: list[tuple[int, int]] = []
 
-    def add(self, reference: Array, other: Array) -> None:
-        """Add one sample's outputs, without the batch axis."""
+    def add(self, reference: Array, other: Array, skipped: int = 1) -> None:
+        """Add one sample's outputs; `skipped` is how many of the output's first axes they lack."""
         if reference.shape != other.shape:
             self.unmatched += 1
             return
-        if self.kind.kind == LOGITS and 0 < self.kind.axis <= reference.ndim:
-            same = reference.argmax(axis=self.kind.axis - 1) == other.argmax(axis=self.kind.axis - 1)
+        axis = self.kind.axis - skipped
+        if self.kind.kind == LOGITS and 0 <= axis < reference.ndim and reference.size:
+            same = reference.argmax(axis=axis) == other.argmax(axis=axis)
             self._agree.append((int(np.count_nonzero(same)), int(np.size(same))))
         a, b = (values.astype(np.float64).ravel() for values in (reference, other))
         # Values such as -inf that mask a class are equal in both networks.

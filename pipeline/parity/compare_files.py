@@ -33,7 +33,7 @@ def compare_files(
     """
     with contextlib.ExitStack() as stack:
         networks = [stack.enter_context(open_network(path)) for path in (dense, sparse)]
-        if compares_outputs(networks, told):
+        if compares_outputs(networks, told, options):
             return compare_networks(networks[0], networks[1], told, options, used)
         sides = [as_classifier(network) for network in networks]
         preprocessing = image_preprocessing(sides, told.images)

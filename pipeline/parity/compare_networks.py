@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,12 @@ class NetworkOptions:
     images: ImageOptions = field(default_factory=ImageOptions)
 
 
-def compares_outputs(networks: Sequence[OpenedNetwork], told: NetworkOptions) -> bool:
-    """Whether outputs are compared instead of classes: of other networks than classifiers of images, and on arrays."""
+def compares_outputs(networks: Sequence[OpenedNetwork], told: NetworkOptions, options: CompareOptions) -> bool:
+    """Whether outputs are compared instead of classes: of networks that are no classifiers, on arrays, by their limits."""
     of_arrays = told.data is not None and (told.data.suffix == ".npz" or any(told.data.glob("*.np[yz]")))
-    return of_arrays or bool(told.metric or told.outputs) or not all(n.classifies_images for n in networks)
+    limits = (options.min_sqnr_db, options.max_relative_error, options.max_metric_drop)
+    is_told = bool(told.metric or told.outputs) or any(limit is not None for limit in limits)
+    return of_arrays or is_told or not all(n.classifies_images for n in networks)
 
 
 def compare_networks(
@@ -67,7 +69,8 @@ def compare_networks(
     image_set = None if is_noise else samples.identify()
     if image_set is not None:
         require_disjoint(image_set, [*used, *(s for p in provenances if p is not None for s in p.image_sets)])
-    metric, name = _metric(told.metric, kinds, samples)
+    rows = {spec.name: len(spec.shape) for spec in dense.engine.outputs}
+    metric, name = _metric(told.metric, kinds, rows, samples)
     first, second = (BatchRunner(net.engine, net.name, net.profiles) for net in (dense, sparse))
     compared = compare_by_output(first, second, samples, kinds, keep=metric is not None)
     measured = None
@@ -99,13 +102,17 @@ def _samples(network: OpenedNetwork, told: NetworkOptions) -> tuple[Samples, boo
     return open_samples(told.data, "val", inputs, images, network.name), False
 
 
-def _metric(spec: str | None, kinds: Sequence[OutputKind], samples: Samples) -> tuple[Metric | None, str]:
+def _metric(
+    spec: str | None, kinds: Sequence[OutputKind], axes: Mapping[str, int], samples: Samples
+) -> tuple[Metric | None, str]:
     """The user's metric, or top-1 where the samples are labeled and the only output holds logits of images."""
     if spec is not None:
         if not len(samples):
             raise InputError("no samples for the metric", fix="give --data")
         return load_metric(spec), spec.rpartition(":")[2]
-    if "labels" in samples.targets and len(kinds) == 1 and kinds[0].kind == LOGITS:
+    # Logits of pixels have no label each, even where the images are in class folders; 0 axes are unknown ones.
+    is_classifier = len(kinds) == 1 and kinds[0].kind == LOGITS and axes[kinds[0].name] in (0, 2)
+    if "labels" in samples.targets and is_classifier:
         name = kinds[0].name
         return lambda outputs, targets: _top1(outputs[name], targets["labels"]), TOP1
     return None, ""

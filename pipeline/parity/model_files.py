@@ -15,8 +15,9 @@ from maskplan.engines.base import Classifier, Engine, is_classifier
 from maskplan.engines.build import open_engine
 from maskplan.engines.ort import OrtEngine
 from maskplan.engines.sidecar import read_engine, sidecar_path
-from maskplan.exporters.metadata import load_onnx, read_provenance
+from maskplan.exporters.metadata import describe_onnx, load_onnx, read_provenance
 from maskplan.exporters.onnx_export import ExportOptions, export_onnx
+from maskplan.exporters.run_shapes import baked_batch
 from maskplan.pipeline.core.artifacts import Preprocessing, Profile, Provenance
 from maskplan.pipeline.core.choices import GPU_BACKENDS
 from maskplan.pipeline.core.errors import InputError
@@ -102,8 +103,11 @@ def open_network(path: Path) -> Iterator[OpenedNetwork]:
             profiles = record.profiles if record.backend in GPU_BACKENDS else ()
             yield opened(open_engine(record), profiles, record.provenance)
         elif path.suffix == ".onnx":
-            provenance = read_provenance(load_onnx(path), path)
-            yield opened(OrtEngine(path), (), provenance)
+            model = load_onnx(path)
+            engine = OrtEngine(path)
+            if (found := baked_batch(describe_onnx(path, model), model)) is not None:
+                engine.inputs, engine.outputs = found.inputs, found.outputs
+            yield opened(engine, (), read_provenance(model, path))
         elif path.suffix == ".safetensors":
             checkpoint = read_checkpoint(path)
             provenance = checkpoint.provenance

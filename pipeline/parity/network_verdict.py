@@ -116,6 +116,9 @@ def _checks(outputs: Sequence[OutputParity], metric: MetricParity | None, option
         checks.append(_metric("max_top1_drop", metric, options.max_top1_drop, options.use_ci))
     elif options.max_metric_drop is not None:
         checks.append(_metric("max_metric_drop", metric, options.max_metric_drop, options.use_ci))
+    of_classes = {name: getattr(options, name) for name in ("max_top5_drop", "max_flip_rate", "max_class_drop")}
+    reason = "not judged: the networks are compared output by output"
+    checks += [Check(name, limit, None, None, None, reason) for name, limit in of_classes.items() if limit is not None]
     return tuple(checks)
 
 
@@ -157,9 +160,13 @@ def _worst_output(limit: _Limit, outputs: Sequence[OutputParity], use_ci: bool) 
         outputs = [o for o in outputs if o.agreement is not None]
     if not outputs:
         return Check(limit.option, limit.limit, None, None, None, "not judged: no output holds logits")
-    unknown = [o.name for o in outputs if limit.value(o) is None]
+    unknown = [(o.name, "it") for o in outputs if limit.value(o) is None]
+    if use_ci and limit.option != "min_cosine":
+        # Equal outputs have no interval in dB, and need none.
+        unknown += [(o.name, "its interval") for o in outputs if o.relative_error != 0 and limit.interval(o) is None]
     if unknown:
-        message = f"{unknown[0]}: its {limit.what} cannot be measured"
+        name, what = unknown[0]
+        message = f"{name}: {limit.what}: {what} cannot be measured"
         return Check(limit.option, limit.limit, None, None, False, message)
 
     def judged(output: OutputParity) -> float:
@@ -179,6 +186,9 @@ def _worst_output(limit: _Limit, outputs: Sequence[OutputParity], use_ci: bool) 
 def _metric(option: str, metric: MetricParity | None, limit: float, use_ci: bool) -> Check:
     if metric is None:
         return Check(option, limit, None, None, None, "not judged: give --metric FILE.py:FUNCTION")
+    if use_ci and metric.drop_ci95 is None:
+        message = f"{metric.name} drops by {metric.drop:.4g}; its interval cannot be measured"
+        return Check(option, limit, metric.drop, None, False, message)
     judged = metric.drop_ci95[1] if use_ci and metric.drop_ci95 is not None else metric.drop
     at_worst = f", at worst {judged:.4g} (95%)" if use_ci else ""
     message = f"{metric.name} drops by {metric.drop:.4g}{at_worst}; the limit is {limit:g}"

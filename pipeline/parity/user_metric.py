@@ -45,16 +45,20 @@ def load_metric(spec: str) -> Metric:
     assert loaded is not None
     assert loaded.loader is not None
     module = importlib.util.module_from_spec(loaded)
-    sys.path.insert(0, str(path.parent.resolve()))
+    folder = str(path.parent.resolve())
+    sys.path.insert(0, folder)
+    # Dataclasses look their module up there.
+    sys.modules[loaded.name] = module
     try:
         loaded.loader.exec_module(module)
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         found = f"{type(error).__name__}: {error}"
         raise InputError(
             "the metric's file cannot be imported", where=path, found=found, fix="run it by itself"
         ) from error
     finally:
-        sys.path.pop(0)
+        if folder in sys.path:
+            sys.path.remove(folder)
     function = getattr(module, name, None)
     if not callable(function):
         raise InputError(f"no function {name!r} in the metric's file", where=path, fix=fix)
@@ -76,7 +80,7 @@ def measure(
         InputError: The function fails, or returns no number.
     """
 
-    def value(outputs: OutputRows, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    def value(outputs: OutputRows, positions: npt.NDArray[np.int64], *, finite: bool = True) -> npt.NDArray[np.float64]:
         try:
             found = np.asarray(
                 metric(outputs.stacked(positions), {n: a[positions] for n, a in targets.items()}), np.float64
@@ -88,9 +92,14 @@ def measure(
             given = f"outputs ({', '.join(outputs.rows)}) and targets ({', '.join(targets) or 'none'})"
             fix = f"it is called with {given}, by name"
             raise InputError("the metric failed", where=name, found=text, fix=fix) from error
-        if found.shape not in ((), (len(positions),)) or not np.isfinite(found).all():
+        if found.shape not in ((), (len(positions),)) or (finite and not np.isfinite(found).all()):
             fix = "return one finite number for each sample, or one for all"
-            raise InputError("the metric returned no numbers", where=name, found=f"shape {found.shape}", fix=fix)
+            text = (
+                f"shape {found.shape}"
+                if np.isfinite(found).all()
+                else f"{found.ravel()[~np.isfinite(found.ravel())][0]}"
+            )
+            raise InputError("the metric returned no numbers", where=name, found=text, fix=fix)
         return found
 
     everything = np.arange(samples)
@@ -101,6 +110,11 @@ def measure(
         interval = ratio_interval(first - second, np.ones(samples))
     else:
         resamples = _RESAMPLES if seconds < _SLOW_S else _RESAMPLES_IF_SLOW
-        interval = paired_interval(lambda p: float(value(dense, p) - value(sparse, p)), samples, resamples)
+
+        def difference(positions: npt.NDArray[np.int64]) -> float:
+            # Of a resample without a class, say, a metric may be undefined: there is no interval then.
+            return float(value(dense, positions, finite=False) - value(sparse, positions, finite=False))
+
+        interval = paired_interval(difference, samples, resamples)
     a, b = math.fsum(first.ravel()) / first.size, math.fsum(second.ravel()) / second.size
     return MetricParity(name, samples, a, b, a - b, interval)

@@ -22,7 +22,7 @@ from maskplan.engines.build import (
 )
 from maskplan.engines.ort import NO_SPARSE_KERNELS, PLANS_DID_NOT_RUN, OrtEngine
 from maskplan.engines.sidecar import has_sidecar, write_sidecar
-from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel, Profile
+from maskplan.pipeline.core.artifacts import EngineFile, ImageSet, OnnxModel, Profile
 from maskplan.pipeline.core.choices import GPU_BACKENDS, ONNXRUNTIME, SAME_BYTES, SAME_CONTENT, Backend, FloatPrecision
 from maskplan.pipeline.core.files import read_bytes, write_atomically
 from maskplan.pipeline.core.reports import Fidelity, ParityReport, TimingReport
@@ -261,8 +261,10 @@ def _onnx_classifier(model: OnnxModel, name: str, *, optimized: bool = True) -> 
     return Classifier(OrtEngine(model.path, optimized=optimized), name)
 
 
-def time_stage(job: Job, engines: Engines, samples: Samples | None = None) -> TimingReport:
-    """Time the engines interleaved, on samples of the network's own where noise does not do."""
+def time_stage(
+    job: Job, engines: Engines, samples: Samples | None = None, identity: ImageSet | None = None
+) -> TimingReport:
+    """Time the engines interleaved, on samples of the network's own, of this `identity`, where noise does not do."""
     on_cpu = engines.sparse.backend not in GPU_BACKENDS
     notes = [PLANS_DID_NOT_RUN] if engines.stands_in_for is not None else []
     notes += [NO_SPARSE_KERNELS] if on_cpu else []
@@ -286,6 +288,8 @@ def time_stage(job: Job, engines: Engines, samples: Samples | None = None) -> Ti
 
     identities = [engine_identity(e) for e in (engines.dense, engines.pruned, engines.sparse)]
     inputs = {"engines": identities, "options": job.recipe.time, **_stand_in_key(engines)}
+    if identity is not None:
+        inputs["samples"] = identity.sha256
     return job.ws.stage("time", TimingReport, inputs, work)
 
 

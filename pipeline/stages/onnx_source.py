@@ -36,6 +36,7 @@ from maskplan.pipeline.core.files import sha256_of, write_atomically
 from maskplan.pipeline.core.image_shape import image_shape
 from maskplan.pipeline.core.output_kinds import guess_kinds
 from maskplan.pipeline.core.reports import CalibrationReport, ConformanceReport, ParityReport, WeightVerdict
+from maskplan.pipeline.data.image_sets import require_disjoint
 from maskplan.pipeline.data.samples import ImageOptions, ImageSamples, Samples, open_samples
 from maskplan.pipeline.masking.patterns import parse_pattern
 from maskplan.pipeline.parity.compare_files import compare_files
@@ -121,10 +122,22 @@ def onnx_digest(path: Path) -> list[str]:
     return [sha256_of(path), *(sha256_of(file) for file in sorted(files))]
 
 
-def identify_samples(source: Source, dense: OnnxModel) -> dict[str, ImageSet]:
-    """Digests of the samples that shape the network (`train`) and of those that it is compared on (`val`)."""
-    found = {role: source.samples(role, dense.inputs) for role in ("train", "val")}
-    return {role: samples.identify() for role, samples in found.items() if samples is not None}
+def identify_samples(source: Source, dense: OnnxModel, *, shapes_network: bool) -> dict[str, ImageSet]:
+    """Digests of the samples that shape the network (`train`), if any do, and of those that it is compared on (`val`).
+
+    Raises:
+        InputError: They share samples.
+    """
+    roles = ("train", "val") if shapes_network else ("val",)
+    found = {role: source.samples(role, dense.inputs) for role in roles}
+    sets = {role: samples.identify() for role, samples in found.items() if samples is not None}
+    if len(sets) == len(("train", "val")):
+        try:
+            require_disjoint(sets["val"], [sets["train"]])
+        except InputError as error:
+            fix = "give a folder with train/ and val/, or train.npz and val.npz, that share none"
+            raise InputError(error.what, where=source.data, found=error.found, fix=fix) from error
+    return sets
 
 
 def prune(job: Job, source: Source, dense: OnnxModel, method: MaskMethod, sets: dict[str, ImageSet]) -> PrunedFile:

@@ -14,7 +14,7 @@ from maskplan.engines.trt.clocks import ClockWatch, watch_clocks
 from maskplan.pipeline.core.errors import InputError, listed
 from maskplan.pipeline.core.reports import GpuClocks
 from maskplan.pipeline.core.validation import at_least
-from maskplan.pipeline.data.samples import Samples, noise_samples
+from maskplan.pipeline.data.samples import Samples, TensorSamples, noise_samples
 
 TimeSource = Literal["gpu", "host"]
 """Which clock measured a run: GPU events, or the wall clock of the host."""
@@ -122,7 +122,7 @@ def run_interleaved(
         )
     first = engines[0]
     source = noise_samples(first.inputs, batch, options.shape, first.name) if samples is None else samples
-    feeds = next(iter(source.batches(batch)))
+    feeds = _filled(next(iter(source.batches(batch))), batch, source)
     own = [_by_own_names(feeds, first, engine) for engine in engines]
     slowest = 0.0
     for engine, inputs in zip(engines, own, strict=True):
@@ -147,6 +147,13 @@ def run_interleaved(
                     device_timings[number].append(timing)
     runs = tuple(Runs(tuple(h), tuple(d)) for h, d in zip(host_s, device_timings, strict=True))
     return Interleaved(tuple(own), runs, watch.clocks)
+
+
+def _filled(feeds: Arrays, batch: int, source: Samples) -> Arrays:
+    """A whole batch, whose samples repeat where there are too few."""
+    if isinstance(source, TensorSamples) and source.one_run_each:
+        return feeds
+    return {name: array[np.arange(batch) % len(array)] for name, array in feeds.items()}
 
 
 def _by_own_names(feeds: Arrays, first: Runner, engine: Runner) -> Arrays:
