@@ -246,7 +246,8 @@ def _constant_sample(
     if kind == "one pixel" and pixels.size:
         # The middle of the axes after batch and channels; the first element of a vector.
         pixels.reshape(*shape[:2], -1)[..., _middle(shape[2:])] = 1
-    return ((pixels - mean) / std).astype(dtype) if np.issubdtype(dtype, np.floating) else pixels.astype(dtype)
+    # Arithmetic makes numbers of arrays without axes.
+    return np.asarray((pixels - mean) / std if np.issubdtype(dtype, np.floating) else pixels, dtype)
 
 
 def _middle(shape: tuple[int, ...]) -> int:

@@ -162,9 +162,9 @@ class ImageOptions:
 def open_samples(data: Path, role: str, inputs: Sequence[TensorSpec], options: ImageOptions, where: object) -> Samples:
     """Open the data of a network.
 
-    `data` is a `.npz` file with an array for each input, or a folder with one `.npy` file for each input, or a folder of
-    images, with or without class folders. In a folder, `train.npz` and `val.npz`, or `train/` and `val/`, are taken by
-    `role` if they are there. Arrays of other names are targets.
+    `data` is a `.npz` file with an array for each input, or a folder with one `.npy` file for each input, or such a file for
+    the only input, or a folder of images, with or without class folders. In a folder, `train.npz` and `val.npz`, or `train/`
+    and `val/`, are taken by `role` if they are there. Arrays of other names are targets.
 
     Args:
         data: The file or folder.
@@ -177,11 +177,14 @@ def open_samples(data: Path, role: str, inputs: Sequence[TensorSpec], options: I
         InputError: There is no data, or it does not fit the inputs.
     """
     if not data.exists():
-        raise InputError("data not found", where=data, fix="give --data a folder of images or a .npz file")
+        kind = "file" if data.suffix else "folder"
+        raise InputError(f"data {kind} not found", where=data, fix="give --data a folder of images or a .npz file")
     for place in (data / f"{role}.npz", data / role):
         if data.is_dir() and place.exists():
             data = place
             break
+    if data.suffix == ".npy" and data.is_file() and len(inputs) == 1:
+        return _tensors({inputs[0].name: _load(data)}, role, inputs, data)
     if data.is_file():
         return _tensors(_read_npz(data), role, inputs, data)
     arrays = {path.stem: path for path in sorted(data.glob("*.npy"))}

@@ -45,7 +45,7 @@ class NetworkOptions:
 
 def compares_outputs(networks: Sequence[OpenedNetwork], told: NetworkOptions, options: CompareOptions) -> bool:
     """Whether outputs are compared instead of classes: of networks that are no classifiers, on arrays, by their limits."""
-    of_arrays = told.data is not None and (told.data.suffix == ".npz" or any(told.data.glob("*.np[yz]")))
+    of_arrays = told.data is not None and (told.data.suffix in (".npz", ".npy") or any(told.data.glob("*.np[yz]")))
     limits = (options.min_sqnr_db, options.max_relative_error, options.max_metric_drop)
     is_told = bool(told.metric or told.outputs) or any(limit is not None for limit in limits)
     return of_arrays or is_told or not all(n.classifies_images for n in networks)

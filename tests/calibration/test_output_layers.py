@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+from any_network import baked_batch, box_head
 
 from maskplan.calibration.calibrate import CalibrateOptions, CalibrationSamples, calibrate
 from maskplan.exporters.metadata import describe_onnx
 from maskplan.pipeline.data.samples import TensorSamples
-from any_network import baked_batch, box_head
 
 
 def int8_layers(model: Path, out: Path, **options: bool) -> dict[str, str | None]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from any_network import FunctionEngine
 
 from maskplan.engines.batch_runner import BatchRunner
 from maskplan.pipeline.core.artifacts import Profile, TensorSpec
-from any_network import FunctionEngine
 
 VALUES = np.arange(22, dtype=np.float32).reshape(11, 2)
 

@@ -55,6 +55,7 @@ def test_npy_files_are_inputs_by_their_names(tmp_path: Path) -> None:
     np.save(tmp_path / "gain.npy", np.ones(3, np.float32))
     spec = TensorSpec("gain", "float32", (None,))
     assert len(opened(tmp_path, X, spec)) == 3
+    assert len(opened(tmp_path / "x.npy", TensorSpec("other", "float32", (None, 3, 4, 5)))) == 3
 
 
 def test_scalars_stay_scalars_in_whole_runs(tmp_path: Path) -> None:
@@ -102,7 +103,7 @@ def test_damaged_files_are_refused(tmp_path: Path, damage: str) -> None:
         middle = len(whole) // 2
         flipped = whole[:middle] + bytes(255 - b for b in whole[middle : middle + 40]) + whole[middle + 40 :]
         path.write_bytes({"text": b"not arrays", "truncated": whole[:middle], "flipped": flipped, "empty": b""}[damage])
-    with pytest.raises(InputError, match="not a .npz file"):
+    with pytest.raises(InputError, match=r"not a \.npz file"):
         opened(path, X)
 
 
@@ -146,7 +147,7 @@ def test_mean_and_std_are_applied_and_checked(tmp_path: Path) -> None:
 
 
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="data not found"):
+    with pytest.raises(InputError, match="data folder not found"):
         opened(tmp_path / "none", X)
     with pytest.raises(InputError, match="no images"):
         opened(tmp_path, X)

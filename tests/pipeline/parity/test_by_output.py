@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from any_network import FunctionEngine
 
 from maskplan.engines.batch_runner import BatchRunner
 from maskplan.pipeline.core.artifacts import OutputKind, TensorSpec
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.data.samples import TensorSamples
 from maskplan.pipeline.parity.by_output import NetworkComparison, compare_by_output
-from any_network import FunctionEngine
 
 Compute = Callable[[Mapping[str, Any]], list[Any]]
 X = TensorSpec("x", "float32", (None, 6))
@@ -130,6 +130,6 @@ def test_other_names_are_matched_by_position() -> None:
     for output in found.outputs:
         assert output.relative_error is not None
         assert 0 < output.relative_error < 1e-3
+    other = BatchRunner(FunctionEngine([X], [X], lambda f: [f["x"]]), "sparse")
     with pytest.raises(InputError, match="different numbers of outputs"):
-        other = BatchRunner(FunctionEngine([X], [X], lambda f: [f["x"]]), "sparse")
         compare_by_output(BatchRunner(dense, "dense"), other, data, kinds)
