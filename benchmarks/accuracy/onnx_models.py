@@ -41,10 +41,10 @@ Photos = list[Image.Image]
 # Share of a photograph's width that calibration takes.
 LEFT = 0.6
 SUFFIXES = {".jpg", ".jpeg", ".png"}
-WORDS = (
-    "open invoice total amount street market office number window garden review station paper model energy river "
-    "castle bridge signal copper orange violet summit harbor engine ticket window museum doctor island planet"
-).split()
+WORDS = """
+open invoice total amount street market office number window garden review station paper model energy river castle bridge
+signal copper orange violet summit harbor engine ticket tunnel museum doctor island planet
+"""
 RATE, CHUNK, CONTEXT = 16_000, 512, 64
 
 
@@ -75,8 +75,10 @@ def crops(photos: Photos, count: int, height: int, width: int, *, held_out: bool
 
 
 def text_of(random: np.random.Generator, length: int, *, held_out: bool) -> str:
-    words = WORDS[1::2] if held_out else WORDS[::2]
-    parts = [str(random.choice(words)) if random.random() < 0.7 else str(random.integers(10, 99999)) for _ in range(length)]
+    words = WORDS.split()[1 if held_out else 0 :: 2]
+    parts = [
+        str(random.choice(words)) if random.random() < 0.7 else str(random.integers(10, 99999)) for _ in range(length)
+    ]
     return " ".join(part.upper() if random.random() < 0.3 else part for part in parts)
 
 
@@ -108,7 +110,12 @@ def lines(photos: Photos, count: int, height: int, width: int, *, held_out: bool
         draw = ImageDraw.Draw(image)
         size = int(random.integers(22, 40))
         text = text_of(random, int(random.integers(1, 5)), held_out=held_out)
-        draw.text((4, (height - size) // 2 - 2), text, fill=(int(random.integers(0, 90)),) * 3, font=ImageFont.load_default(size))
+        draw.text(
+            (4, (height - size) // 2 - 2),
+            text,
+            fill=(int(random.integers(0, 90)),) * 3,
+            font=ImageFont.load_default(size),
+        )
         found.append(image.rotate(180) if number % 2 else image)
     return found
 
@@ -178,7 +185,7 @@ def outputs_of(path: Path, samples: TensorSamples) -> list[list[npt.NDArray[np.f
 
 
 def sqnr(dense: list[list[npt.NDArray[np.float64]]], other: list[list[npt.NDArray[np.float64]]]) -> list[float]:
-    """dB for each output."""
+    """SQNR in dB of each output."""
     found = []
     for index in range(len(dense[0])):
         signal = sum(float((batch[index] ** 2).sum()) for batch in dense)
