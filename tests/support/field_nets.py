@@ -1,7 +1,6 @@
 """Networks that are not classifiers, as people have them, with random weights and small images: a file of factories."""
 
 SOURCE = '''
-import timm
 import torch
 import torchvision
 from torch import nn
@@ -35,16 +34,22 @@ def lraspp():
     return segmentation("lraspp_mobilenet_v3_large")
 
 
+def features(name):
+    import timm
+
+    return settled(timm.create_model(name, features_only=True))
+
+
 def resnet_features():
-    return settled(timm.create_model("resnet18", features_only=True))
+    return features("resnet18")
 
 
 def regnet_features():
-    return settled(timm.create_model("regnetx_002", features_only=True))
+    return features("regnetx_002")
 
 
 def convnext_features():
-    return settled(timm.create_model("convnext_atto", features_only=True))
+    return features("convnext_atto")
 
 
 def detector_backbone():
