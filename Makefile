@@ -51,9 +51,9 @@ TENSORRT_BINDINGS := cu12-10.3.0 cu12-10.13.3.9 cu12-10.16.1.11 cu13-11.4.0.106
 	chmod +x .venv/tritonserver/server/pytriton/tritonserver/bin/tritonserver && touch $@ || true
 
 engine: .venv/.ready ## Checkpoint to engine: MODEL= WEIGHTS= DATA= MASKS= PERMUTE=1 PRECISION= BACKEND= OUT=
-	$(BIN)/maskplan engine $(MODEL) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(DATA),--data $(DATA)) \
+	$(BIN)/maskplan engine $(strip $(MODEL) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(DATA),--data $(DATA)) \
 	  $(if $(MASKS),--masks $(MASKS)) $(if $(PERMUTE),--permute) $(if $(PRECISION),--precision $(PRECISION)) \
-	  $(if $(BACKEND),--backend $(BACKEND)) $(if $(OUT),--out $(OUT))
+	  $(if $(BACKEND),--backend $(BACKEND)) $(if $(OUT),--out $(OUT)))
 
 parity: .venv/.ready ## Compare the engines of MODEL= again, with DATA= and ARGS="--use-ci ..."; fails when accuracy is lost
 	$(BIN)/maskplan compare $(DENSE_ENGINE) $(ENGINE) $(if $(DATA),--data $(DATA)) $(ARGS)

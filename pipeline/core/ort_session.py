@@ -63,6 +63,9 @@ def open_session(
     options.log_severity_level = _FATAL_ERRORS if quiet else _ERRORS
     # Several sessions and other worker threads share the CPU; spinning threads would take time from them.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Without it, products of INT8 saturate in 16 bits on CPUs with AVX2 but without VNNI: a convolution of ones can be 0
+    # (seen in ONNX Runtime 1.31.1). On x86, weights are then computed with as UINT8, with the same values.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if external_data_dir is not None:

@@ -126,6 +126,8 @@ def infer(model: onnx.ModelProto, x: Array, tensors: Sequence[str] = (), *, opti
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
+    # As in `pipeline/core/ort_session.py`: otherwise INT8 saturates on CPUs without VNNI.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(shown.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -95,6 +95,36 @@ def test_an_fp16_vision_transformer_does_not_end_the_process(tmp_path: Path) -> 
     assert result.stdout == "opened\n", (result.returncode, result.stderr)
 
 
+@pytest.mark.parametrize("op", ["Conv", "MatMul"])
+def test_products_of_int8_do_not_saturate(op: str) -> None:
+    """Largest inputs times largest weights: the sum of 16, times 9 pixels for the convolution, on any CPU."""
+    size, shape = ((16, 16, 3, 3), (1, 16, 8, 8)) if op == "Conv" else ((16, 16), (4, 16))
+    stored = {
+        "w": np.full(size, 127, np.int8),
+        "unit": np.float32(1 / 127),
+        "coarse": np.float32(4),
+        "zero": np.int8(0),
+    }
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "unit", "zero"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["xq", "unit", "zero"], ["xd"]),
+        helper.make_node("DequantizeLinear", ["w", "unit", "zero"], ["wd"]),
+        helper.make_node(op, ["xd", "wd"], ["c"]),
+        helper.make_node("QuantizeLinear", ["c", "coarse", "zero"], ["cq"]),
+        helper.make_node("DequantizeLinear", ["cq", "coarse", "zero"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in stored.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    (found,) = open_session(model.SerializeToString()).run(None, {"x": np.ones(shape, np.float32)})
+    assert (found == (144 if op == "Conv" else 16)).all()
+
+
 def test_other_failures_are_not_retried(tmp_path: Path) -> None:
     path = tmp_path / "broken.onnx"
     path.write_bytes(b"\x08\x0a")
