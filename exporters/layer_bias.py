@@ -117,8 +117,9 @@ def _is_read(slot: BiasSlot, name: str) -> bool:
 def _reads(model: onnx.ModelProto, name: str) -> int:
     """How often a name is read, or given or returned by a graph."""
     graphs: Sequence[onnx.GraphProto] = list(walk_graphs(model.graph))
-    count = sum(value.name == name for graph in graphs for part in (graph.input, graph.output) for value in part)
-    return count + sum(given == name for node in walk_nodes(model.graph.node) for given in node.input)
+    listed = [value.name for graph in graphs for part in (graph.input, graph.output) for value in part]
+    read = [given for node in walk_nodes(model.graph.node) for given in node.input]
+    return listed.count(name) + read.count(name)
 
 
 def _names(model: onnx.ModelProto) -> set[str]:

@@ -344,7 +344,6 @@ def _hoist(graphs: _Graphs, call: LayerCall, number: int) -> str:
     return name
 
 
-def _native(data_type: int) -> npt.DTypeLike:
-    if data_type == TensorProto.BFLOAT16:
-        return ml_dtypes.bfloat16
-    return helper.tensor_dtype_to_np_dtype(data_type)
+def _native(data_type: int) -> np.dtype[Any]:
+    native: np.dtype[Any] = helper.tensor_dtype_to_np_dtype(data_type)
+    return np.zeros(0, ml_dtypes.bfloat16).dtype if data_type == TensorProto.BFLOAT16 else native

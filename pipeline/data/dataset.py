@@ -149,8 +149,8 @@ def open_images(folder: Path, seed: int) -> Dataset:
         return dataset_from_train_val(train, held_out, (), seed)
     images = _unlabeled_files(folder)
     rest, val = _stratified(images.labels, np.arange(len(images.labels)), _LOOSE_VAL_SHARE, _LOOSE_VAL_SEED)
-    train, select = _stratified(images.labels, rest, SELECT_SHARE, seed)
-    return Dataset((), Split("train", images, train), Split("select", images, select), Split("val", images, val))
+    kept, select = _stratified(images.labels, rest, SELECT_SHARE, seed)
+    return Dataset((), Split("train", images, kept), Split("select", images, select), Split("val", images, val))
 
 
 def has_class_folders(folder: Path) -> bool:

@@ -148,12 +148,12 @@ def prune_layerwise(
                 raise InputError("a weight cannot be read", where=layer.name, found=error) from error
             takes_shift = slot is not None and (slot.stored is not None or slot.before_norm or options.update)
             weight = layer.weight(stored).astype(np.float32)
-            new, record = _prune(weight, found, pattern, options, shifted=takes_shift)
-            new = new.astype(stored.dtype)
+            fitted, record = _prune(weight, found, pattern, options, shifted=takes_shift)
+            new = fitted.astype(stored.dtype)
             chosen[id(layer.tensor)] = layer.stored(new)
             if takes_shift and slot is not None:
-                shift = unfold_weight(weight - new.astype(np.float32)).astype(np.float64) @ found.moments.mean
-                shifts.append((slot, layer.name, shift, found.dtype))
+                removed = unfold_weight(weight - new.astype(np.float32)).astype(np.float64)
+                shifts.append((slot, layer.name, removed @ found.moments.mean, found.dtype))
             done.append(record)
             draw(ran + len(done), all_runs + len(layers))
     # Only now, because the moments of later layers are those of the dense network.
