@@ -35,7 +35,7 @@ from maskplan.pipeline.models.registry import folder_name
 from maskplan.pipeline.pruning.method import method_or_file, resolve_method
 from maskplan.pipeline.recipe import Recipe
 from maskplan.pipeline.report.record import ReportFiles, RunReport
-from maskplan.pipeline.stages import engines, model, onnx_files, onnx_source, report
+from maskplan.pipeline.stages import compare, engines, model, onnx_files, onnx_source, report
 from maskplan.pipeline.stages.compile import compile_files
 from maskplan.pipeline.stages.job import Images, Job, Network, PermuteResult
 from maskplan.pipeline.stages.refine import FIRST, REFINED, better, figures, layers_to_restore, why_skip
@@ -67,6 +67,7 @@ class LineOptions:
         refine: Restore the dense weights of masked layers that the engine runs dense, build again, keep the better engine.
         permute: First reorder channels so that masks keep more.
         command: The command line, for the report.
+        metric: `FILE.py:FUNCTION` of the user's metric; outputs are then compared instead of classes.
     """
 
     model: ModelOptions
@@ -82,6 +83,7 @@ class LineOptions:
     refine: bool = False
     permute: bool = False
     command: str = ""
+    metric: str | None = None
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,9 @@ def run(options: LineOptions) -> LineResult:
             kept, refinement = _refine(target, dense, start, kept, images)
             engine = engines.keep_engine(job, kept.built.sparse)
         compiled = compile_files(job, backend, dense.deployed.fp16, kept.sparse.deployed.fp16)
-        compared = engines.compare(kept.job, kept.ran, target.float_precision, dense, kept.sparse, kept.rows, images)
+        compared = compare.compare(
+            kept.job, kept.ran, target.float_precision, dense, kept.sparse, kept.rows, images, options.metric
+        )
         timing = engines.time_stage(kept.job, kept.ran)
         # Layers can only be compared where the channels are in one order.
         in_same_order = dense.floats.fp32 if start is checkpoint else onnx_files.export_fp32(job, start, "permuted")
@@ -283,7 +287,8 @@ def run_onnx(options: OnnxLineOptions) -> LineResult:
         reused = tuple(ws.reused)
     deployment = None
     if options.repository is not None and parity.verdict != FAIL:
-        deployment = deploy_engine(result.engine.path, DeployOptions(options.repository, name), None)
+        golden = golden_of([result.engine], shapes)[0]
+        deployment = deploy_engine(result.engine.path, DeployOptions(options.repository, name), golden)
     return LineResult(result, files, deployment, reused)
 
 
@@ -354,7 +359,7 @@ def _refine(
 
 
 def _figures_on_select(candidate: _Pass, dense: Network, images: Images | None) -> PassFigures:
-    parity = engines.compare_on_select(candidate.job, candidate.ran, dense, candidate.sparse, images)
+    parity = compare.compare_on_select(candidate.job, candidate.ran, dense, candidate.sparse, images)
     timing = engines.time_stage(candidate.job, candidate.ran)
     return figures(candidate.built.sparse, candidate.masks, parity, timing)
 

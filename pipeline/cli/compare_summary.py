@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from maskplan.pipeline.core.terminal import print_line
 
 if TYPE_CHECKING:
-    from maskplan.pipeline.core.reports import OutputParity, ParityReport
+    from maskplan.pipeline.core.output_reports import OutputParity
+    from maskplan.pipeline.core.reports import ParityReport
 
 
 def show_parity(report: ParityReport) -> None:

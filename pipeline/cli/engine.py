@@ -192,6 +192,7 @@ def engine(
         device=device,
         refine=refine,
         permute=permute,
+        metric=metric,
         command=as_typed(context.obj or ()),
     )
     try:

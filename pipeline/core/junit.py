@@ -17,7 +17,8 @@ from maskplan.pipeline.core.choices import (
 )
 from maskplan.pipeline.core.compilation import CompileResult
 from maskplan.pipeline.core.escaping import printable
-from maskplan.pipeline.core.reports import Check, ConformanceReport, OutputCloseness, OutputParity, ParityReport
+from maskplan.pipeline.core.output_reports import OutputCloseness, OutputParity
+from maskplan.pipeline.core.reports import Check, ConformanceReport, ParityReport
 
 
 def conformance_junit(

@@ -193,13 +193,15 @@ def open_samples(data: Path, role: str, inputs: Sequence[TensorSpec], options: I
     return _images(data, role, inputs, options, where)
 
 
-def noise_samples(inputs: Sequence[TensorSpec], count: int, shape: tuple[int, ...] | None, where: object) -> Samples:
+def noise_samples(
+    inputs: Sequence[TensorSpec], count: int, shape: tuple[int, ...] | None, where: object, seed: int = _SEED
+) -> Samples:
     """Seeded noise: normally distributed floats; of other types, small numbers from 0 to 1.
 
     Raises:
         InputError: The size of an input is not known.
     """
-    generator = np.random.default_rng(_SEED)
+    generator = np.random.default_rng(seed)
     batched = all(spec.shape[:1] == (None,) for spec in inputs)
     arrays = {}
     for spec in inputs:

@@ -14,8 +14,8 @@ from maskplan.pipeline.core.artifacts import OutputKind
 from maskplan.pipeline.core.bootstrap import ratio_interval
 from maskplan.pipeline.core.choices import LOGITS
 from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.output_reports import OutputParity
 from maskplan.pipeline.core.progress import track
-from maskplan.pipeline.core.reports import OutputParity
 from maskplan.pipeline.core.statistics import clopper_pearson
 from maskplan.pipeline.data.samples import Samples, TensorSamples
 

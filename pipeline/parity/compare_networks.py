@@ -63,21 +63,40 @@ def compare_networks(
     Raises:
         InputError: The data, the outputs or the metric do not fit the networks, or the data was used to make one of them.
     """
-    provenances = [dense.provenance, sparse.provenance]
-    kinds = output_kinds(dense, told.outputs)
     samples, is_noise = _samples(dense, told)
     image_set = None if is_noise else samples.identify()
     if image_set is not None:
+        provenances = [dense.provenance, sparse.provenance]
         require_disjoint(image_set, [*used, *(s for p in provenances if p is not None for s in p.image_sets)])
-    rows = {spec.name: len(spec.shape) for spec in dense.engine.outputs}
-    metric, name = _metric(told.metric, kinds, rows, samples)
+    kinds = output_kinds(dense, told.outputs)
+    report = judge_networks(dense, sparse, samples, kinds, told.metric, options, is_noise=is_noise)
+    return replace(report, images_sha256=image_set.sha256 if image_set is not None else None)
+
+
+def judge_networks(
+    dense: OpenedNetwork,
+    sparse: OpenedNetwork,
+    samples: Samples,
+    kinds: tuple[OutputKind, ...],
+    metric_spec: str | None,
+    options: CompareOptions,
+    *,
+    is_noise: bool,
+) -> ParityReport:
+    """Run two networks on the same samples and judge them, output by output, and by a metric if there is one.
+
+    Raises:
+        InputError: The outputs or the metric do not fit the networks.
+    """
+    ranks = {spec.name: len(spec.shape) for spec in dense.engine.outputs}
+    metric, name = _metric(metric_spec, kinds, ranks, samples)
     first, second = (BatchRunner(net.engine, net.name, net.profiles) for net in (dense, sparse))
     compared = compare_by_output(first, second, samples, kinds, keep=metric is not None)
     measured = None
     if metric is not None and compared.dense is not None and compared.sparse is not None:
         measured = measure(metric, name, compared.dense, compared.sparse, samples.targets, len(samples))
-    report = network_report(compared, measured, len(samples), provenances, options, is_noise=is_noise)
-    return replace(report, images_sha256=image_set.sha256 if image_set is not None else None)
+    provenances = [dense.provenance, sparse.provenance]
+    return network_report(compared, measured, len(samples), provenances, options, is_noise=is_noise)
 
 
 def output_kinds(network: OpenedNetwork, given: Sequence[str]) -> tuple[OutputKind, ...]:

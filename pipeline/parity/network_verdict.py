@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from maskplan.pipeline.core.artifacts import Provenance
 from maskplan.pipeline.core.choices import FAIL, NOT_APPLICABLE, PASS, GateVerdict
-from maskplan.pipeline.core.reports import Check, MetricParity, OutputParity, ParityReport
+from maskplan.pipeline.core.output_reports import MetricParity, OutputParity
+from maskplan.pipeline.core.reports import Check, ParityReport
 from maskplan.pipeline.parity.by_output import NetworkComparison
 from maskplan.pipeline.parity.options import CompareOptions
 

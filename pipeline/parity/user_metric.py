@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from maskplan.pipeline.core.bootstrap import paired_interval, ratio_interval
 from maskplan.pipeline.core.errors import InputError
-from maskplan.pipeline.core.reports import MetricParity
+from maskplan.pipeline.core.output_reports import MetricParity
 from maskplan.pipeline.parity.by_output import OutputRows
 
 Metric = Callable[[Mapping[str, Any], Mapping[str, Any]], Any]

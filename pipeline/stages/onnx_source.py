@@ -42,6 +42,7 @@ from maskplan.pipeline.masking.patterns import parse_pattern
 from maskplan.pipeline.parity.compare_files import compare_files
 from maskplan.pipeline.parity.compare_networks import NetworkOptions
 from maskplan.pipeline.pruning.prune_layerwise import LayerwiseOptions, prune_layerwise
+from maskplan.pipeline.stages.compare import metric_key
 from maskplan.pipeline.stages.engines import Engines, engine_identity
 from maskplan.pipeline.stages.job import Job
 
@@ -240,7 +241,6 @@ def check(job: Job, model: OnnxModel) -> ConformanceReport:
 def compare(job: Job, source: Source, engines: Engines, sets: dict[str, ImageSet]) -> ParityReport:
     """Compare the engines: classifiers by their labels, other networks output by output."""
     options = job.recipe.compare
-    metric = Path(source.metric.rpartition(":")[0]) if source.metric is not None else None
 
     def work() -> ParityReport:
         used = [sets["train"]] if "train" in sets else []
@@ -251,7 +251,7 @@ def compare(job: Job, source: Source, engines: Engines, sets: dict[str, ImageSet
         "val": sets["val"].key if "val" in sets else None,
         "images": source.images,
         "outputs": source.outputs,
-        "metric": [source.metric.rpartition(":")[2], sha256_of(metric)] if source.metric and metric else None,
+        "metric": metric_key(source.metric) if source.metric is not None else None,
         "options": options,
     }
     return job.ws.stage("compare", ParityReport, inputs, work)

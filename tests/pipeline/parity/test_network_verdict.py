@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from maskplan.pipeline.core.errors import InputError
-from maskplan.pipeline.core.reports import MetricParity, OutputParity
+from maskplan.pipeline.core.output_reports import MetricParity, OutputParity
 from maskplan.pipeline.parity.by_output import NetworkComparison, OutputRows
 from maskplan.pipeline.parity.network_verdict import network_report
 from maskplan.pipeline.parity.options import CompareOptions
