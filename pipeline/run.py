@@ -258,7 +258,7 @@ def run_onnx(options: OnnxLineOptions) -> LineResult:
         elif target.float_precision == FP16:
             dense_end = onnx_source.to_fp16(job, source, dense_end, "dense")
             sparse_end = onnx_source.to_fp16(job, source, sparse_end, "sparse")
-        conformance = onnx_source.check(job, sparse_end)
+        conformance = onnx_source.check(job, sparse_end, pruned.kept_dense)
         profiles = onnx_source.profiles(dense_end, shapes, options.recipe.time.batches)
         built = engines.build(job, backend, dense_end, sparse_end, profiles=profiles)
         ran = engines.runnable(job, built, dense_end, sparse_end)

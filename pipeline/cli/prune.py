@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import glob
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,12 +21,16 @@ from maskplan.pipeline.core.terminal import print_line
 if TYPE_CHECKING:
     from maskplan.pipeline.pruning.prune_layerwise import LayerwiseOptions, LayerwisePruned
 
+# How many of the costs are printed; --report has all.
+_COSTLIEST = 10
+
 Method = Literal["auto", "magnitude", "layerwise"]
 
 _EXAMPLES = """
 maskplan prune model.onnx -o sparse.onnx
 maskplan prune model.onnx --allow-dense 'head.*' -o sparse.onnx
 maskplan prune model.onnx --data photos --method layerwise --update -o sparse.onnx
+maskplan prune model.onnx --data photos --keep-dense-budget 10 -o sparse.onnx
 """
 
 
@@ -63,6 +70,22 @@ def prune(
             show_default=False,
         ),
     ] = None,
+    sensitivity: Annotated[
+        bool | None,
+        typer.Option(
+            "--sensitivity/--no-sensitivity",
+            help="With layerwise: measure what each mask costs alone, and list the costliest.",
+            show_default=False,
+        ),
+    ] = None,
+    keep_dense_budget: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=100,
+            help="With layerwise: percent of the multiplications that may stay dense, in the layers whose masks cost most.",
+        ),
+    ] = None,
     pattern: options.Pattern = None,
     allow_dense: Annotated[
         list[str] | None, typer.Option(help="Pattern of names of weights or nodes to leave dense. Repeatable.")
@@ -90,14 +113,20 @@ def prune(
             LayerwiseOptions(pattern=check_options.pattern, allow_dense=check_options.allow_dense, seed=seed),
             images=images,
             update=update,
+            sensitivity=sensitivity,
+            keep_dense_budget=keep_dense_budget,
         )
         layerwise = _layerwise(model, out, data, layerwise_options, parse_shape(shape), mean, std)
         pruned = layerwise.pruned
+        kept_dense = (*check_options.allow_dense, *map(glob.escape, layerwise.kept_dense))
+        check_options = replace(check_options, allow_dense=kept_dense)
     else:
         unused = {
             "--data": data,
             "--images": images,
             "--update": update,
+            "--sensitivity": sensitivity,
+            "--keep-dense-budget": keep_dense_budget,
             "--shape": shape,
             "--mean": mean,
             "--std": std,
@@ -154,7 +183,8 @@ def _layerwise(
         preprocessing=provenance.preprocessing if provenance is not None else None,
     )
     samples = open_samples(data, "train", onnx_model.inputs, image_options, model)
-    return prune_layerwise(model, out, onnx_model.inputs, samples, layerwise_options)
+    kinds = provenance.outputs if provenance is not None else ()
+    return prune_layerwise(model, out, onnx_model.inputs, samples, layerwise_options, kinds)
 
 
 def _channel_values(text: str | None, option: str) -> tuple[float, ...] | None:
@@ -181,6 +211,14 @@ def _show(layerwise: LayerwisePruned) -> None:
             f"{len(layerwise.layers)} weights layer-wise on {layerwise.samples} samples; {text}"
             + (f", {_median(after):.2f}% after the update" if after else "")
         )
+    if layerwise.costs:
+        print_line("costliest masks, each alone:")
+    for layer in sorted(layerwise.costs, key=lambda layer: -layer.cost)[:_COSTLIEST]:
+        stays = ": stays dense" if layer.name in layerwise.kept_dense else ""
+        print_line(f"  {layer.cost:.3g}  {layer.name}, {layer.macs_percent:.1f}% of the multiplications{stays}")
+    if layerwise.kept_dense:
+        names = " ".join(f"--allow-dense {shlex.quote(glob.escape(name))}" for name in layerwise.kept_dense)
+        print_line(f"{len(layerwise.kept_dense)} weights stay dense within the budget; check the file with {names}")
     for name, reason in layerwise.by_magnitude:
         print_line(f"  {name} is pruned by magnitude: {reason}")
 
@@ -196,5 +234,7 @@ def _values(layerwise: LayerwisePruned) -> dict[str, object]:
         "method": LAYERWISE,
         "samples": layerwise.samples,
         "layers": [encode(layer) for layer in layerwise.layers],
+        "costs": [encode(layer) for layer in layerwise.costs],
+        "kept_dense": list(layerwise.kept_dense),
         "by_magnitude": [{"name": name, "reason": reason} for name, reason in layerwise.by_magnitude],
     }

@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 
-from maskplan.exporters.layer_bias import BiasSlot, bias_slot, shift_bias
+from maskplan.exporters.layer_bias import bias_slot, shift_bias
 from maskplan.exporters.layer_inputs import observed_layers
-from maskplan.exporters.metadata import load_onnx
+from maskplan.exporters.metadata import describe_onnx, load_onnx
 from maskplan.exporters.prune import Pruned, select_weights, write_pruned
-from maskplan.exporters.tensors import Array, TensorError, native_values
-from maskplan.pipeline.core.artifacts import Pattern, TensorSpec
+from maskplan.exporters.tensors import TensorError, native_values
+from maskplan.pipeline.core.artifacts import OutputKind, Pattern, TensorSpec
 from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.output_kinds import guess_kinds
 from maskplan.pipeline.core.progress import bar
 from maskplan.pipeline.core.validation import at_least
 from maskplan.pipeline.data.samples import Samples
@@ -30,9 +32,13 @@ from maskplan.pipeline.masking.layerwise import layerwise_mask, output_error, un
 from maskplan.pipeline.masking.patterns import parse_pattern
 from maskplan.pipeline.pruning.least_squares import fit_under_mask
 from maskplan.pipeline.pruning.onnx_moments import LayerMoments, onnx_moments
+from maskplan.pipeline.pruning.onnx_sensitivity import BiasShift, LayerChange, LayerCost, layer_costs, within_budget
 from maskplan.pipeline.pruning.second_moments import MomentOptions, SecondMoments
 
 log = logging.getLogger(__name__)
+
+# On which the cost of each mask is measured.
+_SENSITIVITY_SAMPLES = 64
 
 NOT_REACHED = "no sample reached it"
 
@@ -48,6 +54,9 @@ class LayerwiseOptions:
         damping: Regularization of refitted weights towards the old ones, as a fraction of the inputs' mean square.
         allow_dense: Patterns (globs) of names of weights or nodes to leave unchanged.
         seed: Seed of the choice of samples and output positions.
+        sensitivity: Measure what each mask costs alone.
+        keep_dense_budget: Percent of the multiplications of the maskable layers that may stay dense, in the layers whose
+            masks cost most (`onnx_sensitivity.py`).
     """
 
     pattern: str = "2:4"
@@ -56,11 +65,13 @@ class LayerwiseOptions:
     damping: float = 0.01
     allow_dense: tuple[str, ...] = ()
     seed: int = 0
+    sensitivity: bool = False
+    keep_dense_budget: float = 0.0
 
     def __post_init__(self) -> None:
         parse_pattern(self.pattern)
         at_least(1, images=self.images)
-        at_least(0, damping=self.damping, seed=self.seed)
+        at_least(0, damping=self.damping, seed=self.seed, keep_dense_budget=self.keep_dense_budget)
 
 
 @dataclass(frozen=True)
@@ -91,16 +102,25 @@ class LayerwisePruned:
         samples: Number of samples used.
         layers: The weights pruned layer-wise, in the order of the graph.
         by_magnitude: Weights that were pruned by magnitude instead, with the reason.
+        costs: What each mask costs alone, if that was asked for, in the order of the graph.
+        kept_dense: Weights that the budget left dense, costliest first.
     """
 
     pruned: Pruned
     samples: int
     layers: tuple[PrunedLayer, ...]
     by_magnitude: tuple[tuple[str, str], ...]
+    costs: tuple[LayerCost, ...] = ()
+    kept_dense: tuple[str, ...] = ()
 
 
 def prune_layerwise(
-    path: Path, out: Path, inputs: Sequence[TensorSpec], samples: Samples, options: LayerwiseOptions
+    path: Path,
+    out: Path,
+    inputs: Sequence[TensorSpec],
+    samples: Samples,
+    options: LayerwiseOptions,
+    kinds: Sequence[OutputKind] = (),
 ) -> LayerwisePruned:
     """Make every eligible weight of an ONNX file N:M with the smallest change of each layer's outputs on samples.
 
@@ -113,6 +133,7 @@ def prune_layerwise(
         inputs: The network's inputs.
         samples: Samples of them.
         options: Options of pruning.
+        kinds: What the outputs hold, for the costs of masks; empty guesses it from their shapes.
 
     Raises:
         InputError: As `prune_onnx`; or the network does not run on the samples.
@@ -123,10 +144,8 @@ def prune_layerwise(
     selected = select_weights(model, path, pattern, options.allow_dense, inline=True)
     layers, reasons = observed_layers(model, selected.uses.keys(), pattern.m)
     drawn = samples.sample(options.images, options.seed)
-    moment_options = MomentOptions(images=len(drawn), seed=options.seed)
-    chosen: dict[int, Array] = {}
     done: list[PrunedLayer] = []
-    shifts: list[tuple[BiasSlot, str, npt.NDArray[np.floating], str]] = []
+    changes: list[LayerChange] = []
     with bar("layer-wise masks") as draw:
         ran, all_runs = 0, 0
 
@@ -135,33 +154,55 @@ def prune_layerwise(
             ran, all_runs = batches, total
             draw(ran + len(done), all_runs + len(layers))
 
+        moment_options = MomentOptions(images=len(drawn), seed=options.seed)
         moments = onnx_moments(model, path.parent, layers, inputs, drawn, moment_options, where=path, step=step)
         for found in moments if layers else ():
-            layer = found.layer
             if found.moments is None:
-                reasons[id(layer.tensor)] = NOT_REACHED
+                reasons[id(found.layer.tensor)] = NOT_REACHED
                 continue
-            try:
-                stored = native_values(layer.tensor, path.parent)
-                slot = bias_slot(model, layer, path.parent)
-            except TensorError as error:
-                raise InputError("a weight cannot be read", where=layer.name, found=error) from error
-            takes_shift = slot is not None and (slot.stored is not None or slot.before_norm or options.update)
-            weight = layer.weight(stored).astype(np.float32)
-            fitted, record = _prune(weight, found, pattern, options, shifted=takes_shift)
-            new = fitted.astype(stored.dtype)
-            chosen[id(layer.tensor)] = layer.stored(new)
-            if takes_shift and slot is not None:
-                removed = unfold_weight(weight - new.astype(np.float32)).astype(np.float64)
-                shifts.append((slot, layer.name, removed @ found.moments.mean, found.dtype))
+            change, record = _change(model, path.parent, found, pattern, options)
+            changes.append(change)
             done.append(record)
             draw(ran + len(done), all_runs + len(layers))
+    costs: tuple[LayerCost, ...] = ()
+    if (options.sensitivity or options.keep_dense_budget) and changes:
+        few = drawn.sample(_SENSITIVITY_SAMPLES, options.seed)
+        judged = kinds or guess_kinds(inputs, describe_onnx(path).outputs)
+        costs = layer_costs(model, path.parent, changes, few, judged, path)
+    dense = within_budget(costs, options.keep_dense_budget)
+    changes = [change for change in changes if change.name not in dense]
     # Only now, because the moments of later layers are those of the dense network.
-    for slot, name, shift, dtype in shifts:
-        shift_bias(model, slot, name, shift, dtype)
+    for change in changes:
+        if change.bias is not None:
+            shift_bias(model, change.bias.slot, change.name, change.bias.shift, change.bias.dtype)
     by_magnitude = tuple((selected.uses[key].name, reason) for key, reason in reasons.items())
-    pruned = write_pruned(model, selected, path, out, pattern, chosen)
-    return LayerwisePruned(pruned, len(drawn), tuple(done), by_magnitude)
+    uses = {key: use for key, use in selected.uses.items() if use.name not in dense}
+    chosen = {id(change.tensor): change.values for change in changes}
+    pruned = write_pruned(model, replace(selected, uses=uses), path, out, pattern, chosen)
+    kept = tuple(record for record in done if record.name not in dense)
+    return LayerwisePruned(pruned, len(drawn), kept, by_magnitude, costs, dense)
+
+
+def _change(
+    model: onnx.ModelProto, folder: Path, found: LayerMoments, pattern: Pattern, options: LayerwiseOptions
+) -> tuple[LayerChange, PrunedLayer]:
+    """What pruning does to one layer, and how far its outputs are from the dense ones."""
+    assert found.moments is not None
+    layer = found.layer
+    try:
+        stored = native_values(layer.tensor, folder)
+        slot = bias_slot(model, layer, folder)
+    except TensorError as error:
+        raise InputError("a weight cannot be read", where=layer.name, found=error) from error
+    takes_shift = slot is not None and (slot.stored is not None or slot.before_norm or options.update)
+    weight = layer.weight(stored).astype(np.float32)
+    fitted, record = _prune(weight, found, pattern, options, shifted=takes_shift)
+    new = fitted.astype(stored.dtype)
+    bias = None
+    if takes_shift and slot is not None:
+        removed = unfold_weight(weight - new.astype(np.float32)).astype(np.float64)
+        bias = BiasShift(slot, removed @ found.moments.mean, found.dtype)
+    return LayerChange(layer.name, layer.tensor, layer.stored(new), bias, found.macs), record
 
 
 def _prune(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from maskplan.pipeline.core.artifacts import (
     MaskedLayer,
     MaskSet,
     OnnxModel,
+    OutputKind,
     Preprocessing,
     Profile,
     Provenance,
@@ -34,13 +36,14 @@ from maskplan.pipeline.core.choices import CHANNEL, CONFORMING, FP32, LAYERWISE,
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.files import sha256_of, write_atomically
 from maskplan.pipeline.core.image_shape import image_shape
-from maskplan.pipeline.core.output_kinds import guess_kinds
+from maskplan.pipeline.core.output_kinds import guess_kinds, parse_kinds
 from maskplan.pipeline.core.reports import CalibrationReport, ConformanceReport, ParityReport, WeightVerdict
 from maskplan.pipeline.data.image_sets import require_disjoint
 from maskplan.pipeline.data.samples import ImageOptions, ImageSamples, Samples, open_samples
 from maskplan.pipeline.masking.patterns import parse_pattern
 from maskplan.pipeline.parity.compare_files import compare_files
 from maskplan.pipeline.parity.compare_networks import NetworkOptions
+from maskplan.pipeline.pruning.mask import TOO_COSTLY
 from maskplan.pipeline.pruning.prune_layerwise import LayerwiseOptions, prune_layerwise
 from maskplan.pipeline.stages.compare import metric_key
 from maskplan.pipeline.stages.engines import Engines, engine_identity
@@ -81,11 +84,12 @@ class Source:
 
 @dataclass(frozen=True)
 class PrunedFile:
-    """The pruned file and what was done to each weight."""
+    """The pruned file and what was done to each weight; `kept_dense` are those of `keep_dense_budget`."""
 
     onnx: OnnxModel
     left_dense: tuple[tuple[str, str], ...]
     by_magnitude: tuple[tuple[str, str], ...]
+    kept_dense: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,13 +148,20 @@ def identify_samples(source: Source, dense: OnnxModel, *, shapes_network: bool) 
 def prune(job: Job, source: Source, dense: OnnxModel, method: MaskMethod, sets: dict[str, ImageSet]) -> PrunedFile:
     """Write `sparse.onnx`."""
     out, pattern = job.ws.path("sparse.onnx"), job.recipe.mask.pattern
-    options = LayerwiseOptions(pattern=pattern, update=source.update, seed=job.model.seed)
+    options = LayerwiseOptions(
+        pattern=pattern,
+        update=source.update,
+        seed=job.model.seed,
+        keep_dense_budget=job.recipe.mask.keep_dense_budget,
+    )
 
     def work() -> PrunedFile:
         samples = source.samples("train", dense.inputs)
         if method == LAYERWISE and samples is not None:
-            layerwise = prune_layerwise(dense.path, out, dense.inputs, samples, options)
-            return PrunedFile(describe_onnx(out), layerwise.pruned.left_dense, layerwise.by_magnitude)
+            kinds = parse_kinds(source.outputs, _kinds(dense), source.path.name)
+            layerwise = prune_layerwise(dense.path, out, dense.inputs, samples, options, kinds)
+            left_dense = (*layerwise.pruned.left_dense, *((name, TOO_COSTLY) for name in layerwise.kept_dense))
+            return PrunedFile(describe_onnx(out), left_dense, layerwise.by_magnitude, layerwise.kept_dense)
         pruned = prune_onnx(dense.path, out, parse_pattern(pattern))
         return PrunedFile(describe_onnx(out), pruned.left_dense, ())
 
@@ -159,9 +170,16 @@ def prune(job: Job, source: Source, dense: OnnxModel, method: MaskMethod, sets: 
         "method": method,
         "options": options,
         "train": sets["train"].key if method == LAYERWISE else None,
+        "outputs": source.outputs if options.keep_dense_budget else (),
         "images": source.images if method == LAYERWISE else None,
     }
     return job.ws.stage("prune", PrunedFile, inputs, work)
+
+
+def _kinds(model: OnnxModel) -> tuple[OutputKind, ...]:
+    """The kinds of a file's outputs: recorded, else guessed."""
+    recorded = model.provenance.outputs if model.provenance is not None else ()
+    return recorded or guess_kinds(model.inputs, model.outputs)
 
 
 def to_fp16(job: Job, source: Source, model: OnnxModel, name: str) -> OnnxModel:
@@ -224,7 +242,7 @@ def profiles(model: OnnxModel, shapes: Mapping[str, tuple[int, ...]], batches: t
     )
 
 
-def check(job: Job, model: OnnxModel) -> ConformanceReport:
+def check(job: Job, model: OnnxModel, kept_dense: tuple[str, ...] = ()) -> ConformanceReport:
     """Check the file that the sparse engine is built from.
 
     Raises:
@@ -233,9 +251,11 @@ def check(job: Job, model: OnnxModel) -> ConformanceReport:
     pattern = job.recipe.mask.pattern
 
     def work() -> ConformanceReport:
-        return require_2to4(model.path, CheckOptions(pattern=pattern))
+        allowed = tuple(map(glob.escape, kept_dense))
+        return require_2to4(model.path, CheckOptions(pattern=pattern, allow_dense=allowed))
 
-    return job.ws.stage("check", ConformanceReport, {"onnx": model.sha256, "pattern": pattern}, work)
+    inputs = {"onnx": model.sha256, "pattern": pattern, "kept_dense": kept_dense}
+    return job.ws.stage("check", ConformanceReport, inputs, work)
 
 
 def compare(job: Job, source: Source, engines: Engines, sets: dict[str, ImageSet]) -> ParityReport:
@@ -296,7 +316,7 @@ def provenance_of(
     samples = source.samples("val", dense.inputs)
     # Arrays are given to the network as they are.
     none = Preprocessing(0, 0, 0, 0, "bilinear", (), ())
-    kinds = guess_kinds(dense.inputs, dense.outputs)
+    kinds = _kinds(dense)
     return Provenance(
         model=source.path.stem,
         trained=True,
