@@ -41,9 +41,9 @@ from maskplan.pipeline.core.reports import CalibrationReport, ConformanceReport,
 from maskplan.pipeline.data.image_sets import require_disjoint
 from maskplan.pipeline.data.samples import ImageOptions, ImageSamples, Samples, open_samples
 from maskplan.pipeline.masking.patterns import parse_pattern
+from maskplan.pipeline.masking.policy import TOO_COSTLY
 from maskplan.pipeline.parity.compare_files import compare_files
 from maskplan.pipeline.parity.compare_networks import NetworkOptions
-from maskplan.pipeline.pruning.mask import TOO_COSTLY
 from maskplan.pipeline.pruning.prune_layerwise import LayerwiseOptions, prune_layerwise
 from maskplan.pipeline.stages.compare import metric_key
 from maskplan.pipeline.stages.engines import Engines, engine_identity
