@@ -25,7 +25,7 @@ class BiasSlot:
         node: A Conv, a Gemm, or the Add after a MatMul.
         index: Of the node's input.
         stored: The constant, in its own type; None if there is none yet.
-        scale: What a shift of the outputs is multiplied by to give a shift of the constant.
+        scale: What a shift of the products is multiplied by to give a shift of the constant.
         column: The outputs are rows: a shift (K,) is added as (K, 1).
         before_norm: A BatchNormalization reads the outputs, and nothing else does.
     """
@@ -84,7 +84,7 @@ def _is_vector(tensor: onnx.TensorProto, outputs: int, operand: int) -> bool:
 
 
 def shift_bias(model: onnx.ModelProto, slot: BiasSlot, name: str, shift: npt.NDArray[np.floating], dtype: str) -> None:
-    """Add `shift` (K,) to a layer's outputs, in place.
+    """Add `shift` (K,) to a layer's products of inputs and weight, before Gemm multiplies them by alpha, in place.
 
     Args:
         model: The model that holds the slot.

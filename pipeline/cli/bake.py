@@ -48,8 +48,8 @@ def bake(
     from maskplan.pipeline.recipe import read_recipe
 
     settings = read_recipe(recipe, seed)
-    told = settings.model.outputs
-    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed, ema, fuse, told))
+    kinds = settings.model.outputs
+    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed, ema, fuse, kinds))
     labels, count = provenance.labels, provenance.classes
     dataset = (
         find_dataset(recalibrate, model=model, labels=labels, outputs=count, seed=seed, needs_classes=False)

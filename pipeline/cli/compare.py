@@ -227,13 +227,11 @@ def compare(
     earlier = read_baseline(baseline) if baseline is not None else None
     with contextlib.ExitStack() as stack:
         networks = [stack.enter_context(open_network(path)) for path in (dense, sparse)]
-        told = NetworkOptions(data, tuple(outputs or ()), metric, image_options(shape, mean, std))
-        if compares_outputs(networks, told, thresholds):
+        network_options = NetworkOptions(data, tuple(outputs or ()), metric, image_options(shape, mean, std))
+        if compares_outputs(networks, network_options, thresholds):
             _refuse_classifier_options(save_dense, dense_results, bisect, print_polygraphy)
-            parity = compare_networks(networks[0], networks[1], told, thresholds)
+            parity = compare_networks(networks[0], networks[1], network_options, thresholds)
             _publish(with_drift(parity, earlier) if earlier else parity, sparse, report, junit, github)
-            if not parity.passed:
-                raise GateError(parity.reason or "")
             return
         sides = [as_classifier(network) for network in networks]
         preprocessing = shared_preprocessing(sides, mean, std, parse_shape(shape), has_option=True)
@@ -254,8 +252,6 @@ def compare(
         images = load_fixed_images(preprocessing, val, min(_BISECT_IMAGES, thresholds.fixed_images))
         parity = _with_depth(parity, _bisect(dense, sparse, images, bisect_tolerance), plot)
     _publish(parity, sparse, report, junit, github)
-    if not parity.passed:
-        raise GateError(parity.reason or "")
 
 
 def _refuse_classifier_options(*given: object) -> None:
@@ -333,7 +329,7 @@ def _with_depth(parity: ParityReport, depth: DepthReport, plot: Path | None) -> 
 
 
 def _publish(parity: ParityReport, sparse: Path, report: Path | None, junit: Path | None, github: bool | None) -> None:
-    """Write the files, print the result, and annotate the CI job."""
+    """Write the files, print the result, annotate the CI job, and raise unless the gate passed."""
     from maskplan.pipeline.core.files import write_atomically
     from maskplan.pipeline.core.junit import parity_junit
     from maskplan.pipeline.core.serialization import encode
@@ -349,3 +345,5 @@ def _publish(parity: ParityReport, sparse: Path, report: Path | None, junit: Pat
         title = f"parity of {sparse.name}"
         print_for_runner(workflow_commands(parity, title))
         append_summary(summary(parity, title))
+    if not parity.passed:
+        raise GateError(parity.reason or "")

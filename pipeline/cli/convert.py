@@ -85,8 +85,8 @@ def convert(
         min_channels=min_channels,
     )
     settings = read_recipe(recipe, seed)
-    told = patterns(outputs) or settings.model.outputs
-    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed, ema, fuse, told))
+    kinds = patterns(outputs) or settings.model.outputs
+    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed, ema, fuse, kinds))
     dataset = find_dataset(
         data, model=model, labels=provenance.labels, outputs=provenance.classes, seed=seed, needs_classes=False
     )

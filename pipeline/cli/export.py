@@ -44,7 +44,7 @@ def export(
     from maskplan.pipeline.recipe import read_recipe
 
     settings = read_recipe(recipe, seed)
-    told = patterns(outputs) or settings.model.outputs
-    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed, ema, fuse, told))
+    kinds = patterns(outputs) or settings.model.outputs
+    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed, ema, fuse, kinds))
     (onnx_model,) = export_onnx(module, provenance, settings.export, {precision: out})
     print_line(f"{onnx_model.path}: {onnx_model.precision}, {onnx_model.bytes:,} bytes")

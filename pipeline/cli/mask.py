@@ -93,8 +93,8 @@ def mask(
     from maskplan.pipeline.report.write import masks_values
 
     stages = read_recipe(recipe, seed)
-    settings, told = stages.mask, patterns(outputs) or stages.model.outputs
-    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed, ema, fuse, told))
+    settings, kinds = stages.mask, patterns(outputs) or stages.model.outputs
+    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed, ema, fuse, kinds))
     dataset = find_dataset(
         data, model=model, labels=provenance.labels, outputs=provenance.classes, seed=seed, needs_classes=False
     )

@@ -67,7 +67,6 @@ def prune(
         typer.Option(
             "--update/--no-update",
             help="With layerwise: refit the kept weights by least squares, and correct biases.",
-            show_default=False,
         ),
     ] = None,
     sensitivity: Annotated[
@@ -75,7 +74,6 @@ def prune(
         typer.Option(
             "--sensitivity/--no-sensitivity",
             help="With layerwise: measure what each mask costs alone, and list the costliest.",
-            show_default=False,
         ),
     ] = None,
     keep_dense_budget: Annotated[

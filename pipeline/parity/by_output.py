@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from maskplan.engines.batch_runner import Array, BatchRunner
-from maskplan.pipeline.core.artifacts import OutputKind
+from maskplan.pipeline.core.artifacts import OutputKind, TensorSpec
 from maskplan.pipeline.core.bootstrap import ratio_interval
 from maskplan.pipeline.core.choices import LOGITS
-from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.errors import InputError, listed
 from maskplan.pipeline.core.output_reports import OutputParity
 from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.core.statistics import clopper_pearson
@@ -59,9 +60,9 @@ def compare_by_output(
         keep: Keep the outputs, for metrics.
 
     Raises:
-        InputError: The networks differ in their numbers of inputs or outputs.
+        InputError: The networks differ in their inputs or outputs.
     """
-    _require_same_interface(dense, sparse)
+    require_same_interface(dense, sparse, (dense.name, sparse.name))
     inputs, outputs = _pairs(dense.inputs, sparse.inputs), _pairs(dense.outputs, sparse.outputs)
     sums = {kind.name: _Sums(kind) for kind in kinds}
     kept: tuple[dict[str, list[Array]], dict[str, list[Array]]] = ({}, {})
@@ -86,16 +87,64 @@ def compare_by_output(
     )
 
 
-def _require_same_interface(dense: BatchRunner, sparse: BatchRunner) -> None:
+class Interface(Protocol):
+    """What an engine declares."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+def require_same_interface(dense: Interface, sparse: Interface, names: tuple[str, str]) -> None:
+    """Refuse networks whose declared inputs or outputs cannot be those of one network.
+
+    Names, batch sizes and widths of floats may differ.
+
+    Args:
+        dense: The reference.
+        sparse: The network that is to replace it.
+        names: Of both, in messages.
+
+    Raises:
+        InputError: They differ; every difference is listed.
+    """
+    problems = []
     for part in ("inputs", "outputs"):
         first, second = getattr(dense, part), getattr(sparse, part)
         if len(first) != len(second):
-            found = [f"{net.name}: {', '.join(s.name for s in getattr(net, part))}" for net in (dense, sparse)]
+            found = [
+                f"{name}: {', '.join(s.name for s in specs)}"
+                for name, specs in zip(names, (first, second), strict=True)
+            ]
             raise InputError(
                 f"the networks have different numbers of {part}",
                 found="; ".join(found),
                 fix="compare two versions of one network",
             )
+        others = {spec.name: spec for spec in second}
+        for spec, name in zip(first, _pairs(first, second).values(), strict=True):
+            if not _is_like(spec, others[name]):
+                problems.append(f"{_shown(spec)} of {names[0]}, {_shown(others[name])} of {names[1]}")
+    if problems:
+        fix = "compare two versions of one network"
+        raise InputError("the networks have different inputs or outputs", found=listed(problems), fix=fix)
+
+
+def _is_like(first: TensorSpec, second: TensorSpec) -> bool:
+    """Whether two declarations can be of one tensor; a shape () may also be one that is not declared."""
+    a, b = np.dtype(first.dtype), np.dtype(second.dtype)
+    if a != b and not a.kind == b.kind == "f":
+        return False
+    if not first.shape or not second.shape:
+        return True
+    # The batch, the first axis, is the caller's choice.
+    return len(first.shape) == len(second.shape) and all(
+        None in (x, y) or x == y for x, y in zip(first.shape[1:], second.shape[1:], strict=True)
+    )
+
+
+def _shown(spec: TensorSpec) -> str:
+    shape = ", ".join("dynamic" if d is None else str(d) for d in spec.shape)
+    return f"{spec.name} {spec.dtype} ({shape})"
 
 
 def _pairs(first: Sequence[object], second: Sequence[object]) -> dict[str, str]:

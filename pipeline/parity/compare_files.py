@@ -17,14 +17,14 @@ from maskplan.pipeline.parity.options import CompareOptions
 
 
 def compare_files(
-    dense: Path, sparse: Path, told: NetworkOptions, options: CompareOptions, used: Sequence[ImageSet] = ()
+    dense: Path, sparse: Path, network_options: NetworkOptions, options: CompareOptions, used: Sequence[ImageSet] = ()
 ) -> ParityReport:
     """Open both and compare them.
 
     Args:
         dense: The reference.
         sparse: The file that is to replace it.
-        told: Data, outputs and metric.
+        network_options: Data, outputs and metric.
         options: The limits.
         used: Samples that the sparse network was made from.
 
@@ -33,11 +33,11 @@ def compare_files(
     """
     with contextlib.ExitStack() as stack:
         networks = [stack.enter_context(open_network(path)) for path in (dense, sparse)]
-        if compares_outputs(networks, told, options):
-            return compare_networks(networks[0], networks[1], told, options, used)
+        if compares_outputs(networks, network_options, options):
+            return compare_networks(networks[0], networks[1], network_options, options, used)
         sides = [as_classifier(network) for network in networks]
-        preprocessing = image_preprocessing(sides, told.images)
-        val = val_images(told.data, sides)
+        preprocessing = image_preprocessing(sides, network_options.images)
+        val = val_images(network_options.data, sides)
         image_set = identify(val) if val is not None else None
         if image_set is not None:
             require_disjoint(

@@ -17,7 +17,7 @@ from maskplan.pipeline.core.output_kinds import guess_kinds, parse_kinds
 from maskplan.pipeline.core.reports import ParityReport
 from maskplan.pipeline.data.image_sets import require_disjoint
 from maskplan.pipeline.data.samples import ImageOptions, Samples, noise_samples, open_samples
-from maskplan.pipeline.parity.by_output import compare_by_output
+from maskplan.pipeline.parity.by_output import compare_by_output, require_same_interface
 from maskplan.pipeline.parity.model_files import OpenedNetwork
 from maskplan.pipeline.parity.network_verdict import TOP1, network_report
 from maskplan.pipeline.parity.options import CompareOptions
@@ -43,18 +43,21 @@ class NetworkOptions:
     images: ImageOptions = field(default_factory=ImageOptions)
 
 
-def compares_outputs(networks: Sequence[OpenedNetwork], told: NetworkOptions, options: CompareOptions) -> bool:
+def compares_outputs(
+    networks: Sequence[OpenedNetwork], network_options: NetworkOptions, options: CompareOptions
+) -> bool:
     """Whether outputs are compared instead of classes: of networks that are no classifiers, on arrays, by their limits."""
-    of_arrays = told.data is not None and (told.data.suffix in (".npz", ".npy") or any(told.data.glob("*.np[yz]")))
+    data = network_options.data
+    of_arrays = data is not None and (data.suffix in (".npz", ".npy") or any(data.glob("*.np[yz]")))
     limits = (options.min_sqnr_db, options.max_relative_error, options.max_metric_drop)
-    is_told = bool(told.metric or told.outputs) or any(limit is not None for limit in limits)
+    is_told = bool(network_options.metric or network_options.outputs) or any(limit is not None for limit in limits)
     return of_arrays or is_told or not all(n.classifies_images for n in networks)
 
 
 def compare_networks(
     dense: OpenedNetwork,
     sparse: OpenedNetwork,
-    told: NetworkOptions,
+    network_options: NetworkOptions,
     options: CompareOptions,
     used: Sequence[ImageSet] = (),
 ) -> ParityReport:
@@ -63,13 +66,14 @@ def compare_networks(
     Raises:
         InputError: The data, the outputs or the metric do not fit the networks, or the data was used to make one of them.
     """
-    samples, is_noise = _samples(dense, told)
+    require_same_interface(dense.engine, sparse.engine, (dense.name, sparse.name))
+    samples, is_noise = _samples(dense, network_options)
     image_set = None if is_noise else samples.identify()
     if image_set is not None:
         provenances = [dense.provenance, sparse.provenance]
         require_disjoint(image_set, [*used, *(s for p in provenances if p is not None for s in p.image_sets)])
-    kinds = output_kinds(dense, told.outputs)
-    report = judge_networks(dense, sparse, samples, kinds, told.metric, options, is_noise=is_noise)
+    kinds = output_kinds(dense, network_options.outputs)
+    report = judge_networks(dense, sparse, samples, kinds, network_options.metric, options, is_noise=is_noise)
     return replace(report, images_sha256=image_set.sha256 if image_set is not None else None)
 
 
@@ -107,18 +111,18 @@ def output_kinds(network: OpenedNetwork, given: Sequence[str]) -> tuple[OutputKi
     return parse_kinds(given, guessed, network.name)
 
 
-def _samples(network: OpenedNetwork, told: NetworkOptions) -> tuple[Samples, bool]:
+def _samples(network: OpenedNetwork, network_options: NetworkOptions) -> tuple[Samples, bool]:
     """The samples, and whether they are noise."""
     inputs, provenance = network.engine.inputs, network.provenance
-    images = told.images
+    images = network_options.images
     if provenance is not None:
         images = replace(images, preprocessing=provenance.preprocessing)
-    if told.data is None:
+    if network_options.data is None:
         shape = images.shape
         if shape is None and images.preprocessing is not None and len(inputs) == 1 and len(inputs[0].shape) == 4:
             shape = (images.preprocessing.channels, images.preprocessing.height, images.preprocessing.width)
         return noise_samples(inputs, _NOISE_SAMPLES, shape, network.name), True
-    return open_samples(told.data, "val", inputs, images, network.name), False
+    return open_samples(network_options.data, "val", inputs, images, network.name), False
 
 
 def _metric(

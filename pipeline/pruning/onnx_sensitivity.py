@@ -31,7 +31,7 @@ Outputs = list[npt.NDArray[Any]]
 
 @dataclass(frozen=True)
 class BiasShift:
-    """A shift of a layer's outputs, (K,), in the type `dtype`."""
+    """A shift (K,) of a layer's products of inputs and weight; `dtype` is that of its outputs."""
 
     slot: BiasSlot
     shift: npt.NDArray[np.floating]

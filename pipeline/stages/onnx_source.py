@@ -77,7 +77,7 @@ class Source:
         return open_samples(self.data, role, inputs, self.images, self.path.name)
 
     @property
-    def told(self) -> NetworkOptions:
+    def network_options(self) -> NetworkOptions:
         """What the comparison is told."""
         return NetworkOptions(self.data, self.outputs, self.metric, self.images)
 
@@ -264,7 +264,7 @@ def compare(job: Job, source: Source, engines: Engines, sets: dict[str, ImageSet
 
     def work() -> ParityReport:
         used = [sets["train"]] if "train" in sets else []
-        return compare_files(engines.dense.path, engines.sparse.path, source.told, options, used)
+        return compare_files(engines.dense.path, engines.sparse.path, source.network_options, options, used)
 
     inputs = {
         "engines": [engine_identity(e) for e in (engines.dense, engines.sparse)],

@@ -58,7 +58,9 @@ def test_the_outputs_are_shifted(case: str) -> None:
     assert slot.before_norm is False
     shift_bias(model, slot, "w", SHIFT, "float32")
     after = open_session(model.SerializeToString()).run(None, {"x": x})[0]
-    expected = np.moveaxis(np.moveaxis(before, axis, -1) + SHIFT, -1, axis)
+    # A shift is one of the product, before Gemm multiplies it.
+    alpha = next((a.f for a in nodes[0].attribute if a.name == "alpha"), 1.0)
+    expected = np.moveaxis(np.moveaxis(before, axis, -1) + alpha * SHIFT, -1, axis)
     assert after == pytest.approx(expected, abs=1e-4)
     # A bias that only this node reads keeps its name.
     assert len(model.graph.initializer) == len(shapes) + ("b" not in shapes)

@@ -209,7 +209,11 @@ def test_half_precision_weights_keep_their_type(small: Path, tmp_path: Path) -> 
 def test_a_branch_that_never_runs_is_pruned_by_magnitude(tmp_path: Path) -> None:
     def branch(weight: str) -> onnx.GraphProto:
         out = [helper.make_tensor_value_info(f"{weight}_y", TensorProto.FLOAT, None)]
-        return helper.make_graph([helper.make_node("Conv", ["x", weight], [f"{weight}_y"])], weight, [], out)
+        nodes = [
+            helper.make_node("Relu", ["x"], [f"{weight}_x"]),
+            helper.make_node("Conv", [f"{weight}_x", weight], [f"{weight}_y"]),
+        ]
+        return helper.make_graph(nodes, weight, [], out)
 
     node = helper.make_node("If", ["which"], ["y"], then_branch=branch("yes"), else_branch=branch("no"))
     given = [
