@@ -87,7 +87,13 @@ def _verdicts(report: RunReport) -> Iterator[tuple[str, str]]:
     for output in parity.by_output:
         sqnr = "equal" if output.relative_error == 0 else f"SQNR {output.sqnr_db or float('nan'):.2f} dB"
         same = "" if output.agreement is None else f", same class in {output.agreement:.2f}% of its places"
-        yield "output", f"{output.name}: {sqnr}{same}"
+        others = ", ".join(
+            f"{row.name} {o.sqnr_db:.2f} dB"
+            for row in parity.method_outputs[:-1]
+            for o in row.outputs
+            if o.name == output.name and o.sqnr_db is not None
+        )
+        yield "output", f"{output.name}: {sqnr}{same}{f' ({others})' if others else ''}"
     if parity.metric is not None:
         metric = parity.metric
         yield "metric", f"{metric.name}: {metric.dense:.5g} dense, {metric.sparse:.5g} sparse"
