@@ -71,7 +71,7 @@ def build(
     profile: Annotated[
         list[str] | None,
         typer.Option(
-            help="Batch sizes MIN:OPT:MAX, or shapes of inputs whose sizes are dynamic, NAME:MIN:OPT:MAX, separated by commas, "
+            help="Batch sizes MIN:OPT:MAX, or shapes of dynamic inputs, NAME:MIN:OPT:MAX, separated by commas, "
             "such as input:1x3x320x320:8x3x640x640:8x3x1280x1280. Repeatable, but not with --import."
         ),
     ] = None,
