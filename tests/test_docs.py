@@ -80,7 +80,9 @@ def commands(page: str) -> list[str]:
 
 def page_file(page: str, marker: str) -> str:
     """The Python file of a page that contains the marker."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    blocks: list[str] = re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
     (found,) = (block for block in blocks if marker in block)
     return found
 
