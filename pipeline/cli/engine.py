@@ -197,7 +197,8 @@ def engine(
     )
     try:
         if is_file:
-            source = Source(Path(model), data, image_options(shape, mean, std), tuple(outputs or ()), metric, update)
+            kinds = line_options.model.outputs
+            source = Source(Path(model), data, image_options(shape, mean, std), kinds, metric, update)
             result = run_onnx(
                 OnnxLineOptions(
                     source=source,

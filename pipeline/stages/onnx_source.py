@@ -316,7 +316,7 @@ def provenance_of(
     samples = source.samples("val", dense.inputs)
     # Arrays are given to the network as they are.
     none = Preprocessing(0, 0, 0, 0, "bilinear", (), ())
-    kinds = _kinds(dense)
+    kinds = parse_kinds(source.outputs, _kinds(dense), source.path.name)
     return Provenance(
         model=source.path.stem,
         trained=True,

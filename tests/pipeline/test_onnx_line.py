@@ -13,7 +13,7 @@ from any_network import box_head
 
 from maskplan.pipeline.cli.app import main
 
-RECIPE = "[time]\nseconds = 0.05\nbatches = [1, 2]\n"
+RECIPE = '[time]\nseconds = 0.05\nbatches = [1, 2]\n[model]\noutputs = ["scores:logits"]\n'
 METRIC = "def m(o, t):\n    return -abs(o['boxes']).mean(axis=(1, 2)) {}\n"
 
 
@@ -54,7 +54,9 @@ def test_stages_run_again_only_for_what_they_depend_on(source: Path, capsys: pyt
     report = json.loads((out / "report.json").read_text())
     assert report["masks"]["method"] == "layerwise"
     assert report["parity"]["verdict"] == "pass"
-    assert [o["name"] for o in report["parity"]["by_output"]] == ["boxes", "scores"]
+    kinds = [("boxes", "values"), ("scores", "logits")]
+    assert [(o["name"], o["kind"]) for o in report["parity"]["by_output"]] == kinds
+    assert [(o["name"], o["kind"]) for o in report["model"]["outputs"]] == kinds
     assert "boxes" in (out / "report.html").read_text()
     assert (source / "models" / "net" / "1" / "model.onnx").is_file()
 
