@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from maskplan.exporters.half_range import outside_fp16
 from maskplan.exporters.metadata import describe_onnx, load_onnx, opset_of, read_provenance, write_provenance
 from maskplan.exporters.precision import FP16_SCALES_OPSET, to_fp16
 from maskplan.exporters.run_shapes import baked_batch, set_shapes
-from maskplan.pipeline.core.artifacts import ImageSet, OnnxModel, Preprocessing, merge_image_sets
+from maskplan.pipeline.core.artifacts import ImageSet, OnnxModel, OutputKind, Preprocessing, merge_image_sets
 from maskplan.pipeline.core.choices import FP16, FP32
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.files import write_atomically
@@ -128,6 +128,7 @@ def calibrate(
     options: CalibrateOptions,
     paths: Mapping[str, Path],
     cache: Path | None = None,
+    kinds: Sequence[OutputKind] = (),
 ) -> Calibrated:
     """Write INT8 models.
 
@@ -140,6 +141,7 @@ def calibrate(
         options: How to quantize.
         paths: The files to write, by the type of everything that is not INT8: `fp32` for ONNX Runtime, `fp16` for TensorRT.
         cache: Range cache of an earlier run, which is read first; written if it does not exist.
+        kinds: What the outputs hold, for the heads that stay in floating point; empty takes the record's, else guesses.
 
     Raises:
         InputError: No images, activations that are not finite, a model that is already quantized or whose opset is too
@@ -151,7 +153,7 @@ def calibrate(
     if (found := baked_batch(onnx_model, model)) is not None:
         set_shapes(model, found.inputs, found.outputs)
     store_weights(model, None)
-    placement = _without_heads(model, onnx_model, options)
+    placement = _without_heads(model, onnx_model, options, kinds)
     select = _budget_images(source, options)
     if FP16 in paths:
         _require_fp16_scales(model)
@@ -192,13 +194,18 @@ def calibrate(
     return Calibrated(models, {a.tensor: ranges.amax[a.tensor] for a in placement.activations}, report, layers)
 
 
-def _without_heads(model: onnx.ModelProto, onnx_model: OnnxModel, options: CalibrateOptions) -> Placement:
+def _without_heads(
+    model: onnx.ModelProto, onnx_model: OnnxModel, options: CalibrateOptions, kinds: Sequence[OutputKind]
+) -> Placement:
     """The placement, without the last layers before outputs of values unless these are to be quantized as well."""
     placement = place(model, options.place)
-    if options.quantize_heads or (onnx_model.provenance is not None and not onnx_model.provenance.outputs):
+    provenance = onnx_model.provenance
+    is_classifier = provenance is not None and not provenance.outputs
+    if options.quantize_heads or (is_classifier and not kinds):
         return placement
-    recorded = onnx_model.provenance.outputs if onnx_model.provenance is not None else ()
-    heads = output_layers(model, placement, recorded or guess_kinds(onnx_model.inputs, onnx_model.outputs))
+    recorded = provenance.outputs if provenance is not None else ()
+    known = kinds or recorded or guess_kinds(onnx_model.inputs, onnx_model.outputs)
+    heads = output_layers(model, placement, known)
     if not heads:
         return placement
     exclude = (*options.exclude, *map(glob.escape, heads))

@@ -3,11 +3,11 @@
     python benchmarks/accuracy/segmentation.py
 
 A scene is a textured picture with two to four of scikit-learn's handwritten digits in it, each with a size, a color and a
-place of its own, and with straight strokes. A pixel belongs to a digit, to a stroke or to the background. Scenes of `val` are
-made from digits that no other scene has. A small U-Net (with ConvTranspose) is trained on them; then masks are learned
-against it without labels, and magnitude masks are recalibrated beside them. `val` is read once, at the end: mean intersection
-over union of the three areas, with paired bootstrap intervals over scenes. Everything is seeded; the result goes to
-segmentation.json next to this script.
+place of its own, and with straight strokes. A pixel belongs to a digit, to a stroke or to the background. Scenes of `val`
+are made from digits that no other scene has. A small U-Net (with ConvTranspose) is trained on them; then masks are learned
+against it without labels, and magnitude masks are recalibrated beside them. `val` is read once, at the end: mean
+intersection over union of the three areas, with paired bootstrap intervals over scenes. Everything is seeded; the result
+goes to segmentation.json next to this script.
 """
 
 from __future__ import annotations

@@ -43,7 +43,8 @@ def _table(report: RunReport) -> Table:
         title_justify="left",
     )
     table.add_column("weights", no_wrap=True)
-    for title in ("top-1 %", "top-5 %", "drop", "MB", *(f"ms at {b.batch}" for b in report.timing.batches)):
+    accuracies = () if report.parity.by_output else ("top-1 %", "top-5 %", "drop")
+    for title in (*accuracies, "MB", *(f"ms at {b.batch}" for b in report.timing.batches)):
         table.add_column(title, justify="right")
     for row in _rows(report):
         table.add_row(*row)
@@ -61,11 +62,15 @@ def _rows(report: RunReport) -> Iterator[tuple[str, ...]]:
     """Cells of each row: name, accuracies, size, and times where the row is one of the two timed engines."""
     methods: dict[str, MethodRow | None] = {row.name: row for row in report.parity.methods}
     methods = methods or {"dense": None, report.masks.method: None}
+    by_output = bool(report.parity.by_output)
     # With INT8 the first row is the float model that the gate compares with; the timed dense engine is INT8.
     timed_dense = "dense" if report.calibration is None or len(methods) == 2 else "dense, INT8"
     engines = {timed_dense: ("dense", report.dense_engine), list(methods)[-1]: ("sparse", report.engine)}
     for name, row in methods.items():
-        accuracy = ("", "", "") if row is None else (f"{row.top1:.2f}", f"{row.top5:.2f}", f"{row.drop:+.2f}")
+        accuracy: tuple[str, ...] = (
+            ("", "", "") if row is None else (f"{row.top1:.2f}", f"{row.top5:.2f}", f"{row.drop:+.2f}")
+        )
+        accuracy = () if by_output else accuracy
         if name not in engines:
             yield name, *accuracy, ""
             continue

@@ -158,7 +158,7 @@ def prune(job: Job, source: Source, dense: OnnxModel, method: MaskMethod, sets: 
     def work() -> PrunedFile:
         samples = source.samples("train", dense.inputs)
         if method == LAYERWISE and samples is not None:
-            kinds = parse_kinds(source.outputs, _kinds(dense), source.path.name)
+            kinds = _kinds(source, dense)
             layerwise = prune_layerwise(dense.path, out, dense.inputs, samples, options, kinds)
             left_dense = (*layerwise.pruned.left_dense, *((name, TOO_COSTLY) for name in layerwise.kept_dense))
             return PrunedFile(describe_onnx(out), left_dense, layerwise.by_magnitude, layerwise.kept_dense)
@@ -176,10 +176,10 @@ def prune(job: Job, source: Source, dense: OnnxModel, method: MaskMethod, sets: 
     return job.ws.stage("prune", PrunedFile, inputs, work)
 
 
-def _kinds(model: OnnxModel) -> tuple[OutputKind, ...]:
-    """The kinds of a file's outputs: recorded, else guessed."""
+def _kinds(source: Source, model: OnnxModel) -> tuple[OutputKind, ...]:
+    """The kinds of a file's outputs: given, else recorded, else guessed."""
     recorded = model.provenance.outputs if model.provenance is not None else ()
-    return recorded or guess_kinds(model.inputs, model.outputs)
+    return parse_kinds(source.outputs, recorded or guess_kinds(model.inputs, model.outputs), source.path.name)
 
 
 def to_fp16(job: Job, source: Source, model: OnnxModel, name: str) -> OnnxModel:
@@ -207,11 +207,12 @@ def calibrate(
 ) -> QuantizedFile:
     """Write `NAME.int8.onnx`, what is not INT8 in `precision`."""
     out, options = job.ws.path(f"{name}.int8.onnx"), job.recipe.calibrate
+    kinds = _kinds(source, model)
 
     def work() -> QuantizedFile:
         samples = source.samples("train", model.inputs)
         assert samples is not None
-        calibrated = calibrate_onnx(model, CalibrationSamples(samples), options, {precision: out})
+        calibrated = calibrate_onnx(model, CalibrationSamples(samples), options, {precision: out}, kinds=kinds)
         return QuantizedFile(calibrated.models[0], calibrated.report)
 
     inputs = {
@@ -219,6 +220,7 @@ def calibrate(
         "train": sets["train"].key,
         "images": source.images,
         "options": options,
+        "outputs": kinds,
         "float": precision,
     }
     return job.ws.stage(f"calibrate-{name}", QuantizedFile, inputs, work)
@@ -316,7 +318,7 @@ def provenance_of(
     samples = source.samples("val", dense.inputs)
     # Arrays are given to the network as they are.
     none = Preprocessing(0, 0, 0, 0, "bilinear", (), ())
-    kinds = parse_kinds(source.outputs, _kinds(dense), source.path.name)
+    kinds = _kinds(source, dense)
     return Provenance(
         model=source.path.stem,
         trained=True,
