@@ -67,10 +67,9 @@ def _rows(report: RunReport) -> Iterator[tuple[str, ...]]:
     timed_dense = "dense" if report.calibration is None or len(methods) == 2 else "dense, INT8"
     engines = {timed_dense: ("dense", report.dense_engine), list(methods)[-1]: ("sparse", report.engine)}
     for name, row in methods.items():
-        accuracy: tuple[str, ...] = (
-            ("", "", "") if row is None else (f"{row.top1:.2f}", f"{row.top5:.2f}", f"{row.drop:+.2f}")
-        )
-        accuracy = () if by_output else accuracy
+        accuracy: tuple[str, ...] = () if by_output else ("", "", "")
+        if row is not None:
+            accuracy = (f"{row.top1:.2f}", f"{row.top5:.2f}", f"{row.drop:+.2f}")
         if name not in engines:
             yield name, *accuracy, ""
             continue
