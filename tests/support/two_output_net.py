@@ -12,7 +12,7 @@ from torch import nn
 
 SIZE, MEAN, STD = 16, 0.5, 0.25
 
-SOURCE = '''
+SOURCE = """
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -36,7 +36,7 @@ class UNet(nn.Module):
 
 def unet():
     return UNet()
-'''
+"""
 
 
 def write_inputs(folder: Path, images: int = 30) -> tuple[str, ...]:
