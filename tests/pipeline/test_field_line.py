@@ -35,8 +35,10 @@ def test_a_network_goes_to_its_engine(network: str, cli: Cli, tmp_path: Path) ->
     assert [f"{o['name']}:{o['kind']}" for o in parity["by_output"]] == kinds
     # Random weights have no accuracy to keep, and are compared on noise.
     assert (parity["verdict"], parity["unlabeled_images"]) == ("not_applicable", 0)
-    for output in parity["by_output"]:
-        assert 0 < output["relative_error"] < 2
+    # Outputs of layers before the first mask are equal.
+    errors = [output["relative_error"] for output in parity["by_output"]]
+    assert 0 <= min(errors) <= max(errors) < 2
+    assert errors[-1] > 0
     assert report["conformance"]["verdict"] == "pass"
     assert report["masks"]["masked_layers"] > 3
     assert report["engine"]["fidelity"]["max_abs_diff"] < 1e-3
