@@ -23,6 +23,7 @@ from maskplan.engines.build import parse_profile
 from maskplan.engines.sidecar import read_engine
 from maskplan.engines.trt.options import TrtOptions
 from maskplan.engines.trt.run import TrtEngine
+from maskplan.engines.trt.shapes import require_compatible_shapes
 from maskplan.engines.trt.trtexec import trtexec_lines
 from maskplan.exporters.metadata import describe_onnx
 from maskplan.pipeline.core.artifacts import Profile, ShapeRange
@@ -146,13 +147,15 @@ def test_polygraphy_gets_the_shapes_of_every_profile(source: Path, cli: Cli) -> 
         (["input:1x3x8"], "does not fit"),
     ],
 )
-def test_a_profile_that_does_not_fit_is_one_message_with_an_example(
-    compiler: Backend, profiles: list[str], told: str, source: Path, cli: Cli
-) -> None:
-    words = [word for profile in profiles for word in ("--profile", profile)]
-    ran = cli("build", source, "--backend", compiler, *words)
+def test_a_profile_that_does_not_fit_is_refused(profiles: list[str], told: str, source: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        require_compatible_shapes(describe_onnx(source), [parse_profile(text) for text in profiles])
+    assert told in str(caught.value)
+
+
+def test_the_command_asks_for_shapes_with_an_example(compiler: Backend, source: Path, cli: Cli) -> None:
+    ran = cli("build", source, "--backend", compiler, "--profile", "1:2:4")
     assert (ran.code, ran.out) == (3, "")
-    assert told in ran.err
     assert "--profile input:1x3x224x224:1x3x224x224:1x3x224x224" in ran.err
     assert [path.name for path in source.parent.iterdir()] == ["net.onnx"]
 

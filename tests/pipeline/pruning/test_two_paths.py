@@ -70,6 +70,7 @@ def net(tmp_path: Path) -> tuple[str, Path]:
     return f"{tmp_path}/net.py:build", tmp_path / "w.pth"
 
 
+@pytest.mark.slow
 def test_the_masks_are_the_same(net: tuple[str, Path], toy_data: Path, cli: Cli, tmp_path: Path) -> None:
     spec, weights = net
     model = (spec, "--weights", weights)
