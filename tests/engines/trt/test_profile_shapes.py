@@ -173,14 +173,21 @@ def test_plans_are_built_for_the_shapes_and_their_record_keeps_them(compiler: Ba
 @pytest.mark.slow
 @NEEDS_RTX
 def test_polygraphys_plan_of_the_printed_command_is_the_same(source: Path, cli: Cli, tmp_path: Path) -> None:
+    """Builds of a graph with dynamic sizes now and then differ in the compiler's own numbers, a few bytes of a megabyte."""
     ours, theirs = tmp_path / "ours.plan", tmp_path / "theirs.plan"
     options = ("build", source, "--backend", "tensorrt-rtx", "--tf32", "--profile", SMALL, "--profile", LARGE)
-    assert cli(*options, "-o", ours).code == 0
-    printed = cli(*options, "-o", theirs, "--print-polygraphy")
+    printed = cli(*options, "-o", theirs, "--print-polygraphy").out
     environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
-    done = subprocess.run(["bash", "-c", printed.out], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert theirs.read_bytes() == ours.read_bytes()
+    built: dict[Path, set[bytes]] = {ours: set(), theirs: set()}
+    for _ in range(8):
+        assert cli(*options, "-o", ours).code == 0
+        done = subprocess.run(["bash", "-c", printed], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        for path, plans in built.items():
+            plans.add(path.read_bytes())
+        if built[ours] & built[theirs]:
+            return
+    pytest.fail(f"no plan in common: {[len(plans) for plans in built.values()]} different ones")
 
 
 def images(*shape: int) -> np.ndarray:
