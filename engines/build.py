@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from maskplan.pipeline.core.choices import AUTO, ONNXRUNTIME, TENSORRT, TENSORRT
 from maskplan.pipeline.core.errors import HostError, InputError, PipelineError
 
 DEFAULT_PROFILES = (Profile(1, 1, 1), Profile(1, 8, 8))
+_SHAPE = re.compile(r":\d+(x\d+)+$")
 
 
 def profiles_for(onnx_model: OnnxModel, batches: tuple[int, ...]) -> tuple[Profile, ...]:
@@ -187,10 +189,12 @@ def parse_profile(text: str) -> Profile:
     the first of them.
 
     Raises:
-        InputError: Not MIN:OPT:MAX in ascending order.
+        InputError: Not MIN:OPT:MAX in ascending order, or an input is given twice.
     """
     if "x" in text:
         ranges = tuple(_parse_range(part, text) for part in text.split(","))
+        if len({r.name for r in ranges}) < len(ranges):
+            raise _invalid_shapes(text, "give each input once, as NAME:MIN:OPT:MAX")
         first = ranges[0]
         return Profile(first.min[0], first.opt[0], first.max[0], ranges)
     parts = text.split(":")
@@ -209,13 +213,16 @@ def parse_profile(text: str) -> Profile:
 def _parse_range(text: str, whole: str) -> ShapeRange:
     name, *parts = text.rsplit(":", 3) if text.count(":") >= 3 else text.rsplit(":", 1)
     sizes = [part.split("x") for part in parts]
-    if name and parts and all(size.isdecimal() and int(size) > 0 for shape in sizes for size in shape):
+    # Two shapes are neither one nor three: the first is no end of a name such as `input:0`.
+    is_name = bool(name) and not _SHAPE.search(name)
+    if is_name and parts and all(size.isdecimal() and int(size) > 0 for shape in sizes for size in shape):
         low, best, high = (tuple(map(int, shape)) for shape in (sizes * 3 if len(sizes) == 1 else sizes))
         ascending = len(low) == len(best) == len(high)
         if ascending and all(a <= b <= c for a, b, c in zip(low, best, high, strict=True)):
             return ShapeRange(name, low, best, high)
-    raise InputError(
-        "invalid profile",
-        found=repr(whole),
-        fix="write shapes in ascending order as NAME:MIN:OPT:MAX, for example input:1x3x320x320:8x3x640x640:8x3x1280x1280",
-    )
+    example = "input:1x3x320x320:8x3x640x640:8x3x1280x1280"
+    raise _invalid_shapes(whole, f"write shapes in ascending order as NAME:MIN:OPT:MAX, for example {example}")
+
+
+def _invalid_shapes(text: str, fix: str) -> InputError:
+    return InputError("invalid profile", found=repr(text), fix=fix)

@@ -308,7 +308,9 @@ def _fits(shape: tuple[int, ...], declared: tuple[int | None, ...]) -> bool:
 def _closest(profiles: tuple[Profile, ...], shapes: _Shapes, inputs: tuple[TensorSpec, ...]) -> int:
     """The profile that contains the shapes and is tuned closest to them: by its batch, then by its sizes."""
     given = {spec.name: shape for spec, shape in zip(inputs, shapes, strict=True)}
-    batch = next((shape[0] for shape in shapes if shape), 1)
+    # Beside an input with a dynamic batch, a fixed first axis is no batch.
+    batched = [given[spec.name] for spec in inputs if spec.shape[:1] == (None,)]
+    batch = next((shape[0] for shape in batched or shapes if shape), 1)
 
     def contains(profile: Profile) -> bool:
         return profile.min <= batch <= profile.max and all(
@@ -318,8 +320,8 @@ def _closest(profiles: tuple[Profile, ...], shapes: _Shapes, inputs: tuple[Tenso
         )
 
     def distance(profile: Profile) -> tuple[int, float]:
-        sizes = sum(abs(math.log(math.prod(given[r.name]) / math.prod(r.opt))) for r in profile.shapes)
-        return abs(profile.opt - batch), sizes
+        axes = [pair for r in profile.shapes for pair in zip(given[r.name][1:], r.opt[1:], strict=True)]
+        return abs(profile.opt - batch), sum(abs(math.log(size / tuned)) for size, tuned in axes)
 
     fitting = [i for i, profile in enumerate(profiles) if contains(profile)]
     if not fitting:

@@ -74,9 +74,13 @@ def trtexec_lines(
 
 
 def profile_label(profile: Profile, profiles: Sequence[Profile]) -> str:
-    """A unique label of a profile for file names: the tuned batch, or all three sizes if that is ambiguous."""
-    is_unique = [other.opt for other in profiles].count(profile.opt) == 1
-    return f"b{profile.opt}" if is_unique else f"b{profile.min}-{profile.opt}-{profile.max}"
+    """A unique label of a profile for file names: the tuned batch, all three sizes, or these with a number."""
+    same = [other for other in profiles if other.opt == profile.opt]
+    if len(same) == 1:
+        return f"b{profile.opt}"
+    same = [other for other in same if (other.min, other.max) == (profile.min, profile.max)]
+    label = f"b{profile.min}-{profile.opt}-{profile.max}"
+    return label if len(same) == 1 else f"{label}.{same.index(profile)}"
 
 
 def _shapes(onnx_model: OnnxModel, profile: Profile) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from any_network import box_head
+from report_schema import validate_report
 
 from maskplan.pipeline.cli.app import main
 
@@ -51,7 +51,7 @@ def test_stages_run_again_only_for_what_they_depend_on(source: Path, capsys: pyt
     out = source / "out"
     for name in ("dense.onnx", "sparse.onnx", "engine.onnx", "dense_engine.onnx", "report.json", "report.html"):
         assert (out / name).is_file(), name
-    report = json.loads((out / "report.json").read_text())
+    report = validate_report(out / "report.json")
     assert report["masks"]["method"] == "layerwise"
     assert report["parity"]["verdict"] == "pass"
     kinds = [("boxes", "values"), ("scores", "logits")]
@@ -96,10 +96,10 @@ def test_options_that_do_not_apply_are_refused(source: Path, capsys: pytest.Capt
 @pytest.mark.slow
 def test_without_data_and_in_int8(source: Path) -> None:
     assert line(source, data=False) == 0
-    report = json.loads((source / "out" / "report.json").read_text())
+    report = validate_report(source / "out" / "report.json")
     assert (report["masks"]["method"], report["parity"]["verdict"]) == ("magnitude", "not_applicable")
     assert line(source, "--precision", "int8", "--update", "--min-sqnr", "0") == 0
-    report = json.loads((source / "out" / "report.json").read_text())
+    report = validate_report(source / "out" / "report.json")
     assert report["calibration"]["quantized_layers"] == 1
     assert (source / "out" / "sparse.int8.onnx").is_file()
 

@@ -48,6 +48,10 @@ def regnet_features():
     return features("regnetx_002")
 
 
+def mobilenet_features():
+    return features("mobilenetv3_small_050")
+
+
 def convnext_features():
     return features("convnext_atto")
 
@@ -80,6 +84,7 @@ KINDS = {
     "deeplab": ["out:logits", "aux:logits"],
     "resnet_features": [f"output{i}:values" for i in range(5)],
     "regnet_features": [f"output{i}:values" for i in range(5)],
+    "mobilenet_features": [f"output{i}:values" for i in range(5)],
     "convnext_features": [f"output{i}:values" for i in range(4)],
     "detector_backbone": [f"{i}:values" for i in range(6)],
 }
