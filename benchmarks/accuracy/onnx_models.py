@@ -6,7 +6,8 @@ Each MODEL is told by its inputs and its file name: YOLOv8n of `nudenet`, PP-OCR
 `rapidocr`, `silero-vad`. DIR holds photographs, such as those in the wheels of scikit-image and scikit-learn. Samples are
 crops of the photographs, for PP-OCR with text drawn on them, and sound made of pulses, vowels and noise. Calibration takes
 the left part of every photograph and other words, evaluation the right part. Rows are SQNR in dB for each output:
-10 log10 of the sum of the dense output's squares over that of the difference. Writes onnx_models.json next to this script.
+10 log10 of the sum of the dense output's squares over that of the difference; INT8 rows are calibrated on the same samples.
+Writes onnx_models.json next to this script.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from maskplan.calibration.calibrate import CalibrateOptions, CalibrationSamples, calibrate
 from maskplan.exporters.conformance import CheckOptions, check_2to4
 from maskplan.exporters.metadata import describe_onnx
 from maskplan.exporters.prune import prune_onnx
 from maskplan.pipeline.core.artifacts import OnnxModel, Pattern
+from maskplan.pipeline.core.choices import FP32
 from maskplan.pipeline.core.files import sha256_of, write_json
 from maskplan.pipeline.core.ort_session import open_session
 from maskplan.pipeline.data.samples import TensorSamples
@@ -215,6 +218,13 @@ def measured(path: Path, photos: Photos, images: int, held_out: int, folder: Pat
         rows[name] = sqnr(dense, outputs_of(sparse, evaluation))
         print(path.name, name, seconds[name], rows[name], rows["magnitude"], done.by_magnitude[:3], flush=True)
     last = rows["layerwise, update"]
+    for name, source in {"dense, INT8": path, "layerwise, update, INT8": sparse}.items():
+        started = time.monotonic()
+        quantized = {FP32: folder / "int8.onnx"}
+        calibrate(describe_onnx(source), CalibrationSamples(calibration), CalibrateOptions(images=images), quantized)
+        seconds[name] = round(time.monotonic() - started, 1)
+        rows[name] = sqnr(dense, outputs_of(quantized[FP32], evaluation))
+        print(path.name, name, seconds[name], rows[name], flush=True)
     return {
         "file": path.name,
         "sha256": sha256_of(path),
