@@ -29,9 +29,10 @@ _Values = Mapping[str, npt.NDArray[Any]]
 def collect_histograms(
     model: onnx.ModelProto,
     tensors: Sequence[str],
-    batches: Iterable[_Images],
+    batches: Iterable[_Images | _Values],
     *,
     where: object = "the model",
+    whole: bool = False,
 ) -> dict[str, Histogram]:
     """Run images through a graph and count the values of some of its tensors.
 
@@ -39,54 +40,60 @@ def collect_histograms(
     not depend on the size of a batch. A thread counts one slice while ONNX Runtime computes the next.
 
     Args:
-        model: With one input and without external data. Not changed.
-        tensors: Names of float tensors: outputs of nodes, or the graph's input.
-        batches: Images (N, channels, H, W), float32; iterated once. The arrays must not be reused for the next batch.
+        model: Without external data. Not changed.
+        tensors: Names of float tensors: outputs of nodes, or inputs of the graph.
+        batches: Rows of each input by its name, or of the only input; iterated once. The arrays must not be reused for the
+            next batch.
         where: Name of the model in messages.
+        whole: Each batch is what one run takes, with its batch axis if there is one.
 
     Returns:
         A histogram for each tensor, in the order given.
 
     Raises:
         InputError: There are no images, the graph does not run on them, or an activation is NaN or infinite.
-        ValueError: The graph has no such tensor, or more than one input.
+        ValueError: The graph has no such tensor.
     """
     graph = Graph(model.graph)
-    (source,) = [value for value in model.graph.input if value.name not in graph.constants]
-    if unknown := [name for name in tensors if name not in graph.producers and name != source.name]:
+    sources = [value for value in model.graph.input if value.name not in graph.constants]
+    names_in = [value.name for value in sources]
+    if unknown := [name for name in tensors if name not in graph.producers and name not in names_in]:
         raise ValueError(f"no such tensors: {unknown}")
     # In the order of the graph, so that the first tensor that is not finite is reported.
     names = sorted(dict.fromkeys(tensors), key=lambda name: graph.producers.get(name, -1))
     histograms = {name: Histogram() for name in names}
     computed = [name for name in names if name in graph.producers]
     session = open_session(_with_outputs(model, computed).SerializeToString(), where)
-    batch_dim = source.type.tensor_type.shape.dim[0]
-    fixed = max(batch_dim.dim_value, 0)
+    fixed = 0 if whole else _fixed_batch(sources)
 
-    def count(values: _Values, images: _Images) -> None:
+    def count(values: _Values, feeds: _Values) -> None:
         for name, histogram in histograms.items():
             histogram.update(values[name])
             if not histogram.finite:
-                raise _not_finite(model, graph, source.name, name, images, where)
+                raise _not_finite(model, graph, name, feeds, where)
 
     step = fixed or 1
     # A single thread: counting holds the interpreter lock, while ONNX Runtime releases it.
     with ThreadPoolExecutor(1) as pool:
         counted: Future[None] | None = None
         for batch in batches:
+            given = batch if isinstance(batch, Mapping) else {names_in[0]: batch}
+            rows = 1 if whole else len(next(iter(given.values())))
             start = 0
-            while start < len(batch):
-                images = batch[start : start + step]
-                start += len(images)
-                values = {source.name: images, **_run(session, computed, source.name, _padded(images, fixed), where)}
-                if len(images) < fixed:
-                    values = {name: v[: len(images)] if v.shape[:1] == (fixed,) else v for name, v in values.items()}
+            while start < rows:
+                feeds = given if whole else {name: array[start : start + step] for name, array in given.items()}
+                size = rows if whole else len(next(iter(feeds.values())))
+                start += size
+                padded = {name: _padded(array, fixed) for name, array in feeds.items()}
+                values = {**feeds, **_run(session, computed, padded, where)}
+                if size < fixed:
+                    values = {name: v[:size] if v.shape[:1] == (fixed,) else v for name, v in values.items()}
                 if counted is not None:
                     counted.result()
                 elif not fixed:
                     # The first slice, of one image, shows how much memory an image takes.
-                    step = max(1, _SLICE_BYTES * len(images) // max(sum(v.nbytes for v in values.values()), 1))
-                counted = pool.submit(count, values, images)
+                    step = max(1, _SLICE_BYTES * size // max(sum(v.nbytes for v in values.values()), 1))
+                counted = pool.submit(count, values, feeds)
                 del values
         if counted is None:
             raise InputError("no images to calibrate on", where=where, fix="give at least one batch of images")
@@ -94,11 +101,17 @@ def collect_histograms(
     return {name: histograms[name] for name in tensors}
 
 
+def _fixed_batch(sources: Sequence[onnx.ValueInfoProto]) -> int:
+    """The batch size that the graph declares; 0 if it is dynamic."""
+    dims = [value.type.tensor_type.shape.dim for value in sources]
+    return max((max(d[0].dim_value, 0) for d in dims if d), default=0)
+
+
 def _padded(images: _Images, fixed: int) -> _Images:
     """The images, the last one repeated up to the fixed batch size of the graph."""
     return (
         images
-        if len(images) >= fixed
+        if not fixed or len(images) >= fixed
         else np.concatenate([images, np.repeat(images[-1:], fixed - len(images), axis=0)])
     )
 
@@ -112,13 +125,11 @@ def _with_outputs(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelPro
     return extended
 
 
-def _run(
-    session: onnxruntime.InferenceSession, names: Sequence[str], source: str, images: _Images, where: object
-) -> dict[str, Any]:
+def _run(session: onnxruntime.InferenceSession, names: Sequence[str], feeds: _Values, where: object) -> dict[str, Any]:
     if not names:
         return {}
     try:
-        return dict(zip(names, session.run(list(names), {source: images}), strict=True))
+        return dict(zip(names, session.run(list(names), dict(feeds)), strict=True))
     except Exception as error:
         raise InputError(
             "ONNX Runtime cannot run the model",
@@ -128,19 +139,18 @@ def _run(
         ) from error
 
 
-def _not_finite(
-    model: onnx.ModelProto, graph: Graph, source: str, name: str, images: _Images, where: object
-) -> InputError:
+def _not_finite(model: onnx.ModelProto, graph: Graph, name: str, feeds: _Values, where: object) -> InputError:
     """The error that names the first node with a NaN or infinite output; runs the graph once more to find it."""
-    if not np.isfinite(images).all():
+    broken_inputs = [source for source, values in feeds.items() if _is_broken(values)]
+    if broken_inputs:
         return InputError(
             "the images are NaN or infinite",
-            where=f"input {source} of {where}",
+            where=f"input {broken_inputs[0]} of {where}",
             fix="check the images and their scaling",
         )
     ancestors = _with_ancestors(graph, name)
     session = open_session(_with_outputs(model, ancestors).SerializeToString(), where)
-    values = _run(session, ancestors, source, images, where)
+    values = _run(session, ancestors, feeds, where)
     broken = {n for n, value in values.items() if _is_broken(value)}
     # Go back from the tensor to a node whose inputs are all finite.
     culprit, back = name, True

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from maskplan.calibration.batches import calibration_batches, choose_images
 from maskplan.calibration.cache import CacheKey, read_cache, write_cache
 from maskplan.calibration.histogram import union
 from maskplan.calibration.layers import CalibratedLayer, list_layers
+from maskplan.calibration.output_layers import output_layers
 from maskplan.calibration.placement import Placement, PlaceOptions, place, require_float_graph
 from maskplan.calibration.qdq import insert_qdq
 from maskplan.calibration.ranges import RangeMethod, RangeOptions, Ranges, amax_of
@@ -24,14 +26,18 @@ from maskplan.exporters.external_data import load_external_data
 from maskplan.exporters.half_range import outside_fp16
 from maskplan.exporters.metadata import describe_onnx, load_onnx, opset_of, read_provenance, write_provenance
 from maskplan.exporters.precision import FP16_SCALES_OPSET, to_fp16
-from maskplan.pipeline.core.artifacts import ImageSet, OnnxModel, Preprocessing, merge_image_sets
+from maskplan.exporters.run_shapes import baked_batch, set_shapes
+from maskplan.pipeline.core.artifacts import ImageSet, OnnxModel, OutputKind, Preprocessing, merge_image_sets
 from maskplan.pipeline.core.choices import FP16, FP32
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.files import write_atomically
+from maskplan.pipeline.core.output_kinds import guess_kinds
+from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.core.reports import CalibrationReport
 from maskplan.pipeline.core.validation import at_least
 from maskplan.pipeline.data.dataset import Split, batches
 from maskplan.pipeline.data.image_sets import identify
+from maskplan.pipeline.data.samples import ImageSamples, Samples, TensorSamples
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +57,7 @@ class CalibrateOptions:
         exclude: Patterns (globs) of names of nodes or weights that stay in higher precision.
         keep_fp32: Patterns (globs) of names of nodes or tensors that stay FP32 where the layers that are not quantized
             are FP16.
+        quantize_heads: Also quantize the last layers before outputs that hold values, such as boxes.
         quantize_outputs: Also quantize the outputs of layers, to allow kernels with INT8 inputs and outputs.
         max_drop: Points of top-1 on `select` that quantization may cost; the most sensitive layers stay in higher precision
             until this holds. None quantizes all layers.
@@ -64,6 +71,7 @@ class CalibrateOptions:
     exclude: tuple[str, ...] = ()
     keep_fp32: tuple[str, ...] = ()
     quantize_outputs: bool = False
+    quantize_heads: bool = False
     max_drop: float | None = None
     seed: int = 0
 
@@ -91,6 +99,13 @@ class CalibrationImages:
 
 
 @dataclass(frozen=True)
+class CalibrationSamples:
+    """Samples to measure ranges on, for a network of any kind."""
+
+    train: Samples
+
+
+@dataclass(frozen=True)
 class Calibrated:
     """The result of calibration.
 
@@ -109,10 +124,11 @@ class Calibrated:
 
 def calibrate(
     onnx_model: OnnxModel,
-    source: CalibrationImages | Mapping[str, float],
+    source: CalibrationImages | CalibrationSamples | Mapping[str, float],
     options: CalibrateOptions,
     paths: Mapping[str, Path],
     cache: Path | None = None,
+    kinds: Sequence[OutputKind] = (),
 ) -> Calibrated:
     """Write INT8 models.
 
@@ -121,10 +137,11 @@ def calibrate(
 
     Args:
         onnx_model: An FP32 graph of any tool.
-        source: Images, or imported ranges by tensor name.
+        source: Images, samples of a network of any kind, or imported ranges by tensor name.
         options: How to quantize.
         paths: The files to write, by the type of everything that is not INT8: `fp32` for ONNX Runtime, `fp16` for TensorRT.
         cache: Range cache of an earlier run, which is read first; written if it does not exist.
+        kinds: What the outputs hold, for the heads that stay in floating point; empty takes the record's, else guesses.
 
     Raises:
         InputError: No images, activations that are not finite, a model that is already quantized or whose opset is too
@@ -133,21 +150,23 @@ def calibrate(
     model = load_onnx(onnx_model.path)
     load_external_data(model, onnx_model.path.parent, where=onnx_model.path)
     require_float_graph(model)
+    if (found := baked_batch(onnx_model, model)) is not None:
+        set_shapes(model, found.inputs, found.outputs)
     store_weights(model, None)
-    placement = place(model, options.place)
+    placement = _without_heads(model, onnx_model, options, kinds)
     select = _budget_images(source, options)
     if FP16 in paths:
         _require_fp16_scales(model)
     image_sets: list[ImageSet] = []
     selection = None
-    if isinstance(source, CalibrationImages):
-        chosen = choose_images(source.train, options.images, options.seed)
-        image_sets.append(identify(chosen))
-        key = CacheKey(onnx_model.sha256, f"{image_sets[0].sha256} {source.preprocessing}", options.ranges)
+    if isinstance(source, CalibrationImages | CalibrationSamples):
+        measured_on, identity = _feeds(source, options)
+        image_sets.append(measured_on)
+        key = CacheKey(onnx_model.sha256, identity, options.ranges)
         tensors = _tensors_to_measure(model, placement, options)
         where = onnx_model.path
-        ranges, origin = _ranges(model, tensors, placement, chosen, source.preprocessing, options, key, cache, where)
-        if select is not None and options.max_drop is not None:
+        ranges, origin = _ranges(model, tensors, placement, source, options, key, cache, where)
+        if isinstance(source, CalibrationImages) and select is not None and options.max_drop is not None:
             parts = zip(*batches(select, source.preprocessing, options.batch), strict=True)
             images, labels = (np.concatenate(part) for part in parts)
             selection = select_by_budget(model, options.place, ranges.amax, options.max_drop, images, labels)
@@ -175,6 +194,25 @@ def calibrate(
     return Calibrated(models, {a.tensor: ranges.amax[a.tensor] for a in placement.activations}, report, layers)
 
 
+def _without_heads(
+    model: onnx.ModelProto, onnx_model: OnnxModel, options: CalibrateOptions, kinds: Sequence[OutputKind]
+) -> Placement:
+    """The placement, without the last layers before outputs of values unless these are to be quantized as well."""
+    placement = place(model, options.place)
+    provenance = onnx_model.provenance
+    is_classifier = provenance is not None and not provenance.outputs
+    if options.quantize_heads or (is_classifier and not kinds):
+        return placement
+    recorded = provenance.outputs if provenance is not None else ()
+    known = kinds or recorded or guess_kinds(onnx_model.inputs, onnx_model.outputs)
+    heads = output_layers(model, placement, known)
+    if not heads:
+        return placement
+    exclude = (*options.exclude, *map(glob.escape, heads))
+    placement = place(model, replace(options.place, exclude=exclude))
+    return replace(placement, in_float=tuple((name, heads.get(name, why)) for name, why in placement.in_float))
+
+
 def _tensors_to_measure(model: onnx.ModelProto, placement: Placement, options: CalibrateOptions) -> list[str]:
     """Tensors to measure: with a budget, also those that are quantized only if some layers are not."""
     placements = [placement] if options.max_drop is None else placements_of(model, options.place)
@@ -185,8 +223,7 @@ def _ranges(
     model: onnx.ModelProto,
     tensors: list[str],
     placement: Placement,
-    chosen: Split,
-    preprocessing: Preprocessing,
+    source: CalibrationImages | CalibrationSamples,
     options: CalibrateOptions,
     key: CacheKey,
     cache: Path | None,
@@ -198,9 +235,16 @@ def _ranges(
         if not set(tensors) - known.amax.keys():
             return known, "cache"
         log.info("%s lacks tensors that these options need: measuring the ranges again", cache)
-    histograms = collect_histograms(
-        model, tensors, calibration_batches(chosen, preprocessing, options.batch), where=where
-    )
+    if isinstance(source, CalibrationImages):
+        images = choose_images(source.train, options.images, options.seed)
+        histograms = collect_histograms(
+            model, tensors, calibration_batches(images, source.preprocessing, options.batch), where=where
+        )
+    else:
+        samples = source.train.sample(options.images, options.seed)
+        whole = isinstance(samples, TensorSamples) and samples.one_run_each
+        feeds = track(samples.batches(options.batch), "calibrate", -(-len(samples) // (1 if whole else options.batch)))
+        histograms = collect_histograms(model, tensors, feeds, where=where, whole=whole)
     amax = {name: amax_of(histogram, options.ranges) for name, histogram in histograms.items()}
     for group in placement.tied:
         amax |= dict.fromkeys(group, amax_of(union(histograms[name] for name in group), options.ranges))
@@ -210,10 +254,29 @@ def _ranges(
     return ranges, "images"
 
 
-def _budget_images(source: CalibrationImages | Mapping[str, float], options: CalibrateOptions) -> Split | None:
+def _feeds(source: CalibrationImages | CalibrationSamples, options: CalibrateOptions) -> tuple[ImageSet, str]:
+    """The images that ranges are measured on, and what identifies them in a cache."""
+    if isinstance(source, CalibrationImages):
+        images = identify(choose_images(source.train, options.images, options.seed))
+        return images, f"{images.sha256} {source.preprocessing}"
+    samples = source.train.sample(options.images, options.seed)
+    found = samples.identify()
+    preprocessing = samples.preprocessing if isinstance(samples, ImageSamples) else ""
+    return found, f"{found.sha256} {preprocessing}"
+
+
+def _budget_images(
+    source: CalibrationImages | CalibrationSamples | Mapping[str, float], options: CalibrateOptions
+) -> Split | None:
     """The images of `select` on which a budget is measured, few enough for memory; None without a budget."""
     if options.max_drop is None:
         return None
+    if isinstance(source, CalibrationSamples):
+        raise InputError(
+            "a budget in points of top-1 needs a classifier of images",
+            found="a network of another kind",
+            fix="omit --max-drop; `maskplan compare` measures what INT8 costs, and --exclude keeps layers in float",
+        )
     if not isinstance(source, CalibrationImages) or source.select is None or not len(source.select):
         raise InputError(
             "a budget needs labeled images to measure accuracy",

@@ -59,6 +59,32 @@ class Engine(Protocol):
         ...
 
 
+class Runner(Protocol):
+    """An engine behind a call that takes any number of samples: a `Classifier`, or a `BatchRunner` of any network."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    last_timing: CallTiming | None
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The only batch size that the graph accepts; None if the batch is dynamic."""
+        ...
+
+    @property
+    def max_batch(self) -> int:
+        """The largest batch size of one call."""
+        ...
+
+    def batch_for(self, samples: int) -> int:
+        """The smallest supported batch size of at least `samples`."""
+        ...
+
+    def run(self, feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
+        """Outputs by name for rows by input name; sets `last_timing`."""
+        ...
+
+
 class Classifier:
     """An engine with one image input and one logits output, independent of their names.
 
@@ -75,10 +101,11 @@ class Classifier:
         self.name = name
         self._profiles = profiles
         self._engine = engine
-        if not (_is_single_float(engine.inputs, ranks=(4,)) and _is_single_float(engine.outputs, ranks=(2, 0))):
+        if not is_classifier(engine.inputs, engine.outputs):
             raise _not_a_classifier(
                 name, f"inputs {_format_specs(engine.inputs)}, outputs {_format_specs(engine.outputs)}"
             )
+        self.inputs = engine.inputs
         self.input = engine.inputs[0]
         self.output = engine.outputs[0]
         self.last_timing: CallTiming | None = None
@@ -113,6 +140,10 @@ class Classifier:
         parts = [self._infer(self._padded(images[i : i + step])) for i in range(0, len(images), step)]
         return np.concatenate(parts)[: len(images)]
 
+    def run(self, feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
+        """As `logits`, with tensors by name."""
+        return {self.output.name: self.logits(feeds[self.input.name])}
+
     def _padded(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Repeat the last image up to a batch size that the engine accepts."""
         missing = self.batch_for(len(images)) - len(images)
@@ -139,6 +170,11 @@ class Classifier:
         self.close()
 
 
+def is_classifier(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> bool:
+    """Whether there is one input of rank 4 and one output of rank 2, or of unknown shape, both floating point."""
+    return _is_single_float(inputs, ranks=(4,)) and _is_single_float(outputs, ranks=(2, 0))
+
+
 def _is_single_float(specs: Sequence[TensorSpec], ranks: Sequence[int]) -> bool:
     """Whether there is exactly one tensor, of floats and of one of these ranks; rank 0 means that its shape is unknown."""
     return len(specs) == 1 and len(specs[0].shape) in ranks and specs[0].dtype in _FLOATS
@@ -157,29 +193,31 @@ def _format_specs(specs: Sequence[TensorSpec]) -> str:
     return ", ".join(f"{s.name} {s.dtype} {s.shape}" for s in specs) or "none"
 
 
-def polygraphy_runner(classifier: Classifier, name: str) -> BaseRunner:
-    """Wrap a classifier for Polygraphy's comparator with the tensor names `input` and `logits`; the caller closes it."""
+def polygraphy_runner(engine: Runner, name: str) -> BaseRunner:
+    """Wrap an engine for Polygraphy; the caller closes it."""
     from polygraphy.backend.base import BaseRunner
     from polygraphy.common import TensorMetadata
 
-    class ClassifierRunner(BaseRunner):  # type: ignore[misc, unused-ignore]
+    class EngineRunner(BaseRunner):  # type: ignore[misc, unused-ignore]
         def activate_impl(self) -> None:
             pass
 
         def get_input_metadata_impl(self) -> Any:
-            shape = [-1, *(d if d is not None else -1 for d in classifier.input.shape[1:])]
-            return TensorMetadata().add("input", np.dtype(np.float32), shape)
+            metadata = TensorMetadata()
+            for spec in engine.inputs:
+                metadata.add(spec.name, np.dtype(spec.dtype), [-1 if d is None else d for d in spec.shape])
+            return metadata
 
         def infer_impl(self, feed_dict: Arrays) -> dict[str, npt.NDArray[Any]]:
             started = time.perf_counter()
-            logits = classifier.logits(feed_dict["input"])
+            outputs = engine.run(feed_dict)
             self.inference_time = time.perf_counter() - started
-            return {"logits": logits}
+            return outputs
 
         def deactivate_impl(self) -> None:
             pass
 
-    return ClassifierRunner(name)
+    return EngineRunner(name)
 
 
 def quiet_polygraphy() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,11 +15,12 @@ from maskplan.engines.trt.cuda import gpu, has_driver
 from maskplan.engines.trt.options import TrtOptions
 from maskplan.engines.trt.versions import is_installed
 from maskplan.exporters.run_shapes import run_shapes
-from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel, Profile
+from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel, Profile, ShapeRange
 from maskplan.pipeline.core.choices import AUTO, ONNXRUNTIME, TENSORRT, TENSORRT_RTX, Backend
 from maskplan.pipeline.core.errors import HostError, InputError, PipelineError
 
 DEFAULT_PROFILES = (Profile(1, 1, 1), Profile(1, 8, 8))
+_SHAPE = re.compile(r":\d+(x\d+)+$")
 
 
 def profiles_for(onnx_model: OnnxModel, batches: tuple[int, ...]) -> tuple[Profile, ...]:
@@ -181,14 +183,46 @@ def is_foreign(engine: EngineFile) -> bool:
 
 
 def parse_profile(text: str) -> Profile:
-    """`"1:8:32"` to `Profile(1, 8, 32)`; `"8"` means 8:8:8.
+    """`"1:8:32"` to batch sizes, `"8"` means 8:8:8; `"input:1x3x320x320:8x3x640x640:8x3x1280x1280"` to shapes of inputs.
+
+    Shapes of several inputs are separated by commas, as trtexec and Polygraphy write them. The batch sizes are then those of
+    the first of them.
 
     Raises:
-        InputError: Not MIN:OPT:MAX in ascending order.
+        InputError: Not MIN:OPT:MAX in ascending order, or an input is given twice.
     """
+    if "x" in text:
+        ranges = tuple(_parse_range(part, text) for part in text.split(","))
+        if len({r.name for r in ranges}) < len(ranges):
+            raise _invalid_shapes(text, "give each input once, as NAME:MIN:OPT:MAX")
+        first = ranges[0]
+        return Profile(first.min[0], first.opt[0], first.max[0], ranges)
     parts = text.split(":")
     if len(parts) in (1, 3) and all(p.isdecimal() for p in parts):
         low, best, high = (int(p) for p in (parts * 3 if len(parts) == 1 else parts))
         if 1 <= low <= best <= high:
             return Profile(low, best, high)
-    raise InputError("invalid profile", found=repr(text), fix="write batch sizes as MIN:OPT:MAX, for example 1:8:32")
+    raise InputError(
+        "invalid profile",
+        found=repr(text),
+        fix="write batch sizes as MIN:OPT:MAX, for example 1:8:32, or shapes as NAME:MIN:OPT:MAX, for example"
+        " input:1x3x320x320:8x3x640x640:8x3x1280x1280",
+    )
+
+
+def _parse_range(text: str, whole: str) -> ShapeRange:
+    name, *parts = text.rsplit(":", 3) if text.count(":") >= 3 else text.rsplit(":", 1)
+    sizes = [part.split("x") for part in parts]
+    # Two shapes are neither one nor three: the first is no end of a name such as `input:0`.
+    is_name = bool(name) and not _SHAPE.search(name)
+    if is_name and parts and all(size.isdecimal() and int(size) > 0 for shape in sizes for size in shape):
+        low, best, high = (tuple(map(int, shape)) for shape in (sizes * 3 if len(sizes) == 1 else sizes))
+        ascending = len(low) == len(best) == len(high)
+        if ascending and all(a <= b <= c for a, b, c in zip(low, best, high, strict=True)):
+            return ShapeRange(name, low, best, high)
+    example = "input:1x3x320x320:8x3x640x640:8x3x1280x1280"
+    raise _invalid_shapes(whole, f"write shapes in ascending order as NAME:MIN:OPT:MAX, for example {example}")
+
+
+def _invalid_shapes(text: str, fix: str) -> InputError:
+    return InputError("invalid profile", found=repr(text), fix=fix)

@@ -16,8 +16,9 @@ from onnx import TensorProto, helper
 from maskplan.exporters.external_data import load_external_data
 from maskplan.exporters.fp16_simulation import simulate_fp16
 from maskplan.exporters.half_range import outside_fp16
-from maskplan.exporters.metadata import load_onnx, precision_of, read_provenance
+from maskplan.exporters.metadata import describe_onnx, load_onnx, precision_of, read_provenance
 from maskplan.exporters.precision import convert_to_fp16, prepare_for_fp16
+from maskplan.exporters.run_shapes import baked_batch, set_shapes
 from maskplan.pipeline.core.artifacts import Preprocessing
 from maskplan.pipeline.core.choices import BF16, FP16
 from maskplan.pipeline.core.errors import InputError, listed
@@ -127,6 +128,8 @@ def convert_precision(
             unknown; the weights exceed 2 GB.
     """
     model = _load(path)
+    if (found := baked_batch(describe_onnx(path, model), model)) is not None:
+        set_shapes(model, found.inputs, found.outputs)
     samples = list(_samples(model, path, options, images))
     prepared, changed = prepare_for_fp16(model)
     del model  # of up to 2 GB, as are the models below
@@ -243,7 +246,8 @@ def _constant_sample(
     if kind == "one pixel" and pixels.size:
         # The middle of the axes after batch and channels; the first element of a vector.
         pixels.reshape(*shape[:2], -1)[..., _middle(shape[2:])] = 1
-    return ((pixels - mean) / std).astype(dtype) if np.issubdtype(dtype, np.floating) else pixels.astype(dtype)
+    # Arithmetic makes numbers of arrays without axes.
+    return np.asarray((pixels - mean) / std if np.issubdtype(dtype, np.floating) else pixels, dtype)
 
 
 def _middle(shape: tuple[int, ...]) -> int:
@@ -254,9 +258,9 @@ def _middle(shape: tuple[int, ...]) -> int:
 def _random_sample(value: onnx.ValueInfoProto, shape: tuple[int, ...], generator: np.random.Generator) -> Array:
     dtype = _dtype(value)
     if np.issubdtype(dtype, np.floating):
-        return generator.normal(size=shape).astype(dtype)
+        return np.asarray(generator.normal(size=shape), dtype)
     # Indices, masks and truth values: these are valid in any network.
-    return generator.integers(0, 2, shape).astype(dtype)
+    return np.asarray(generator.integers(0, 2, shape), dtype)
 
 
 def _dtype(value: onnx.ValueInfoProto) -> np.dtype[Any]:

@@ -32,6 +32,7 @@ from maskplan.pipeline.core.ort_session import open_session
 from maskplan.pipeline.core.validation import above
 from maskplan.pipeline.core.weight_ops import WEIGHT_OPS
 from maskplan.pipeline.models.layers import sample_input, trace_layers
+from maskplan.pipeline.models.module_outputs import INPUT, flat_outputs, named_tensors
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OPSET = 20
-INPUT, OUTPUT = "input", "logits"
 PRECISIONS: tuple[FloatPrecision, ...] = get_args(FloatPrecision)
 
 
@@ -49,7 +49,8 @@ class ExportOptions:
     """How closely the exported files must agree with PyTorch.
 
     Attributes:
-        tolerance_fp32: Largest allowed difference from the eager outputs, relative to their largest magnitude.
+        tolerance_fp32: Largest allowed difference from the eager outputs, for each output relative to its largest magnitude.
+            Of integer outputs it is the share of elements that may differ, but never less than `tolerance_fp16`.
         tolerance_fp16: The same for FP16.
     """
 
@@ -83,8 +84,7 @@ def export_onnx(
     for precision, path in outs.items():
         proto = model if precision == FP32 else to_fp16(model, _activations_outside_fp16(model, provenance, path))
         data = proto.SerializeToString(deterministic=True)
-        tolerance = options.tolerance_fp32 if precision == FP32 else options.tolerance_fp16
-        _require_same_outputs(module, provenance, data, tolerance, path)
+        _require_same_outputs(module, provenance, data, options, precision, path)
         contents[path] = data
     # Written only after all precisions passed: a failure in one of them leaves no file of the others.
     for path, data in contents.items():
@@ -103,17 +103,21 @@ def trace(module: nn.Module, provenance: Provenance) -> onnx.ModelProto:
     # Two images: with one, the exporter would treat the batch size as a constant.
     example = sample_input(provenance.preprocessing, 2)
     try:
-        with _quiet(), torch.no_grad():
+        with torch.no_grad():
+            names = list(named_tensors(module.eval()(example[:1])))
+        with _quiet(), torch.no_grad(), flat_outputs(module):
             program = torch.onnx.export(
-                module.eval(),
+                module,
                 (example,),
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=[INPUT],
-                output_names=[OUTPUT],
+                output_names=names,
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 verbose=False,
             )
+    except InputError:
+        raise
     except Exception as error:  # the passes of the exporter raise errors of any type
         raise InputError(
             "PyTorch cannot export the model to ONNX",
@@ -124,6 +128,7 @@ def trace(module: nn.Module, provenance: Provenance) -> onnx.ModelProto:
     assert program is not None
     model: onnx.ModelProto = program.model_proto
     _remove_exporter_notes(model)
+    _copy_constants_to_outputs(model.graph)
     _rename_weights_and_nodes(model, module, provenance.preprocessing)
     _normalize_zeros(model)
     _lower_case_einsums(model)
@@ -131,6 +136,20 @@ def trace(module: nn.Module, provenance: Provenance) -> onnx.ModelProto:
     write_provenance(model, provenance)
     onnx.checker.check_model(model)
     return model
+
+
+def _copy_constants_to_outputs(graph: onnx.GraphProto) -> None:
+    """Let a node compute each output: ONNX allows no weight or constant as an output."""
+    outputs = {value.name for value in graph.output}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name in outputs]:
+        name, tensor.name = tensor.name, f"{tensor.name}.value"
+        for node in walk_nodes(graph.node):
+            node.input[:] = [tensor.name if given == name else given for given in node.input]
+        # A copy of its own: the layers' weights are named after their parameters.
+        copied = graph.initializer.add()
+        copied.CopyFrom(tensor)
+        copied.name = f"{name}.copy"
+        graph.node.append(onnx.helper.make_node("Identity", [copied.name], [name]))
 
 
 def _lower_case_einsums(model: onnx.ModelProto) -> None:
@@ -242,27 +261,62 @@ def _normalize_zeros(model: onnx.ModelProto) -> None:
                 tensor.CopyFrom(numpy_helper.from_array(values + np.float32(0), tensor.name))
 
 
-def _require_same_outputs(module: nn.Module, provenance: Provenance, data: bytes, tolerance: float, path: Path) -> None:
+def _require_same_outputs(
+    module: nn.Module, provenance: Provenance, data: bytes, options: ExportOptions, precision: str, path: Path
+) -> None:
     """Compare ONNX Runtime with the eager module at batch sizes 1 and 3; the traced batch size is 2."""
     import torch
 
+    tolerance = options.tolerance_fp32 if precision == FP32 else options.tolerance_fp16
     session = _session(data, path)
     for batch in (1, 3):
         x = sample_input(provenance.preprocessing, batch, seed=batch)
         with torch.no_grad():
-            expected = module(x).float().numpy()
-        (outputs,) = session.run([OUTPUT], {INPUT: x.numpy()})
-        scale = max(float(np.abs(expected).max()), 1e-6)
-        # NaN and infinity fail the comparison below; no further warning from NumPy is needed.
-        with np.errstate(all="ignore"):
-            difference = float(np.abs(outputs - expected).max()) / scale
-        if not difference <= tolerance:
+            expected = {
+                name: (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+                for name, tensor in named_tensors(module(x)).items()
+            }
+        found = dict(zip(expected, session.run(list(expected), {INPUT: x.numpy()}), strict=True))
+        problems = []
+        for name, values in expected.items():
+            allowed = tolerance if values.dtype.kind == "f" else max(tolerance, options.tolerance_fp16)
+            difference = _difference(found[name], values)
+            if not difference <= allowed:
+                problems.append(_told_difference(name, found[name], values, difference, allowed))
+        if problems:
             raise InputError(
                 "the outputs of the exported model differ from the module's",
                 where=f"{path.name}, batch of {batch}",
-                found=f"outputs differ by {difference:.2g} of their largest value; {tolerance:g} is allowed",
+                found=listed(problems),
                 fix="if only FP16 fails, its precision is too low for this model: export FP32",
             )
+
+
+def _difference(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
+    """Of floats the largest difference, relative to the largest value; of other types the share that differs."""
+    if found.shape != expected.shape:
+        return float("nan")
+    if not expected.size:
+        return 0.0
+    if expected.dtype.kind != "f":
+        return float((found != expected).mean())
+    if not np.isfinite(expected).any():
+        return float("nan")
+    # Equal infinities, such as those of a mask, are no difference. NaN fails the comparison; NumPy need not warn of it.
+    with np.errstate(all="ignore"):
+        differences = np.where(found == expected, 0, np.abs(found - expected.astype(np.float32)))
+        scale = float(np.abs(expected).max(initial=0, where=np.isfinite(expected)))
+    return float(differences.max()) / max(scale, 1e-6)
+
+
+def _told_difference(
+    name: str, found: npt.NDArray[Any], expected: npt.NDArray[Any], difference: float, allowed: float
+) -> str:
+    if found.shape != expected.shape:
+        return f"{name} has the shape {found.shape} instead of {expected.shape}"
+    if expected.dtype.kind != "f":
+        return f"{name} differs in {difference:.2g} of its elements; {allowed:g} is allowed"
+    return f"{name} differs by {difference:.2g} of its largest value; {allowed:g} is allowed"
 
 
 def _activations_outside_fp16(model: onnx.ModelProto, provenance: Provenance, path: Path) -> dict[str, float]:

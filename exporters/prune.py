@@ -1,10 +1,10 @@
-"""Magnitude pruning of an ONNX file to N:M. Weights change; names, metadata, opsets and functions do not."""
+"""Pruning of an ONNX file to N:M by magnitude, or to given values. Names, metadata, opsets and functions do not change."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -13,14 +13,14 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from maskplan.exporters.computed_weights import store_computed_weights
+from maskplan.exporters.computed_weights import inline_functions, store_computed_weights
 from maskplan.exporters.external_data import external_tensors, locate_external
 from maskplan.exporters.fixed_weights import stays_dense
 from maskplan.exporters.metadata import load_onnx
 from maskplan.exporters.name_patterns import matching, require_matches
-from maskplan.exporters.tensors import Array, StoredValues, TensorError, is_addressable, read_values
+from maskplan.exporters.tensors import Array, StoredValues, TensorError, is_addressable, native_values, read_values
 from maskplan.exporters.unseen import unseen_uses
-from maskplan.exporters.weights import WeightUse, weight_uses
+from maskplan.exporters.weights import WeightUse, weight_nodes, weight_uses
 from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.core.errors import InputError, host_error, listed
 from maskplan.pipeline.core.files import sha256_of, sibling, temporary_path, write_atomically
@@ -70,15 +70,72 @@ def prune_onnx(path: Path, out: Path, pattern: Pattern, allow_dense: tuple[str, 
         HostError: `out` cannot be written.
     """
     model = load_onnx(path)
+    return write_pruned(model, select_weights(model, path, pattern, allow_dense), path, out, pattern, {})
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The weights of a model to prune.
+
+    Attributes:
+        uses: One use of each, by the `id` of its tensor.
+        left_dense: Weights that could be N:M but must not be, with the reason.
+    """
+
+    uses: dict[int, WeightUse]
+    left_dense: tuple[tuple[str, str], ...]
+
+
+def select_weights(
+    model: onnx.ModelProto, path: Path, pattern: Pattern, allow_dense: tuple[str, ...] = (), *, inline: bool = False
+) -> Selected:
+    """Store the computed weights of a loaded model, in place, and choose the weights to prune.
+
+    Args:
+        model: Of `path`, as loaded.
+        path: For external data and messages.
+        pattern: N:M.
+        allow_dense: As for `prune_onnx`.
+        inline: Also inline the local functions that hold weights.
+
+    Raises:
+        InputError: As `prune_onnx`.
+    """
     _require_names(model, pattern, allow_dense, path)
+    if inline and any(scope.outer is None and scope.passed for _, scope, _ in weight_nodes(model, pattern.m)):
+        inline_functions(model)
     store_computed_weights(model, path.parent, pattern.m)
-    selected, left_dense = _select(model, pattern, allow_dense, path, path.parent)
+    return Selected(*_select(model, pattern, allow_dense, path, path.parent))
+
+
+def write_pruned(
+    model: onnx.ModelProto,
+    selected: Selected,
+    path: Path,
+    out: Path,
+    pattern: Pattern,
+    chosen: Mapping[int, Array],
+) -> Pruned:
+    """Write a model whose selected weights have the chosen values, or are pruned by magnitude.
+
+    Args:
+        model: Of `path`; its tensors change.
+        selected: Of the same model.
+        path: For external data.
+        out: The file to write.
+        pattern: N:M.
+        chosen: Values by the `id` of the tensor, in its shape and type; N:M.
+
+    Raises:
+        InputError: A weight cannot be read.
+        HostError: `out` cannot be written.
+    """
     external = external_tensors(model)
     if external:
-        return _prune_external(model, selected, left_dense, external, path, out, pattern)
-    changed, zeroed = _prune_inline(selected.values(), pattern)
+        return _prune_external(model, selected, external, path, out, pattern, chosen)
+    changed, zeroed = _prune_inline(selected.uses.values(), pattern, chosen)
     write_atomically(out, model.SerializeToString())
-    return Pruned(out, len(selected), changed, zeroed, left_dense)
+    return Pruned(out, len(selected.uses), changed, zeroed, selected.left_dense)
 
 
 def prune_model(
@@ -92,16 +149,16 @@ def prune_model(
     _require_names(model, pattern, allow_dense, where)
     store_computed_weights(model, None, pattern.m)
     selected, _ = _select(model, pattern, allow_dense, where, None)
-    return len(selected), *_prune_inline(selected.values(), pattern)
+    return len(selected), *_prune_inline(selected.values(), pattern, {})
 
 
-def _prune_inline(uses: Iterable[WeightUse], pattern: Pattern) -> tuple[int, int]:
+def _prune_inline(uses: Iterable[WeightUse], pattern: Pattern, chosen: Mapping[int, Array]) -> tuple[int, int]:
     """Weights changed, elements set to zero."""
     changed = zeroed = 0
     for use in uses:
         assert use.tensor is not None
-        values, count = _pruned_values(use, pattern, None)
-        if count:
+        values, count = _pruned_values(use, pattern, None, chosen)
+        if count or id(use.tensor) in chosen:
             _store(use.tensor, values)
         changed, zeroed = changed + bool(count), zeroed + count
     return changed, zeroed
@@ -160,10 +217,15 @@ def _stays_dense(use: WeightUse, folder: Path | None) -> str | None:
         raise InputError("a weight cannot be read", where=use.name, found=error) from error
 
 
-def _pruned_values(use: WeightUse, pattern: Pattern, folder: Path | None) -> tuple[Array, int]:
-    """A weight's values with the smallest of each group set to zero, and how many elements changed."""
+def _pruned_values(
+    use: WeightUse, pattern: Pattern, folder: Path | None, chosen: Mapping[int, Array]
+) -> tuple[Array, int]:
+    """A weight's chosen values, or its own with the smallest of each group set to zero, and how many became zero."""
     assert use.tensor is not None
     try:
+        if id(use.tensor) in chosen:
+            values = chosen[id(use.tensor)]
+            return values, int(np.count_nonzero((values == 0) & (native_values(use.tensor, folder) != 0)))
         stored = read_values(use.tensor, folder)
         zero = _zero_value(use, stored, folder)
     except TensorError as error:
@@ -205,16 +267,16 @@ def _store(tensor: TensorProto, values: Array) -> None:
 
 def _prune_external(
     model: onnx.ModelProto,
-    selected: dict[int, WeightUse],
-    left_dense: tuple[tuple[str, str], ...],
+    selected: Selected,
     external: list[TensorProto],
     path: Path,
     out: Path,
     pattern: Pattern,
+    chosen: Mapping[int, Array],
 ) -> Pruned:
     """Stream all external tensors to one new file, one tensor in memory at a time, then let the model refer to it."""
     staged = temporary_path(out, ".data")
-    weights, changed, zeroed = len(selected), 0, 0
+    left, changed, zeroed = dict(selected.uses), 0, 0
     places: list[tuple[TensorProto, int, int]] = []
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -224,11 +286,11 @@ def _prune_external(
             for tensor in external:
                 file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT)
                 start = file.tell()
-                use = selected.pop(id(tensor), None)
+                use = left.pop(id(tensor), None)
                 if use is None:
                     _copy(tensor, path.parent, file)
                 else:
-                    values, count = _pruned_values(use, pattern, path.parent)
+                    values, count = _pruned_values(use, pattern, path.parent, chosen)
                     values.tofile(file)
                     changed, zeroed = changed + bool(count), zeroed + count
                 places.append((tensor, start, file.tell() - start))
@@ -242,18 +304,15 @@ def _prune_external(
     finally:
         with contextlib.suppress(OSError):
             staged.unlink(missing_ok=True)
-    for use in selected.values():
-        assert use.tensor is not None
-        values, count = _pruned_values(use, pattern, None)
-        _store(use.tensor, values)
-        changed, zeroed = changed + bool(count), zeroed + count
+    inline_changed, inline_zeroed = _prune_inline(left.values(), pattern, chosen)
+    changed, zeroed = changed + inline_changed, zeroed + inline_zeroed
     for tensor, start, length in places:
         del tensor.external_data[:]
         for key, value in (("location", data.name), ("offset", str(start)), ("length", str(length))):
             entry = tensor.external_data.add()
             entry.key, entry.value = key, value
     write_atomically(out, model.SerializeToString())
-    return Pruned(out, weights, changed, zeroed, left_dense)
+    return Pruned(out, len(selected.uses), changed, zeroed, selected.left_dense)
 
 
 def _copy(tensor: TensorProto, folder: Path, file: BinaryIO) -> None:

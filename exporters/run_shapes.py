@@ -73,6 +73,21 @@ def run_shapes(onnx_model: OnnxModel) -> RunShapes:
     return _with_batches(graph, onnx_model, _SIZES[0] if size is None else size)
 
 
+def baked_batch(onnx_model: OnnxModel, model: onnx.ModelProto) -> RunShapes | None:
+    """What running shows of a graph that takes one batch only, although it declares a dynamic one; None of other graphs.
+
+    Only graphs that reshape to a constant first size are run.
+
+    Raises:
+        InputError: An input has no shape.
+    """
+    _require_input_shapes(onnx_model)
+    if all(spec.shape[:1] != (None,) for spec in onnx_model.inputs) or not _first_sizes(model):
+        return None
+    found = run_shapes(onnx_model)
+    return found if found.inputs != onnx_model.inputs else None
+
+
 def set_shapes(model: onnx.ModelProto, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> bool:
     """Declare the shapes of a graph's inputs and outputs, in place; returns whether one was declared otherwise."""
     changed = False

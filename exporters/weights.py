@@ -36,6 +36,19 @@ class ZeroPoint:
 
 
 @dataclass(frozen=True)
+class Move:
+    """A step from the stored tensor to the operand that changes where elements are: a transposition, or else a reshape.
+
+    Attributes:
+        perm: Of a transposition; None of a reshape.
+        shape: After the step.
+    """
+
+    perm: tuple[int, ...] | None
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class WeightUse:
     """One use of a weight by one node.
 
@@ -51,6 +64,8 @@ class WeightUse:
         expression: Of a weight that nodes compute from stored tensors alone, where no single stored tensor has its groups;
             `computed_weights.folded` computes it. None otherwise.
         outputs: Output channels; with an expression 0 until it is computed.
+        operand: Which of the node's inputs the weight is.
+        moves: From the tensor as stored to the operand.
     """
 
     name: str
@@ -63,6 +78,8 @@ class WeightUse:
     reason: str | None
     expression: Expression | None = None
     outputs: int = 0
+    operand: int = 1
+    moves: tuple[Move, ...] = ()
 
 
 def weight_uses(model: onnx.ModelProto, m: int = 4) -> Iterator[WeightUse]:
@@ -71,9 +88,16 @@ def weight_uses(model: onnx.ModelProto, m: int = 4) -> Iterator[WeightUse]:
     Includes those in subgraphs and local functions. A MatMul or Gemm of two activations has no weight and is omitted, and so
     is one of two constants, whose result may be a weight.
     """
+    for _, _, use in weight_nodes(model, m):
+        yield use
+
+
+def weight_nodes(model: onnx.ModelProto, m: int = 4) -> Iterator[tuple[onnx.NodeProto, Scope, WeightUse]]:
+    """As `weight_uses`, each with its node and the scope of the node's names."""
     for node, scope in scoped_nodes(model):
         if node.op_type in WEIGHT_OPS and node.domain in STANDARD:
-            yield from _uses_of(node, scope, m)
+            for use in _uses_of(node, scope, m):
+                yield node, scope, use
 
 
 def stored_behind(name: str, scope: Scope) -> tuple[str, onnx.TensorProto | None] | None:
@@ -104,12 +128,24 @@ def _uses_of(node: onnx.NodeProto, scope: Scope, m: int) -> Iterator[WeightUse]:
                 # The reduction axis is that of the operand: the value is stored as the operator reads it.
                 computed = found, operand.axes(attributes)[0]
             continue
-        stored, tensor, stored_axis, zero_point, shape = traced
+        stored, tensor, stored_axis, zero_point, moves = traced
         if len(tensor.dims) < 2:
             continue
         reason = ineligible_reason(node.op_type, tensor.dims[stored_axis], groups, m)
-        outputs = shape[operand.axes(attributes)[1]]
-        yield WeightUse(stored, name, node.op_type, tensor, stored_axis, groups, zero_point, reason, outputs=outputs)
+        shape = moves[-1].shape if moves else tuple(tensor.dims)
+        yield WeightUse(
+            stored,
+            name,
+            node.op_type,
+            tensor,
+            stored_axis,
+            groups,
+            zero_point,
+            reason,
+            outputs=shape[operand.axes(attributes)[1]],
+            operand=operand.index,
+            moves=moves,
+        )
         return
     if computed is not None:
         expression, axis = computed
@@ -124,7 +160,7 @@ def _is_constant(name: str, scope: Scope) -> bool:
     return scope.constant(name) is not None or constant_expression(name, scope) is not None
 
 
-_Traced = tuple[str, onnx.TensorProto, int, ZeroPoint | None, tuple[int, ...]]
+_Traced = tuple[str, onnx.TensorProto, int, ZeroPoint | None, tuple[Move, ...]]
 
 
 def _trace(name: str, axis: int, scope: Scope) -> _Traced | None:
@@ -152,10 +188,15 @@ def _translate_axis(
     """The traced weight, its axis translated from the op's operand to the stored tensor; None if that is impossible."""
     # Forward, from the tensor to the op: the shape after each node.
     shapes = [tuple(tensor.dims)]
+    moves: list[Move] = []
     for node, scope in reversed(between):
         shape = _output_shape(node, scope, shapes[-1])
         if shape is None:
             return None
+        if node.op_type in _RESHAPING:
+            is_transpose = node.op_type == "Transpose"
+            perm = tuple(_perm(scope.attributes(node), len(shape))) if is_transpose else None
+            moves.append(Move(perm, shape))
         shapes.append(shape)
     if not -len(shapes[-1]) <= axis < len(shapes[-1]):
         return None
@@ -178,7 +219,7 @@ def _translate_axis(
         elif zero_point is not None:
             along = _axis_before(node, scope, zero_point.axis % max(len(after), 1), before, after)
             zero_point = None if along is None else ZeroPoint(zero_point.tensor, along)
-    return name, tensor, axis, zero_point, shapes[-1]
+    return name, tensor, axis, zero_point, tuple(moves)
 
 
 def _output_shape(node: onnx.NodeProto, scope: Scope, shape: tuple[int, ...]) -> tuple[int, ...] | None:

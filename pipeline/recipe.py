@@ -17,6 +17,7 @@ from maskplan.pipeline.core.files import read_bytes
 from maskplan.pipeline.core.serialization import decode, parse_toml, with_new_names
 from maskplan.pipeline.learning.options import LearnOptions
 from maskplan.pipeline.models.batchnorm import RecalibrateOptions
+from maskplan.pipeline.models.module_outputs import OutputOptions
 from maskplan.pipeline.parity.options import CompareOptions
 from maskplan.pipeline.permutation.permute import PermuteOptions
 from maskplan.pipeline.pruning.mask import MaskOptions
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 class Recipe:
     """The options of every stage; the fields are the tables of a recipe file."""
 
+    model: OutputOptions = field(default_factory=OutputOptions)
     permute: PermuteOptions = field(default_factory=PermuteOptions)
     mask: MaskOptions = field(default_factory=MaskOptions)
     learn: LearnOptions = field(default_factory=LearnOptions)

@@ -18,6 +18,8 @@ from maskplan.pipeline.core.choices import (
     FP32,
     GPU_BACKENDS,
     INT8,
+    LAYERWISE,
+    MAGNITUDE,
     Backend,
     FloatPrecision,
     MaskMethod,
@@ -33,7 +35,7 @@ from maskplan.pipeline.models.registry import folder_name
 from maskplan.pipeline.pruning.method import method_or_file, resolve_method
 from maskplan.pipeline.recipe import Recipe
 from maskplan.pipeline.report.record import ReportFiles, RunReport
-from maskplan.pipeline.stages import engines, model, onnx_files, report
+from maskplan.pipeline.stages import compare, engines, model, onnx_files, onnx_source, report
 from maskplan.pipeline.stages.compile import compile_files
 from maskplan.pipeline.stages.job import Images, Job, Network, PermuteResult
 from maskplan.pipeline.stages.refine import FIRST, REFINED, better, figures, layers_to_restore, why_skip
@@ -65,6 +67,7 @@ class LineOptions:
         refine: Restore the dense weights of masked layers that the engine runs dense, build again, keep the better engine.
         permute: First reorder channels so that masks keep more.
         command: The command line, for the report.
+        metric: `FILE.py:FUNCTION` of the user's metric; outputs are then compared instead of classes.
     """
 
     model: ModelOptions
@@ -79,6 +82,27 @@ class LineOptions:
     device: str = "auto"
     refine: bool = False
     permute: bool = False
+    command: str = ""
+    metric: str | None = None
+
+
+@dataclass(frozen=True)
+class OnnxLineOptions:
+    """What `maskplan engine model.onnx` was asked for; the fields that `LineOptions` has too are explained there.
+
+    Attributes:
+        source: The file, its data, and what its inputs and outputs hold.
+        masks: `layerwise`, `magnitude`, or None: layer-wise where there is data.
+    """
+
+    source: onnx_source.Source
+    masks: MaskMethod | None
+    precision: Precision | None
+    backend: str
+    recipe: Recipe
+    repository: Path | None
+    out: Path
+    seed: int = 0
     command: str = ""
 
 
@@ -155,7 +179,9 @@ def run(options: LineOptions) -> LineResult:
             kept, refinement = _refine(target, dense, start, kept, images)
             engine = engines.keep_engine(job, kept.built.sparse)
         compiled = compile_files(job, backend, dense.deployed.fp16, kept.sparse.deployed.fp16)
-        compared = engines.compare(kept.job, kept.ran, target.float_precision, dense, kept.sparse, kept.rows, images)
+        compared = compare.compare(
+            kept.job, kept.ran, target.float_precision, dense, kept.sparse, kept.rows, images, options.metric
+        )
         timing = engines.time_stage(kept.job, kept.ran)
         # Layers can only be compared where the channels are in one order.
         in_same_order = dense.floats.fp32 if start is checkpoint else onnx_files.export_fp32(job, start, "permuted")
@@ -187,6 +213,83 @@ def run(options: LineOptions) -> LineResult:
         files = report.write(job, result)
         reused = tuple(ws.reused)
     return LineResult(result, files, _deploy(options, result), reused)
+
+
+def run_onnx(options: OnnxLineOptions) -> LineResult:
+    """Take an ONNX file, whose network needs not be known, to a checked, compared and timed engine.
+
+    Raises:
+        PipelineError: Bad input or environment, in one message.
+        ConformanceError: The check found weights that are not N:M.
+    """
+    source, name = options.source, folder_name(options.source.path.stem)
+    backend, reason = choose_backend(options.backend)
+    if options.repository is not None:
+        require_platform(backend)
+        require_deployable(options.repository, name)
+    if backend in GPU_BACKENDS:
+        require_buildable(backend, options.recipe.tensorrt)
+    log.info("backend: %s (%s)", backend, reason)
+    target = _target(backend, options.precision)
+    if target.precision == INT8 and source.data is None:
+        raise InputError("INT8 needs samples to calibrate on", fix="give --data, a folder of images or a .npz file")
+    method = options.masks or (LAYERWISE if source.data is not None else MAGNITUDE)
+    if method == LAYERWISE and source.data is None:
+        raise InputError("layer-wise masks need samples", fix="give --data, a folder of images or a .npz file")
+    with Workspace(options.out) as ws:
+        recipe = replace(options.recipe, time=replace(options.recipe.time, shape=source.images.shape))
+        job = Job(ws, ModelOptions(source.path.name, seed=options.seed), recipe)
+        dense = onnx_source.copy_source(job, source)
+        shapes = onnx_source.sample_shapes(source, dense)
+        shapes_network = method == LAYERWISE or target.precision == INT8
+        sets = onnx_source.identify_samples(source, dense, shapes_network=shapes_network)
+        pruned = onnx_source.prune(job, source, dense, method, sets)
+        ws.keep()
+
+        calibration = None
+        dense_end, sparse_end = dense, pruned.onnx
+        if target.precision == INT8:
+            quantized = [
+                onnx_source.calibrate(job, source, file, label, target.float_precision, sets)
+                for label, file in (("dense", dense_end), ("sparse", sparse_end))
+            ]
+            dense_end, sparse_end = (each.onnx for each in quantized)
+            calibration = quantized[1].report
+        elif target.float_precision == FP16:
+            dense_end = onnx_source.to_fp16(job, source, dense_end, "dense")
+            sparse_end = onnx_source.to_fp16(job, source, sparse_end, "sparse")
+        conformance = onnx_source.check(job, sparse_end, pruned.kept_dense)
+        profiles = onnx_source.profiles(dense_end, shapes, options.recipe.time.batches)
+        built = engines.build(job, backend, dense_end, sparse_end, profiles=profiles)
+        ran = engines.runnable(job, built, dense_end, sparse_end)
+        parity = onnx_source.compare(job, source, ran, sets)
+        timing = engines.time_stage(job, ran, source.samples("val", dense.inputs), sets.get("val"))
+
+        masks = onnx_source.mask_set(source, dense, pruned, method, conformance)
+        result = RunReport(
+            model=onnx_source.provenance_of(source, dense, method, masks, sets),
+            precision=target.precision,
+            backend_reason=reason,
+            seed=options.seed,
+            recipe=options.recipe,
+            masks=masks,
+            conformance=conformance,
+            calibration=calibration,
+            engine=built.sparse,
+            dense_engine=built.dense,
+            fidelity=None,
+            parity=parity,
+            timing=timing,
+            command=options.command,
+            stand_in=None if ran.stands_in_for is None else ran.sparse.backend,
+        )
+        files = report.write(job, result)
+        reused = tuple(ws.reused)
+    deployment = None
+    if options.repository is not None and parity.verdict != FAIL:
+        golden = golden_of([result.engine], shapes)[0]
+        deployment = deploy_engine(result.engine.path, DeployOptions(options.repository, name), golden)
+    return LineResult(result, files, deployment, reused)
 
 
 def _from_masks_to_engine(
@@ -256,7 +359,7 @@ def _refine(
 
 
 def _figures_on_select(candidate: _Pass, dense: Network, images: Images | None) -> PassFigures:
-    parity = engines.compare_on_select(candidate.job, candidate.ran, dense, candidate.sparse, images)
+    parity = compare.compare_on_select(candidate.job, candidate.ran, dense, candidate.sparse, images)
     timing = engines.time_stage(candidate.job, candidate.ran)
     return figures(candidate.built.sparse, candidate.masks, parity, timing)
 

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md",
     "docs/masks.md",
+    "docs/networks.md",
     "docs/int8.md",
     "docs/fp16.md",
     "docs/tensorrt-rtx.md",
@@ -77,6 +78,15 @@ def commands(page: str) -> list[str]:
     return [line.removeprefix("$ ") for block in blocks for line in block.splitlines() if line.startswith("$ ")]
 
 
+def page_file(page: str, marker: str) -> str:
+    """The Python file of a page that contains the marker."""
+    blocks: list[str] = re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    (found,) = (block for block in blocks if marker in block)
+    return found
+
+
 def build() -> torch.nn.Module:
     namespace: dict[str, Any] = {}
     exec(NET, namespace)
@@ -85,29 +95,59 @@ def build() -> torch.nn.Module:
 
 
 def write_foreign_models(folder: Path) -> None:
-    """A classifier and a detector, as another tool might export them."""
+    """A classifier, a segmenter and a detector of any size of images, as another tool might export them."""
     generator = np.random.default_rng(0)
-    weights = {"w": generator.standard_normal((8, 3, 3, 3)), "h": generator.standard_normal((3, 8, 1, 1))}
-    initializers = [numpy_helper.from_array(0.1 * w.astype(np.float32), key) for key, w in weights.items()]
-    body = [
-        helper.make_node("Conv", ["images", "w"], ["a"], "/body/Conv", pads=[1] * 4),
-        helper.make_node("Relu", ["a"], ["b"], "/body/Relu"),
-        helper.make_node("Conv", ["b", "h"], ["c"], "/head/Conv"),
-    ]
+    shapes = {"w": (8, 3, 3, 3), "v": (8, 8, 3, 3), "h": (4, 8, 1, 1), "s": (8, 8, 1, 1)}
+    arrays = {name: 0.2 * generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+    def conv(source: str, weight: str, name: str) -> onnx.NodeProto:
+        pads = [1] * 4 if shapes[weight][2] == 3 else None
+        return helper.make_node("Conv", [source, weight], [name], f"/{name}/Conv", pads=pads)
+
+    body = [conv("images", "w", "a"), helper.make_node("Relu", ["a"], ["b"], "/body/Relu"), conv("b", "v", "c")]
     classify = [
-        helper.make_node("GlobalAveragePool", ["c"], ["p"], "/head/Pool"),
+        conv("c", "h", "d"),
+        helper.make_node("GlobalAveragePool", ["d"], ["p"], "/head/Pool"),
         helper.make_node("Flatten", ["p"], ["y"], "/head/Flatten"),
     ]
-    detect = [helper.make_node("Sigmoid", ["c"], ["y"], "/head/Sigmoid")]
-    for name, tail, size, output in (
-        ("model", classify, (16, 16), ["n", 3]),
-        ("detector", detect, ("h", "w"), ["n", 3, "h", "w"]),
+    detect = [
+        conv("c", "h", "boxes"),
+        conv("c", "s", "d"),
+        helper.make_node("Sigmoid", ["d"], ["scores"], "/head/Sigmoid"),
+    ]
+    any_size: dict[str, list[int | str]] = {"boxes": ["n", 4, "h", "w"], "scores": ["n", 8, "h", "w"]}
+    for name, tail, size, outputs in (
+        ("model", classify, [16, 16], {"y": ["n", 4]}),
+        ("segmenter", [conv("c", "s", "out")], [16, 16], {"out": ["n", 8, 16, 16]}),
+        ("detector", detect, ["h", "w"], any_size),
     ):
+        nodes = [*body, *tail]
+        used = {given for node in nodes for given in node.input}
+        initializers = [numpy_helper.from_array(array, key) for key, array in arrays.items() if key in used]
         inputs = [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["n", 3, *size])]
-        outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, output)]
-        graph = helper.make_graph([*body, *tail], name, inputs, outputs, initializers)
+        returned = [helper.make_tensor_value_info(key, TensorProto.FLOAT, shape) for key, shape in outputs.items()]
+        graph = helper.make_graph(nodes, name, inputs, returned, initializers)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
         onnx.save(model, folder / f"{name}.onnx")
+
+
+def write_networks_page_files(folder: Path) -> None:
+    """The Python files of docs/networks.md, weights for one of them, and arrays with a label for each pixel."""
+    page = "docs/networks.md"
+    for name, marker in (("city", "class Net"), ("backbone", "import timm"), ("metrics", "def mean_iou")):
+        (folder / f"{name}.py").write_text(page_file(page, marker), encoding="utf-8")
+    namespace: dict[str, Any] = {}
+    exec((folder / "city.py").read_text(), namespace)
+    from safetensors.torch import save_file
+
+    save_file(namespace["build"]().state_dict(), folder / "city.safetensors")
+    (folder / "scenes").mkdir()
+    generator = np.random.default_rng(1)
+    for role in ("train", "val"):
+        images = generator.standard_normal((16, 3, 16, 16), np.float32)
+        labels = generator.integers(0, 8, (16, 16, 16)).astype(np.uint8)
+        labels[:, 0] = 255
+        np.savez(folder / "scenes" / f"{role}.npz", images=images, labels=labels)
 
 
 def trained() -> torch.nn.Module:
@@ -137,6 +177,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, toy_data: Path, finished_di
     save_file(net.state_dict(), folder / "w.safetensors")
     (folder / "my_net.py").write_text(NET)
     write_foreign_models(folder)
+    write_networks_page_files(folder)
     (folder / "quick.toml").write_text(QUICK)
     (folder / "gate.toml").write_text("[compare]\nmax_top1_drop = 50.0\n")
     for name in ("imagenet", "photos"):
@@ -187,6 +228,16 @@ def test_every_command_is_in_a_console_block() -> None:
     assert with_commands - set(PAGES) == {"docs/gpu-host.md", "docs/serving.md"}
 
 
+def test_the_metric_of_the_page_is_mean_iou() -> None:
+    namespace: dict[str, Any] = {}
+    exec(page_file("docs/networks.md", "def mean_iou"), namespace)
+    labels = np.array([[[0, 0, 1, 255]], [[1, 1, 1, 0]]], np.uint8)
+    predicted = np.array([[[0, 1, 1, 1]], [[1, 1, 0, 0]]])
+    logits = np.eye(3, dtype=np.float32)[predicted].transpose(0, 3, 1, 2)
+    # Class 0: 2 of 4 pixels, class 1: 3 of 5; class 2 is in neither.
+    assert namespace["mean_iou"]({"out": logits}, {"labels": labels}) == pytest.approx((2 / 4 + 3 / 5) / 2)
+
+
 @pytest.mark.parametrize("pages", [PAGES[:1], pytest.param(PAGES, marks=pytest.mark.slow)], ids=["README", "all"])
 def test_the_commands_run_as_printed(
     pages: tuple[str, ...], folder: Path, small_resnet50: None, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
@@ -201,8 +252,9 @@ def test_the_commands_run_as_printed(
                 continue
             extra = ["--recipe", "quick.toml"] if words[1] in ("engine", "mask") else []
             if words[1] == "engine":
-                # The small network loses more than a real one may.
-                extra += ["--max-top1-drop", "100"]
+                # The small networks lose more than real ones may.
+                for limit, value in (("--max-top1-drop", "100"), ("--min-sqnr", "-100"), ("--max-metric-drop", "100")):
+                    extra += [limit, value] if limit in words or limit == "--max-top1-drop" else []
             with monkeypatch.context() as context:
                 if "tensorrt" in words:
                     fake_tensorrt.install("10.13.3.9", fake_cuda.install(context), context)

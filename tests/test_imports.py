@@ -9,7 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from small_line import NO_TORCH
+
+from maskplan.exporters.metadata import describe_onnx
 
 # Runs commands one after the other in one process, where some packages cannot be imported. Prints a line of JSON for
 # each: the command, its exit code, its stderr, and the watched packages that it was the first to import.
@@ -45,6 +48,7 @@ AFTER_EXPORT = (
     "check engine.onnx --report r.json --junit r.xml",
     "check sparse.fp16.onnx",
     "prune dense.onnx -o p.onnx",
+    "prune dense.onnx --data noise.npz --method layerwise --update -o p.onnx",
     "build sparse.onnx --backend onnxruntime -o b.onnx",
     "inspect engine.onnx",
     "compare dense_engine.onnx engine.onnx",
@@ -69,6 +73,8 @@ def run_watched(
 def test_every_command_after_export_works_without_torch(digits: Path) -> None:
     # The last one needs torch: without it the test would pass as well if nothing were blocked.
     needs_torch = "compare dense.safetensors engine.onnx"
+    (spec,) = describe_onnx(digits / "dense.onnx").inputs
+    np.savez(digits / "noise.npz", **{spec.name: np.random.default_rng(0).normal(size=(8, *spec.shape[1:]))})
     ran = run_watched((*AFTER_EXPORT, needs_torch), refused=NO_TORCH, watched="torch,tensorrt,pycuda", cwd=digits)
     code, err, asked = ran.pop(needs_torch)
     assert (code, asked) == (3, {"torch"})

@@ -129,6 +129,27 @@ are those for which old and relearned masks choose the same pattern; two seeds o
 |---|---|---|---|---|---|---|"""
 
 
+_ONNX_MODELS = """## ONNX files of other projects
+
+Public files as they ship in Python packages (YOLOv8n of `nudenet`, PP-OCR of `rapidocr` and `rapidocr_onnxruntime`,
+`silero_vad`), pruned by `maskplan prune` without PyTorch. SQNR in dB of each output against the dense file, on held-out
+samples (crops of {photographs} photographs, text drawn on them, synthetic sound; not the data the networks were made for);
+higher is better. The last column is the squared error of layer-wise masks with update, over that of magnitude masks.
+`{command}`
+
+| file | output | magnitude | layer-wise | layer-wise, update | dense, INT8 | layer-wise, update, INT8 | error left |
+|---|---|--:|--:|--:|--:|--:|--:|"""
+
+_SEGMENTATION = """## A segmentation network
+
+A small U-Net on made scenes (digits and strokes on textures): {train} to learn from, {select} to choose the epoch, {val}
+held out. Masks are learned without labels, by the KL divergence of every pixel. Intervals are paired bootstrap intervals over
+scenes. `{command}`
+
+| masks | mean IoU % | pixel accuracy % | drop of mean IoU, points | 95% interval |
+|---|--:|--:|--:|--:|"""
+
+
 def _accuracy(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for run in runs:
         lines = [
@@ -264,6 +285,30 @@ def _diversity(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield "\n".join([head, *lines])
 
 
+def _onnx_models(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for run in runs:
+        lines = [_ONNX_MODELS.format(photographs=run["photographs"], command=run["command"])]
+        for model in run["models"]:
+            for index, output in enumerate(model["outputs"]):
+                cells = [f"{row[index]:.2f}" for row in model["sqnr_db"].values()]
+                share = model["squared_error_of_update_over_magnitude"][index]
+                name = f"`{model['file']}`" if index == 0 else ""
+                lines.append(f"| {name} | `{output}` | {' | '.join(cells)} | {100 * share:.1f}% |")
+        yield "\n".join(lines)
+
+
+def _segmentation(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for run in runs:
+        lines = [_SEGMENTATION.format(command=run["command"], **run["scenes"])]
+        for name, row in run["rows"].items():
+            drop, interval = "", ""
+            if "against_dense" in row:
+                low, high = row["against_dense"]["ci95"]
+                drop, interval = f"{row['against_dense']['drop']:+.2f}", f"{low:+.2f} to {high:+.2f}"
+            lines.append(f"| {name} | {row['mean_iou']:.2f} | {row['pixel_accuracy']:.2f} | {drop} | {interval} |")
+        yield "\n".join(lines)
+
+
 _SECTIONS = {
     "accuracy": _accuracy,
     "layerwise": _layerwise,
@@ -272,6 +317,8 @@ _SECTIONS = {
     "ablation": _ablations,
     "reported": _reported,
     "exchange": _exchange,
+    "segmentation": _segmentation,
+    "onnx_models": _onnx_models,
 }
 
 

@@ -31,10 +31,10 @@ from torch.nn import functional as F
 from maskplan.pipeline.core.artifacts import Pattern
 from maskplan.pipeline.core.files import write_json
 from maskplan.pipeline.learning.danhofer2024 import FlatGates, conv_by_unfolding
-from maskplan.pipeline.learning.evaluate import distillation_loss
 from maskplan.pipeline.learning.gates import Gates
 from maskplan.pipeline.learning.masked_net import MaskedNet
 from maskplan.pipeline.learning.options import LearnOptions
+from maskplan.pipeline.learning.output_loss import distillation_loss
 from maskplan.pipeline.masking.policy import select_layers
 from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.models.registry import build_model

@@ -20,7 +20,7 @@ from maskplan.engines.trt.options import MIN_LEVEL_FOR_SPARSE, TrtOptions
 from maskplan.engines.trt.parse import parse
 from maskplan.engines.trt.progress import progress_monitor
 from maskplan.engines.trt.record import write_plan
-from maskplan.engines.trt.shapes import require_compatible_shapes, shape_of
+from maskplan.engines.trt.shapes import require_compatible_shapes, shapes_of
 from maskplan.engines.trt.timing_cache import load_timing_cache, save_timing_cache
 from maskplan.engines.trt.versions import (
     LIBRARIES,
@@ -269,9 +269,8 @@ def _add_profile(
 ) -> None:
     shape = builder.create_optimization_profile()
     for spec in onnx_model.inputs:
-        shapes = [shape_of(onnx_model, spec, batch) for batch in (profile.min, profile.opt, profile.max)]
         try:
-            shape.set_shape(spec.name, *shapes)
+            shape.set_shape(spec.name, *shapes_of(onnx_model, spec, profile))
         except (RuntimeError, ValueError) as error:
             raise InputError(
                 f"{log_capture.library.name} rejects a profile",

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from maskplan.engines.trt.options import TrtOptions
-from maskplan.engines.trt.shapes import require_compatible_shapes
+from maskplan.engines.trt.shapes import dynamic_inputs, require_compatible_shapes, shapes_of
 from maskplan.engines.trt.versions import LIBRARIES, require_supported
 from maskplan.pipeline.core.artifacts import OnnxModel, Profile
 from maskplan.pipeline.core.choices import TENSORRT_RTX, Backend
@@ -70,12 +70,12 @@ def polygraphy_lines(
 
 
 def _shapes(onnx_model: OnnxModel, profile: Profile) -> list[str]:
-    """Shapes of the inputs with a dynamic batch."""
-    dynamic = [spec for spec in onnx_model.inputs if spec.shape and spec.shape[0] is None]
+    """Shapes of the inputs with dynamic sizes."""
+    dynamic = {spec.name: shapes_of(onnx_model, spec, profile) for spec in dynamic_inputs(onnx_model)}
     words = []
-    for name, batch in (("min", profile.min), ("opt", profile.opt), ("max", profile.max)):
-        shapes = [f"{s.name}:[{','.join(map(str, (batch, *s.shape[1:])))}]" for s in dynamic]
-        words += [f"--trt-{name}-shapes", *shapes] if shapes else []
+    for i, kind in enumerate(("min", "opt", "max")):
+        shapes = [f"{name}:[{','.join(map(str, found[i]))}]" for name, found in dynamic.items()]
+        words += [f"--trt-{kind}-shapes", *shapes] if shapes else []
     return words
 
 

@@ -23,12 +23,13 @@ from maskplan.pipeline.core.artifacts import EngineFile, Profile, TensorSpec
 from maskplan.pipeline.core.errors import HostError, InputError, PipelineError, listed
 from maskplan.pipeline.core.files import read_bytes
 
+_Shapes = tuple[tuple[int, ...], ...]
 _NUMPY_TYPES = {"float64", "float32", "float16", "int8", "uint8", "int32", "int64", "bool"}
 
 
 @dataclass
 class _Batch:
-    """Device and page-locked host buffers for one batch size, and its CUDA graph."""
+    """Device and page-locked host buffers for one set of input shapes, and its CUDA graph."""
 
     profile: int
     inputs: dict[str, Any]
@@ -63,8 +64,8 @@ class TrtEngine:
         self.inputs, self.outputs = engine.inputs, engine.outputs
         self._log_capture = TrtLogCapture(trt)
         self._library = LIBRARIES[engine.backend]
-        self._batches: dict[int, _Batch] = {}
-        self._current: int | None = None
+        self._batches: dict[_Shapes, _Batch] = {}
+        self._current: _Shapes | None = None
         self._runtime: Any = None
         self._engine: Any = None
         self._context: Any = None
@@ -123,17 +124,17 @@ class TrtEngine:
         )
 
     def infer(self, feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
-        """Run once, in the profile tuned closest to the batch; sets `last_timing`.
+        """Run once, in the profile tuned closest to the shapes; sets `last_timing`.
 
         Raises:
-            InputError: The feeds do not match the plan's inputs, or no profile contains the batch.
+            InputError: The feeds do not match the plan's inputs, or no profile contains their shapes.
             HostError: The GPU reports an error.
         """
         started = time.perf_counter()
-        batch = _batch_of(feeds, self.inputs, self._record.path)
+        shapes = _shapes_of(feeds, self.inputs, self._record.path)
         with self._cuda.active():
-            memory = self._batches.get(batch) or self._allocate(batch)
-            self._select(batch, memory)
+            memory = self._batches.get(shapes) or self._allocate(shapes)
+            self._select(shapes, memory)
             for name, array in feeds.items():
                 np.copyto(memory.host_inputs[name], array, casting="no")
             copied_in, ran, copied_out = self._run(memory)
@@ -165,9 +166,9 @@ class TrtEngine:
             self._runtime = None
         self._cuda.close()
 
-    def _allocate(self, batch: int) -> _Batch:
-        profile = _closest(self._record.profiles, batch)
-        self._set_shapes(batch, profile)
+    def _allocate(self, given: _Shapes) -> _Batch:
+        profile = _closest(self._record.profiles, given, self.inputs)
+        self._set_shapes(given, profile)
         shapes = {}
         for spec in self.outputs:
             shapes[spec.name] = tuple(self._context.get_tensor_shape(spec.name))
@@ -180,19 +181,19 @@ class TrtEngine:
                 )
         memory = _Batch(
             profile,
-            inputs={s.name: self._cuda.allocate(_bytes((batch, *_rest(s)), s.dtype)) for s in self.inputs},
+            inputs={s.name: self._cuda.allocate(_bytes(g, s.dtype)) for s, g in zip(self.inputs, given, strict=True)},
             outputs={s.name: self._cuda.allocate(_bytes(shapes[s.name], s.dtype)) for s in self.outputs},
-            host_inputs={s.name: self._cuda.pinned((batch, *_rest(s)), s.dtype) for s in self.inputs},
+            host_inputs={s.name: self._cuda.pinned(g, s.dtype) for s, g in zip(self.inputs, given, strict=True)},
             host_outputs={s.name: self._cuda.pinned(shapes[s.name], s.dtype) for s in self.outputs},
         )
-        self._batches[batch] = memory
+        self._batches[given] = memory
         return memory
 
-    def _select(self, batch: int, memory: _Batch) -> None:
-        """Set this batch's shapes and addresses in the context, unless they are current."""
-        if self._current == batch:
+    def _select(self, shapes: _Shapes, memory: _Batch) -> None:
+        """Set these shapes and their addresses in the context, unless they are current."""
+        if self._current == shapes:
             return
-        self._set_shapes(batch, memory.profile)
+        self._set_shapes(shapes, memory.profile)
         for name, address in (memory.inputs | memory.outputs).items():
             if not self._context.set_tensor_address(name, int(address)):
                 raise HostError(
@@ -201,9 +202,9 @@ class TrtEngine:
                     found=self._log_capture.reason(),
                     fix="see nvidia-smi",
                 )
-        self._current = batch
+        self._current = shapes
 
-    def _set_shapes(self, batch: int, profile: int) -> None:
+    def _set_shapes(self, shapes: _Shapes, profile: int) -> None:
         try:
             self._context.set_optimization_profile_async(profile, self._cuda.stream_handle)
         except RuntimeError as error:  # the bindings never return False
@@ -215,14 +216,13 @@ class TrtEngine:
             ) from error
         self._current = None
         self._drop_graphs()
-        for spec in self.inputs:
-            shape = (batch, *_rest(spec))
+        for spec, shape in zip(self.inputs, shapes, strict=True):
             if not self._context.set_input_shape(spec.name, shape):
                 raise InputError(
                     f"{self._library.name} rejects an input shape",
                     where=f"{self._record.path}: {spec.name}",
                     found=f"{shape}; {self._log_capture.reason()}",
-                    fix=f"the engine accepts batches of {', '.join(map(str, self._record.profiles))}",
+                    fix=f"the engine accepts {', '.join(map(str, self._record.profiles))}",
                 )
 
     def _drop_graphs(self) -> None:
@@ -269,23 +269,27 @@ def _require_runnable(engine: EngineFile) -> None:
         )
 
 
-def _batch_of(feeds: Arrays, inputs: tuple[TensorSpec, ...], where: Path) -> int:
-    """The batch size of the feeds.
+def _shapes_of(feeds: Arrays, inputs: tuple[TensorSpec, ...], where: Path) -> _Shapes:
+    """The shapes of the feeds, in the order of the inputs.
 
     Raises:
         InputError: The feeds do not match the inputs, or differ in batch size; the message lists every difference.
     """
     problems = [f"{name}, which is not an input" for name in feeds if name not in {s.name for s in inputs}]
+    has_batch = any(spec.shape[:1] == (None,) for spec in inputs)
+    # Beside an input with a dynamic batch, a fixed first axis is no batch.
+    fixed = {spec.name for spec in inputs if has_batch and spec.shape[:1] != (None,)}
+    batches = {int(array.shape[0]) for name, array in feeds.items() if array.ndim and name not in fixed}
     for spec in inputs:
-        array, rest = feeds.get(spec.name), _rest(spec)
-        expected = f"{spec.dtype} (batch, {', '.join(map(str, rest))})"
+        array = feeds.get(spec.name)
+        sizes = ["batch", *("any" if d is None else str(d) for d in spec.shape[1:])] if spec.shape else []
+        expected = f"{spec.dtype} ({', '.join(sizes)})"
         if array is None:
             problems.append(f"no {spec.name}, expected {expected}")
-        elif array.dtype != spec.dtype or (array.ndim, *array.shape[1:]) != (1 + len(rest), *rest):
+        elif array.dtype != spec.dtype or not _fits(array.shape, spec.shape):
             problems.append(f"{spec.name} {array.dtype} {array.shape}, expected {expected}")
-    batches = sorted({int(array.shape[0]) for array in feeds.values() if array.ndim})
     if len(batches) > 1:
-        problems.append(f"batch sizes {' and '.join(map(str, batches))} in one call")
+        problems.append(f"batch sizes {' and '.join(map(str, sorted(batches)))} in one call")
     if problems:
         raise InputError(
             "the feeds do not match the engine's inputs",
@@ -293,22 +297,41 @@ def _batch_of(feeds: Arrays, inputs: tuple[TensorSpec, ...], where: Path) -> int
             found=listed(problems),
             fix="pass one array per input, all with the same batch size",
         )
-    return batches[0]
+    return tuple(feeds[spec.name].shape for spec in inputs)
 
 
-def _closest(profiles: tuple[Profile, ...], batch: int) -> int:
-    fitting = [i for i, p in enumerate(profiles) if p.min <= batch <= p.max]
+def _fits(shape: tuple[int, ...], declared: tuple[int | None, ...]) -> bool:
+    """Whether a shape is one of an input; the first axis, a batch size, is left to the profiles."""
+    return len(shape) == len(declared) and all(d in (None, s) for s, d in zip(shape[1:], declared[1:], strict=True))
+
+
+def _closest(profiles: tuple[Profile, ...], shapes: _Shapes, inputs: tuple[TensorSpec, ...]) -> int:
+    """The profile that contains the shapes and is tuned closest to them: by its batch, then by its sizes."""
+    given = {spec.name: shape for spec, shape in zip(inputs, shapes, strict=True)}
+    # Beside an input with a dynamic batch, a fixed first axis is no batch.
+    batched = [given[spec.name] for spec in inputs if spec.shape[:1] == (None,)]
+    batch = next((shape[0] for shape in batched or shapes if shape), 1)
+
+    def contains(profile: Profile) -> bool:
+        return profile.min <= batch <= profile.max and all(
+            low <= size <= high
+            for r in profile.shapes
+            for low, size, high in zip(r.min, given[r.name], r.max, strict=True)
+        )
+
+    def distance(profile: Profile) -> tuple[int, float]:
+        axes = [pair for r in profile.shapes for pair in zip(given[r.name][1:], r.opt[1:], strict=True)]
+        return abs(profile.opt - batch), sum(abs(math.log(size / tuned)) for size, tuned in axes)
+
+    fitting = [i for i, profile in enumerate(profiles) if contains(profile)]
     if not fitting:
+        found = str(batch) if not any(p.shapes for p in profiles) else listed(f"{n} {s}" for n, s in given.items())
         raise InputError(
-            "no profile contains the batch size",
-            found=f"{batch}; profiles {', '.join(map(str, profiles))}",
+            "no profile contains the batch size" if found == str(batch) else "no profile contains the shapes",
+            found=f"{found}; profiles {', '.join(map(str, profiles))}",
             fix="rebuild with a --profile that contains it",
         )
-    return min(fitting, key=lambda i: abs(profiles[i].opt - batch))
-
-
-def _rest(spec: TensorSpec) -> tuple[int, ...]:
-    return tuple(d or 1 for d in spec.shape[1:])
+    return min(fitting, key=lambda i: distance(profiles[i]))
 
 
 def _bytes(shape: tuple[int, ...], dtype: str) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from maskplan.engines.trt.build import FP32_NOTE
 from maskplan.engines.trt.options import TrtOptions
-from maskplan.engines.trt.shapes import require_compatible_shapes
+from maskplan.engines.trt.shapes import dynamic_inputs, require_compatible_shapes, shapes_of
 from maskplan.pipeline.core.artifacts import OnnxModel, Profile
 from maskplan.pipeline.core.choices import FP32
 
@@ -74,17 +74,21 @@ def trtexec_lines(
 
 
 def profile_label(profile: Profile, profiles: Sequence[Profile]) -> str:
-    """A unique label of a profile for file names: the tuned batch, or all three sizes if that is ambiguous."""
-    is_unique = [other.opt for other in profiles].count(profile.opt) == 1
-    return f"b{profile.opt}" if is_unique else f"b{profile.min}-{profile.opt}-{profile.max}"
+    """A unique label of a profile for file names: the tuned batch, all three sizes, or these with a number."""
+    same = [other for other in profiles if other.opt == profile.opt]
+    if len(same) == 1:
+        return f"b{profile.opt}"
+    same = [other for other in same if (other.min, other.max) == (profile.min, profile.max)]
+    label = f"b{profile.min}-{profile.opt}-{profile.max}"
+    return label if len(same) == 1 else f"{label}.{same.index(profile)}"
 
 
 def _shapes(onnx_model: OnnxModel, profile: Profile) -> list[str]:
-    """Shape options of a graph with a dynamic batch; trtexec rejects them for a fixed batch."""
-    dynamic = [spec for spec in onnx_model.inputs if spec.shape and spec.shape[0] is None]
+    """Shape options of the inputs with dynamic sizes; trtexec rejects them for others."""
+    dynamic = {spec.name: shapes_of(onnx_model, spec, profile) for spec in dynamic_inputs(onnx_model)}
     options = []
-    for name, batch in (("min", profile.min), ("opt", profile.opt), ("max", profile.max)):
-        shapes = [f"{s.name}:{'x'.join(map(str, (batch, *s.shape[1:])))}" for s in dynamic]
+    for i, kind in enumerate(("min", "opt", "max")):
+        shapes = [f"{name}:{'x'.join(map(str, found[i]))}" for name, found in dynamic.items()]
         if shapes:
-            options.append(f"--{name}Shapes={','.join(shapes)}")
+            options.append(f"--{kind}Shapes={','.join(shapes)}")
     return options

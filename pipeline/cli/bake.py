@@ -38,8 +38,8 @@ def bake(
     recipe: options.RecipeFile = None,
 ) -> None:
     """Set masked weights to zero and write the pruned checkpoint; the weights may be newer than the masks."""
-    from maskplan.pipeline.data.dataset import open_folder
     from maskplan.pipeline.data.image_sets import identify
+    from maskplan.pipeline.data.source import find_dataset
     from maskplan.pipeline.models.batchnorm import recalibrate as recalibrate_batchnorm
     from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
     from maskplan.pipeline.models.state_dict import fit_weights, read_weights
@@ -48,8 +48,14 @@ def bake(
     from maskplan.pipeline.recipe import read_recipe
 
     settings = read_recipe(recipe, seed)
-    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed, ema, fuse))
-    dataset = open_folder(recalibrate, provenance.labels, provenance.classes, seed) if recalibrate else None
+    kinds = settings.model.outputs
+    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed, ema, fuse, kinds))
+    labels, count = provenance.labels, provenance.classes
+    dataset = (
+        find_dataset(recalibrate, model=model, labels=labels, outputs=count, seed=seed, needs_classes=False)
+        if recalibrate
+        else None
+    )
     with tempfile.TemporaryDirectory(prefix="maskplan-") as folder:
         converted = Path(folder) / "masks.safetensors"
         mask_set = masks_from_file(module, provenance, masks, converted=converted)

@@ -69,7 +69,11 @@ def build(
     model: options.OnnxFile,
     backend: options.BackendOption = "auto",
     profile: Annotated[
-        list[str] | None, typer.Option(help="Batch sizes MIN:OPT:MAX. Repeatable, but not with --import.")
+        list[str] | None,
+        typer.Option(
+            help="Batch sizes MIN:OPT:MAX, or shapes of dynamic inputs, NAME:MIN:OPT:MAX, separated by commas, "
+            "such as input:1x3x320x320:8x3x640x640:8x3x1280x1280. Repeatable, but not with --import."
+        ),
     ] = None,
     sparse: Annotated[bool | None, typer.Option(help="Allow sparse kernels.")] = None,
     out: Annotated[

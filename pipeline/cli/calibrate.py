@@ -10,12 +10,12 @@ import typer
 from maskplan.pipeline.cli import options
 from maskplan.pipeline.cli.exit_codes import GateError
 from maskplan.pipeline.cli.help_pages import add_command
-from maskplan.pipeline.cli.options import choice, override, parse_shape, patterns, write_report
+from maskplan.pipeline.cli.options import choice, image_options, override, parse_shape, patterns, write_report
 from maskplan.pipeline.core.choices import FP16, FP32, FloatPrecision
 from maskplan.pipeline.core.terminal import print_line
 
 if TYPE_CHECKING:
-    from maskplan.calibration.calibrate import CalibrationImages
+    from maskplan.calibration.calibrate import CalibrationImages, CalibrationSamples
     from maskplan.pipeline.core.reports import CalibrationReport
 
 _EXAMPLES = """
@@ -65,6 +65,13 @@ def calibrate(
     quantize_outputs: Annotated[
         bool | None, typer.Option(help="Also quantize the outputs of layers, for kernels with INT8 inputs and outputs.")
     ] = None,
+    quantize_heads: Annotated[
+        bool | None,
+        typer.Option(
+            "--quantize-heads/--no-quantize-heads",
+            help="Also quantize the last layers before outputs that are no classes, such as boxes.",
+        ),
+    ] = None,
     max_drop: Annotated[
         float | None,
         typer.Option(
@@ -111,14 +118,15 @@ def calibrate(
         exclude=patterns(exclude),
         keep_fp32=patterns(keep_fp32),
         quantize_outputs=quantize_outputs,
+        quantize_heads=quantize_heads,
         max_drop=max_drop,
     )
     onnx_model = describe_onnx(model)
-    source: CalibrationImages | dict[str, float]
+    source: CalibrationImages | CalibrationSamples | dict[str, float]
     if import_trt_cache is not None:
         source = read_tensorrt_cache(import_trt_cache)[1]
     else:
-        source = calibration_images(model, data, mean, std, seed, parse_shape(shape), has_option=True)
+        source = calibration_source(model, data, mean, std, seed, shape)
     calibrated = calibrate_onnx(onnx_model, source, calibrate_options, {float_dtype: target}, cache)
     if export_trt_cache is not None:
         write_tensorrt_cache(export_trt_cache, calibrated.amax)
@@ -158,6 +166,35 @@ def _check(int8_file: Path, pattern: str | None) -> None:
     )
     if not conformance.passed:
         raise GateError(f"{int8_file}: {conformance.reason}")
+
+
+def calibration_source(
+    model: Path, data: Path | None, mean: str | None, std: str | None, seed: int, shape: str | None
+) -> CalibrationImages | CalibrationSamples:
+    """What an ONNX file of any kind is calibrated on: `train` of class folders for classifiers, else samples.
+
+    Raises:
+        InputError: There are no images, or they do not fit the model.
+    """
+    from dataclasses import replace
+
+    from maskplan.calibration.calibrate import CalibrationSamples
+    from maskplan.pipeline.core.errors import InputError
+    from maskplan.pipeline.data.samples import open_samples
+    from maskplan.pipeline.parity.model_files import open_network
+
+    with open_network(model) as network:
+        inputs, provenance, classifies = network.engine.inputs, network.provenance, network.classifies_images
+    has_classes = data is None or ((data / "train").is_dir() and any(p.is_dir() for p in (data / "train").iterdir()))
+    if classifies and has_classes:
+        return calibration_images(model, data, mean, std, seed, parse_shape(shape), has_option=True)
+    if data is None:
+        fix = "give --data, a folder of images or a .npz file with an array for each input, or --import-trt-cache FILE"
+        raise InputError("no samples to calibrate on", where=model, fix=fix)
+    images = image_options(shape, mean, std)
+    if provenance is not None:
+        images = replace(images, preprocessing=provenance.preprocessing)
+    return CalibrationSamples(open_samples(data, "train", inputs, images, model.name))
 
 
 def calibration_images(

@@ -13,7 +13,7 @@ from maskplan.pipeline.cli import options
 from maskplan.pipeline.cli.compare_summary import show_parity
 from maskplan.pipeline.cli.exit_codes import GateError
 from maskplan.pipeline.cli.help_pages import add_command
-from maskplan.pipeline.cli.options import override, write_report
+from maskplan.pipeline.cli.options import image_options, override, parse_shape, write_report
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +38,8 @@ maskplan compare build/r50/dense_engine.onnx build/r50/engine.onnx --data imagen
 maskplan compare dense.onnx sparse.onnx --max-top1-drop 0.5 --min-agreement 98 --use-ci
 maskplan compare dense.onnx sparse.onnx --junit parity.xml --report parity.json --baseline released.json
 maskplan compare dense.onnx sparse.onnx --bisect --plot depth.svg
+maskplan compare detector.onnx sparse.onnx --data photos --min-sqnr 20 --use-ci
+maskplan compare detector.onnx sparse.onnx --data val.npz --metric metrics.py:mean_ap --max-metric-drop 0.01
 """
 
 
@@ -61,7 +63,10 @@ def compare(
     sparse: Annotated[Path, typer.Argument(help="Its replacement, of any of these kinds.", show_default=False)],
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder with val/CLASS/*, or of images without labels. digits_resnet has its own images."),
+        typer.Option(
+            help="Folder with val/CLASS/*, or of images without labels, or a .npz file with an array for each input. "
+            "digits_resnet has its own images."
+        ),
     ] = None,
     max_top1_drop: options.MaxTop1Drop = None,
     max_top5_drop: Annotated[
@@ -83,6 +88,32 @@ def compare(
             help="Smallest cosine similarity between outputs for one fixed image.", rich_help_panel=_THRESHOLDS
         ),
     ] = None,
+    min_sqnr: Annotated[
+        float | None,
+        typer.Option(
+            help="Smallest signal to noise ratio of any output, in dB; for networks that are not classifiers.",
+            rich_help_panel=_THRESHOLDS,
+        ),
+    ] = None,
+    max_relative_error: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest relative error of any output; for networks that are not classifiers.",
+            rich_help_panel=_THRESHOLDS,
+        ),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.py:FUNCTION",
+            help="Your own metric, called with outputs and targets by name; one number for each sample or for all, higher "
+            "is better.",
+            rich_help_panel=_THRESHOLDS,
+        ),
+    ] = None,
+    max_metric_drop: Annotated[
+        float | None, typer.Option(help="How much --metric may drop.", rich_help_panel=_THRESHOLDS)
+    ] = None,
     use_ci: options.UseCi = None,
     fixed_images: Annotated[
         int | None,
@@ -91,6 +122,22 @@ def compare(
     recipe: Annotated[
         Path | None,
         typer.Option(help="TOML file whose table `compare` holds thresholds.", rich_help_panel=_THRESHOLDS),
+    ] = None,
+    outputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME:KIND",
+            help="What an output holds, where the guess is wrong: NAME:logits, NAME:logits:AXIS or NAME:values. Repeatable.",
+            rich_help_panel=_FOREIGN,
+        ),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CxHxW",
+            help="Size of one image without the batch, where the model's own is dynamic.",
+            rich_help_panel=_FOREIGN,
+        ),
     ] = None,
     mean: Annotated[
         str | None, typer.Option(help="Mean of each channel, such as 0.5,0.5,0.5.", rich_help_panel=_FOREIGN)
@@ -151,7 +198,8 @@ def compare(
     """
     from maskplan.pipeline.data.image_sets import identify, require_disjoint
     from maskplan.pipeline.parity.baseline import read_baseline, with_drift
-    from maskplan.pipeline.parity.model_files import open_model, shared_preprocessing, val_images
+    from maskplan.pipeline.parity.compare_networks import NetworkOptions, compare_networks, compares_outputs
+    from maskplan.pipeline.parity.model_files import as_classifier, open_network, shared_preprocessing, val_images
     from maskplan.pipeline.parity.model_outputs import load_fixed_images
 
     if (bisect_tolerance is not None or plot is not None) and not bisect:
@@ -164,6 +212,9 @@ def compare(
         max_flip_rate=max_flip_rate,
         max_class_drop=max_class_drop,
         min_cosine=min_cosine,
+        min_sqnr_db=min_sqnr,
+        max_relative_error=max_relative_error,
+        max_metric_drop=max_metric_drop,
         use_ci=use_ci,
         fixed_images=fixed_images,
     )
@@ -175,13 +226,20 @@ def compare(
         return
     earlier = read_baseline(baseline) if baseline is not None else None
     with contextlib.ExitStack() as stack:
-        sides = [stack.enter_context(open_model(path)) for path in (dense, sparse)]
-        preprocessing = shared_preprocessing(sides, mean, std)
+        networks = [stack.enter_context(open_network(path)) for path in (dense, sparse)]
+        network_options = NetworkOptions(data, tuple(outputs or ()), metric, image_options(shape, mean, std))
+        if compares_outputs(networks, network_options, thresholds):
+            _refuse_classifier_options(save_dense, dense_results, bisect, print_polygraphy)
+            parity = compare_networks(networks[0], networks[1], network_options, thresholds)
+            _publish(with_drift(parity, earlier) if earlier else parity, sparse, report, junit, github)
+            return
+        sides = [as_classifier(network) for network in networks]
+        preprocessing = shared_preprocessing(sides, mean, std, parse_shape(shape), has_option=True)
         if print_polygraphy:
             from maskplan.pipeline.parity.print_polygraphy import polygraphy_command
 
-            shape = (preprocessing.channels, preprocessing.height, preprocessing.width)
-            print(polygraphy_command(dense, sparse, shape))
+            size = (preprocessing.channels, preprocessing.height, preprocessing.width)
+            print(polygraphy_command(dense, sparse, size))
             return
         val = val_images(data, sides)
         image_set = identify(val) if val is not None else None
@@ -194,8 +252,16 @@ def compare(
         images = load_fixed_images(preprocessing, val, min(_BISECT_IMAGES, thresholds.fixed_images))
         parity = _with_depth(parity, _bisect(dense, sparse, images, bisect_tolerance), plot)
     _publish(parity, sparse, report, junit, github)
-    if not parity.passed:
-        raise GateError(parity.reason or "")
+
+
+def _refuse_classifier_options(*given: object) -> None:
+    from maskplan.pipeline.core.errors import InputError
+
+    names = ("--save-dense", "--dense-results", "--bisect", "--print-polygraphy")
+    refused = [name for name, value in zip(names, given, strict=True) if value]
+    if refused:
+        fix = "remove it: the networks are compared output by output"
+        raise InputError("only for classifiers of images", found=" and ".join(refused), fix=fix)
 
 
 def _recipe_options(recipe: Path | None) -> CompareOptions:
@@ -263,7 +329,7 @@ def _with_depth(parity: ParityReport, depth: DepthReport, plot: Path | None) -> 
 
 
 def _publish(parity: ParityReport, sparse: Path, report: Path | None, junit: Path | None, github: bool | None) -> None:
-    """Write the files, print the result, and annotate the CI job."""
+    """Write the files, print the result, annotate the CI job, and raise unless the gate passed."""
     from maskplan.pipeline.core.files import write_atomically
     from maskplan.pipeline.core.junit import parity_junit
     from maskplan.pipeline.core.serialization import encode
@@ -279,3 +345,5 @@ def _publish(parity: ParityReport, sparse: Path, report: Path | None, junit: Pat
         title = f"parity of {sparse.name}"
         print_for_runner(workflow_commands(parity, title))
         append_summary(summary(parity, title))
+    if not parity.passed:
+        raise GateError(parity.reason or "")

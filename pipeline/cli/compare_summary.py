@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 from maskplan.pipeline.core.terminal import print_line
 
 if TYPE_CHECKING:
+    from maskplan.pipeline.core.output_reports import OutputParity
     from maskplan.pipeline.core.reports import ParityReport
 
 
 def show_parity(report: ParityReport) -> None:
     """Print the numbers of a comparison, and the verdict as the last line."""
-    for part in (_accuracy, _flips, _classes, _outputs, _drift, _depth):
+    for part in (_accuracy, _flips, _classes, _outputs, _networks, _metric, _drift, _depth):
         for line in part(report):
             print_line(line)
     print_line(f"{report.verdict.replace('_', ' ')}{': ' + report.reason if report.reason else ''}")
@@ -52,7 +53,7 @@ def _classes(report: ParityReport) -> Iterator[str]:
 
 
 def _outputs(report: ParityReport) -> Iterator[str]:
-    if report.max_abs_diff is not None:
+    if report.max_abs_diff is not None and not report.by_output:
         yield (f"largest difference of outputs {report.max_abs_diff:.3g}, smallest cosine {_number(report.cosine_min)}")
     for output in report.outputs:
         yield (
@@ -60,6 +61,39 @@ def _outputs(report: ParityReport) -> Iterator[str]:
             f" {_number(output.p99_abs)} 99%; relative {_number(output.median_rel)}, {_number(output.p99_rel)};"
             f" smallest PSNR {_number(output.psnr_min_db)} dB"
         )
+
+
+def _networks(report: ParityReport) -> Iterator[str]:
+    for output in report.by_output:
+        yield (
+            f"{output.name}: {output.kind}, {output.samples} samples, SQNR {_decibels(output)},"
+            f" relative error {_number(output.relative_error)}{_interval(output.relative_error_ci95)},"
+            f" smallest cosine {_number(output.cosine_min)}, largest difference {_number(output.max_abs_diff)}"
+        )
+        if output.agreement is not None:
+            yield f"  same class in {output.agreement:.2f}%{_interval(output.agreement_ci95)} of its places"
+        if output.unmatched:
+            yield f"  {output.unmatched} samples have another size in the sparse model and are not compared"
+
+
+def _metric(report: ParityReport) -> Iterator[str]:
+    found = report.metric
+    if found is not None:
+        yield (
+            f"{found.name}: {found.dense:.5g} dense, {found.sparse:.5g} sparse on {found.samples} samples;"
+            f" drop {found.drop:+.4g}{_interval(found.drop_ci95)}"
+        )
+
+
+def _decibels(output: OutputParity) -> str:
+    if output.relative_error == 0:
+        return "infinite, all values are equal"
+    shown = "-" if output.sqnr_db is None else f"{output.sqnr_db:.2f} dB"
+    return shown + _interval(output.sqnr_ci95_db)
+
+
+def _interval(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f" ({interval[0]:.4g} to {interval[1]:.4g}, 95%)"
 
 
 def _drift(report: ParityReport) -> Iterator[str]:

@@ -38,6 +38,7 @@ def convert(
     weights: options.Weights = "auto",
     ema: options.Ema = None,
     fuse: options.Fuse = False,
+    outputs: options.Outputs = None,
     data: options.Data = None,
     update: Annotated[
         bool | None,
@@ -84,8 +85,11 @@ def convert(
         min_channels=min_channels,
     )
     settings = read_recipe(recipe, seed)
-    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed, ema, fuse))
-    dataset = find_dataset(data, model=model, labels=provenance.labels, outputs=provenance.classes, seed=seed)
+    kinds = patterns(outputs) or settings.model.outputs
+    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed, ema, fuse, kinds))
+    dataset = find_dataset(
+        data, model=model, labels=provenance.labels, outputs=provenance.classes, seed=seed, needs_classes=False
+    )
     if dataset is None:
         raise InputError("conversion needs images", fix="give --data DIR with train/ and val/")
     image_sets = (identify(dataset.train),)
@@ -104,7 +108,11 @@ def _show(loss: ConversionReport) -> None:
             f"  {layer.name}: {layer.zeros:.1f}% zeros, {layer.dropped:.1f}% of the rest dropped;"
             f" output error {layer.error:.2f}%{updated}"
         )
-    print_line(
-        f"top-1 on {loss.select_images} held-out training images: {loss.select_top1_source:.2f}% before,"
-        f" {loss.select_top1_converted:.2f}% after ({loss.recalibrated_images} images recalibrated)"
-    )
+    where = f"on {loss.select_images} held-out training images"
+    recalibrated = f"({loss.recalibrated_images} images recalibrated)"
+    if loss.select_top1_source is None:
+        print_line(f"divergence of the outputs {where}: {loss.select_divergence:.4f} {recalibrated}")
+    else:
+        print_line(
+            f"top-1 {where}: {loss.select_top1_source:.2f}% before, {loss.select_top1_converted:.2f}% after {recalibrated}"
+        )

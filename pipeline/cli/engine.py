@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from maskplan.pipeline.cli import options
 from maskplan.pipeline.cli.exit_codes import GateError
 from maskplan.pipeline.cli.help_pages import add_command
-from maskplan.pipeline.cli.options import choice, override
+from maskplan.pipeline.cli.options import choice, image_options, override, patterns
 from maskplan.pipeline.core.choices import FAIL, OFF, REQUIRED, Precision
 from maskplan.pipeline.core.errors import OUTPUT_OPTION
+
+if TYPE_CHECKING:
+    from maskplan.pipeline.core.choices import MaskMethod
+
+_ONNX = "MODEL is an ONNX file"
 
 _EXAMPLES = """
 maskplan engine digits_resnet
@@ -22,6 +28,7 @@ maskplan engine resnet50 --backend tensorrt --repository models
 maskplan engine resnet50 --backend tensorrt --refine
 maskplan engine resnet50 --weights w.pth --data imagenet --permute
 maskplan engine resnet50 --weights w.pth --data imagenet --precision int8
+maskplan engine detector.onnx --data photos --update --min-sqnr 20
 """
 
 
@@ -43,6 +50,7 @@ def engine(
     weights: options.Weights = "auto",
     ema: options.Ema = None,
     fuse: options.Fuse = False,
+    outputs: options.Outputs = None,
     data: options.Data = None,
     masks: Annotated[
         str | None,
@@ -80,6 +88,38 @@ def engine(
             show_default=False,
         ),
     ] = None,
+    update: Annotated[
+        bool,
+        typer.Option(
+            "--update",
+            help="With layer-wise masks: refit the kept weights by least squares, and correct biases.",
+            rich_help_panel=_ONNX,
+        ),
+    ] = False,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.py:FUNCTION",
+            help="Your own metric, called with outputs and targets by name; higher is better.",
+        ),
+    ] = None,
+    max_metric_drop: Annotated[float | None, typer.Option(help="How much --metric may drop.")] = None,
+    min_sqnr: Annotated[
+        float | None,
+        typer.Option(help="Smallest signal to noise ratio of any output, in dB."),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CxHxW",
+            help="Size of one image without the batch, where the model's own is dynamic.",
+            rich_help_panel=_ONNX,
+        ),
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="Mean of each channel, such as 0.5,0.5,0.5.", rich_help_panel=_ONNX)
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="Standard deviation of each channel.", rich_help_panel=_ONNX)] = None,
     repository: Annotated[Path | None, typer.Option(help="Triton model repository to deploy to.")] = None,
     allow_untrained: Annotated[bool, typer.Option(help="Deploy random weights too.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder to write; build/MODEL by default.")] = None,
@@ -90,6 +130,8 @@ def engine(
     report: options.Report = None,
 ) -> None:
     """Turn MODEL into a checked, compared and timed engine in the folder --out.
+
+    MODEL may also be an ONNX file of any network: it is pruned layer-wise on --data, or by magnitude without.
 
     Finished stages whose inputs have not changed are not run again: the same command continues after an interruption, and on
     another host after the folder was copied.
@@ -102,7 +144,8 @@ def engine(
     from maskplan.pipeline.models.registry import folder_name
     from maskplan.pipeline.recipe import read_recipe
     from maskplan.pipeline.report.write import as_typed
-    from maskplan.pipeline.run import LineOptions, run
+    from maskplan.pipeline.run import LineOptions, OnnxLineOptions, run, run_onnx
+    from maskplan.pipeline.stages.onnx_source import Source
 
     OUTPUT_OPTION.set("--out")
     settings = read_recipe(recipe, seed)
@@ -111,11 +154,33 @@ def engine(
         settings,
         learn=learn,
         mask=override(settings.mask, learn=learn),
-        compare=override(settings.compare, max_top1_drop=max_top1_drop),
+        compare=override(
+            settings.compare, max_top1_drop=max_top1_drop, min_sqnr_db=min_sqnr, max_metric_drop=max_metric_drop
+        ),
         compile=override(settings.compile, mode=None if compile is None else REQUIRED if compile else OFF),
     )
+    for_files = {
+        "--update": update,
+        "--shape": shape,
+        "--mean": mean,
+        "--std": std,
+    }
+    for_modules = {
+        "--weights": weights != "auto",
+        "--ema": ema,
+        "--fuse": fuse,
+        "--permute": permute,
+        "--refine": refine,
+        "--budget-minutes": budget_minutes is not None,
+        "--allow-untrained": allow_untrained,
+        "--classes": classes is not None,
+        "--device": device != "auto",
+        "--compile": compile is not None,
+    }
+    is_file = model.endswith(".onnx")
+    _refuse(for_modules if is_file else for_files, is_file=is_file)
     line_options = LineOptions(
-        model=ModelOptions(model, weights, classes, seed, ema, fuse),
+        model=ModelOptions(model, weights, classes, seed, ema, fuse, patterns(outputs) or settings.model.outputs),
         data=data,
         masks=masks,
         precision=precision,
@@ -127,10 +192,28 @@ def engine(
         device=device,
         refine=refine,
         permute=permute,
+        metric=metric,
         command=as_typed(context.obj or ()),
     )
     try:
-        result = run(line_options)
+        if is_file:
+            kinds = line_options.model.outputs
+            source = Source(Path(model), data, image_options(shape, mean, std), kinds, metric, update)
+            result = run_onnx(
+                OnnxLineOptions(
+                    source=source,
+                    masks=file_method(masks),
+                    precision=precision,
+                    backend=backend,
+                    recipe=settings,
+                    repository=repository,
+                    out=out or Path("build") / Path(model).stem,
+                    seed=seed,
+                    command=as_typed(context.obj or ()),
+                )
+            )
+        else:
+            result = run(line_options)
     except ConformanceError as error:
         raise GateError(str(error)) from error
     if report is not None:
@@ -142,3 +225,33 @@ def engine(
         failed.append("; ".join(f"compile: {line}" for line in refusals(compiled)))
     if failed:
         raise GateError("\n".join(failed))
+
+
+def _refuse(given: Mapping[str, object], *, is_file: bool) -> None:
+    """Raise on options that have no effect on this kind of model."""
+    from maskplan.pipeline.core.errors import InputError
+
+    names = [name for name, value in given.items() if value]
+    if names:
+        kind, other = ("an ONNX file", "a module") if is_file else ("a module", "an ONNX file")
+        fix = f"remove {'them' if len(names) > 1 else 'it'}"
+        raise InputError(f"{', '.join(names)}: for {other}, and MODEL is {kind}", fix=fix)
+
+
+def file_method(masks: str | None) -> MaskMethod | None:
+    """The mask method for an ONNX file; None chooses by whether there is data.
+
+    Raises:
+        InputError: Another method than layerwise and magnitude.
+    """
+    from maskplan.pipeline.core.choices import AUTO, LAYERWISE, MAGNITUDE
+    from maskplan.pipeline.core.errors import InputError
+
+    if masks in (None, AUTO):
+        return None
+    if masks == LAYERWISE:
+        return LAYERWISE
+    if masks == MAGNITUDE:
+        return MAGNITUDE
+    fix = "choose layerwise or magnitude; other methods need the module and its weights"
+    raise InputError("masks of an ONNX file are layer-wise or by magnitude", found=repr(masks), fix=fix)

@@ -9,7 +9,7 @@ import typer
 
 from maskplan.pipeline.cli import options
 from maskplan.pipeline.cli.help_pages import add_command
-from maskplan.pipeline.cli.options import choice
+from maskplan.pipeline.cli.options import choice, patterns
 from maskplan.pipeline.core.choices import FP32, FloatPrecision
 from maskplan.pipeline.core.terminal import print_line
 
@@ -30,6 +30,7 @@ def export(
     weights: options.Weights = "auto",
     ema: options.Ema = None,
     fuse: options.Fuse = False,
+    outputs: options.Outputs = None,
     precision: Annotated[
         FloatPrecision, choice(FloatPrecision, "precision", help="Precision of the weights and activations.")
     ] = FP32,
@@ -43,6 +44,7 @@ def export(
     from maskplan.pipeline.recipe import read_recipe
 
     settings = read_recipe(recipe, seed)
-    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed, ema, fuse))
+    kinds = patterns(outputs) or settings.model.outputs
+    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed, ema, fuse, kinds))
     (onnx_model,) = export_onnx(module, provenance, settings.export, {precision: out})
     print_line(f"{onnx_model.path}: {onnx_model.precision}, {onnx_model.bytes:,} bytes")

@@ -50,6 +50,7 @@ def mask(
     weights: options.Weights = "auto",
     ema: options.Ema = None,
     fuse: options.Fuse = False,
+    outputs: options.Outputs = None,
     data: options.Data = None,
     pattern: options.Pattern = None,
     layout: Annotated[
@@ -91,9 +92,12 @@ def mask(
     from maskplan.pipeline.recipe import read_recipe
     from maskplan.pipeline.report.write import masks_values
 
-    settings = read_recipe(recipe, seed).mask
-    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed, ema, fuse))
-    dataset = find_dataset(data, model=model, labels=provenance.labels, outputs=provenance.classes, seed=seed)
+    stages = read_recipe(recipe, seed)
+    settings, kinds = stages.mask, patterns(outputs) or stages.model.outputs
+    module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed, ema, fuse, kinds))
+    dataset = find_dataset(
+        data, model=model, labels=provenance.labels, outputs=provenance.classes, seed=seed, needs_classes=False
+    )
     mask_options = override(
         settings,
         method=resolve_method(method or settings.method, has_images=dataset is not None),

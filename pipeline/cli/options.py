@@ -17,6 +17,8 @@ from maskplan.pipeline.core.choices import Backend, MaskMethod
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+    from maskplan.pipeline.data.samples import ImageOptions
+
     Record = TypeVar("Record", bound=DataclassInstance)
 
 BackendChoice = Literal["auto", Backend]
@@ -109,6 +111,26 @@ def parse_shape(text: str | None) -> tuple[int, ...] | None:
     return tuple(map(int, sizes))
 
 
+def image_options(shape: str | None, mean: str | None, std: str | None) -> ImageOptions:
+    """How image files become an input, by `--shape`, `--mean` and `--std`.
+
+    Raises:
+        InputError: Not numbers.
+    """
+    from maskplan.pipeline.core.errors import InputError
+    from maskplan.pipeline.data.samples import ImageOptions
+
+    def numbers(text: str | None) -> tuple[float, ...] | None:
+        if text is None:
+            return None
+        try:
+            return tuple(float(part) for part in text.split(","))
+        except ValueError as error:
+            raise InputError("expected one number per channel", found=repr(text), fix="write 0.5,0.5,0.5") from error
+
+    return ImageOptions(parse_shape(shape), numbers(mean), numbers(std))
+
+
 def write_report(path: Path | None, values: object) -> None:
     """Write the JSON values of `--report FILE`, if it was given."""
     from maskplan.pipeline.core.files import write_json
@@ -137,10 +159,22 @@ Ema = Annotated[
 Fuse = Annotated[
     bool, typer.Option("--fuse", help="First fuse the training branches of the model's blocks (RepVGG, MobileOne).")
 ]
+Outputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME:KIND[:AXIS]",
+        help="What an output holds, if not what its shape suggests: logits, with the axis of the classes (1 by default), or "
+        "values. Repeatable.",
+        show_default=False,
+    ),
+]
 Classes = Annotated[int | None, typer.Option(help="Number of classes, if not the model's own.")]
 Data = Annotated[
     Path | None,
-    typer.Option(help="Folder with train/CLASS/* and val/CLASS/*. digits_resnet has its own images."),
+    typer.Option(
+        help="Folder with train/CLASS/* and val/CLASS/*; where no classes are needed, any folder of images. "
+        "digits_resnet has its own images."
+    ),
 ]
 Pattern = Annotated[str | None, typer.Option(help="N:M, at most N non-zeros in each group of M.")]
 IncludeLinear = Annotated[bool | None, typer.Option(help="Include linear layers.")]

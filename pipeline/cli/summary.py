@@ -43,7 +43,8 @@ def _table(report: RunReport) -> Table:
         title_justify="left",
     )
     table.add_column("weights", no_wrap=True)
-    for title in ("top-1 %", "top-5 %", "drop", "MB", *(f"ms at {b.batch}" for b in report.timing.batches)):
+    accuracies = () if report.parity.by_output else ("top-1 %", "top-5 %", "drop")
+    for title in (*accuracies, "MB", *(f"ms at {b.batch}" for b in report.timing.batches)):
         table.add_column(title, justify="right")
     for row in _rows(report):
         table.add_row(*row)
@@ -61,11 +62,14 @@ def _rows(report: RunReport) -> Iterator[tuple[str, ...]]:
     """Cells of each row: name, accuracies, size, and times where the row is one of the two timed engines."""
     methods: dict[str, MethodRow | None] = {row.name: row for row in report.parity.methods}
     methods = methods or {"dense": None, report.masks.method: None}
+    by_output = bool(report.parity.by_output)
     # With INT8 the first row is the float model that the gate compares with; the timed dense engine is INT8.
     timed_dense = "dense" if report.calibration is None or len(methods) == 2 else "dense, INT8"
     engines = {timed_dense: ("dense", report.dense_engine), list(methods)[-1]: ("sparse", report.engine)}
     for name, row in methods.items():
-        accuracy = ("", "", "") if row is None else (f"{row.top1:.2f}", f"{row.top5:.2f}", f"{row.drop:+.2f}")
+        accuracy: tuple[str, ...] = () if by_output else ("", "", "")
+        if row is not None:
+            accuracy = (f"{row.top1:.2f}", f"{row.top5:.2f}", f"{row.drop:+.2f}")
         if name not in engines:
             yield name, *accuracy, ""
             continue
@@ -79,8 +83,24 @@ def _verdicts(report: RunReport) -> Iterator[tuple[str, str]]:
     conformance, parity = report.conformance, report.parity
     conforming = f"{conformance.conforming} of {conformance.eligible} eligible weights are {conformance.pattern}"
     yield "conformance", f"{conformance.verdict}: {conforming}"
-    details = parity.reason or f"{parity.images} images, {parity.agreement:.2f}% agreement"
+    if parity.by_output:
+        details = parity.reason or "; ".join(c.message for c in parity.checks if c.passed)
+    else:
+        details = parity.reason or f"{parity.images} images, {parity.agreement:.2f}% agreement"
     yield "parity", f"{parity.verdict.replace('_', ' ')}: {details}"
+    for output in parity.by_output:
+        sqnr = "equal" if output.relative_error == 0 else f"SQNR {output.sqnr_db or float('nan'):.2f} dB"
+        same = "" if output.agreement is None else f", same class in {output.agreement:.2f}% of its places"
+        others = ", ".join(
+            f"{row.name} {o.sqnr_db:.2f} dB"
+            for row in parity.method_outputs[:-1]
+            for o in row.outputs
+            if o.name == output.name and o.sqnr_db is not None
+        )
+        yield "output", f"{output.name}: {sqnr}{same}{f' ({others})' if others else ''}"
+    if parity.metric is not None:
+        metric = parity.metric
+        yield "metric", f"{metric.name}: {metric.dense:.5g} dense, {metric.sparse:.5g} sparse"
     if report.calibration is not None:
         calibration = report.calibration
         floats = f", {len(calibration.in_float)} in floating point" if calibration.in_float else ""

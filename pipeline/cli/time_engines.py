@@ -42,6 +42,10 @@ def time(
         Path | None, typer.Option(help="Time all engines in this folder, which `build --three-way` wrote.")
     ] = None,
     shape: options.Shape = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Run on these images or arrays instead of noise; arrays as .npz, one for each input."),
+    ] = None,
     report: options.Report = None,
 ) -> None:
     """Time two engines, or all builds of dense, pruned and sparse; runs alternate between the engines."""
@@ -49,30 +53,40 @@ def time(
     from maskplan.pipeline.timing.interleaved import TimeOptions
 
     time_options = override(TimeOptions(), batches=parse_batch_sizes(batch), seconds=seconds, shape=parse_shape(shape))
+    if three_way is not None and data is not None:
+        raise InputError(
+            "--data cannot be combined with --three-way", fix="remove --data: the builds are timed on noise"
+        )
     if three_way is not None:
         _time_three_way(three_way, time_options, report)
     elif dense is None or sparse is None:
         raise InputError("nothing to time", fix="give two engines, or --three-way DIR")
     else:
-        _time_two(dense, sparse, time_options, report)
+        _time_two(dense, sparse, time_options, data, report)
 
 
-def _time_two(dense: Path, sparse: Path, time_options: TimeOptions, report: Path | None) -> None:
+def _time_two(dense: Path, sparse: Path, time_options: TimeOptions, data: Path | None, report: Path | None) -> None:
     from maskplan.engines.build import device_of
     from maskplan.engines.ort import NO_SPARSE_KERNELS
     from maskplan.engines.sidecar import read_engine
     from maskplan.pipeline.core.choices import GPU_BACKENDS
     from maskplan.pipeline.core.serialization import encode
-    from maskplan.pipeline.stages.engines import open_classifier
+    from maskplan.pipeline.data.samples import ImageOptions, open_samples
+    from maskplan.pipeline.stages.engines import open_runner
     from maskplan.pipeline.timing.compare_latency import time_engines
     from maskplan.pipeline.timing.interleaved import GPU
 
     records = [read_engine(path) for path in (dense, sparse)]
     on_cpu = records[1].backend not in GPU_BACKENDS
+    samples = None
+    if data is not None:
+        provenance = records[0].provenance
+        images = ImageOptions(time_options.shape, preprocessing=provenance.preprocessing if provenance else None)
+        samples = open_samples(data, "val", records[0].inputs, images, dense.name)
     with contextlib.ExitStack() as stack:
-        models = [stack.enter_context(open_classifier(record)) for record in records]
+        models = [stack.enter_context(open_runner(record)) for record in records]
         # ONNX Runtime on a CPU: a second session of the same file shows how much builds differ.
-        again = stack.enter_context(open_classifier(records[1])) if on_cpu else None
+        again = stack.enter_context(open_runner(records[1])) if on_cpu else None
         timing = time_engines(
             models[0],
             models[1],
@@ -81,6 +95,7 @@ def _time_two(dense: Path, sparse: Path, time_options: TimeOptions, report: Path
             note=NO_SPARSE_KERNELS if on_cpu else "",
             same_file=on_cpu,
             device=None if on_cpu else device_of(records[1]),
+            samples=samples,
         )
     write_report(report, encode(timing))
     size = f", images {'x'.join(map(str, time_options.shape))}" if time_options.shape else ""
@@ -101,13 +116,13 @@ def _time_three_way(folder: Path, time_options: TimeOptions, report: Path | None
     from maskplan.engines.ort import NO_SPARSE_KERNELS
     from maskplan.pipeline.core.choices import GPU_BACKENDS
     from maskplan.pipeline.core.serialization import encode
-    from maskplan.pipeline.stages.engines import open_classifier
+    from maskplan.pipeline.stages.engines import open_runner
     from maskplan.pipeline.timing.three_way import KINDS, SPARSE, read_three_way, time_three_way
 
     records = read_three_way(folder)
     note = NO_SPARSE_KERNELS if records[SPARSE][0].backend not in GPU_BACKENDS else ""
     with contextlib.ExitStack() as stack:
-        engines = {kind: [stack.enter_context(open_classifier(r)) for r in builds] for kind, builds in records.items()}
+        engines = {kind: [stack.enter_context(open_runner(r)) for r in builds] for kind, builds in records.items()}
         batches = time_three_way(engines, time_options, note=note)
     write_report(report, [encode(b) for b in batches])
     for b in batches:

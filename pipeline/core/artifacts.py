@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from maskplan.pipeline.core.choices import Backend, LayerState, Layout, OnnxPrecision, SparseFlagEffect
+from maskplan.pipeline.core.choices import (
+    LOGITS,
+    Backend,
+    LayerState,
+    Layout,
+    OnnxPrecision,
+    OutputType,
+    SparseFlagEffect,
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,24 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class OutputKind:
+    """One output.
+
+    Attributes:
+        name: As in the graph.
+        kind: `logits`, of which the largest along `axis` is the prediction, or `values`.
+        axis: Of the classes; the other axes but the batch are places, such as pixels.
+    """
+
+    name: str
+    kind: OutputType
+    axis: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.kind}" + (f":{self.axis}" if self.kind == LOGITS and self.axis != 1 else "")
 
 
 @dataclass(frozen=True)
@@ -93,7 +119,7 @@ class Provenance:
         trained: False if the weights, or the weights that they were made from, are random.
         origin: Where the dense weights came from.
         dense_sha256: Digest of the dense checkpoint's tensors.
-        classes: Number of outputs.
+        classes: Number of classes of a classifier; 0 for other networks.
         labels: Class names in the order of the outputs; empty if unknown.
         preprocessing: For its inputs.
         masked: Names of the masked weights; empty for a dense model.
@@ -105,6 +131,7 @@ class Provenance:
         permutation: Digest of the permutation file that reordered the channels; None for the model's own order.
         folded: Names of weights that the model's own code computes, such as standardized ones, and that the checkpoint
             stores as computed.
+        outputs: What the network returns, unless it is a classifier.
     """
 
     model: str
@@ -123,6 +150,7 @@ class Provenance:
     permutation: str | None = None
     # Left out where empty, so that files of other models do not change.
     folded: tuple[str, ...] = field(default=(), metadata={"omit_empty": True})
+    outputs: tuple[OutputKind, ...] = field(default=(), metadata={"omit_empty": True})
 
 
 @dataclass(frozen=True)
@@ -147,6 +175,7 @@ class Layer:
         position: Order of first use, from 0; None when the forward pass does not use it.
         macs: Multiply-accumulates for one image.
         computed: The operator reads a value that is computed from the weight, such as a standardized one.
+        fixed: The weight is a table, such as bins or a blur, and no trained parameter.
     """
 
     name: str
@@ -156,6 +185,7 @@ class Layer:
     position: int | None
     macs: int
     computed: bool = False
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,7 +215,7 @@ class Learning:
     """Cost of learning the masks, and its results on the `select` part.
 
     `start` refers to the magnitude masks, `end` to the chosen masks. Divergence is the distillation loss against the
-    dense network; top-1 is in percent.
+    dense network; top-1 is in percent, None without labels or classes.
     """
 
     recipe: str
@@ -196,8 +226,8 @@ class Learning:
     groups_changed: float
     select_divergence_start: float
     select_divergence_end: float
-    select_top1_start: float
-    select_top1_end: float
+    select_top1_start: float | None
+    select_top1_end: float | None
 
 
 @dataclass(frozen=True)
@@ -235,15 +265,30 @@ class OnnxModel:
 
 
 @dataclass(frozen=True)
+class ShapeRange:
+    """Whole shapes of one input of which more than the batch is dynamic, such as the size of images."""
+
+    name: str
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return ":".join([self.name, *("x".join(map(str, shape)) for shape in (self.min, self.opt, self.max))])
+
+
+@dataclass(frozen=True)
 class Profile:
-    """Batch sizes that an engine accepts and is tuned for."""
+    """Batch sizes that an engine accepts and is tuned for, and shapes of inputs of which more than the batch is dynamic."""
 
     min: int
     opt: int
     max: int
+    # Left out where empty, so that files of other engines do not change.
+    shapes: tuple[ShapeRange, ...] = field(default=(), metadata={"omit_empty": True})
 
     def __str__(self) -> str:
-        return f"{self.min}:{self.opt}:{self.max}"
+        return ",".join(map(str, self.shapes)) or f"{self.min}:{self.opt}:{self.max}"
 
 
 @dataclass(frozen=True)

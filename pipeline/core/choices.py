@@ -82,6 +82,12 @@ Layout = Literal["channel", "flat"]
 CHANNEL: Final = "channel"
 FLAT: Final = "flat"
 
+OutputType = Literal["logits", "values"]
+"""What an output of a network holds: scores of classes, of which the largest counts, or values."""
+
+LOGITS: Final = "logits"
+VALUES: Final = "values"
+
 MaskMethod = Literal["learned", "magnitude", "layerwise", "transposable", "danhofer2024"]
 
 LEARNED: Final = "learned"

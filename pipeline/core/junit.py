@@ -17,7 +17,8 @@ from maskplan.pipeline.core.choices import (
 )
 from maskplan.pipeline.core.compilation import CompileResult
 from maskplan.pipeline.core.escaping import printable
-from maskplan.pipeline.core.reports import Check, ConformanceReport, OutputCloseness, ParityReport
+from maskplan.pipeline.core.output_reports import OutputCloseness, OutputParity
+from maskplan.pipeline.core.reports import Check, ConformanceReport, ParityReport
 
 
 def conformance_junit(
@@ -73,7 +74,9 @@ def parity_junit(report: ParityReport, model: str) -> bytes:
     if report.verdict not in (PASS, NOT_APPLICABLE) and not any(c.passed is False for c in report.checks):
         ElementTree.SubElement(outputs, "failure", message=report.reason or "")
     text = ElementTree.SubElement(outputs, "system-out")
-    text.text = "\n".join((*(_format_closeness(o) for o in report.outputs), *report.notes))
+    text.text = "\n".join(
+        (*map(_format_closeness, report.outputs), *map(_format_closeness, report.by_output), *report.notes)
+    )
     for check in report.checks:
         _add_threshold(suite, check, model, report)
     _count(suite)
@@ -114,7 +117,7 @@ def _add_threshold(suite: ElementTree.Element, check: Check, model: str, report:
         ElementTree.SubElement(case, "system-out").text = check.message
 
 
-def _format_closeness(output: OutputCloseness) -> str:
+def _format_closeness(output: OutputCloseness | OutputParity) -> str:
     numbers = {k: v for k, v in dataclasses.asdict(output).items() if isinstance(v, float)}
     return f"{output.name}: " + ", ".join(f"{name} {value:.6g}" for name, value in numbers.items())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from maskplan.pipeline.core.choices import GateVerdict
 
@@ -17,6 +17,7 @@ class PassFigures:
         verdict: Of the parity gate on `select`.
         top1_drop: Points against the dense model on `select`; None without labeled images.
         batches: Its engine's times; each `speedup` is against the one dense engine of both passes.
+        relative_error: The largest of any output, on `select`; of networks that are compared by output.
     """
 
     engine_sha256: str
@@ -24,6 +25,7 @@ class PassFigures:
     verdict: GateVerdict
     top1_drop: float | None
     batches: tuple[PassTiming, ...]
+    relative_error: float | None = field(default=None, metadata={"omit_empty": True})
 
 
 @dataclass(frozen=True)

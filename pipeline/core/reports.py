@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from maskplan.pipeline.core.choices import PASS, CheckVerdict, GateVerdict, WeightState
+from maskplan.pipeline.core.output_reports import MethodOutputs, MetricParity, OutputCloseness, OutputParity
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,12 @@ class ConformanceReport:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """An engine against its own ONNX file, run unoptimized by ONNX Runtime on the same batches."""
+    """An engine against its own ONNX file, run unoptimized by ONNX Runtime; `agreement` is None where nothing is logits."""
 
     images: int
     max_abs_diff: float | None
     cosine_min: float | None
-    agreement: float
+    agreement: float | None
 
 
 @dataclass(frozen=True)
@@ -119,35 +120,6 @@ class ClassDrop:
     top1_dense: float
     top1_sparse: float
     drop: float
-
-
-@dataclass(frozen=True)
-class OutputCloseness:
-    """One output of two models on the fixed images; a number that is not finite is None.
-
-    Attributes:
-        name: The output, as the dense model calls it.
-        images: How many fixed images.
-        max_abs: Absolute differences, over all elements: largest, mean, median, 99th percentile.
-        max_rel: Differences as shares of the dense model's element, in the same four.
-        cosine_min: Smallest cosine similarity of one image's output.
-        cosine_mean: Mean over the images.
-        psnr_min_db: Smallest peak signal-to-noise ratio of one image's output; None also where all are equal.
-    """
-
-    name: str
-    images: int
-    max_abs: float | None
-    mean_abs: float | None
-    median_abs: float | None
-    p99_abs: float | None
-    max_rel: float | None
-    mean_rel: float | None
-    median_rel: float | None
-    p99_rel: float | None
-    cosine_min: float | None
-    cosine_mean: float | None
-    psnr_min_db: float | None
 
 
 @dataclass(frozen=True)
@@ -251,6 +223,9 @@ class ParityReport:
         images_sha256: Digest of the image set; None if it was not computed.
         drift: Against an earlier report, where one was given.
         depth: Where the models start to differ, if requested.
+        by_output: Of networks that are not classifiers, or where a metric is given: every output over all samples.
+        metric: The user's own, if one was given.
+        method_outputs: As `methods`, of networks that are compared by output.
     """
 
     verdict: GateVerdict
@@ -282,6 +257,9 @@ class ParityReport:
     images_sha256: str | None = None
     drift: tuple[DriftRow, ...] = ()
     depth: DepthReport | None = None
+    by_output: tuple[OutputParity, ...] = field(default=(), metadata={"omit_empty": True})
+    metric: MetricParity | None = field(default=None, metadata={"omit_empty": True})
+    method_outputs: tuple[MethodOutputs, ...] = field(default=(), metadata={"omit_empty": True})
 
     @property
     def passed(self) -> bool:

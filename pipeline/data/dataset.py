@@ -1,4 +1,4 @@
-"""Labeled images: class folders, the seeded `select` part, preprocessed batches."""
+"""Images with or without classes: folders of them, the seeded `select` part, preprocessed batches."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ from maskplan.pipeline.core.files import read_bytes
 from maskplan.pipeline.data.preprocessing import DECODE_ERRORS, decode, normalize
 
 SELECT_SHARE, SELECT_MAX_IMAGES = 0.1, 5000
+UNLABELED = -1
+"""The label of an image without a class."""
+
+_LOOSE_VAL_SHARE, _LOOSE_VAL_SEED = 0.2, 0
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 _WORKERS = 4
 
@@ -35,7 +39,7 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files of a tree of class folders, in the order of their names."""
+    """Image files of a folder, in the order of their names."""
 
     folder: Path
     names: tuple[str, ...]
@@ -117,6 +121,54 @@ def open_val(folder: Path, labels: Sequence[str], outputs: int) -> Split:
     """
     images, names = _list_images(folder, "val")
     return _all_of("val", _image_files(folder / "val", images, _class_order(folder, names, labels, outputs)))
+
+
+def open_images(folder: Path, seed: int) -> Dataset:
+    """Read images without classes: those below `train/` and `val/`, or, without these two, all images below the folder.
+
+    Folders inside mean nothing, and all labels are `UNLABELED`. Of images in one folder, `val` is the same for every seed.
+
+    Args:
+        folder: The data folder.
+        seed: For the `select` part.
+
+    Raises:
+        InputError: The folder is missing, has only one of the two parts, or too few images.
+    """
+    if not folder.is_dir():
+        raise InputError("data folder not found", where=folder, fix="give --data a folder of images")
+    parts = [part for part in ("train", "val") if (folder / part).is_dir()]
+    if len(parts) == 1:
+        raise InputError(
+            f"{parts[0]}/ without {'val' if parts == ['train'] else 'train'}/ in the data folder",
+            where=folder,
+            fix="give both, or all images in one folder, which is then divided",
+        )
+    if parts:
+        train, held_out = _unlabeled_files(folder / "train"), _unlabeled_files(folder / "val")
+        return dataset_from_train_val(train, held_out, (), seed)
+    images = _unlabeled_files(folder)
+    rest, val = _stratified(images.labels, np.arange(len(images.labels)), _LOOSE_VAL_SHARE, _LOOSE_VAL_SEED)
+    kept, select = _stratified(images.labels, rest, SELECT_SHARE, seed)
+    return Dataset((), Split("train", images, kept), Split("select", images, select), Split("val", images, val))
+
+
+def has_class_folders(folder: Path) -> bool:
+    """Whether a data folder is divided by classes: there are folders in its `train/` or `val/`, or, without them, in it."""
+    parts = [folder / part for part in ("train", "val") if (folder / part).is_dir()] or [folder]
+    return any(path.is_dir() for part in parts if part.is_dir() for path in part.iterdir())
+
+
+def _unlabeled_files(root: Path) -> ImageFiles:
+    names = tuple(sorted(path.relative_to(root).as_posix() for path in image_paths(root)))
+    if len(names) < 2:
+        raise InputError(
+            "too few images in the data folder",
+            where=root,
+            found=f"{len(names)} images",
+            fix=f"give images ({', '.join(sorted(_SUFFIXES))})",
+        )
+    return ImageFiles(root, names, np.full(len(names), UNLABELED, np.int64))
 
 
 def require_select(select: Split) -> None:
@@ -202,7 +254,7 @@ def _list_images(folder: Path, part: str) -> tuple[list[tuple[str, str]], set[st
     images: list[tuple[str, str]] = []
     empty = []
     for class_folder in sorted(p for p in root.iterdir() if p.is_dir()):
-        files = sorted(_image_paths(class_folder))
+        files = sorted(image_paths(class_folder))
         if not files:
             empty.append(class_folder.name)
         images += [(class_folder.name, p.relative_to(root).as_posix()) for p in files]
@@ -220,7 +272,7 @@ def _list_images(folder: Path, part: str) -> tuple[list[tuple[str, str]], set[st
     return images, {name for name, _ in images}
 
 
-def _image_paths(folder: Path) -> Iterator[Path]:
+def image_paths(folder: Path) -> Iterator[Path]:
     """Image files below a folder, in linked folders too, as torchvision's ImageFolder finds them."""
     for root, folders, files in os.walk(folder, followlinks=True):
         # A link to a folder that contains it would be walked for ever.

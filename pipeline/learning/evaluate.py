@@ -1,53 +1,45 @@
-"""Evaluation of masks on the `select` part, and the distillation loss that it shares with training."""
+"""Evaluation of masks on the `select` part."""
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from maskplan.pipeline.core.artifacts import Preprocessing
+from maskplan.pipeline.core.artifacts import OutputKind, Preprocessing
 from maskplan.pipeline.core.choices import CHANNEL, FLAT, Layout
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.data.dataset import Dataset, batches, require_select
 from maskplan.pipeline.learning.masked_net import Masks
 from maskplan.pipeline.learning.options import LearnOptions
+from maskplan.pipeline.learning.output_loss import Outputs, output_loss
 from maskplan.pipeline.masking.patterns import group
 from maskplan.pipeline.models.batchnorm import RecalibrateOptions, update_statistics
+
+# Outputs of the dense network that are kept between evaluations; those of more images are computed again.
+_MAX_KEPT_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
 class MaskScore:
-    """Score of masks on the `select` part: divergence from the dense network, and top-1 accuracy in percent."""
+    """Score of masks on the `select` part.
+
+    Attributes:
+        divergence: From the dense network, as `OutputLoss` measures it.
+        top1: Accuracy in percent; None without labels or classes.
+    """
 
     divergence: float
-    top1: float
+    top1: float | None
 
     def __str__(self) -> str:
-        return f"divergence {self.divergence:.4f}, top-1 {self.top1:.2f}%"
-
-
-def distillation_loss(student: torch.Tensor, teacher: torch.Tensor, distill_temperature: float) -> torch.Tensor:
-    """KL divergence from the teacher's softened probabilities, mean over the images (Hinton et al. 2015).
-
-    Args:
-        student: Logits (N, classes).
-        teacher: Logits (N, classes).
-        distill_temperature: Temperature T; the result is scaled by T^2 to keep gradients at the scale of T = 1.
-
-    Returns:
-        A scalar.
-    """
-    log_p, log_q = (
-        F.log_softmax(student / distill_temperature, dim=1),
-        F.log_softmax(teacher / distill_temperature, dim=1),
-    )
-    return distill_temperature**2 * F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+        top1 = "" if self.top1 is None else f", top-1 {self.top1:.2f}%"
+        return f"divergence {self.divergence:.4f}{top1}"
 
 
 class MaskEvaluator:
@@ -61,14 +53,28 @@ class MaskEvaluator:
         data: `train` for BatchNorm statistics, `select` for the score.
         options: Uses `distill_temperature` for the divergence, `batch` as batch size, `seed` to draw the images for the
             statistics and `judge_augment` to augment these.
+        kinds: What the network returns; empty for a classifier.
+
+    Attributes:
+        loss: The divergence; training uses it too.
     """
 
-    def __init__(self, dense: nn.Module, preprocessing: Preprocessing, data: Dataset, options: LearnOptions) -> None:
+    def __init__(
+        self,
+        dense: nn.Module,
+        preprocessing: Preprocessing,
+        data: Dataset,
+        options: LearnOptions,
+        kinds: Sequence[OutputKind] = (),
+    ) -> None:
         require_select(data.select)
+        self.loss = output_loss(dense, kinds, data.select, preprocessing, options.batch)
         self._dense, self._preprocessing, self._data = dense, preprocessing, data
         self._temperature, self._batch = options.distill_temperature, options.batch
         self._recalibrate = RecalibrateOptions(seed=options.seed, augment=options.judge_augment)
-        self._teacher: list[torch.Tensor] = []
+        self._has_top1 = self.loss.is_classifier and bool((data.select.labels >= 0).all())
+        self._teacher: list[Outputs] = []
+        self._kept_bytes = 0
 
     def __call__(self, masks: Masks) -> MaskScore:
         """Score masks, given by weight name.
@@ -83,20 +89,30 @@ class MaskEvaluator:
             for name, mask in masks.items():
                 parameters[name].masked_fill_(~torch.from_numpy(mask).to(device), 0.0)
         update_statistics(candidate, self._data.train, self._preprocessing, self._recalibrate)
-        divergence, correct, first = 0.0, 0, not self._teacher
+        divergence, correct = 0.0, 0
         with torch.no_grad():
             for i, (x, labels) in enumerate(batches(self._data.select, self._preprocessing, self._batch)):
                 images = torch.from_numpy(x).to(device)
-                if first:
-                    self._teacher.append(self._dense(images))
-                logits = candidate(images)
-                divergence += float(distillation_loss(logits, self._teacher[i], self._temperature)) * len(x)
-                correct += int((logits.argmax(dim=1).cpu().numpy() == labels).sum())
+                teacher = self._dense_outputs(i, images)
+                outputs = self.loss.select(candidate(images))
+                divergence += float(self.loss(outputs, teacher, self._temperature)) * len(x)
+                if self._has_top1:
+                    correct += int((outputs[0].argmax(dim=1).cpu().numpy() == labels).sum())
         if not math.isfinite(divergence):
             fix = "check the weights and the images' normalization"
             raise InputError("the divergence is not finite", where="the select part", fix=fix)
         count = len(self._data.select)
-        return MaskScore(divergence / count, 100 * correct / count)
+        return MaskScore(divergence / count, 100 * correct / count if self._has_top1 else None)
+
+    def _dense_outputs(self, batch: int, images: torch.Tensor) -> Outputs:
+        """The dense network's outputs for a batch of `select`, kept from the first evaluation as far as memory allows."""
+        if batch < len(self._teacher):
+            return self._teacher[batch]
+        outputs = self.loss.select(self._dense(images))
+        self._kept_bytes += sum(tensor.nbytes for tensor in outputs)
+        if batch == len(self._teacher) and self._kept_bytes <= _MAX_KEPT_BYTES:
+            self._teacher.append(outputs)
+        return outputs
 
 
 def fraction_changed(old: Masks, new: Masks, m: int, layout: Layout = CHANNEL) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -46,9 +46,7 @@ class MaskedNet(nn.Module):
         self._hard = hard
         self.gates = nn.ModuleList(Gates(weight, pattern, init_std) for weight in self._weights.values())
 
-    def forward(
-        self, images: torch.Tensor, tau: float, noise: float, seeds: list[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, images: torch.Tensor, tau: float, noise: float, seeds: list[int]) -> tuple[Any, torch.Tensor]:
         """Run the network under one sample of all masks.
 
         Args:
@@ -58,15 +56,15 @@ class MaskedNet(nn.Module):
             seeds: One per gate, in the order of `logits`.
 
         Returns:
-            Logits (N, classes), and the mean fraction of squared magnitude that the masks keep, a scalar.
+            What the network returns, and the mean fraction of squared magnitude that the masks keep, a scalar.
         """
         sampled = {
             name: gates.sample(weight, tau, seed, noise=noise, hard=self._hard)
             for (name, weight), gates, seed in zip(self._weights.items(), self._each(), seeds, strict=True)
         }
         # One name of a shared weight stands for all: naming some of them, but not all, is an error in PyTorch.
-        logits = functional_call(self._student[0], sampled, (images,))
-        return logits, self._kept(sampled)
+        returned = functional_call(self._student[0], sampled, (images,))
+        return returned, self._kept(sampled)
 
     def _kept(self, sampled: Mapping[str, torch.Tensor]) -> torch.Tensor:
         # A weight of zeros keeps nothing; without a lower bound on the divisor that would be 0/0.

@@ -20,19 +20,20 @@ class MetricsRow:
         step: Steps done.
         minutes: Learning time so far.
         loss: Running mean of the loss.
-        top1: Running mean of the top-1 accuracy in percent, on training images under sampled masks.
+        top1: Running mean of the top-1 accuracy in percent, on training images under sampled masks; None without labels or
+            classes.
         tau: Temperature.
         lr: Learning rate.
         entropy: Mean normalized entropy of the gates: 1 undecided, 0 decided.
         moved: Fraction of groups whose likeliest pattern differs from the start.
         select_divergence: Divergence on `select` at the end of an epoch, else None.
-        select_top1: Top-1 accuracy on `select` in percent at the end of an epoch, else None.
+        select_top1: Top-1 accuracy on `select` in percent at the end of an epoch, else None, as without labels or classes.
     """
 
     step: int
     minutes: float
     loss: float
-    top1: float
+    top1: float | None
     tau: float
     lr: float
     entropy: float

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from maskplan.pipeline.core.artifacts import Layer, Preprocessing
+from maskplan.pipeline.core.artifacts import Layer, OutputKind, Preprocessing
 from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.data.dataset import Dataset
 from maskplan.pipeline.learning.evaluate import MaskEvaluator
@@ -26,6 +26,7 @@ def costliest_layers(
     data: Dataset,
     budget: float,
     options: LearnOptions,
+    kinds: Sequence[OutputKind] = (),
 ) -> frozenset[str]:
     """The weights to leave dense: those whose mask alone costs most, costliest first, as long as their MACs fit the budget.
 
@@ -37,11 +38,12 @@ def costliest_layers(
         data: `train` for BatchNorm statistics, `select` for the evaluation.
         budget: Percent of the layers' MACs that may stay dense.
         options: How masks are evaluated.
+        kinds: What the network returns; empty for a classifier.
 
     Returns:
         Weight names.
     """
-    evaluate = MaskEvaluator(module.eval(), preprocessing, data, options)
+    evaluate = MaskEvaluator(module.eval(), preprocessing, data, options, kinds)
     unmasked = evaluate({}).divergence
     costs = {
         layer.name: evaluate({layer.name: np.asarray(masks[layer.name])}).divergence - unmasked

@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,15 +15,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from maskplan.pipeline.core.artifacts import Learning, Pattern, Preprocessing
+from maskplan.pipeline.core.artifacts import Learning, OutputKind, Pattern, Preprocessing
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.interrupts import INTERRUPTS
 from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.data.dataset import Dataset
-from maskplan.pipeline.learning.evaluate import MaskEvaluator, MaskScore, distillation_loss, fraction_changed
+from maskplan.pipeline.learning.evaluate import MaskEvaluator, MaskScore, fraction_changed
 from maskplan.pipeline.learning.masked_net import MaskedNet, Masks
 from maskplan.pipeline.learning.metrics import MetricsLog, MetricsRow
 from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions
+from maskplan.pipeline.learning.output_loss import Outputs
 from maskplan.pipeline.learning.processes import Process, join_processes
 from maskplan.pipeline.learning.schedule import (
     Batch,
@@ -57,6 +58,7 @@ def learn_masks(
     image_digests: tuple[str, ...] = (),
     files: LearnerFiles | None = None,
     device: str = "auto",
+    kinds: Sequence[OutputKind] = (),
 ) -> tuple[Masks, Learning]:
     """Choose masks by gradient descent on gates over the patterns of each group.
 
@@ -75,12 +77,14 @@ def learn_masks(
         image_digests: Digests of the image sets, for the key of the learner's checkpoint.
         files: Files for checkpoint and metrics.
         device: `auto`, `cpu` or `cuda`.
+        kinds: What the network returns; empty for a classifier. Labels are only read for a classifier.
 
     Returns:
         Masks by weight name, and a record of learning.
 
     Raises:
-        InputError: The loss is not finite, or there are fewer than two training images.
+        InputError: The loss is not finite, there are fewer than two training images, or `distill` asks for labels that are
+            not there.
         HostError: The disk is full; the last complete checkpoint is kept.
         KeyboardInterrupt: After SIGINT or SIGTERM; the state is saved first.
     """
@@ -88,12 +92,20 @@ def learn_masks(
         raise InputError(
             "too few images to learn from", found=f"{len(data.train)} in train", fix="give at least two images"
         )
+    if options.distill < 1 and (kinds or not (data.train.labels >= 0).all()):
+        raise InputError(
+            "without labels, masks can only be learned against the dense network",
+            found=f"distill = {options.distill:g}",
+            fix="set distill = 1 in the table [learn] of the recipe",
+        )
     files = files or LearnerFiles()
     masks = {name: np.asarray(mask) for name, mask in start.items()}
     before = tensors_sha256(module.state_dict())
     with join_processes(device) as process, INTERRUPTS.deferred():
-        learner = Learner(module, masks, pattern, preprocessing, data, options, process, files, favor_start=favor_start)
-        progress = learner.run(state_key(options, before, masks, image_digests))
+        learner = Learner(
+            module, masks, pattern, preprocessing, data, options, process, files, kinds, favor_start=favor_start
+        )
+        progress = learner.run(state_key(options, before, masks, (*image_digests, *map(str, kinds))))
     if tensors_sha256(module.state_dict()) != before:
         raise AssertionError("learning masks changed a parameter or a buffer")
     return progress.best_masks, Learning(
@@ -123,6 +135,7 @@ class Learner:
         options: LearnOptions,
         process: Process,
         files: LearnerFiles,
+        kinds: Sequence[OutputKind] = (),
         *,
         favor_start: bool,
     ) -> None:
@@ -137,7 +150,8 @@ class Learner:
         self.parallel = DistributedDataParallel(self.net) if process.count > 1 else self.net
         self.adam = torch.optim.Adam(self.net.logits(), lr=options.lr, fused=True)
         self.average = [p.detach().clone() for p in self.net.logits()] if options.ema else []
-        self.evaluate = MaskEvaluator(self.teacher, preprocessing, data, options)
+        self.evaluate = MaskEvaluator(self.teacher, preprocessing, data, options, kinds)
+        self.has_top1 = not kinds and bool((data.train.labels >= 0).all())
         self.loss = self.top1 = float("nan")
         self.row: MetricsRow | None = None
 
@@ -221,10 +235,11 @@ class Learner:
             group["lr"] = learning_rate(fraction, self.options)
         with torch.autocast(self.process.device.type, torch.bfloat16, enabled=self.process.device.type == "cuda"):
             with torch.no_grad():
-                target = self.teacher(images)
+                target = self.evaluate.loss.select(self.teacher(images))
             tau, noise = temperature(fraction, self.options), noise_scale(fraction, self.options)
-            logits, kept = self.parallel(images, tau, noise, seeds)
-        loss = self._loss(logits.float(), target.float(), labels, kept)
+            returned, kept = self.parallel(images, tau, noise, seeds)
+        outputs = tuple(tensor.float() for tensor in self.evaluate.loss.select(returned))
+        loss = self._loss(outputs, tuple(tensor.float() for tensor in target), labels, kept)
         if not bool(loss.isfinite()):
             raise InputError(
                 "the loss is not finite",
@@ -238,15 +253,14 @@ class Learner:
             average.lerp_(parameter.detach(), 1 - self.options.ema)
         progress.steps += 1
         self.loss = _running_mean(self.loss, float(loss.detach()))
-        self.top1 = _running_mean(self.top1, 100 * float((logits.detach().argmax(1) == labels).float().mean()))
+        if self.has_top1:
+            self.top1 = _running_mean(self.top1, 100 * float((outputs[0].detach().argmax(1) == labels).float().mean()))
 
-    def _loss(
-        self, logits: torch.Tensor, target: torch.Tensor, labels: torch.Tensor, kept: torch.Tensor
-    ) -> torch.Tensor:
+    def _loss(self, outputs: Outputs, target: Outputs, labels: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         weight = self.options.distill
-        loss = weight * distillation_loss(logits, target, self.options.distill_temperature)
+        loss = weight * self.evaluate.loss(outputs, target, self.options.distill_temperature)
         if weight < 1:
-            loss = loss + (1 - weight) * F.cross_entropy(logits, labels)
+            loss = loss + (1 - weight) * F.cross_entropy(outputs[0], labels)
         return loss - self.options.norm_reward * kept if self.options.norm_reward else loss
 
     def _is_out_of_time(self, progress: Progress) -> bool:
@@ -255,7 +269,9 @@ class Learner:
 
     def _score(self, masks: Masks) -> MaskScore:
         score = self.evaluate(masks) if self.process.is_main else MaskScore(0.0, 0.0)
-        return MaskScore(*self.process.broadcast(score.divergence, score.top1))
+        top1 = math.nan if score.top1 is None else score.top1
+        divergence, top1 = self.process.broadcast(score.divergence, top1)
+        return MaskScore(divergence, None if math.isnan(top1) else top1)
 
     def _end_epoch(self, progress: Progress) -> MaskScore:
         progress.epochs += 1
@@ -272,7 +288,7 @@ class Learner:
             step=progress.steps,
             minutes=round(progress.minutes, 3),
             loss=self.loss,
-            top1=self.top1,
+            top1=self.top1 if self.has_top1 else None,
             tau=temperature(fraction, self.options),
             lr=learning_rate(fraction, self.options),
             entropy=self.net.entropy(),
@@ -285,9 +301,8 @@ class Learner:
         row = self.row
         if row is None:
             return "learn masks"
-        return (
-            f"learn masks: loss {row.loss:.4f}, top-1 {row.top1:.1f}%, entropy {row.entropy:.2f}, moved {row.moved:.0%}"
-        )
+        top1 = "" if row.top1 is None else f", top-1 {row.top1:.1f}%"
+        return f"learn masks: loss {row.loss:.4f}{top1}, entropy {row.entropy:.2f}, moved {row.moved:.0%}"
 
     def _save(self, key: str, progress: Progress) -> None:
         if self.files.checkpoint is None or not self.process.is_main:

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from maskplan.pipeline.core.artifacts import DenseLayer, Layer, Pattern
 from maskplan.pipeline.core.errors import InputError, listed
-from maskplan.pipeline.masking.eligibility import ineligible_reason
+from maskplan.pipeline.masking.eligibility import FEW_OUTPUTS, FIXED, MIN_OUTPUTS, ineligible_reason
 
 STEM, LINEAR, UNUSED = "stem", "linear", "not_used_in_inference"
 NARROW, NOT_NAMED, TOO_COSTLY = "fewer_channels_than_asked", "not_named", "costs_too_much_accuracy"
@@ -48,7 +48,8 @@ def select_layers(layers: Sequence[Layer], pattern: Pattern, policy: LayerPolicy
 
     The stem (the first convolution) has few input channels and costs the most accuracy; linear layers are usually the
     head. The stem is never masked, linear layers only if the policy says so; ineligible layers stay dense by necessity, and
-    so do layers whose operator reads a value that is computed from the weight: computing makes zeros dense.
+    so do layers whose operator reads a value that is computed from the weight: computing makes zeros dense. Convolutions
+    with fewer than four outputs and weights that are tables stay dense too.
 
     Args:
         layers: All layers of the model, in any order.
@@ -69,6 +70,10 @@ def select_layers(layers: Sequence[Layer], pattern: Pattern, policy: LayerPolicy
             reason = UNUSED
         elif reason is None and layer.computed:
             reason = COMPUTED
+        elif reason is None and layer.op == "Conv" and layer.shape[0] < MIN_OUTPUTS:
+            reason = FEW_OUTPUTS
+        elif reason is None and layer.fixed:
+            reason = FIXED
         elif reason is None and layer.op != "Conv" and not policy.include_linear:
             reason = LINEAR
         elif reason is None and layer is stem:

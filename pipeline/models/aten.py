@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from maskplan.pipeline.core.artifacts import Preprocessing
 from maskplan.pipeline.models.layers import sample_input
+from maskplan.pipeline.models.module_outputs import flat_outputs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,7 +38,7 @@ def export_aten(module: nn.Module, preprocessing: Preprocessing, *, whole_layers
     first = next(module.parameters(), None)
     if first is not None:
         sample = sample.to(first)
-    with _quiet(), torch.no_grad():
+    with _quiet(), torch.no_grad(), flat_outputs(module):
         program = torch.export.export(module.eval(), (sample,))
         # An empty table keeps the operators but still replaces in-place changes by functional ones.
         decomposed: ExportedProgram = program.run_decompositions({} if whole_layers else None)

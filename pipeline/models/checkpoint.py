@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskplan.pipeline.core.artifacts import Checkpoint, Provenance
-from maskplan.pipeline.core.errors import HostError, InputError
+from maskplan.pipeline.core.artifacts import Checkpoint, OutputKind, Preprocessing, Provenance, TensorSpec
+from maskplan.pipeline.core.choices import LOGITS, VALUES
+from maskplan.pipeline.core.errors import HostError, InputError, listed
 from maskplan.pipeline.core.files import sha256_of, write_atomically
+from maskplan.pipeline.core.output_kinds import guess_kinds, parse_kinds
 from maskplan.pipeline.core.serialization import decode, encode
 from maskplan.pipeline.core.validation import at_least
 from maskplan.pipeline.data.digits import BUNDLED_MODEL
@@ -18,6 +20,7 @@ from maskplan.pipeline.models.computed_weights import fold_computed_weights, fol
 from maskplan.pipeline.models.fusing import fusable_blocks, fuse_blocks, note_fusable
 from maskplan.pipeline.models.key_matching import match_keys
 from maskplan.pipeline.models.layers import trace_layers
+from maskplan.pipeline.models.module_outputs import INPUT, classes_of
 from maskplan.pipeline.models.registry import BUNDLED_WEIGHTS, Architecture, build_model
 from maskplan.pipeline.models.state_dict import (
     fit_weights,
@@ -43,10 +46,11 @@ class ModelOptions:
     Attributes:
         model: `resnet50`, `timm/NAME`, `path/to/file.py:factory` or `digits_resnet`.
         weights: `auto`, `pretrained`, `random` or a file.
-        classes: Number of outputs; None keeps the model's own.
+        classes: Number of classes; None keeps the model's own.
         seed: For random weights.
         ema: Take the averaged weights of a file (True) or its raw ones (False); None prefers raw ones.
         fuse: Fuse the training branches of re-parameterizable blocks (RepVGG, MobileOne).
+        outputs: What outputs hold where the guess from their shapes is wrong, as `parse_kinds` reads it.
     """
 
     model: str
@@ -55,6 +59,7 @@ class ModelOptions:
     seed: int = 0
     ema: bool | None = None
     fuse: bool = False
+    outputs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         at_least(1, classes=self.classes)
@@ -111,7 +116,7 @@ def rebuild_module(checkpoint: Checkpoint) -> nn.Module:
     """
     provenance = checkpoint.provenance
     try:
-        return load_module(ModelOptions(provenance.model, classes=provenance.classes), checkpoint)
+        return load_module(ModelOptions(provenance.model, classes=provenance.classes or None), checkpoint)
     except InputError as error:
         raise InputError(
             "the checkpoint's model cannot be built",
@@ -133,21 +138,19 @@ def _load(options: ModelOptions) -> tuple[Architecture, Provenance]:
         note_fusable(architecture.module, architecture.name)
     if not folded:
         folded = fold_computed_with_note(architecture.module, architecture.preprocessing, architecture.name)
-    if recorded is not None:
+    if recorded is not None and not options.outputs:
         return architecture, replace(recorded, folded=folded)
     _, outputs = trace_layers(architecture.module, architecture.preprocessing)
-    if options.classes not in (None, outputs):
-        raise InputError(
-            "the model has another number of classes",
-            where=options.model,
-            found=f"{outputs} outputs, --classes {options.classes}",
-            fix="omit --classes, and set the number of classes where the model is built",
-        )
-    if architecture.labels and len(architecture.labels) != outputs:
+    kinds = _kinds(options, architecture.preprocessing, outputs)
+    classes = classes_of(outputs, kinds)
+    if recorded is not None:
+        return architecture, replace(recorded, folded=folded, classes=classes, outputs=() if classes else kinds)
+    _require_classes(options, outputs, kinds)
+    if classes and architecture.labels and len(architecture.labels) != classes:
         raise InputError(
             "LABELS does not name the model's classes",
             where=options.model,
-            found=f"{len(architecture.labels)} names, {outputs} outputs",
+            found=f"{len(architecture.labels)} names, {classes} outputs",
             fix="list each class once, in the order of the outputs",
         )
     provenance = Provenance(
@@ -155,12 +158,50 @@ def _load(options: ModelOptions) -> tuple[Architecture, Provenance]:
         trained=trained,
         origin=origin,
         dense_sha256=tensors_sha256(architecture.module.state_dict()),
-        classes=outputs,
-        labels=architecture.labels,
+        classes=classes,
+        labels=architecture.labels if classes else (),
         preprocessing=architecture.preprocessing,
         folded=folded,
+        outputs=() if classes else kinds,
     )
     return architecture, provenance
+
+
+def _kinds(
+    options: ModelOptions, preprocessing: Preprocessing, outputs: tuple[TensorSpec, ...]
+) -> tuple[OutputKind, ...]:
+    """What the outputs hold: guessed by their shapes, unless the options say it."""
+    image = TensorSpec(INPUT, "float32", (None, preprocessing.channels, preprocessing.height, preprocessing.width))
+    guessed = [
+        kind if spec.shape[:1] == (None,) else OutputKind(spec.name, VALUES)
+        for spec, kind in zip(outputs, guess_kinds([image], outputs), strict=True)
+    ]
+    kinds = parse_kinds(options.outputs, guessed, where=options.model)
+    wrong = [
+        f"{kind} of {spec.dtype} with {len(spec.shape)} axes"
+        for spec, kind in zip(outputs, kinds, strict=True)
+        if kind.kind == LOGITS and (kind.axis >= len(spec.shape) or not spec.dtype.startswith("float"))
+    ]
+    if wrong:
+        fix = "logits are floats; the axis of their classes is counted from 0, which is the batch"
+        raise InputError("invalid --outputs", where=options.model, found=listed(wrong), fix=fix)
+    return kinds
+
+
+def _require_classes(options: ModelOptions, outputs: tuple[TensorSpec, ...], kinds: tuple[OutputKind, ...]) -> None:
+    """Raise if the model does not have the number of classes that was asked for."""
+    shapes = {spec.name: spec.shape for spec in outputs}
+    sizes = {shapes[k.name][k.axis] for k in kinds if k.kind == LOGITS and k.axis < len(shapes[k.name])}
+    # A single score for each image is no class, but was asked for as one.
+    sizes |= {spec.shape[1] for spec in outputs if len(outputs) == 1 and len(spec.shape) == 2}
+    if options.classes is not None and options.classes not in sizes:
+        found = ", ".join(sorted(map(str, sizes - {None}))) or "none"
+        raise InputError(
+            "the model has another number of classes",
+            where=options.model,
+            found=f"{found} outputs, --classes {options.classes}",
+            fix="omit --classes, and set the number of classes where the model is built",
+        )
 
 
 def _load_own(architecture: Architecture, provenance: Provenance, state: StateDict, path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from maskplan.pipeline.core.artifacts import Preprocessing
 from maskplan.pipeline.core.errors import InputError, listed
 from maskplan.pipeline.models.layers import sample_input
+from maskplan.pipeline.models.module_outputs import named_tensors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,12 +54,15 @@ def fuse_blocks(module: nn.Module, preprocessing: Preprocessing, name: str) -> i
         raise InputError("the model has no blocks to fuse", where=name, fix="omit --fuse")
     x = sample_input(preprocessing, 1)
     with torch.no_grad():
-        before = module.eval()(x)
+        before = named_tensors(module.eval()(x))
         modules = dict(module.named_modules())
         for path in blocks:
             _fuse(modules[path])
-        after = module.eval()(x)
-    difference = float((after - before).abs().max()) / max(float(before.abs().max()), 1e-6)
+        after = named_tensors(module.eval()(x))
+    difference = max(
+        float((after[name].float() - values.float()).abs().max()) / max(float(values.float().abs().max()), 1e-6)
+        for name, values in before.items()
+    )
     if not difference <= _TOLERANCE:
         raise InputError(
             "fusing the model's blocks changes its outputs",

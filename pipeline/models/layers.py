@@ -6,8 +6,10 @@ import inspect
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from maskplan.pipeline.core.artifacts import Layer, Preprocessing
+from maskplan.pipeline.core.artifacts import Layer, Preprocessing, TensorSpec
 from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.core.regular_values import is_fixed_weight
+from maskplan.pipeline.models.module_outputs import named_tensors, output_specs
 
 if TYPE_CHECKING:
     import torch
@@ -24,32 +26,41 @@ def sample_input(preprocessing: Preprocessing, batch: int, seed: int = 0) -> tor
     return torch.randn(batch, preprocessing.channels, preprocessing.height, preprocessing.width, generator=generator)
 
 
-def trace_layers(module: nn.Module, preprocessing: Preprocessing) -> tuple[tuple[Layer, ...], int]:
+def trace_layers(module: nn.Module, preprocessing: Preprocessing) -> tuple[tuple[Layer, ...], tuple[TensorSpec, ...]]:
     """Run one image through a module in evaluation mode and record its layers.
 
     A layer is a convolution or linear module, called or used by its weight only, or a parameter that a convolution reads
     directly.
 
     Returns:
-        All layers in the order of their names in the module, and the number of outputs.
+        All layers in the order of their names in the module, and the outputs; axes that grow with the batch are dynamic.
 
     Raises:
-        InputError: The forward pass fails, or its output is not (1, classes).
+        InputError: The forward pass fails, or returns something else than tensors.
     """
-    import torch
-
     from maskplan.pipeline.models.weight_uses import run_recorded
 
     try:
         output, uses = run_recorded(module, sample_input(preprocessing, 1))
     except Exception as error:  # the model's own code may raise anything
         raise forward_error(module, preprocessing, error) from error
-    if not isinstance(output, torch.Tensor) or output.ndim != 2:
-        shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-        raise InputError(
-            "not a classifier", found=f"output {shape}", fix="give a model that returns logits (N, classes)"
-        )
-    return tuple(_layers(module, uses)), output.shape[1]
+    return tuple(_layers(module, uses)), _output_specs(module, preprocessing, named_tensors(output))
+
+
+def _output_specs(
+    module: nn.Module, preprocessing: Preprocessing, outputs: dict[str, torch.Tensor]
+) -> tuple[TensorSpec, ...]:
+    """The outputs' records; which axes are dynamic is seen with two images, where one does not tell."""
+    import torch
+
+    if len(outputs) == 1 and all(tensor.ndim == 2 and len(tensor) == 1 for tensor in outputs.values()):
+        return output_specs(outputs)
+    try:
+        with torch.no_grad():
+            second = named_tensors(module.eval()(sample_input(preprocessing, 2)))
+    except Exception:  # a module of one image at a time, which only the export refuses
+        return output_specs(outputs)
+    return output_specs(outputs, second)
 
 
 def _layers(module: nn.Module, uses: Sequence[WeightUse]) -> Iterator[Layer]:
@@ -96,7 +107,14 @@ def _layers(module: nn.Module, uses: Sequence[WeightUse]) -> Iterator[Layer]:
             ranks[found[0].order] if found else None,
             sum(use.macs for use in found),
             computed=any(not use.is_stored for use in found),
+            fixed=not is_transposed and _is_fixed(parameters[name], is_convolution=is_convolution),
         )
+
+
+def _is_fixed(parameter: torch.Tensor, *, is_convolution: bool) -> bool:
+    if parameter.ndim < 2 or not parameter.is_floating_point():
+        return False
+    return is_fixed_weight(parameter.detach().cpu().float().numpy(), is_convolution=is_convolution)
 
 
 def layer_modules(module: nn.Module) -> dict[str, nn.Module]:

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SEGMENTATION = replace(IMAGENET, height=512, width=512, resize=0)
+"""torchvision evaluates segmentation with a shorter side of 520; 512 is a whole number of strides."""
+
 # Written by benchmarks/accuracy/train_digits_resnet.py.
 BUNDLED_WEIGHTS = Path(__file__).with_name("digits_resnet.safetensors")
 
@@ -147,12 +150,15 @@ def _bundled(classes: int | None, pretrained: bool) -> Architecture:
 def _torchvision(name: str, classes: int | None, pretrained: bool) -> Architecture:
     import torchvision
 
-    names = torchvision.models.list_models(module=torchvision.models)
-    if name not in names:
-        hint = did_you_mean(name, [*names, BUNDLED_MODEL])
+    classifiers = torchvision.models.list_models(module=torchvision.models)
+    segmenters = torchvision.models.list_models(module=torchvision.models.segmentation)
+    if name in torchvision.models.list_models(module=torchvision.models.detection):
+        raise _detection(name)
+    if name not in (*classifiers, *segmenters):
+        hint = did_you_mean(name, [*classifiers, *segmenters, BUNDLED_MODEL])
         raise InputError(
             f"unknown model {name!r}",
-            found=f"not one of torchvision's {len(names)} classification models",
+            found=f"not one of torchvision's {len(classifiers)} classification and {len(segmenters)} segmentation models",
             fix=hint or "give a torchvision name (resnet50), timm/NAME, path/to/file.py:factory or digits_resnet",
         )
     weights = torchvision.models.get_model_weights(name).DEFAULT
@@ -160,12 +166,26 @@ def _torchvision(name: str, classes: int | None, pretrained: bool) -> Architectu
     if name in ("inception_v3", "googlenet"):
         # Their own initialization takes minutes in scipy; torch's default suffices for untrained weights.
         options["init_weights"] = False
+    if name in segmenters:
+        # The backbone's weights would be downloaded; the auxiliary head is part of the published weights.
+        options |= {"weights_backbone": None} | ({} if name.startswith("lraspp") else {"aux_loss": True})
     module = torchvision.models.get_model(name, weights=None, **options)
     if pretrained:
         _load_torchvision(module, weights)
+    if name in segmenters:
+        return Architecture("", module, SEGMENTATION, ())
     categories = tuple(weights.meta["categories"])
     labels = categories if classes in (None, len(categories)) else ()
     return Architecture("", module, preprocessing_from_transforms(weights.transforms()), labels)
+
+
+def _detection(name: str) -> InputError:
+    return InputError(
+        f"torchvision's detection model {name!r} cannot be one graph for batches of images",
+        found="it takes a list of images, resizes them itself, and returns as many boxes as it finds",
+        fix="name a factory of your own that returns its backbone, whose masks fit the whole model: "
+        f"torchvision.models.detection.{name}(weights=None, weights_backbone=None).backbone",
+    )
 
 
 def _load_torchvision(module: nn.Module, weights: Any) -> None:

@@ -51,8 +51,12 @@ def read_baseline(path: Path) -> Mapping[str, Any]:
 def with_drift(report: ParityReport, baseline: Mapping[str, Any]) -> ParityReport:
     """Add a row for each number with its change since the baseline; None if either report lacks the number."""
     rows = []
-    for name in _NUMBERS:
-        before, now = _number(baseline.get(name)), _number(getattr(report, name))
+    earlier = {o["name"]: o for o in baseline.get("by_output") or () if isinstance(o, dict) and "name" in o}
+    numbers = [(name, baseline.get(name), getattr(report, name)) for name in _NUMBERS]
+    for output in report.by_output:
+        numbers.append((f"{output.name} sqnr_db", earlier.get(output.name, {}).get("sqnr_db"), output.sqnr_db))
+    for name, then_value, now_value in numbers:
+        before, now = _number(then_value), _number(now_value)
         change = now - before if now is not None and before is not None else None
         rows.append(DriftRow(name, before, now, change))
     notes = report.notes

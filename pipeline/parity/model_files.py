@@ -11,17 +11,19 @@ from pathlib import Path
 
 import numpy as np
 
-from maskplan.engines.base import Classifier
+from maskplan.engines.base import Classifier, Engine, is_classifier
 from maskplan.engines.build import open_engine
 from maskplan.engines.ort import OrtEngine
 from maskplan.engines.sidecar import read_engine, sidecar_path
-from maskplan.exporters.metadata import load_onnx, read_provenance
+from maskplan.exporters.metadata import describe_onnx, load_onnx, read_provenance
 from maskplan.exporters.onnx_export import ExportOptions, export_onnx
-from maskplan.pipeline.core.artifacts import Preprocessing, Provenance
+from maskplan.exporters.run_shapes import baked_batch
+from maskplan.pipeline.core.artifacts import Preprocessing, Profile, Provenance
 from maskplan.pipeline.core.choices import GPU_BACKENDS
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.image_shape import image_shape
 from maskplan.pipeline.data.dataset import Split
+from maskplan.pipeline.data.samples import ImageOptions, is_channels_last
 from maskplan.pipeline.data.source import find_val
 from maskplan.pipeline.models.checkpoint import read_checkpoint, rebuild_module
 from maskplan.pipeline.parity.unlabeled_images import open_unlabeled
@@ -45,23 +47,67 @@ class OpenedModel:
         return int(self.classifier.logits(np.zeros(one, np.float32)).shape[-1])
 
 
+@dataclass(frozen=True)
+class OpenedNetwork:
+    """An opened network of any kind; `provenance` is None for a file that other tools wrote."""
+
+    engine: Engine
+    name: str
+    profiles: tuple[Profile, ...]
+    provenance: Provenance | None
+
+    @property
+    def classifies_images(self) -> bool:
+        """Whether it has one float image input, channels first, and one output of logits."""
+        if not is_classifier(self.engine.inputs, self.engine.outputs):
+            return False
+        spec = self.engine.inputs[0]
+        return spec.shape[1] in (1, 3, None) and not is_channels_last(spec)
+
+
 @contextlib.contextmanager
 def open_model(path: Path) -> Iterator[OpenedModel]:
+    """Open a classifier.
+
+    Raises:
+        InputError: As `open_network`, or it is no classifier.
+    """
+    with open_network(path) as opened:
+        yield as_classifier(opened)
+
+
+def as_classifier(network: OpenedNetwork) -> OpenedModel:
+    """The classifier on an opened network, which stays the owner of the engine.
+
+    Raises:
+        InputError: It is no classifier.
+    """
+    return OpenedModel(Classifier(network.engine, network.name, network.profiles), network.provenance)
+
+
+@contextlib.contextmanager
+def open_network(path: Path) -> Iterator[OpenedNetwork]:
     """Open a file by its kind; a checkpoint is exported to a temporary ONNX file, which needs PyTorch.
 
     Raises:
         InputError: The file is missing, damaged or of an unknown kind.
     """
     with contextlib.ExitStack() as stack:
+
+        def opened(engine: Engine, profiles: tuple[Profile, ...], provenance: Provenance | None) -> OpenedNetwork:
+            stack.callback(engine.close)
+            return OpenedNetwork(engine, path.name, profiles, provenance)
+
         if path.suffix == ".plan" or (path.suffix == ".onnx" and sidecar_path(path).is_file()):
             record = read_engine(path)
             profiles = record.profiles if record.backend in GPU_BACKENDS else ()
-            yield OpenedModel(
-                stack.enter_context(Classifier(open_engine(record), path.name, profiles)), record.provenance
-            )
+            yield opened(open_engine(record), profiles, record.provenance)
         elif path.suffix == ".onnx":
-            provenance = read_provenance(load_onnx(path), path)
-            yield OpenedModel(stack.enter_context(Classifier(OrtEngine(path), path.name)), provenance)
+            model = load_onnx(path)
+            engine = OrtEngine(path)
+            if (found := baked_batch(describe_onnx(path, model), model)) is not None:
+                engine.inputs, engine.outputs = found.inputs, found.outputs
+            yield opened(engine, (), read_provenance(model, path))
         elif path.suffix == ".safetensors":
             checkpoint = read_checkpoint(path)
             provenance = checkpoint.provenance
@@ -69,7 +115,7 @@ def open_model(path: Path) -> Iterator[OpenedModel]:
             (exported,) = export_onnx(
                 rebuild_module(checkpoint), provenance, ExportOptions(), {"fp32": folder / "model.onnx"}
             )
-            yield OpenedModel(stack.enter_context(Classifier(OrtEngine(exported.path), path.name)), provenance)
+            yield opened(OrtEngine(exported.path), (), provenance)
         else:
             raise InputError(
                 "cannot compare this kind of file",
@@ -123,6 +169,15 @@ def shared_preprocessing(
     return Preprocessing(
         channels, height, width, 0, "bilinear", _channel_values(mean, channels, 0.0), _std_values(std, channels)
     )
+
+
+def image_preprocessing(models: Sequence[OpenedModel], images: ImageOptions) -> Preprocessing:
+    """As `shared_preprocessing`, from options that are read already."""
+
+    def text(values: tuple[float, ...] | None) -> str | None:
+        return None if values is None else ",".join(map(repr, values))
+
+    return shared_preprocessing(models, text(images.mean), text(images.std), images.shape, has_option=True)
 
 
 def _image_size(classifier: Classifier, given: tuple[int, ...] | None, has_option: bool) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from maskplan.engines.base import quiet_polygraphy
-from maskplan.pipeline.core.reports import OutputCloseness
+from maskplan.pipeline.core.output_reports import OutputCloseness
 
 _QUANTILE = 0.99
 

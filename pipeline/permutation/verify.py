@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from maskplan.pipeline.core.artifacts import Preprocessing
 from maskplan.pipeline.models.layers import sample_input
+from maskplan.pipeline.models.module_outputs import named_tensors
 from maskplan.pipeline.permutation.apply import Move, permuted_state
 from maskplan.pipeline.permutation.groups import Group
 
@@ -79,14 +81,25 @@ def output_change(module: nn.Module, state: Mapping[str, torch.Tensor], preproce
         except RuntimeError:  # a type that the module's code insists on
             types = {sample.dtype}
             before, after = (_outputs(module, each, sample, None) for each in (own, state))
-    types |= {before.dtype} if before.is_floating_point() else set()
-    before, after = _real(before), _real(after)
-    largest = before.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+    types |= {each.dtype for each in before.values() if each.is_floating_point()}
     step = max((torch.finfo(each).eps for each in types), default=0.0)
+    changes = [_change(values, after[name], step) for name, values in before.items()]
+    return max(changes, key=lambda change: (math.isnan(change.difference), change.difference / change.tolerance))
+
+
+def _change(before: torch.Tensor, after: torch.Tensor, step: float) -> OutputChange:
+    """The change of one output; `step` is the longest rounding step of the types that the network computes in."""
+    import torch
+
+    before, after = _real(before), _real(after)
+    if not before.numel():
+        return OutputChange(0.0, _OF_LARGEST)
+    largest = before.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
     if step > torch.finfo(torch.float64).eps:
         tolerance = max(_SHORT_TYPE, _ROUNDINGS * step)
     else:
-        spread = (before[:1] - before[1:]).abs().max()
+        # An output that has no axis of images has no spread.
+        spread = (before[:1] - before[1:]).abs().max() if before.ndim and len(before) > 1 else torch.zeros(())
         tolerance = max(float(_OF_SPREAD * spread / largest), _OF_LARGEST)
     return OutputChange(float((before - after).abs().max() / largest), tolerance)
 
@@ -99,15 +112,14 @@ def _real(outputs: torch.Tensor) -> torch.Tensor:
 
 def _outputs(
     module: nn.Module, state: Mapping[str, torch.Tensor], sample: torch.Tensor, dtype: torch.dtype | None
-) -> torch.Tensor:
+) -> dict[str, torch.Tensor]:
     import torch
 
     def converted(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
     tensors = {name: converted(state.get(name, tensor)) for name, tensor in _tensors(module).items()}
-    outputs: torch.Tensor = torch.func.functional_call(module, tensors, (converted(sample),), tie_weights=False)
-    return outputs
+    return named_tensors(torch.func.functional_call(module, tensors, (converted(sample),), tie_weights=False))
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -91,7 +91,20 @@ class ConvertedLayer:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What conversion changed: per layer, and in top-1 accuracy (percent) on the `select` images."""
+    """What conversion changed, per layer and on the `select` images.
+
+    Attributes:
+        pattern: N:M.
+        updated: Whether kept weights were refitted.
+        images: Training images that the layers' inputs were taken from.
+        layers: The converted layers.
+        dense: Names of the others.
+        recalibrated_images: Images that BatchNorm statistics were estimated from.
+        select_images: Held-out training images.
+        select_top1_source: Top-1 accuracy in percent; None without labels or classes.
+        select_top1_converted: The same after conversion.
+        select_divergence: Of the converted network's outputs from the source's, as learned masks are scored.
+    """
 
     pattern: str
     updated: bool
@@ -100,8 +113,9 @@ class ConversionReport:
     dense: tuple[str, ...]
     recalibrated_images: int
     select_images: int
-    select_top1_source: float
-    select_top1_converted: float
+    select_top1_source: float | None
+    select_top1_converted: float | None
+    select_divergence: float
 
 
 def convert(
@@ -175,8 +189,8 @@ def convert(
         method=UPDATED if options.update else CONVERTED,
         image_sets=merge_image_sets(provenance.image_sets, image_sets),
     )
-    source_top1 = _top1(source, provenance, data.select)
     checkpoint = recalibrate(converted, converted_provenance, data.train, recalibrate_options, out, image_sets)
+    change = _change(source, converted, provenance, data.select)
     return checkpoint, ConversionReport(
         pattern=str(pattern),
         updated=options.update,
@@ -185,8 +199,9 @@ def convert(
         dense=tuple(d.name for d in selection.dense),
         recalibrated_images=checkpoint.provenance.recalibrated_images,
         select_images=len(data.select),
-        select_top1_source=source_top1,
-        select_top1_converted=_top1(converted, provenance, data.select),
+        select_top1_source=change.top1_source,
+        select_top1_converted=change.top1_converted,
+        select_divergence=change.divergence,
     )
 
 
@@ -221,13 +236,32 @@ def _describe(
     )
 
 
-def _top1(module: nn.Module, provenance: Provenance, split: Split, batch: int = 64) -> float:
+@dataclass(frozen=True)
+class _Change:
+    """Of the outputs on some images; accuracies in percent, None without labels or classes."""
+
+    top1_source: float | None
+    top1_converted: float | None
+    divergence: float
+
+
+def _change(source: nn.Module, converted: nn.Module, provenance: Provenance, split: Split, batch: int = 64) -> _Change:
     import torch
 
-    device = next(module.parameters()).device
-    correct = 0
+    from maskplan.pipeline.learning.output_loss import output_loss
+
+    preprocessing, device = provenance.preprocessing, next(source.parameters()).device
+    loss = output_loss(source, provenance.outputs, split, preprocessing, batch)
+    divergence, right, right_source = 0.0, 0, 0
     with torch.no_grad():
-        for x, labels in batches(split, provenance.preprocessing, batch):
-            predicted = module(torch.from_numpy(x).to(device)).argmax(dim=1).cpu().numpy()
-            correct += int((predicted == labels).sum())
-    return 100 * correct / len(split)
+        for x, labels in batches(split, preprocessing, batch):
+            images = torch.from_numpy(x).to(device)
+            before, after = (loss.select(network(images)) for network in (source, converted))
+            divergence += len(x) * float(loss(after, before, 1.0))
+            if loss.is_classifier:
+                right_source += int((before[0].argmax(dim=1).cpu().numpy() == labels).sum())
+                right += int((after[0].argmax(dim=1).cpu().numpy() == labels).sum())
+    count = len(split)
+    if not loss.is_classifier or not (split.labels >= 0).all():
+        return _Change(None, None, divergence / count)
+    return _Change(100 * right_source / count, 100 * right / count, divergence / count)

@@ -163,7 +163,14 @@ def choose_masks(
         from maskplan.pipeline.learning.sensitivity import costliest_layers
 
         costly = costliest_layers(
-            module, masks, chosen, provenance.preprocessing, data, options.keep_dense_budget, options.learn
+            module,
+            masks,
+            chosen,
+            provenance.preprocessing,
+            data,
+            options.keep_dense_budget,
+            options.learn,
+            provenance.outputs,
         )
         dense += tuple(DenseLayer(x.name, x.shape, x.macs, TOO_COSTLY) for x in chosen if x.name in costly)
         chosen = [layer for layer in chosen if layer.name not in costly]
@@ -190,6 +197,7 @@ def choose_masks(
             favor_start=given is not None,
             files=files,
             device=device,
+            kinds=provenance.outputs,
         )
     mask_set = write_masks(
         out,
@@ -255,6 +263,9 @@ def _danhofer(
     """Masks by the recipe of Danhofer (2024): every convolution, flat layout."""
     from maskplan.pipeline.learning.danhofer2024 import DanhoferOptions, danhofer_masks
 
+    if provenance.outputs or not (data.train.labels >= 0).all():
+        what = f"{DANHOFER2024} masks are learned from labels"
+        raise InputError(what, fix="give a classifier and images in class folders, or choose learned masks")
     state = module.state_dict()
     chosen = [layer for layer in layers if layer.op == "Conv"]
     weights = {layer.name: state[layer.name].detach().cpu().float().numpy() for layer in chosen}

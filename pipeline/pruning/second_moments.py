@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
 
 # Memory limit of the moments gathered in one pass over the images; ResNet-50 needs two passes.
 _MAX_BYTES = 400 * 2**20
@@ -109,7 +111,7 @@ def second_moments(
     unseen = [layer.name for layer in layers if layer.name not in by_name]
     if unseen:
         raise _not_called(unseen)
-    for part in _parts(layers):
+    for part in parts_that_fit(layers, lambda layer: int(np.prod(layer.shape[1:]))):
         accumulators = [_MomentAccumulator(layer, by_name[layer.name], len(images), options) for layer in part]
         hooks = [a.module.register_forward_hook(a.add) for a in accumulators]
         device = next(module.parameters()).device
@@ -162,12 +164,17 @@ def layers_before_norm(module: nn.Module, preprocessing: Preprocessing) -> froze
     return frozenset(names)
 
 
-def _parts(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
-    """Runs of consecutive layers whose moments together fit into `_MAX_BYTES`; at least one layer each."""
-    part: list[Layer] = []
+def parts_that_fit(layers: Sequence[Item], columns: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Runs of consecutive layers whose moments together fit into `_MAX_BYTES`; at least one layer each.
+
+    Args:
+        layers: In order.
+        columns: Length of a layer's unfolded inputs.
+    """
+    part: list[Item] = []
     total = 0
     for layer in layers:
-        size = 4 * int(np.prod(layer.shape[1:])) ** 2
+        size = 4 * columns(layer) ** 2
         if part and total + size > _MAX_BYTES:
             yield part
             part, total = [], 0
@@ -177,13 +184,25 @@ def _parts(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
         yield part
 
 
+def positions_for(columns: int, images: int, options: MomentOptions) -> int:
+    """Output positions of each image to use, so that a layer has no fewer rows than columns."""
+    return max(options.positions, -(-columns // images))
+
+
+def sampled_positions(count: int, wanted: int, random: np.random.Generator) -> npt.NDArray[np.int64]:
+    """At most `wanted` of `count` output positions, in order."""
+    if count <= wanted:
+        return np.arange(count)
+    return np.sort(random.choice(count, wanted, replace=False))
+
+
 class _MomentAccumulator:
     """Sums over one layer's inputs, shifted by the first batch's mean: subtracting the mean later loses no digits."""
 
     def __init__(self, layer: Layer, module: nn.Module, images: int, options: MomentOptions) -> None:
         self.layer, self.module = layer, module
         self._columns = int(np.prod(layer.shape[1:]))
-        self._positions = max(options.positions, -(-self._columns // images))
+        self._positions = positions_for(self._columns, images, options)
         self._seed = options.seed
         self._random = np.random.default_rng(options.seed)
         self.rows = 0
@@ -274,9 +293,7 @@ class _MomentAccumulator:
         return rows.reshape(-1, self._columns), outputs.reshape(-1, outputs.shape[-1])
 
     def _sample_positions(self, count: int) -> npt.NDArray[np.int64]:
-        if count <= self._positions:
-            return np.arange(count)
-        return np.sort(self._random.choice(count, self._positions, replace=False))
+        return sampled_positions(count, self._positions, self._random)
 
     def _is_product(self, rows: torch.Tensor, outputs: torch.Tensor) -> bool:
         """Whether the layer's outputs equal its weight times the unfolded inputs, checked on a few rows."""

@@ -14,7 +14,7 @@ from maskplan.engines.evidence import totals
 from maskplan.engines.ort import PLANS_DID_NOT_RUN
 from maskplan.pipeline.core.artifacts import LayerSparsity
 from maskplan.pipeline.core.choices import CONFORMING, CONVERSIONS, DENSE, GPU_BACKENDS, SPARSE, UNKNOWN
-from maskplan.pipeline.core.reports import BatchTiming, LayerDifference, WeightVerdict
+from maskplan.pipeline.core.reports import BatchTiming, LayerDifference, ParityReport, WeightVerdict
 from maskplan.pipeline.core.serialization import encode
 from maskplan.pipeline.permutation.record import AS_GIVEN, FIXED, MOVED, UNREAD
 from maskplan.pipeline.recipe import Recipe
@@ -137,6 +137,8 @@ def headline(report: RunReport) -> tuple[str, str]:
         )
     if parity.verdict == "fail":
         return "bad", f"{conforming[0].upper()}{conforming[1:]}, but accuracy is not kept: {parity.reason}."
+    if parity.by_output:
+        return "good", f"The sparse engine's outputs are within the limits ({_limits_kept(parity)}); {conforming}."
     assert parity.top1_drop is not None
     change = f"loses {parity.top1_drop:.2f} points" if parity.top1_drop > 0 else f"gains {-parity.top1_drop:.2f} points"
     subject = "engine" if report.stand_in is None else "model, run by ONNX Runtime,"
@@ -145,6 +147,10 @@ def headline(report: RunReport) -> tuple[str, str]:
         f"The sparse {subject} {change} top-1 ({parity.top1_dense:.2f}% dense, {parity.top1_sparse:.2f}% sparse,"
         f" {parity.images} images); {conforming}."
     )
+
+
+def _limits_kept(parity: ParityReport) -> str:
+    return "; ".join(check.message for check in parity.checks if check.passed)
 
 
 def gain(timed: BatchTiming) -> str:

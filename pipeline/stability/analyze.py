@@ -131,6 +131,9 @@ def analyze(
         PipelineError: The network as read for the bounds differs from the module.
     """
     preprocessing = provenance.preprocessing
+    if provenance.outputs:
+        returned = ", ".join(map(str, provenance.outputs))
+        raise InputError("the bounds are for classifiers only", where=provenance.model, found=f"it returns {returned}")
     if not len(val):
         raise InputError("there are no held-out images", fix="give --data DIR with images in val/")
     network = read_network(module, preprocessing)

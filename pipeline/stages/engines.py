@@ -1,14 +1,15 @@
-"""The stages on engines: build, compare, time."""
+"""The stages on engines: build and time."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from maskplan.engines.base import Classifier
+from maskplan.engines.batch_runner import BatchRunner
 from maskplan.engines.build import (
     SUFFIX,
     BuildOptions,
@@ -19,23 +20,17 @@ from maskplan.engines.build import (
     profiles_for,
     why_not_runnable,
 )
-from maskplan.engines.ort import NO_SPARSE_KERNELS, PLANS_DID_NOT_RUN, OrtEngine
+from maskplan.engines.ort import NO_SPARSE_KERNELS, PLANS_DID_NOT_RUN
 from maskplan.engines.sidecar import has_sidecar, write_sidecar
-from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel
-from maskplan.pipeline.core.choices import GPU_BACKENDS, ONNXRUNTIME, SAME_BYTES, SAME_CONTENT, Backend, FloatPrecision
+from maskplan.pipeline.core.artifacts import EngineFile, ImageSet, OnnxModel, Profile
+from maskplan.pipeline.core.choices import GPU_BACKENDS, ONNXRUNTIME, SAME_BYTES, SAME_CONTENT, Backend
 from maskplan.pipeline.core.files import read_bytes, write_atomically
-from maskplan.pipeline.core.reports import Fidelity, ParityReport, TimingReport
-from maskplan.pipeline.parity.compare import compare as compare_models
-from maskplan.pipeline.parity.compare import fidelity
-from maskplan.pipeline.parity.held_out import held_out_note
-from maskplan.pipeline.stages.job import Images, Job, Network
-from maskplan.pipeline.stages.onnx_files import row_name
+from maskplan.pipeline.core.reports import TimingReport
+from maskplan.pipeline.data.samples import Samples
+from maskplan.pipeline.stages.job import Job
 from maskplan.pipeline.timing.compare_latency import time_engines
 
 log = logging.getLogger(__name__)
-
-# Images for comparing an engine with its own ONNX file, and noise images for comparing random weights.
-_FIDELITY_IMAGES, _NOISE_IMAGES = 32, 32
 
 # Two stages build the same sparse engine: as the result of the line, and as one of two candidates of `--refine`.
 _BUILD, _BUILD_CANDIDATE = "build-sparse", "build-candidate"
@@ -58,16 +53,14 @@ class Engines:
     stands_in_for: Backend | None = None
 
 
-@dataclass(frozen=True)
-class Compared:
-    """Both verdicts of the compare stage; the second is None where the engine's plan did not run."""
-
-    parity: ParityReport
-    fidelity: Fidelity | None
-
-
 def build(
-    job: Job, backend: Backend, dense: OnnxModel | EngineFile, sparse: OnnxModel, *, candidate: bool = False
+    job: Job,
+    backend: Backend,
+    dense: OnnxModel | EngineFile,
+    sparse: OnnxModel,
+    *,
+    candidate: bool = False,
+    profiles: tuple[Profile, ...] | None = None,
 ) -> Engines:
     """Build the engines of a fair comparison.
 
@@ -78,13 +71,14 @@ def build(
         sparse: The pruned model.
         candidate: Write the sparse engine between stages; `keep_engine` copies the better candidate to its final name. An
             engine of the same inputs that a run without this option has built is copied, for builds of one graph differ.
+        profiles: Of engines for a GPU; by default one for each batch size that is timed.
     """
 
     def engine(name: str, model: OnnxModel, out: Path, sparse_weights: bool, twin: str | None = None) -> EngineFile:
         options = BuildOptions(backend, sparse_weights=sparse_weights)
         if backend in GPU_BACKENDS:
-            profiles = profiles_for(model, job.recipe.time.batches)
-            options = replace(options, profiles=profiles, trt=job.recipe.tensorrt)
+            own = profiles_for(model, job.recipe.time.batches) if profiles is None else profiles
+            options = replace(options, profiles=own, trt=job.recipe.tensorrt)
         # The path of the timing cache belongs to the host, not to the engine.
         inputs = {"onnx": model.sha256, "options": replace(options, trt=replace(options.trt, timing_cache=None))}
 
@@ -139,7 +133,7 @@ def runnable(job: Job, built: Engines, dense: OnnxModel, sparse: OnnxModel) -> E
 def keep_engine(job: Job, engine: EngineFile) -> EngineFile:
     """Copy the better of two candidates to its final name."""
     out = job.ws.path(f"engine{SUFFIX[engine.backend]}")
-    inputs = {"engine": _identity(engine)}
+    inputs = {"engine": engine_identity(engine)}
     return job.ws.stage("keep-engine", EngineFile, inputs, lambda: _copy_engine(engine, out), intact=has_sidecar)
 
 
@@ -149,120 +143,19 @@ def _copy_engine(engine: EngineFile, out: Path) -> EngineFile:
     return copied
 
 
-def compare(
-    job: Job,
-    engines: Engines,
-    float_precision: FloatPrecision,
-    dense: Network,
-    sparse: Network,
-    rows: Mapping[str, OnnxModel],
-    images: Images | None,
-) -> Compared:
-    """Compare the sparse engine with the dense model, with other methods, and with its own ONNX file.
-
-    The gate compares with the untouched dense model: its engine, or its FP32 file where the dense engine is INT8 as well.
-
-    Args:
-        job: The run.
-        engines: The engines of `dense` and `sparse`.
-        float_precision: What the engines run in where they are not INT8.
-        dense: The untouched network.
-        sparse: The pruned network.
-        rows: More rows of the table of accuracies, by name.
-        images: Labeled images; without them the engines are compared on noise.
-    """
-    provenance, own_onnx = sparse.checkpoint.provenance, sparse.deployed.of(float_precision)
-    untouched = None if dense.int8 is None else dense.floats.fp32
-    # Labeled images say nothing about random weights.
-    val = images.data.val if images is not None and provenance.trained else None
-    options = job.recipe.compare
-    if val is None:
-        options = replace(options, fixed_images=min(options.fixed_images, _NOISE_IMAGES))
-
-    def work() -> Compared:
-        with contextlib.ExitStack() as stack:
-            sparse_model = stack.enter_context(open_classifier(engines.sparse))
-            dense_model = stack.enter_context(_reference(engines, dense))
-            models = {name: stack.enter_context(_onnx_classifier(model, name)) for name, model in rows.items()}
-            parity = compare_models(
-                dense_model,
-                sparse_model,
-                provenance.preprocessing,
-                [engines.dense.provenance, provenance],
-                val,
-                options,
-                models,
-                sparse_name=row_name(provenance, own_onnx.precision),
-            )
-            if val is not None and images is not None and parity.top1_dense is not None:
-                note = held_out_note(dense_model, provenance.preprocessing, images.data, parity.top1_dense)
-                if note is not None:
-                    log.warning("%s", note)
-                    parity = replace(parity, notes=(*parity.notes, note))
-            if engines.stands_in_for is not None:
-                return Compared(replace(parity, notes=(*parity.notes, PLANS_DID_NOT_RUN)), None)
-            # Graph optimizations round differently; the reference runs the nodes as they are in the file.
-            exact = stack.enter_context(_onnx_classifier(own_onnx, "its ONNX file", optimized=False))
-            count = min(options.fixed_images, _FIDELITY_IMAGES)
-            return Compared(parity, fidelity(sparse_model, exact, provenance.preprocessing, val, count))
-
-    inputs = {
-        "engines": [_identity(e) for e in (engines.dense, engines.sparse)],
-        "others": {name: m.sha256 for name, m in rows.items()},
-        **({"untouched": untouched.sha256} if untouched is not None else {}),
-        **_stand_in_key(engines),
-        "val": images.sets.val.key if images and val else None,
-        # Whether `select` is held out is read off samples of these parts.
-        "shaping": [s.key for s in images.sets.shaping] if images and val else None,
-        "options": options,
-    }
-    return job.ws.stage("compare", Compared, inputs, work)
-
-
-def compare_on_select(
-    job: Job, engines: Engines, dense: Network, sparse: Network, images: Images | None
-) -> ParityReport:
-    """Compare the sparse engine with the dense model on `select`, to choose between two engines without reading `val`."""
-    provenance = sparse.checkpoint.provenance
-    select = images.data.select if images is not None and provenance.trained else None
-    options = replace(job.recipe.compare, fixed_images=min(job.recipe.compare.fixed_images, _NOISE_IMAGES))
-
-    def work() -> ParityReport:
-        with _reference(engines, dense) as dense_model, open_classifier(engines.sparse) as sparse_model:
-            provenances = [engines.dense.provenance, provenance]
-            return compare_models(dense_model, sparse_model, provenance.preprocessing, provenances, select, options)
-
-    inputs = {
-        "engines": [_identity(e) for e in (engines.dense, engines.sparse)],
-        "dense": dense.floats.fp32.sha256,
-        "select": images.sets.select.key if images and select else None,
-        "options": options,
-    }
-    return job.ws.stage("compare-select", ParityReport, inputs, work)
-
-
-def _reference(engines: Engines, dense: Network) -> contextlib.AbstractContextManager[Classifier]:
-    """The untouched dense model: its engine, or its FP32 file where the dense engine is INT8 as well."""
-    if dense.int8 is None:
-        return open_classifier(engines.dense)
-    return _onnx_classifier(dense.floats.fp32, "dense")
-
-
-def _onnx_classifier(model: OnnxModel, name: str, *, optimized: bool = True) -> Classifier:
-    return Classifier(OrtEngine(model.path, optimized=optimized), name)
-
-
-def time_stage(job: Job, engines: Engines) -> TimingReport:
-    """Time the engines interleaved."""
+def time_stage(
+    job: Job, engines: Engines, samples: Samples | None = None, identity: ImageSet | None = None
+) -> TimingReport:
+    """Time the engines interleaved, on samples of the network's own, of this `identity`, where noise does not do."""
     on_cpu = engines.sparse.backend not in GPU_BACKENDS
     notes = [PLANS_DID_NOT_RUN] if engines.stands_in_for is not None else []
     notes += [NO_SPARSE_KERNELS] if on_cpu else []
 
     def work() -> TimingReport:
         with (
-            open_classifier(engines.dense) as dense,
-            open_classifier(engines.sparse) as sparse,
-            open_classifier(engines.pruned) as pruned,
+            open_runner(engines.dense) as dense,
+            open_runner(engines.sparse) as sparse,
+            open_runner(engines.pruned) as pruned,
         ):
             return time_engines(
                 dense,
@@ -272,22 +165,34 @@ def time_stage(job: Job, engines: Engines) -> TimingReport:
                 note="; ".join(notes),
                 same_file=engines.pruned == engines.sparse,
                 device=None if on_cpu else device_of(engines.sparse),
+                samples=samples,
             )
 
-    identities = [_identity(e) for e in (engines.dense, engines.pruned, engines.sparse)]
-    inputs = {"engines": identities, "options": job.recipe.time, **_stand_in_key(engines)}
+    identities = [engine_identity(e) for e in (engines.dense, engines.pruned, engines.sparse)]
+    inputs = {"engines": identities, "options": job.recipe.time, **stand_in_key(engines)}
+    if identity is not None:
+        inputs["samples"] = identity.sha256
     return job.ws.stage("time", TimingReport, inputs, work)
 
 
-def _stand_in_key(engines: Engines) -> dict[str, str]:
+def stand_in_key(engines: Engines) -> dict[str, str]:
+    """For the key of every stage that runs the engines."""
     return {} if engines.stands_in_for is None else {"stands_in_for": engines.stands_in_for}
 
 
-def _identity(engine: EngineFile) -> str | list[str | None]:
+def engine_identity(engine: EngineFile) -> str | list[str | None]:
     """What identifies an engine's results: for a plan, the GPU and the TensorRT version too."""
     if engine.backend not in GPU_BACKENDS:
         return engine.sha256
     return [engine.sha256, engine.runtime_version, device_of(engine), engine.compute_capability]
+
+
+@contextlib.contextmanager
+def open_runner(engine: EngineFile) -> Iterator[BatchRunner]:
+    """Open an engine for samples of any kind, and close it."""
+    profiles = engine.profiles if engine.backend in GPU_BACKENDS else ()
+    with BatchRunner(open_engine(engine), engine.path.name, profiles) as runner:
+        yield runner
 
 
 @contextlib.contextmanager

@@ -54,6 +54,7 @@ def load(job: Job) -> tuple[Checkpoint, Job]:
             "seed": model.seed if file is None and model.weights != "pretrained" else None,
             **({} if model.ema is None else {"ema": model.ema}),
             **({"fuse": True} if model.fuse else {}),
+            **({"outputs": model.outputs} if model.outputs else {}),
         },
         work,
         intact=lambda known: unchanged(known.sources, folder),

@@ -65,12 +65,15 @@ def figures(
     engine: EngineFile, masks: MaskSet, on_select: ParityReport | None = None, timing: TimingReport | None = None
 ) -> PassFigures:
     """The figures of one pass that `better` compares; accuracy and times are missing where there is nothing to choose."""
+    by_output = on_select.by_output if on_select is not None else ()
+    errors = [o.relative_error for o in by_output if o.relative_error is not None]
     return PassFigures(
         engine_sha256=engine.sha256,
         masked_layers=len(masks.masked),
         verdict=on_select.verdict if on_select is not None else NOT_APPLICABLE,
         top1_drop=on_select.top1_drop if on_select is not None else None,
         batches=tuple(_timed(b) for b in timing.batches) if timing is not None else (),
+        relative_error=max(errors) if errors else None,
     )
 
 
@@ -84,8 +87,9 @@ def better(first: PassFigures, refined: PassFigures, restored: tuple[str, ...]) 
     """Choose which of two engines to keep.
 
     Accuracies are those on `select`. The refined engine is kept if it is not slower beyond the noise at any batch size and
-    its top-1 drop is not larger. It wins ties because it is closer to the dense model, provided that something was restored.
-    Figures that were not measured do not count. An engine that fails the gate never replaces one that passes.
+    its top-1 drop, or its relative error, is not larger. It wins ties because it is closer to the dense model, provided that
+    something was restored. Figures that were not measured do not count. An engine that fails the gate never replaces one
+    that passes.
 
     Each engine was interleaved with the dense engine, not with the other one, so they are compared by their speedups over
     the same dense file. A difference is noise unless the intervals of the speedups are disjoint and it exceeds what one file
@@ -103,6 +107,9 @@ def better(first: PassFigures, refined: PassFigures, restored: tuple[str, ...]) 
     if first.top1_drop is not None and refined.top1_drop is not None:
         drops = f"top-1 drop {refined.top1_drop:.2f} points, {first.top1_drop:.2f} before"
         (losses if refined.top1_drop > first.top1_drop else reasons).append(drops)
+    if first.relative_error is not None and refined.relative_error is not None:
+        errors = f"relative error {refined.relative_error:.3g}, {first.relative_error:.3g} before"
+        (losses if refined.relative_error > first.relative_error else reasons).append(errors)
     timed = {b.batch: b for b in first.batches}
     pairs = [(timed[b.batch], b) for b in refined.batches if b.batch in timed]
     slower = [pair for pair in pairs if _is_slower(*pair)]

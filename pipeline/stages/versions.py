@@ -10,6 +10,7 @@ STAGE_VERSIONS = {
     "mask": 1,
     "bake": 1,
     "recalibrate": 1,
+    "prune": 1,
     "export": 3,
     "check": 1,
     "calibrate": 4,

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from maskplan.engines.base import Classifier, polygraphy_runner, quiet_polygraphy
+from maskplan.engines.base import Arrays, Runner, polygraphy_runner, quiet_polygraphy
 from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.core.reports import BatchTiming, Latency, TimingReport
+from maskplan.pipeline.data.samples import Samples
 from maskplan.pipeline.timing.interleaved import Clock, Runs, TimeOptions, run_interleaved
 
 _SEED = 1
@@ -22,15 +22,16 @@ _POLYGRAPHY_REPEATS = 3
 
 
 def time_engines(
-    dense: Classifier,
-    sparse: Classifier,
-    pruned: Classifier | None,
+    dense: Runner,
+    sparse: Runner,
+    pruned: Runner | None,
     options: TimeOptions,
     *,
     note: str = "",
     same_file: bool = False,
     device: str | None = None,
     clock: Clock = time.perf_counter,
+    samples: Samples | None = None,
 ) -> TimingReport:
     """Time engines on one device, interleaved.
 
@@ -43,10 +44,11 @@ def time_engines(
         same_file: `pruned` is `sparse` loaded a second time, so that their difference is noise.
         device: Name of the device; by default this host's CPU.
         clock: Returns seconds; tests inject their own.
+        samples: What the engines run on; noise by default.
     """
     engines = {"dense": dense, "sparse": sparse} | ({"pruned": pruned} if pruned is not None else {})
     timed = [
-        _time_batch(engines, batch, options, same_file, clock)
+        _time_batch(engines, batch, options, same_file, clock, samples)
         for batch in track(options.batches, "time", len(options.batches))
         if all(e.fixed_batch in (None, batch) for e in engines.values())
     ]
@@ -83,14 +85,19 @@ def format_cpu_ranges(numbers: Sequence[int]) -> str:
 
 
 def _time_batch(
-    engines: Mapping[str, Classifier], batch: int, options: TimeOptions, same_file: bool, clock: Clock
+    engines: Mapping[str, Runner],
+    batch: int,
+    options: TimeOptions,
+    same_file: bool,
+    clock: Clock,
+    samples: Samples | None,
 ) -> BatchTiming:
-    measured = run_interleaved(list(engines.values()), batch, options, clock)
+    measured = run_interleaved(list(engines.values()), batch, options, clock, samples)
     seconds = {name: measured.seconds(number) for number, name in enumerate(engines)}
     median = {name: float(np.median(values)) for name, values in seconds.items()}
     latencies = {
-        name: latency(runs, batch, _polygraphy_ms(engine, measured.images))
-        for (name, engine), runs in zip(engines.items(), measured.runs, strict=True)
+        name: latency(runs, batch, _polygraphy_ms(engine, feeds))
+        for (name, engine), runs, feeds in zip(engines.items(), measured.runs, measured.feeds, strict=True)
     }
     return BatchTiming(
         batch=batch,
@@ -127,13 +134,13 @@ def ratio_interval(first: Sequence[float], second: Sequence[float]) -> tuple[flo
     return float(low), float(high)
 
 
-def _polygraphy_ms(engine: Classifier, images: npt.NDArray[np.float32]) -> float:
+def _polygraphy_ms(engine: Runner, feeds: Arrays) -> float:
     """Mean latency as Polygraphy measures it: host wall clock around its runner's inference."""
     quiet_polygraphy()
     runner = polygraphy_runner(engine, engine.name)
     with runner:
         times = []
         for _ in range(_POLYGRAPHY_REPEATS):
-            runner.infer({"input": images})
+            runner.infer(dict(feeds))
             times.append(runner.last_inference_time())
     return 1000 * float(np.mean(times))

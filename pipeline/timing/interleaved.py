@@ -8,21 +8,19 @@ from dataclasses import dataclass
 from typing import ClassVar, Final, Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from maskplan.engines.base import CallTiming, Classifier
+from maskplan.engines.base import Arrays, CallTiming, Runner
 from maskplan.engines.trt.clocks import ClockWatch, watch_clocks
 from maskplan.pipeline.core.errors import InputError, listed
-from maskplan.pipeline.core.image_shape import image_shape
 from maskplan.pipeline.core.reports import GpuClocks
 from maskplan.pipeline.core.validation import at_least
+from maskplan.pipeline.data.samples import Samples, TensorSamples, noise_samples
 
 TimeSource = Literal["gpu", "host"]
 """Which clock measured a run: GPU events, or the wall clock of the host."""
 
 GPU: Final = "gpu"
 HOST: Final = "host"
-_SEED = 1
 
 Clock = Callable[[], float]
 
@@ -80,12 +78,12 @@ class Interleaved:
     """The result of `run_interleaved`.
 
     Attributes:
-        images: Input of every run.
+        feeds: Inputs of every run, per engine, in the order given.
         runs: Per engine, in the order given.
         clocks: GPU clocks during the runs; None without a GPU.
     """
 
-    images: npt.NDArray[np.float32]
+    feeds: tuple[Arrays, ...]
     runs: tuple[Runs, ...]
     clocks: GpuClocks | None
 
@@ -100,17 +98,20 @@ class Interleaved:
         return tuple(t.gpu_ms / 1000 for t in runs.device_timings) if self.by == GPU else runs.host_s
 
 
-def run_interleaved(engines: Sequence[Classifier], batch: int, options: TimeOptions, clock: Clock) -> Interleaved:
-    """Warm up all engines, then run them round-robin on one batch of noise.
+def run_interleaved(
+    engines: Sequence[Runner], batch: int, options: TimeOptions, clock: Clock, samples: Samples | None = None
+) -> Interleaved:
+    """Warm up all engines, then run them round-robin on one batch.
 
     Args:
-        engines: Engines of one input shape.
+        engines: Engines with inputs of the same names and shapes.
         batch: Images per run.
         options: Warm-up and repeats.
         clock: Returns seconds.
+        samples: The batch are the first of these; by default it is noise.
 
     Raises:
-        InputError: An engine cannot run the batch in one call, or the size of its images is not known.
+        InputError: An engine cannot run the batch in one call, or the size of its inputs is not known.
     """
     rejecting = [f"{e.name} accepts {e.batch_for(1)} to {e.max_batch}" for e in engines if not _accepts(e, batch)]
     if rejecting:
@@ -119,13 +120,15 @@ def run_interleaved(engines: Sequence[Classifier], batch: int, options: TimeOpti
             found=listed(rejecting),
             fix="build with a --profile that includes it, or time other batch sizes",
         )
-    rest = image_shape(engines[0].input, options.shape, engines[0].name)
-    images = np.random.default_rng(_SEED).standard_normal((batch, *rest), dtype=np.float32)
+    first = engines[0]
+    source = noise_samples(first.inputs, batch, options.shape, first.name) if samples is None else samples
+    feeds = _filled(next(iter(source.batches(batch))), batch, source)
+    own = [_by_own_names(feeds, first, engine) for engine in engines]
     slowest = 0.0
-    for engine in engines:
+    for engine, inputs in zip(engines, own, strict=True):
         for _ in range(max(options.warm_up, 1)):
             started = clock()
-            engine.logits(images)
+            engine.run(inputs)
             slowest = max(slowest, clock() - started)
     repeats = int(
         np.clip(options.seconds / max(slowest * len(engines), 1e-9), options.min_repeats, options.max_repeats)
@@ -138,13 +141,30 @@ def run_interleaved(engines: Sequence[Classifier], batch: int, options: TimeOpti
             # Rotating the order prevents an engine from always running after the same other one.
             for number in np.roll(np.arange(len(engines)), -i).tolist():
                 started = clock()
-                engines[number].logits(images)
+                engines[number].run(own[number])
                 host_s[number].append(clock() - started)
                 if (timing := engines[number].last_timing) is not None:
                     device_timings[number].append(timing)
     runs = tuple(Runs(tuple(h), tuple(d)) for h, d in zip(host_s, device_timings, strict=True))
-    return Interleaved(images, runs, watch.clocks)
+    return Interleaved(tuple(own), runs, watch.clocks)
 
 
-def _accepts(engine: Classifier, batch: int) -> bool:
+def _filled(feeds: Arrays, batch: int, source: Samples) -> Arrays:
+    """A whole batch, whose samples repeat where there are too few."""
+    if isinstance(source, TensorSamples) and source.one_run_each:
+        return feeds
+    return {name: array[np.arange(batch) % len(array)] for name, array in feeds.items()}
+
+
+def _by_own_names(feeds: Arrays, first: Runner, engine: Runner) -> Arrays:
+    """The feeds of the first engine, by another one's names and in its types."""
+    names = [spec.name for spec in engine.inputs]
+    sources = names if set(names) == set(feeds) else [spec.name for spec in first.inputs]
+    return {
+        spec.name: feeds[source].astype(spec.dtype, copy=False)
+        for spec, source in zip(engine.inputs, sources, strict=True)
+    }
+
+
+def _accepts(engine: Runner, batch: int) -> bool:
     return batch <= engine.max_batch and engine.batch_for(batch) == batch

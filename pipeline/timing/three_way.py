@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from maskplan.engines.base import Classifier
+from maskplan.engines.base import Runner
 from maskplan.engines.build import SUFFIX, BuildOptions, build_engine
 from maskplan.engines.sidecar import read_engine, sidecar_path
 from maskplan.engines.trt.options import TrtOptions
@@ -191,7 +191,7 @@ def _traits(engine: EngineFile) -> dict[str, str]:
 
 
 def time_three_way(
-    engines: Mapping[str, Sequence[Classifier]],
+    engines: Mapping[str, Sequence[Runner]],
     options: TimeOptions,
     clock: Clock = time.perf_counter,
     note: str = "",
@@ -209,7 +209,7 @@ def time_three_way(
 
 
 def _time_batch(
-    engines: Mapping[str, Sequence[Classifier]], batch: int, options: TimeOptions, clock: Clock, note: str
+    engines: Mapping[str, Sequence[Runner]], batch: int, options: TimeOptions, clock: Clock, note: str
 ) -> ThreeWayBatch:
     every = [(kind, engine) for kind, builds in engines.items() for engine in builds]
     measured = run_interleaved([engine for _, engine in every], batch, options, clock)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from maskplan.pipeline.core.errors import InputError, listed
 from maskplan.pipeline.core.files import read_bytes
 from maskplan.pipeline.core.serialization import parse_json
-from maskplan.pipeline.triton.golden import FOLDER
+from maskplan.pipeline.triton.golden import FOLDER, array_files
 from maskplan.pipeline.triton.repository import model_folder, versions_in
 from maskplan.pipeline.triton.served_config import CONFIG, ServedConfig, read_config
 
@@ -112,13 +112,8 @@ def read_golden(folder: Path) -> GoldenPair:
     path = folder / _DESCRIPTION
     try:
         about = parse_json(read_bytes(path))
-        named = {kind: (str(about[kind]), folder / f"{kind}.npy") for kind in ("input", "output")}
-        for _, file in named.values():
-            read_bytes(file)
-        arrays = {kind: {name: np.load(file, allow_pickle=False)} for kind, (name, file) in named.items()}
-        return GoldenPair(
-            str(about["model"]), int(about["version"]), arrays["input"], arrays["output"], float(about["tolerance"])
-        )
+        feeds, outputs = (_arrays(folder, kind, about[kind]) for kind in ("input", "output"))
+        return GoldenPair(str(about["model"]), int(about["version"]), feeds, outputs, float(about["tolerance"]))
     except (ValueError, KeyError, TypeError, EOFError) as error:
         raise InputError(
             "the golden pair cannot be read",
@@ -126,6 +121,16 @@ def read_golden(folder: Path) -> GoldenPair:
             found=f"{type(error).__name__}: {error}",
             fix="deploy the engine again",
         ) from error
+
+
+def _arrays(folder: Path, kind: str, names: object) -> dict[str, npt.NDArray[Any]]:
+    """Arrays by name; `names` is one name or a list of them."""
+    listing = [str(name) for name in names] if isinstance(names, list) else [str(names)]
+    arrays = {}
+    for name, file in zip(listing, array_files(kind, len(listing)), strict=True):
+        read_bytes(folder / file)
+        arrays[name] = np.load(folder / file, allow_pickle=False)
+    return arrays
 
 
 def _only_model(repository: Path, model: str | None) -> Path:

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from any_network import baked_batch, save_net, weights
 from fp16_constant_graphs import f32
 from fp16_graphs import FLOAT, model_of, node, noise, run
 from fp16_hostile_graphs import GRAPHS
@@ -204,3 +205,12 @@ def test_the_same_file_is_written_every_time(tmp_path: Path) -> None:
     (found,) = run(onnx.load(tmp_path / "a"), np.zeros((1, 8, 4, 4), np.float32))
     assert found.dtype == np.float32
     assert onnx.load(tmp_path / "a").graph.output[0].type.tensor_type.elem_type == FLOAT
+
+
+def test_scalar_inputs_and_batches_in_the_graph_are_run(tmp_path: Path) -> None:
+    nodes = [node("Conv", ["x", "w"], "a"), node("Mul", ["a", "gain"], "y")]
+    shapes = {"x": ["N", 3, 4, 4], "gain": []}
+    scalar = save_net(tmp_path / "scalar.onnx", nodes, {"w": weights(8, 3, 1, 1)}, shapes, {"y": ["N", 8, 4, 4]})
+    for path in (scalar, baked_batch(tmp_path / "baked.onnx")):
+        assert convert_precision(path, tmp_path / "half.onnx", FEW).passed
+    assert describe_onnx(tmp_path / "half.onnx").inputs[0].shape == (1, 3, 8, 8)

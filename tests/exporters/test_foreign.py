@@ -358,17 +358,24 @@ def with_flat_input(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "write", [with_two_outputs, with_maps_of_scores, with_bytes_for_input, with_two_inputs, with_flat_input]
+    ("write", "message"),
+    [
+        (with_two_outputs, "different numbers of outputs"),
+        (with_maps_of_scores, "scores float32 (dynamic, 3, 1, 1) of odd.onnx"),
+        (with_bytes_for_input, "image uint8 (dynamic, 3, 20, 20) of odd.onnx"),
+        (with_two_inputs, "different numbers of inputs"),
+        (with_flat_input, "x float32 (dynamic, 8) of odd.onnx"),
+    ],
 )
-def test_what_is_no_image_classifier_is_refused_by_compare(
-    write: Callable[[Path], None], cli: Cli, toy_data: Path, tmp_path: Path
+def test_networks_with_different_inputs_or_outputs_are_not_compared(
+    write: Callable[[Path], None], message: str, cli: Cli, toy_data: Path, tmp_path: Path
 ) -> None:
     matmul_head("sparse", "dynamic", tmp_path / "good.onnx")
     write(tmp_path / "odd.onnx")
     for pair in (("odd", "good"), ("good", "odd")):
         ran = cli("compare", *(tmp_path / f"{name}.onnx" for name in pair), "--data", toy_data)
         assert ran.code == 3
-        assert ran.err.startswith("error: not an image classifier")
+        assert message in ran.err
         assert "odd.onnx" in ran.err
 
 

@@ -61,6 +61,7 @@ OTHERS: dict[str, dict[str, tuple[str, Any]]] = {
         "exclude": ("['stem*']", ("stem*",)),
         "keep_fp32": ("['/head/*']", ("/head/*",)),
         "quantize_outputs": ("true", True),
+        "quantize_heads": ("true", True),
         "max_drop": ("0.5", 0.5),
         "seed": ("13", 13),
     },
@@ -76,6 +77,7 @@ OTHERS: dict[str, dict[str, tuple[str, Any]]] = {
         "strip_plan": ("true", True),
         "targets": ("['sm86']", ("sm86",)),
     },
+    "model": {"outputs": ("['boxes:values']", ("boxes:values",))},
     "compile": {"mode": ("'required'", "required")},
     "compare": {
         "max_top1_drop": ("-0.5", -0.5),
@@ -85,6 +87,9 @@ OTHERS: dict[str, dict[str, tuple[str, Any]]] = {
         "max_flip_rate": ("2", 2.0),
         "max_class_drop": ("5.0", 5.0),
         "min_cosine": ("0.99", 0.99),
+        "min_sqnr_db": ("20", 20.0),
+        "max_relative_error": ("0.1", 0.1),
+        "max_metric_drop": ("0.5", 0.5),
         "use_ci": ("true", True),
     },
     "time": {

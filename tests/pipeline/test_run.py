@@ -348,7 +348,7 @@ def test_fidelity_is_measured_against_the_graph_as_it_is_in_the_file(
         def infer(self, feeds: Any) -> Any:
             return {name: output + self.shift for name, output in super().infer(feeds).items()}
 
-    monkeypatch.setattr("maskplan.pipeline.stages.engines.OrtEngine", ShiftedWithoutOptimization)
+    monkeypatch.setattr("maskplan.pipeline.stages.compare.OrtEngine", ShiftedWithoutOptimization)
     shutil.copy(again.out / "report.json", again.out / "before.json")
     options = changed_recipe(again, "max_top1_drop = 100.0", "max_top1_drop = 90.0")
 

@@ -32,7 +32,7 @@ def export(
 
 def run(path: Path, x: Array) -> Array:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (logits,) = session.run(["logits"], {"input": x})
+    (logits,) = session.run(None, {"input": x})
     return logits
 
 

@@ -63,10 +63,13 @@ def runtime_classes(
             return True
 
         def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-            batch = next(iter(self._shapes.values()))[0]
-            value = next(o for o in self._engine._model.graph.output if o.name == name)
-            dims = [d.dim_value or -1 for d in value.type.tensor_type.shape.dim]
-            return (batch, *dims[1:])
+            graph = self._engine._model.graph
+            # The batch is of the input that names it, or of the first.
+            given = [(v.type.tensor_type.shape.dim, self._shapes[v.name]) for v in reversed(graph.input)]
+            batches = {dims[0].dim_param: shape[0] for dims, shape in given if shape}
+            value = next(o for o in graph.output if o.name == name)
+            batch = batches.get(value.type.tensor_type.shape.dim[0].dim_param, next(reversed(batches.values())))
+            return (batch, *(d.dim_value or -1 for d in value.type.tensor_type.shape.dim[1:]))
 
         def set_tensor_address(self, name: str, memory: int) -> bool:
             self._addresses[name] = memory

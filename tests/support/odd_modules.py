@@ -296,12 +296,12 @@ WORKING = (
         "double",
     ),
     *("lazy", "sequences", "five_axes", "transposed", "reused", "attention", "unused", "circular", "zeros", "frozen"),
-    *("in_place", "plain_tensor", "functional", "functional_standardized", "bare_parameters", "volumes"),
+    *("outputs", "in_place", "plain_tensor", "functional", "functional_standardized", "bare_parameters", "volumes"),
 )
 
 REFUSED: Mapping[str, str] = {
     "modulated": "no layer of the model can be masked",
-    "bare_layer": "not a classifier",
+    "bare_layer": "no layer of the model can be masked",
     "no_parameters": "no layer of the model can be masked",
     "only_linear": "no layer of the model can be masked",
     "meta": "'meta'",
@@ -313,7 +313,6 @@ REFUSED: Mapping[str, str] = {
     "keyword_only": "takes 2 arguments",
     "no_forward": "no forward pass",
     "to_cuda": "another device",
-    "outputs": "not a classifier",
     "with_arguments": "needs no arguments",
     "exits": "SystemExit",
     "returns_class": "does not return a torch module",

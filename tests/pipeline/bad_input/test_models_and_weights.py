@@ -59,7 +59,6 @@ def test_a_word_unlike_any_model_gets_the_kinds_of_models(refused: Refused, out:
     ("factory", "says"),
     [
         ("branching", "cannot export the model"),
-        ("not_a_classifier", "not a classifier"),
         ("another_input", "cannot run on its own input"),
         ("fails", "no weights today"),
         ("a_list", "does not return a torch module"),

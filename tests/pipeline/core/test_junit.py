@@ -12,7 +12,8 @@ import pytest
 
 from maskplan.pipeline.core.choices import FAIL, NOT_APPLICABLE, PASS
 from maskplan.pipeline.core.junit import parity_junit
-from maskplan.pipeline.core.reports import Check, OutputCloseness, ParityReport
+from maskplan.pipeline.core.output_reports import OutputCloseness
+from maskplan.pipeline.core.reports import Check, ParityReport
 
 
 def test_every_weight_is_a_case_and_violations_are_failures(

@@ -138,3 +138,16 @@ def test_patterns_match_weights_and_modules_and_one_without_a_match_is_an_error(
         assert [layer.name for layer in chosen.masked] == ["a.weight"]
     with pytest.raises(InputError, match=r"(?s)no layer has such a name.*found: c\.\*\n"):
         select_layers(layers, TWO_FOUR, LayerPolicy(names=("a", "c.*")))
+
+
+def test_convolutions_with_few_outputs_and_tables_stay_dense() -> None:
+    layers = [conv("stem", 4, 0), conv("body", 8, 1), Layer("bins", "Conv", (1, 16, 1, 1), 1, 2, 16)]
+    layers += [Layer("three", "Conv", (3, 8, 1, 1), 1, 3, 24), Layer("blur", "Conv", (8, 8, 3, 3), 1, 4, 9, fixed=True)]
+    selection = select_layers(layers, TWO_FOUR)
+    assert [layer.name for layer in selection.masked] == ["body"]
+    assert {d.name: d.reason for d in selection.dense} == {
+        "stem": "stem",
+        "bins": "fewer_than_4_outputs",
+        "three": "fewer_than_4_outputs",
+        "blur": "fixed_table",
+    }

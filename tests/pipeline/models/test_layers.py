@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from maskplan.pipeline.core.artifacts import Layer, Preprocessing
+from maskplan.pipeline.core.artifacts import Layer, Preprocessing, TensorSpec
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.models.layers import sample_input, trace_layers
 from maskplan.pipeline.models.registry import build_model
@@ -40,7 +40,7 @@ def counted(module: nn.Module, preprocessing: Preprocessing = HOW) -> int:
 def test_the_tiny_model_is_described_layer_by_layer(tiny_spec: str) -> None:
     built = build_model(tiny_spec, seed=0)
     layers, outputs = trace_layers(built.module, built.preprocessing)
-    assert outputs == 3
+    assert outputs == (TensorSpec("logits", "float32", (None, 3)),)
     assert layers == (
         Layer("stem.weight", "Conv", (8, 3, 3, 3), 1, 0, 64 * 8 * 27),
         Layer("wide.weight", "Conv", (12, 8, 3, 3), 1, 1, 64 * 12 * 72),
@@ -56,7 +56,7 @@ def test_the_cost_of_a_torchvision_model_is_what_torch_counts(name: str) -> None
     built = build_model(name, seed=0)
     layers, outputs = trace_layers(built.module, built.preprocessing)
     assert sum(layer.macs for layer in layers) == counted(built.module, built.preprocessing)
-    assert outputs == 1000
+    assert outputs[0].shape == (None, 1000)
     names = {f"{n}.weight" for n, m in built.module.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     assert {layer.name for layer in layers} == names
 
@@ -69,7 +69,8 @@ def test_the_cost_of_a_transposed_convolution_is_what_torch_counts(stride: int, 
         up=nn.ConvTranspose2d(8, 4, 3, stride, groups=groups),
     )
     (_, up), outputs = trace_layers(module, HOW)
-    assert (up.op, up.shape, up.groups, outputs) == ("ConvTranspose", (8, 4 // groups, 3, 3), groups, 4)
+    assert (up.op, up.shape, up.groups) == ("ConvTranspose", (8, 4 // groups, 3, 3), groups)
+    assert outputs[0].shape == (None, 4)
     assert up.macs == counted(module) - 80 * 8 * 3
 
 
@@ -139,21 +140,33 @@ def test_a_model_that_cannot_run_on_its_own_input_is_an_error(
 
 
 @pytest.mark.parametrize(
-    ("forward", "found"),
+    ("forward", "expected"),
     [
-        (lambda m, x: x, "output (1, 3, 8, 10)"),
-        (lambda m, x: x.mean(), "output ()"),
-        (lambda m, x: {"out": x}, "output dict"),
-        (lambda m, x: (x, x), "output tuple"),
+        (lambda m, x: x, [("output", "float32", (None, 3, 8, 10))]),
+        (lambda m, x: x.mean(), [("output", "float32", ())]),
+        (lambda m, x: {"out": x, "none": None}, [("out", "float32", (None, 3, 8, 10))]),
+        (
+            lambda m, x: (x.flatten(1), x.argmax(1), x[0, 0]),
+            [("output0", "float32", (None, 240)), ("output1", "int64", (None, 8, 10)), ("output2", "float32", (8, 10))],
+        ),
+        (lambda m, x: x.reshape(-1, 3), [("logits", "float32", (None, 3))]),
     ],
-    ids=["image", "scalar", "dict", "tuple"],
+    ids=["image", "scalar", "dict", "tuple", "rows of all images"],
 )
-def test_what_returns_no_logits_is_not_a_classifier(
-    forward: Callable[[Chain, torch.Tensor], object], found: str
+def test_outputs_of_any_kind_are_recorded_with_the_axes_that_grow_with_the_batch(
+    forward: Callable[[Chain, torch.Tensor], object], expected: list[tuple[str, str, tuple[int | None, ...]]]
 ) -> None:
-    with pytest.raises(InputError, match="not a classifier") as raised:
+    _, outputs = trace_layers(Chain(forward), HOW)
+    assert [(o.name, o.dtype, o.shape) for o in outputs] == expected
+
+
+@pytest.mark.parametrize(
+    ("forward", "found"), [(lambda m, x: None, "NoneType"), (lambda m, x: {"a": x.device}, "device")]
+)
+def test_what_returns_no_tensors_is_an_error(forward: Callable[[Chain, torch.Tensor], object], found: str) -> None:
+    with pytest.raises(InputError, match="does not return tensors") as raised:
         trace_layers(Chain(forward), HOW)
-    assert raised.value.found == found
+    assert found in str(raised.value.found)
 
 
 def test_sample_input_is_seeded_noise_of_the_inputs_shape() -> None:

@@ -91,8 +91,14 @@ def test_a_torchvision_name_is_its_model_with_seeded_weights(name: str) -> None:
     assert outputs(made) == 1000
 
 
-def test_only_classification_models_are_accepted() -> None:
-    for name in ("fcn_resnet50", "raft_small", "fasterrcnn_resnet50_fpn", "r3d_18", "quantized_resnet18", ""):
+def test_a_detection_model_is_refused_with_a_way_to_its_backbone() -> None:
+    with pytest.raises(InputError, match="cannot be one graph") as caught:
+        build_model("fasterrcnn_resnet50_fpn", seed=0)
+    assert ".backbone" in str(caught.value.fix)
+
+
+def test_models_of_other_tasks_are_not_known() -> None:
+    for name in ("raft_small", "r3d_18", "quantized_resnet18", ""):
         with pytest.raises(InputError, match=r"unknown model") as caught:
             build_model(name, seed=0)
         assert repr(name) in caught.value.what

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,10 @@ def mean_of_pixels(dims: Dims, path: Path) -> Path:
 @pytest.mark.parametrize(
     ("dims", "reason", "fix"),
     [
-        (("n", 16, 16, 3), "channels-last", "channels-first"),
-        (("n", "h", "w", 3), "channels-last", "channels-first"),
-        ((1, 16, 16, 1), "channels-last", "channels-first"),
-        (("n", 16, 16, 4), "channels-last", "channels-first"),
-        (("n", 4, 16, 16), "has 4 channels, and images have 1 or 3", "gray or RGB"),
-        (("n", 2, "h", "w"), "has 2 channels, and images have 1 or 3", "gray or RGB"),
+        (("n", "h", "w", 3), "only the batch may be dynamic", "--shape"),
+        (("n", 16, 16, 4), "4 channels, and images have 1 or 3", ".npz"),
+        (("n", 4, 16, 16), "4 channels, and images have 1 or 3", ".npz"),
+        (("n", 2, 8, 8), "2 channels, and images have 1 or 3", ".npz"),
         (("n", "c", 16, 16), "number of channels of the model's input is dynamic", "1 or 3 channels"),
         (("n", 3, "h", "w"), "has no fixed input size", "fixed image sizes"),
         (("n", 3, 16, "w"), "has no fixed input size", "fixed image sizes"),
@@ -64,6 +63,20 @@ def test_a_refusal_gives_the_true_reason(
         assert "image (" in ran.err
         assert fix in ran.err.splitlines()[-1]
         assert not out.exists()
+
+
+@pytest.mark.parametrize("dims", [("n", 16, 16, 3), (1, 16, 16, 1)])
+def test_channels_last_images_are_compared_with_their_labels(
+    dims: Dims, cli: Callable[..., Any], toy_data: Path, tmp_path: Path
+) -> None:
+    model = mean_of_pixels(dims, tmp_path / "last.onnx")
+    ran = cli("compare", model, model, "--data", toy_data, "--report", tmp_path / "r.json")
+    assert ran.code == 0, ran.err
+    found = json.loads((tmp_path / "r.json").read_text())
+    # All scores are equal, so the first of three classes is predicted.
+    labels = [path.parent.name for path in sorted((toy_data / "val").rglob("*.png"))]
+    assert found["metric"]["dense"] == pytest.approx(100 * labels.count(sorted(set(labels))[0]) / len(labels))
+    assert found["by_output"][0]["agreement"] == 100
 
 
 @pytest.mark.parametrize("dims", [("n", 3, "h", "w"), ("n", "h", "w", 3)])

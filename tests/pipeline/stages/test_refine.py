@@ -12,10 +12,11 @@ from safetensors.numpy import load_file, save_file
 
 from maskplan.pipeline.core.artifacts import DenseLayer, EngineFile, LayerSparsity, MaskedLayer, MaskSet, Pattern
 from maskplan.pipeline.core.choices import FAIL, PASS
+from maskplan.pipeline.core.output_reports import OutputParity
 from maskplan.pipeline.core.refinement import PassFigures, PassTiming
-from maskplan.pipeline.core.reports import ConformanceReport, WeightVerdict
+from maskplan.pipeline.core.reports import ConformanceReport, ParityReport, WeightVerdict
 from maskplan.pipeline.masking.maskset import exclude_layers
-from maskplan.pipeline.stages.refine import FIRST, REFINED, better, layers_to_restore, why_skip
+from maskplan.pipeline.stages.refine import FIRST, REFINED, better, figures, layers_to_restore, why_skip
 
 # --- which masks to remove
 
@@ -182,3 +183,59 @@ def test_the_better_engine_is_kept(first: PassFigures, refined: PassFigures, kep
 
 def test_a_tie_in_which_nothing_was_restored_goes_to_the_first() -> None:
     assert better(passed(1.0, timed(1.5)), passed(1.0, timed(1.5)), ()).kept == FIRST
+
+
+# --- of networks that are compared by output
+
+
+def erred(error: float | None, *batches: PassTiming, verdict: str = PASS) -> PassFigures:
+    return replace(passed(None, *batches, verdict=verdict), relative_error=error)
+
+
+@pytest.mark.parametrize(
+    ("first", "refined", "kept", "told"),
+    [
+        (erred(0.2), erred(0.1), REFINED, "relative error 0.1, 0.2 before"),
+        (erred(0.1), erred(0.2), FIRST, "the refined engine is worse: relative error 0.2, 0.1 before"),
+        (erred(0.1), erred(0.1), REFINED, "relative error 0.1, 0.1 before"),
+        (erred(0.2, timed(1.5)), erred(0.1, timed(1.4)), FIRST, "slower beyond the noise: 1.400x dense at batch 1"),
+        (erred(0.1, timed(1.5)), erred(0.2, timed(1.7)), FIRST, "relative error 0.2, 0.1 before"),
+        (erred(0.2, timed(1.5)), erred(0.1, timed(1.5)), REFINED, "before; not slower beyond the noise"),
+        (erred(0.3, verdict=FAIL), erred(0.4), REFINED, "first engine fails the parity gate"),
+        (erred(0.3), erred(0.2, verdict=FAIL), FIRST, "refined engine fails"),
+        # Of outputs that are not finite.
+        (erred(None, timed(1.5)), erred(0.1, timed(1.5)), REFINED, "not slower"),
+        (erred(0.1), erred(None), REFINED, "closer to the dense model"),
+        # A classifier that is compared by output has both.
+        (replace(erred(0.1), top1_drop=1.0), replace(erred(0.2), top1_drop=0.5), FIRST, "relative error"),
+    ],
+)
+def test_the_engine_with_the_smaller_error_is_kept(
+    first: PassFigures, refined: PassFigures, kept: str, told: str
+) -> None:
+    choice = better(first, refined, ("a",))
+    assert choice.kept == kept
+    assert told in choice.reason
+
+
+def of_output(name: str, error: float | None) -> OutputParity:
+    return OutputParity(name, "values", 4, error, None, None, None, 0.9, 1.0)
+
+
+def measured(verdict: str, *errors: float | None) -> ParityReport:
+    return ParityReport(
+        verdict, None, 0, None, None, None, None, None, None, None, None, None, 1.0,
+        by_output=tuple(of_output(f"o{i}", error) for i, error in enumerate(errors)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("errors", "worst"), [((0.1, 0.3, 0.2), 0.3), ((None, 0.2), 0.2), ((None,), None), ((0.0,), 0.0), ((), None)]
+)
+def test_the_error_of_a_pass_is_that_of_its_worst_output(errors: tuple[float | None, ...], worst: float | None) -> None:
+    found = figures(engine(), masks_of("a", "b"), measured(FAIL, *errors))
+    assert found == PassFigures("e" * 64, 2, FAIL, None, (), worst)
+
+
+def test_without_a_second_pass_nothing_was_measured() -> None:
+    assert figures(engine(), masks_of("a")) == PassFigures("e" * 64, 1, "not_applicable", None, ())

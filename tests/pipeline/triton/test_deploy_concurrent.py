@@ -15,6 +15,7 @@ from deployable import PROVENANCE, assert_served, built, contents, killed
 
 from maskplan.pipeline.core.errors import HostError, InputError
 from maskplan.pipeline.triton.deploy import DeployOptions, deploy
+from maskplan.pipeline.triton.golden import Golden
 from maskplan.pipeline.triton.repository import add_version
 
 
@@ -117,7 +118,7 @@ def test_a_file_system_without_locks_works(tmp_path: Path, monkeypatch: pytest.M
 
 def test_an_existing_empty_folder_is_not_removed(tmp_path: Path) -> None:
     (tmp_path / "models/net").mkdir(parents=True)
-    golden = (np.zeros(1, np.float32), np.zeros(1, np.float32))
+    golden = Golden({"input": np.zeros(1, np.float32)}, {"logits": np.zeros(1, np.float32)})
     with pytest.raises(InputError, match="golden"):
         deploy(built(tmp_path / "engine"), DeployOptions(tmp_path / "models", "net"), golden)
     assert (tmp_path / "models/net").is_dir()

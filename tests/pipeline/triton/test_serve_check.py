@@ -14,8 +14,9 @@ import numpy as np
 import onnx
 import pytest
 from deployable import PROVENANCE, built, contents
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
+from served_models import engine, graph
 
 from maskplan.engines.sidecar import read_engine
 from maskplan.pipeline.core.artifacts import Profile
@@ -221,6 +222,47 @@ def test_a_fixed_batch_is_sent_as_it_is(cli: Cli, triton: Any, tmp_path: Path) -
     assert ran.code == 0, ran.err
     loads = json.loads((tmp_path / "r.json").read_text())["latency"]
     assert [(load["batch"], load["failed"]) for load in loads] == [(1, 0), (1, 0)]
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_several_inputs_and_outputs_are_compared_one_by_one(
+    batched: bool, cli: Cli, triton: Any, tmp_path: Path
+) -> None:
+    """Images, integers and one number for each image; without a batch also a scalar."""
+    name, first = f"several.{batched}", ["N"] if batched else [2]
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["rows"], axis=0),
+        helper.make_node("Mul", ["images", "gain"], ["scaled"]),
+        helper.make_node("Cast", ["scaled"], ["whole"], to=TensorProto.INT32),
+        helper.make_node("ReduceMax", ["images"], ["most"], axes=[1, 2, 3], keepdims=0),
+    ]
+    gain = [*first, 1, 1, 1] if batched else []
+    inputs = [("images", [*first, 3, 4, 4]), ("ids", [*first, 2], TensorProto.INT64), ("gain", gain)]
+    outputs = [
+        ("scaled", [*first, 3, 4, 4]),
+        ("rows", [*first, 2, 3]),
+        ("whole", [*first, 3, 4, 4], TensorProto.INT32),
+        ("most", first),
+    ]
+    table = np.arange(6, dtype=np.float32).reshape(2, 3)
+    source = read_engine(engine(graph(tmp_path / "m.onnx", nodes, inputs, outputs, table=table)))
+    deploy(source.path, DeployOptions(triton.repository, name), golden_pair(source))
+    triton.server.load(name)
+    ran = check(cli, triton, "--model", name, *QUICK, "--report", tmp_path / "r.json")
+    assert ran.code == 0, ran.err
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert {c["name"]: c["passed"] for c in report["checks"]} == {"golden": True, "failed_requests": True}
+    assert [tensor["name"] for tensor in report["inputs"]] == ["images", "ids", "gain"]
+    assert {tensor["name"] for tensor in report["outputs"]} == {"scaled", "rows", "whole", "most"}
+    assert all(load["requests"] > 0 and not load["failed"] for load in report["latency"])
+    # Another array of any output is noticed, and named.
+    for number, (output, *_) in enumerate(outputs):
+        golden = Path(shutil.copytree(triton.repository / name / "1/golden", tmp_path / output))
+        array = np.load(golden / f"output.{number}.npy")
+        np.save(golden / f"output.{number}.npy", array + np.ones_like(array))
+        ran = cli("serve-check", "--url", triton.server.http, "--repository", golden, "--no-latency")
+        assert ran.code == 1
+        assert f"golden: {output}: the largest difference is" in ran.err
 
 
 def test_nothing_is_written_to_the_repository(cli: Cli, served: tuple[Any, str]) -> None:
