@@ -17,7 +17,7 @@ from maskplan.calibration.cache import CacheKey, read_cache, write_cache
 from maskplan.calibration.histogram import union
 from maskplan.calibration.layers import CalibratedLayer, list_layers
 from maskplan.calibration.output_layers import output_layers
-from maskplan.calibration.placement import Placement, PlaceOptions, place, require_float_graph
+from maskplan.calibration.placement import MIN_OPSET, Placement, PlaceOptions, place, require_unquantized
 from maskplan.calibration.qdq import insert_qdq
 from maskplan.calibration.ranges import RangeMethod, RangeOptions, Ranges, amax_of
 from maskplan.calibration.sensitivity import BudgetSelection, placements_of, select_by_budget
@@ -25,6 +25,7 @@ from maskplan.exporters.computed_weights import store_weights
 from maskplan.exporters.external_data import load_external_data
 from maskplan.exporters.half_range import outside_fp16
 from maskplan.exporters.metadata import describe_onnx, load_onnx, opset_of, read_provenance, write_provenance
+from maskplan.exporters.opset import raise_opset, require_same_outputs
 from maskplan.exporters.precision import FP16_SCALES_OPSET, to_fp16
 from maskplan.exporters.run_shapes import baked_batch, set_shapes
 from maskplan.pipeline.core.artifacts import ImageSet, OnnxModel, OutputKind, Preprocessing, merge_image_sets
@@ -133,7 +134,7 @@ def calibrate(
     """Write INT8 models.
 
     Weights that are computed from stored tensors, or stored in another layout or type, are stored as their operator reads
-    them first, and local functions are inlined.
+    them first, and local functions are inlined. An opset that is too old for Q/DQ is raised by ONNX's own converter.
 
     Args:
         onnx_model: An FP32 graph of any tool.
@@ -144,19 +145,18 @@ def calibrate(
         kinds: What the outputs hold, for the heads that stay in floating point; empty takes the record's, else guesses.
 
     Raises:
-        InputError: No images, activations that are not finite, a model that is already quantized or whose opset is too
-            old, a cache of another model, missing ranges, or a budget that does not hold.
+        InputError: No images, activations that are not finite, a model that is already quantized or whose opset cannot
+            be raised, a cache of another model, missing ranges, or a budget that does not hold.
     """
     model = load_onnx(onnx_model.path)
     load_external_data(model, onnx_model.path.parent, where=onnx_model.path)
-    require_float_graph(model)
+    require_unquantized(model)
+    model = _with_opset(model, source, options, FP16_SCALES_OPSET if FP16 in paths else MIN_OPSET, onnx_model.path)
     if (found := baked_batch(onnx_model, model)) is not None:
         set_shapes(model, found.inputs, found.outputs)
     store_weights(model, None)
     placement = _without_heads(model, onnx_model, options, kinds)
     select = _budget_images(source, options)
-    if FP16 in paths:
-        _require_fp16_scales(model)
     image_sets: list[ImageSet] = []
     selection = None
     if isinstance(source, CalibrationImages | CalibrationSamples):
@@ -290,15 +290,25 @@ def _budget_images(
     return source.select.sample(max_images, options.seed)
 
 
-def _require_fp16_scales(model: onnx.ModelProto) -> None:
-    # `to_fp16` checks this too, but only after the images have run.
-    opset = opset_of(model)
-    if opset < FP16_SCALES_OPSET:
-        raise InputError(
-            "the model's opset is too old for INT8 with FP16",
-            found=f"opset {opset}",
-            fix=f"export it again with opset {FP16_SCALES_OPSET} or later, or choose --float-dtype fp32",
-        )
+def _with_opset(
+    model: onnx.ModelProto,
+    source: CalibrationImages | CalibrationSamples | Mapping[str, float],
+    options: CalibrateOptions,
+    needed: int,
+    where: Path,
+) -> onnx.ModelProto:
+    """The model with an opset that has the operators of Q/DQ, checked on one sample."""
+    if opset_of(model) >= needed:
+        return model
+    raised = raise_opset(model, needed, where)
+    if isinstance(source, CalibrationImages):
+        image = choose_images(source.train, 1, options.seed)
+        ((pixels, _),) = batches(image, source.preprocessing, 1)
+        size = next((v.type.tensor_type.shape.dim[0].dim_value for v in model.graph.input[:1]), 1) or 1
+        require_same_outputs(model, raised, {model.graph.input[0].name: np.repeat(pixels, size, axis=0)}, where)
+    elif isinstance(source, CalibrationSamples):
+        require_same_outputs(model, raised, next(iter(source.train.batches(1))), where)
+    return raised
 
 
 def _place_by_budget(model: onnx.ModelProto, selection: BudgetSelection) -> Placement:

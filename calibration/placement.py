@@ -150,6 +150,22 @@ def require_float_graph(model: onnx.ModelProto) -> None:
     Raises:
         InputError: It has Q/DQ already, or its opset is too old.
     """
+    require_unquantized(model)
+    opset = opset_of(model)
+    if opset < MIN_OPSET:
+        raise InputError(
+            "the model's opset is too old for Q/DQ",
+            found=f"opset {opset}",
+            fix=f"export it again with opset {MIN_OPSET} or later; INT8 with FP16 needs 19 or later",
+        )
+
+
+def require_unquantized(model: onnx.ModelProto) -> None:
+    """Raise if a model has Q/DQ or quantized operators.
+
+    Raises:
+        InputError: It has; some are listed.
+    """
     quantized_nodes = [
         f"{node.op_type} {node.name or node.output[0]}"
         for node in model_nodes(model)
@@ -160,13 +176,6 @@ def require_float_graph(model: onnx.ModelProto) -> None:
             "the model is already quantized",
             found=listed(quantized_nodes, 3),
             fix="calibrate the FP32 model from which it was created",
-        )
-    opset = opset_of(model)
-    if opset < MIN_OPSET:
-        raise InputError(
-            "the model's opset is too old for Q/DQ",
-            found=f"opset {opset}",
-            fix=f"export it again with opset {MIN_OPSET} or later; INT8 with FP16 needs 19 or later",
         )
 
 

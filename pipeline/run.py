@@ -262,7 +262,8 @@ def run_onnx(options: OnnxLineOptions) -> LineResult:
         profiles = onnx_source.profiles(dense_end, shapes, options.recipe.time.batches)
         built = engines.build(job, backend, dense_end, sparse_end, profiles=profiles)
         ran = engines.runnable(job, built, dense_end, sparse_end)
-        parity = onnx_source.compare(job, source, ran, sets)
+        untouched = dense if target.precision == INT8 else None
+        parity = onnx_source.compare(job, source, ran, sets, untouched)
         timing = engines.time_stage(job, ran, source.samples("val", dense.inputs), sets.get("val"))
 
         masks = onnx_source.mask_set(source, dense, pruned, method, conformance)

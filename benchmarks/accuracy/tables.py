@@ -143,7 +143,7 @@ higher is better. The last column is the squared error of layer-wise masks with 
 _SEGMENTATION = """## A segmentation network
 
 A small U-Net on made scenes (digits and strokes on textures): {train} to learn from, {select} to choose the epoch, {val}
-held out. Masks are learned without labels, by the KL divergence of every pixel. Intervals are paired bootstrap intervals over
+held out. Masks are learned without labels, by the KL divergence of every pixel. Intervals: paired bootstrap over
 scenes. `{command}`
 
 | masks | mean IoU % | pixel accuracy % | drop of mean IoU, points | 95% interval |

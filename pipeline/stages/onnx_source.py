@@ -260,16 +260,28 @@ def check(job: Job, model: OnnxModel, kept_dense: tuple[str, ...] = ()) -> Confo
     return job.ws.stage("check", ConformanceReport, inputs, work)
 
 
-def compare(job: Job, source: Source, engines: Engines, sets: dict[str, ImageSet]) -> ParityReport:
-    """Compare the engines: classifiers by their labels, other networks output by output."""
+def compare(
+    job: Job, source: Source, engines: Engines, sets: dict[str, ImageSet], untouched: OnnxModel | None
+) -> ParityReport:
+    """Compare the sparse engine with the dense one: classifiers by their labels, other networks output by output.
+
+    Args:
+        job: The run.
+        source: The file and its data.
+        engines: Both engines.
+        sets: Digests of the samples.
+        untouched: The FP32 file that takes the place of the dense engine where that one is INT8 as well.
+    """
     options = job.recipe.compare
 
     def work() -> ParityReport:
         used = [sets["train"]] if "train" in sets else []
-        return compare_files(engines.dense.path, engines.sparse.path, source.network_options, options, used)
+        reference = engines.dense.path if untouched is None else untouched.path
+        return compare_files(reference, engines.sparse.path, source.network_options, options, used)
 
     inputs = {
         "engines": [engine_identity(e) for e in (engines.dense, engines.sparse)],
+        **({} if untouched is None else {"untouched": untouched.sha256}),
         "val": sets["val"].key if "val" in sets else None,
         "images": source.images,
         "outputs": source.outputs,
