@@ -232,7 +232,8 @@ def _with_exclusions(layers: list[_Layer], exclude: tuple[str, ...]) -> list[_La
     if all(layer.reason is not None for layer in marked):
         raise InputError(
             "no layer can be quantized",
-            found=listed((f"{layer.name}: {layer.reason}" for layer in marked), 3) or "no Conv, Gemm or MatMul",
+            found=listed((f"{layer.name}: {layer.reason}" for layer in marked), 3)
+            or "no Conv, Gemm or MatMul outside of If, Loop and Scan",
             fix="give an FP32 model, or exclude fewer layers",
         )
     return marked
