@@ -29,6 +29,7 @@ from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.refinement import PassFigures, Refinement
 from maskplan.pipeline.core.reports import ConformanceReport
 from maskplan.pipeline.data.dataset import Dataset
+from maskplan.pipeline.data.few_images import limit_images
 from maskplan.pipeline.data.source import find_dataset
 from maskplan.pipeline.models.checkpoint import ModelOptions
 from maskplan.pipeline.models.registry import folder_name
@@ -68,6 +69,7 @@ class LineOptions:
         permute: First reorder channels so that masks keep more.
         command: The command line, for the report.
         metric: `FILE.py:FUNCTION` of the user's metric; outputs are then compared instead of classes.
+        images: At most this many images of the training part are used, for everything; None uses all.
     """
 
     model: ModelOptions
@@ -84,6 +86,7 @@ class LineOptions:
     permute: bool = False
     command: str = ""
     metric: str | None = None
+    images: int | None = None
 
 
 @dataclass(frozen=True)
@@ -399,13 +402,14 @@ def _require_deployable_masks(options: LineOptions) -> None:
 
 def _data(options: LineOptions, dense: Checkpoint) -> Dataset | None:
     provenance = dense.provenance
-    return find_dataset(
+    data = find_dataset(
         options.data,
         model=options.model.model,
         labels=provenance.labels,
         outputs=provenance.classes,
         seed=options.model.seed,
     )
+    return data if data is None or options.images is None else limit_images(data, options.images, options.model.seed)
 
 
 def _method(options: LineOptions, data: Dataset | None) -> MaskMethod | Path:

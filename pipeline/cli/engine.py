@@ -24,6 +24,7 @@ _EXAMPLES = """
 maskplan engine digits_resnet
 maskplan engine resnet50 --weights w.pth --data imagenet --out build/r50
 maskplan engine my_net.py:build --weights w.safetensors --data photos
+maskplan engine resnet50 --weights w.pth --data photos --images 1024
 maskplan engine resnet50 --backend tensorrt --repository models
 maskplan engine resnet50 --backend tensorrt --refine
 maskplan engine resnet50 --weights w.pth --data imagenet --permute
@@ -52,6 +53,7 @@ def engine(
     fuse: options.Fuse = False,
     outputs: options.Outputs = None,
     data: options.Data = None,
+    images: options.Images = None,
     masks: Annotated[
         str | None,
         typer.Option(
@@ -140,6 +142,7 @@ def engine(
     from maskplan.pipeline.cli.compile_summary import refusals
     from maskplan.pipeline.cli.summary import show_summary
     from maskplan.pipeline.core.files import write_atomically
+    from maskplan.pipeline.learning.few_images import is_few
     from maskplan.pipeline.models.checkpoint import ModelOptions
     from maskplan.pipeline.models.registry import folder_name
     from maskplan.pipeline.recipe import read_recipe
@@ -153,7 +156,7 @@ def engine(
     settings = override(
         settings,
         learn=learn,
-        mask=override(settings.mask, learn=learn),
+        mask=override(settings.mask, learn=learn, few_images=is_few(images)),
         compare=override(
             settings.compare, max_top1_drop=max_top1_drop, min_sqnr_db=min_sqnr, max_metric_drop=max_metric_drop
         ),
@@ -171,6 +174,7 @@ def engine(
         "--fuse": fuse,
         "--permute": permute,
         "--refine": refine,
+        "--images": images is not None,
         "--budget-minutes": budget_minutes is not None,
         "--allow-untrained": allow_untrained,
         "--classes": classes is not None,
@@ -192,6 +196,7 @@ def engine(
         device=device,
         refine=refine,
         permute=permute,
+        images=images,
         metric=metric,
         command=as_typed(context.obj or ()),
     )

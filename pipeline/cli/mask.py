@@ -52,6 +52,7 @@ def mask(
     fuse: options.Fuse = False,
     outputs: options.Outputs = None,
     data: options.Data = None,
+    images: options.Images = None,
     pattern: options.Pattern = None,
     layout: Annotated[
         Layout | None,
@@ -83,8 +84,10 @@ def mask(
     Under `torchrun` all processes learn the same masks, each from its own share of the images.
     """
     from maskplan.pipeline.core.progress import is_main_process
+    from maskplan.pipeline.data.few_images import limit_images
     from maskplan.pipeline.data.image_sets import identify
     from maskplan.pipeline.data.source import find_dataset
+    from maskplan.pipeline.learning.few_images import is_few
     from maskplan.pipeline.learning.options import LearnerFiles
     from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
     from maskplan.pipeline.pruning.mask import choose_masks, needs_images
@@ -98,8 +101,11 @@ def mask(
     dataset = find_dataset(
         data, model=model, labels=provenance.labels, outputs=provenance.classes, seed=seed, needs_classes=False
     )
+    if dataset is not None and images is not None:
+        dataset = limit_images(dataset, images, seed)
     mask_options = override(
         settings,
+        few_images=is_few(images),
         method=resolve_method(method or settings.method, has_images=dataset is not None),
         pattern=pattern,
         layout=layout,

@@ -176,6 +176,14 @@ Data = Annotated[
         "digits_resnet has its own images."
     ),
 ]
+Images = Annotated[
+    int | None,
+    typer.Option(
+        min=16,
+        help="Use at most this many images of the training part, for everything; up to 8192, masks are learned in the "
+        "setting for few images.",
+    ),
+]
 Pattern = Annotated[str | None, typer.Option(help="N:M, at most N non-zeros in each group of M.")]
 IncludeLinear = Annotated[bool | None, typer.Option(help="Include linear layers.")]
 Layers = Annotated[

@@ -45,6 +45,9 @@ class LearnOptions:
         init_margin: Logit margin by which the patterns of given masks (`--init`) start above the others.
         distill: Weight of distillation from the dense network; cross-entropy with the labels gets the rest.
         distill_temperature: Temperature of the distillation.
+        match_features: Weight of the mean squared difference of the features inside from the dense network's
+            (`features.py`); 0 matches the outputs only.
+        judge_every: Epochs between two evaluations on `select`; the last epoch always has one.
         norm_reward: Weight of a reward for the fraction of squared magnitude that the masks keep.
         ema: Decay of a moving average of the gates, which is evaluated instead of the gates; 0 evaluates the gates.
         augment: `none`; `shift` translates images by up to an eighth of their size and repeats the edge, `crop` fills with
@@ -76,6 +79,8 @@ class LearnOptions:
     init_margin: float = 3.0
     distill: float = 1.0
     distill_temperature: float = 2.0
+    match_features: float = 0.0
+    judge_every: int = 1
     norm_reward: float = 0.0
     ema: float = 0.0
     augment: str = "none"
@@ -88,7 +93,8 @@ class LearnOptions:
     def __post_init__(self) -> None:
         at_least(0, epochs=self.epochs, noise_start=self.noise_start, noise_end=self.noise_end)
         at_least(0, init_std=self.init_std, init_margin=self.init_margin)
-        at_least(0, distill=self.distill, ema=self.ema)
+        at_least(0, distill=self.distill, ema=self.ema, match_features=self.match_features)
+        at_least(1, judge_every=self.judge_every)
         at_least(0, norm_reward=self.norm_reward, patience=self.patience, save_every=self.save_every, seed=self.seed)
         at_least(0, budget_minutes=self.budget_minutes)
         # Batch statistics need at least two images.

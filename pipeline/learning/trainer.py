@@ -21,6 +21,7 @@ from maskplan.pipeline.core.interrupts import INTERRUPTS
 from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.data.dataset import Dataset
 from maskplan.pipeline.learning.evaluate import MaskEvaluator, MaskScore, fraction_changed
+from maskplan.pipeline.learning.features import FeatureMatcher
 from maskplan.pipeline.learning.masked_net import MaskedNet, Masks
 from maskplan.pipeline.learning.metrics import MetricsLog, MetricsRow
 from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions
@@ -151,6 +152,7 @@ class Learner:
         self.adam = torch.optim.Adam(self.net.logits(), lr=options.lr, fused=True)
         self.average = [p.detach().clone() for p in self.net.logits()] if options.ema else []
         self.evaluate = MaskEvaluator(self.teacher, preprocessing, data, options, kinds)
+        self.features = FeatureMatcher(self.teacher, student, list(start)) if options.match_features else None
         self.has_top1 = not kinds and bool((data.train.labels >= 0).all())
         self.loss = self.top1 = float("nan")
         self.row: MetricsRow | None = None
@@ -234,6 +236,8 @@ class Learner:
         for group in self.adam.param_groups:
             group["lr"] = learning_rate(fraction, self.options)
         with torch.autocast(self.process.device.type, torch.bfloat16, enabled=self.process.device.type == "cuda"):
+            if self.features is not None:
+                self.features.clear()
             with torch.no_grad():
                 target = self.evaluate.loss.select(self.teacher(images))
             tau, noise = temperature(fraction, self.options), noise_scale(fraction, self.options)
@@ -261,6 +265,8 @@ class Learner:
         loss = weight * self.evaluate.loss(outputs, target, self.options.distill_temperature)
         if weight < 1:
             loss = loss + (1 - weight) * F.cross_entropy(outputs[0], labels)
+        if self.features is not None:
+            loss = loss + self.options.match_features * self.features.loss()
         return loss - self.options.norm_reward * kept if self.options.norm_reward else loss
 
     def _is_out_of_time(self, progress: Progress) -> bool:
@@ -273,9 +279,12 @@ class Learner:
         divergence, top1 = self.process.broadcast(score.divergence, top1)
         return MaskScore(divergence, None if math.isnan(top1) else top1)
 
-    def _end_epoch(self, progress: Progress) -> MaskScore:
+    def _end_epoch(self, progress: Progress) -> MaskScore | None:
         progress.epochs += 1
         masks = self.net.masks(self.average or None)
+        last = progress.epochs >= self.options.epochs
+        if self.options.judge_every > 1 and progress.epochs % self.options.judge_every and not last:
+            return None
         score = self._score(masks)
         progress.stale += 1
         if score.divergence < progress.best.divergence:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
@@ -74,6 +74,8 @@ class MaskOptions:
         keep_dense_budget: Percent of the maskable MACs that may stay dense, in the layers whose masks cost most accuracy.
         images: Number of training images for layer-wise masks, drawn with the seed of `learn`.
         init_method: Masks that learned ones start from: `magnitude` or `layerwise`.
+        few_images: Learn in the setting for few images (`learning/few_images.py`), from layer-wise masks; None does so for
+            images without labels, if they are few.
         learn: Options of learned masks.
     """
 
@@ -88,6 +90,7 @@ class MaskOptions:
     keep_dense_budget: float = 0.0
     images: int = 512
     init_method: InitMethod = MAGNITUDE
+    few_images: bool | None = None
     learn: LearnOptions = field(default_factory=LearnOptions)
 
     def __post_init__(self) -> None:
@@ -150,6 +153,7 @@ def choose_masks(
         assert data is not None  # checked by resolve_method
         return _danhofer(module, provenance, layers, pattern, options.learn, out, data, image_sets)
     _require_supported(method, options, data)
+    options = _for_few_images(options, method, data)
     selection = select_layers(layers, pattern, policy_of(options, method))
     given = _load_fitting(init, layers, pattern) if init is not None else None
     only = only if given is None else given.keys()
@@ -225,6 +229,22 @@ def _require_supported(method: MaskMethod, options: MaskOptions, data: Dataset |
         raise InputError(f"{method} masks are chosen along C only", found=f"layout {options.layout}")
     if data is None and options.keep_dense_budget > 0:
         raise InputError("--keep-dense-budget needs images", fix="give --data DIR with train/ and val/")
+
+
+def _for_few_images(options: MaskOptions, method: MaskMethod, data: Dataset | None) -> MaskOptions:
+    """The options, in the setting for few images where it applies."""
+    if method != LEARNED or data is None:
+        return options
+    from maskplan.pipeline.learning.few_images import FEW_IMAGES, few_image_options
+
+    count = len(data.train) + len(data.select)
+    unlabeled = not bool((data.train.labels >= 0).any())
+    few = options.few_images if options.few_images is not None else unlabeled and count <= FEW_IMAGES
+    if not few:
+        return options
+    log.info("%d images: masks are learned in the setting for few images", count)
+    learn = few_image_options(options.learn, len(data.train))
+    return replace(options, learn=learn, init_method=LAYERWISE, images=max(options.images, len(data.train)))
 
 
 def _layerwise(

@@ -72,7 +72,12 @@ def identify_images(job: Job, data: Dataset, dense: Checkpoint) -> Images:
     sets = job.ws.stage(
         "images",
         ImageSets,
-        {"listing": listing or "bundled", "classes": data.classes, "seed": job.model.seed},
+        {
+            "listing": listing or "bundled",
+            "classes": data.classes,
+            "seed": job.model.seed,
+            "images": [len(data.train), len(data.select)],
+        },
         lambda: ImageSets(*(identify(part, data.classes) for part in (data.train, data.select, data.val))),
     )
     require_disjoint(sets.val, (*sets.shaping, *dense.provenance.image_sets))

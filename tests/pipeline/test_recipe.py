@@ -29,6 +29,7 @@ OTHERS: dict[str, dict[str, tuple[str, Any]]] = {
         "keep_dense_budget": ("5", 5.0),
         "images": ("64", 64),
         "init_method": ("'layerwise'", "layerwise"),
+        "few_images": ("true", True),
     },
     "learn": {
         "epochs": ("7", 7),
@@ -44,6 +45,8 @@ OTHERS: dict[str, dict[str, tuple[str, Any]]] = {
         "distill": ("0.5", 0.5),
         "distill_temperature": ("4.0", 4.0),
         "norm_reward": ("0.125", 0.125),
+        "match_features": ("0.5", 0.5),
+        "judge_every": ("3", 3),
         "ema": ("0.75", 0.75),
         "augment": ("'shift+flip'", "shift+flip"),
         "patience": ("3", 3),

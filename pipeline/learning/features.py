@@ -1,0 +1,62 @@
+"""Matching of features: how far what a masked network computes inside is from what the dense network computes there.
+
+Few images say little through the outputs alone: one number for each class of each image. The activations of all layers say
+thousands of times more, as in the reconstruction of blocks for rounding (AdaRound, Nagel et al. 2020; BRECQ, Li et al.
+2021).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from maskplan.pipeline.models.batchnorm import batchnorm_layers
+
+
+class FeatureMatcher:
+    """Observes the same modules of two networks: the BatchNorm layers, or the masked layers where there are none.
+
+    Args:
+        teacher: The dense network.
+        student: A copy of it, which runs under masks.
+        masked: Names of the masked weights.
+    """
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, masked: list[str]) -> None:
+        norms = set(batchnorm_layers(teacher))
+        names = [name for name, module in teacher.named_modules() if module in norms]
+        names = names or list(dict.fromkeys(name.rpartition(".")[0] for name in masked))
+        self._teacher: dict[str, list[torch.Tensor]] = {}
+        self._student: dict[str, list[torch.Tensor]] = {}
+        for network, found in ((teacher, self._teacher), (student, self._student)):
+            modules = dict(network.named_modules())
+            for name in names:
+                modules[name].register_forward_hook(_keep(found, name))
+
+    def loss(self) -> torch.Tensor:
+        """Mean over the modules of the squared difference, relative to the dense features' variance; forgets both.
+
+        Call it after both networks ran on the same images.
+        """
+        losses = []
+        for name, dense in self._teacher.items():
+            for ours, theirs in zip(self._student[name], dense, strict=True):
+                spread = (theirs - theirs.mean()).square().mean().clamp_min(torch.finfo(torch.float32).tiny)
+                losses.append((ours - theirs).square().mean() / spread)
+        self.clear()
+        return torch.stack(losses).mean()
+
+    def clear(self) -> None:
+        """Forget what was observed."""
+        self._teacher.clear()
+        self._student.clear()
+
+
+def _keep(found: dict[str, list[torch.Tensor]], name: str) -> Any:
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and output.is_floating_point():
+            found.setdefault(name, []).append(output)
+
+    return hook

@@ -1,0 +1,31 @@
+"""The learner's setting for few images, which replaces what was left at its default.
+
+Few images say little through the network's outputs, and the same ones come again and again: the masks start from layer-wise
+ones, the features inside are matched as well, and every image is shifted and mirrored anew each time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from maskplan.pipeline.learning.options import LearnOptions
+
+FEW_IMAGES = 8192
+"""At most this many images are few."""
+
+# Images that learning runs over in all, repetitions included, and evaluations on `select` during that time.
+_SEEN, _EVALUATIONS = 36_000, 10
+_SETTING = {"lr": 0.3, "batch": 32, "init_margin": 2.0, "match_features": 1.0, "augment": "shift+flip"}
+
+
+def is_few(images: int | None) -> bool | None:
+    """What `--images` says of the setting: None if it was not given, and for many images."""
+    return True if images is not None and images <= FEW_IMAGES else None
+
+
+def few_image_options(options: LearnOptions, images: int) -> LearnOptions:
+    """The options for learning from `images` training images; values that are not defaults stay."""
+    default = LearnOptions()
+    epochs = max(1, -(-_SEEN // max(images, 1)))
+    setting = {**_SETTING, "epochs": epochs, "judge_every": max(1, epochs // _EVALUATIONS)}
+    return replace(options, **{k: v for k, v in setting.items() if getattr(options, k) == getattr(default, k)})  # type: ignore[arg-type]
