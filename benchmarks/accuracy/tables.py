@@ -140,6 +140,15 @@ higher is better. The last column is the squared error of layer-wise masks with 
 | file | output | magnitude | layer-wise | layer-wise, update | dense, INT8 | layer-wise, update, INT8 | error left |
 |---|---|--:|--:|--:|--:|--:|--:|"""
 
+_FEW_IMAGES = """## Masks from {images} unlabeled images: {model}
+
+Masks, the choice of the epoch and BatchNorm statistics of all masked rows come from the same {images} training images,
+without labels. Learning took {minutes} minutes. Learned masks gain {gain:+.2f} points over layer-wise ones (95% interval
+{low:+.2f} to {high:+.2f}). `{command}`
+
+| masks | top-1 % | drop, points | 95% interval |
+|---|--:|--:|--:|"""
+
 _SEGMENTATION = """## A segmentation network
 
 A small U-Net on made scenes (digits and strokes on textures): {train} to learn from, {select} to choose the epoch, {val}
@@ -297,6 +306,21 @@ def _onnx_models(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield "\n".join(lines)
 
 
+def _few_images(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for run in runs:
+        gain = run["learned_against_layerwise"]
+        head = _FEW_IMAGES.format(
+            model=run["model"],
+            images=run["images"],
+            minutes=run["minutes"]["learned"],
+            gain=-gain["drop"],
+            low=-gain["drop_ci95"][1],
+            high=-gain["drop_ci95"][0],
+            command=run["command"],
+        )
+        yield "\n".join([head, *_rows(run)])
+
+
 def _segmentation(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for run in runs:
         lines = [_SEGMENTATION.format(command=run["command"], **run["scenes"])]
@@ -317,6 +341,7 @@ _SECTIONS = {
     "ablation": _ablations,
     "reported": _reported,
     "exchange": _exchange,
+    "few_images": _few_images,
     "segmentation": _segmentation,
     "onnx_models": _onnx_models,
 }

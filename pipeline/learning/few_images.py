@@ -15,7 +15,7 @@ FEW_IMAGES = 8192
 
 # Images that learning runs over in all, repetitions included, and evaluations on `select` during that time.
 _SEEN, _EVALUATIONS = 36_000, 10
-_SETTING = {"lr": 0.3, "batch": 32, "init_margin": 2.0, "match_features": 1.0, "augment": "shift+flip"}
+_SETTING = {"match_features": 1.0, "augment": "shift+flip"}
 
 
 def is_few(images: int | None) -> bool | None:

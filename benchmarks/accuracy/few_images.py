@@ -1,0 +1,109 @@
+"""Masks from few unlabeled images of CIFAR-10: `mask --images N` compared with layer-wise and magnitude masks.
+
+    python benchmarks/accuracy/few_images.py resnet20 --weights resnet20.safetensors --data DIR --images 1024
+
+Every masked row sees the same N training images and no label: masks, the choice of the epoch and the BatchNorm statistics.
+`val` is read once, at the end. Writes few_images.json next to this script and the tables of docs/results.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from accuracy import PATTERN, by_magnitude, dense_network, hits, network_parser, paired, pruned, recalibrated
+from cifar import HOW, load_cifar10
+
+from maskplan.pipeline.core.artifacts import Provenance
+from maskplan.pipeline.data.dataset import UNLABELED, Dataset, Images, Split
+from maskplan.pipeline.data.few_images import limit_images
+from maskplan.pipeline.learning.options import LearnOptions
+from maskplan.pipeline.masking.maskset import load_masks
+from maskplan.pipeline.masking.policy import select_layers
+from maskplan.pipeline.models.layers import trace_layers
+from maskplan.pipeline.pruning.mask import MaskOptions, choose_masks
+from maskplan.pipeline.report.write import versions
+from maskplan.pipeline.timing.compare_latency import cpu_name
+
+
+@dataclass(frozen=True)
+class Unlabeled:
+    """Images without their labels."""
+
+    images: Images
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        return np.full(len(self.images.labels), UNLABELED, np.int64)
+
+    def name(self, index: int) -> str:
+        return self.images.name(index)
+
+    def read(self, index: int) -> bytes:
+        return self.images.read(index)
+
+
+def few(data: Dataset, count: int, seed: int) -> Dataset:
+    """At most `count` training images, without labels."""
+    parts = limit_images(data, count, seed)
+    train, select = (Split(p.role, Unlabeled(p.images), p.indices) for p in (parts.train, parts.select))
+    return Dataset(data.classes, train, select, data.val)
+
+
+def measure(name: str, weights: Path | None, folder: Path, images: int, seed: int) -> dict[str, Any]:
+    """All rows of one network and number of images."""
+    data = load_cifar10(folder)
+    limited = few(data, images, seed)
+    module = dense_network(name, weights, folder)
+    chosen = select_layers(trace_layers(module, HOW)[0], PATTERN).masked
+    provenance = Provenance(name, True, "weights", "", len(data.classes), data.classes, HOW)
+    nets = {"dense": module, "dense, recalibrated": recalibrated(module, data)}
+    nets["magnitude, recalibrated"] = recalibrated(pruned(module, by_magnitude(module, chosen)), limited)
+    minutes = {}
+    for method in ("layerwise", "learned"):
+        out, started = Path(f"few-{method}.safetensors"), time.monotonic()
+        options = MaskOptions(method=method, images=images, few_images=True, learn=LearnOptions(seed=seed))
+        choose_masks(module, provenance, options, out, limited)
+        minutes[method] = round((time.monotonic() - started) / 60, 2)
+        nets[f"{method}, recalibrated"] = recalibrated(pruned(module, load_masks(out)), limited)
+        out.unlink()
+    right = {row: hits(net.eval(), data.val) for row, net in nets.items()}
+    reference = max(("dense", "dense, recalibrated"), key=lambda row: right[row].mean())
+    return {
+        "model": name,
+        "seed": seed,
+        "images": images,
+        "command": f"python benchmarks/accuracy/few_images.py {name} --images {images} --seed {seed}",
+        "device": cpu_name(),
+        "cores": os.cpu_count(),
+        "versions": versions(),
+        "minutes": minutes,
+        "val_images": len(data.val),
+        "reference": reference,
+        "learned_against_layerwise": paired(right["layerwise, recalibrated"], right["learned, recalibrated"]),
+        "rows": {
+            row: {"top1": round(100 * float(found.mean()), 3)} | paired(right[reference], found)
+            for row, found in right.items()
+        },
+    }
+
+
+def main() -> None:
+    """Measure one network and add it to the results."""
+    parser = network_parser(__doc__, epochs=0)
+    parser.add_argument("--images", type=int, default=1024, help="training images (default: %(default)s)")
+    args = parser.parse_args()
+    found = measure(args.model, args.weights, args.data, args.images, args.seed)
+    args.results.add("few_images", found, ("model", "seed", "images"))
+    args.results.write_page()
+    print(json.dumps({"minutes": found["minutes"], **found["rows"]}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
