@@ -277,8 +277,8 @@ def test_a_budget_without_held_out_images_is_refused(foreign: Path, refused: Cal
 @pytest.mark.parametrize(
     ("model", "more", "says"),
     [
-        (net(opset=12), (), "opset 12"),
-        (net(opset=18), ("--float-dtype", "fp16", "--cache", "c.json"), "opset 18"),
+        (net(opset=12, odd="Wobble"), (), "opset 12"),
+        (net(opset=18, odd="Wobble"), ("--float-dtype", "fp16", "--cache", "c.json"), "opset 18"),
         (net(odd="Log"), ("--cache", "c.json"), "tensor b, output of Log odd, of m.onnx"),
     ],
     ids=["opset 12", "opset 18 for FP16", "NaN"],
