@@ -274,20 +274,20 @@ def test_a_budget_without_held_out_images_is_refused(foreign: Path, refused: Cal
     assert "no images in `select`" in refused(foreign, "--data", "single", "--max-drop", "5", "--cache", "c.json")
 
 
-@pytest.mark.parametrize(
-    ("model", "more", "says"),
-    [
-        (net(opset=12, odd="Wobble"), (), "opset 12"),
-        (net(opset=18, odd="Wobble"), ("--float-dtype", "fp16", "--cache", "c.json"), "opset 18"),
-        (net(odd="Log"), ("--cache", "c.json"), "tensor b, output of Log odd, of m.onnx"),
-    ],
-    ids=["opset 12", "opset 18 for FP16", "NaN"],
-)
-def test_models_that_cannot_be_quantized_are_refused(
-    foreign: Path, refused: Callable[..., str], here: Path, model: onnx.ModelProto, more: tuple[str, ...], says: str
+def test_activations_that_are_not_finite_are_refused(foreign: Path, refused: Callable[..., str], here: Path) -> None:
+    save(here / "m.onnx", net(odd="Log"))
+    assert "tensor b, output of Log odd, of m.onnx" in refused("m.onnx", "--data", "data", "--cache", "c.json")
+
+
+@pytest.mark.parametrize(("opset", "more", "needed"), [(12, (), 13), (18, ("--float-dtype", "fp16"), 19)])
+def test_an_opset_that_is_too_old_is_raised_with_a_note(
+    foreign: Path, cli: Callable[..., Any], here: Path, opset: int, more: tuple[str, ...], needed: int
 ) -> None:
-    save(here / "m.onnx", model)
-    assert says in refused("m.onnx", "--data", "data", *more)
+    save(here / "m.onnx", net(opset))
+    ran = cli("calibrate", "m.onnx", "--data", "data", *more, "-o", "raised.onnx")
+    assert ran.code == 0, ran.err
+    assert f"m.onnx: opset {opset}, which is too old, is raised to {needed}" in ran.err
+    assert onnx.load(here / "raised.onnx").opset_import[0].version == needed
 
 
 def test_what_is_int8_or_fp16_already_is_refused(
