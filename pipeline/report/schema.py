@@ -77,7 +77,7 @@ def report_schema() -> dict[str, Any]:
     masks = _table(
         _fields(MaskSet, defs)
         | {name: of(int) for name in ("masked_layers", "masked_parameters")}
-        | {name: of(float) for name in ("masked_macs_percent", "kept_magnitude_percent")}
+        | {"masked_macs_percent": of(float | None), "kept_magnitude_percent": of(float)}
     )
     compiled = _table(_fields(CompileReport, defs) | {"reason": of(None)})
     sections = {

@@ -99,7 +99,7 @@ def masks_values(masks: MaskSet, root: Path) -> dict[str, Any]:
         "pattern": str(masks.pattern),
         "masked_layers": len(masks.masked),
         "masked_parameters": parameters,
-        "masked_macs_percent": 100 * masked / total if total else 0.0,
+        "masked_macs_percent": 100 * masked / total if total else None,
         "kept_magnitude_percent": 100 * weighted_mean([(m.kept, _size(m.shape)) for m in masks.masked]),
     }
 

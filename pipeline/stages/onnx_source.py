@@ -12,6 +12,7 @@ import numpy as np
 from maskplan.calibration.calibrate import CalibrationSamples
 from maskplan.calibration.calibrate import calibrate as calibrate_onnx
 from maskplan.engines.build import profiles_for
+from maskplan.exporters.computed_weights import store_computed_weights
 from maskplan.exporters.conformance import CheckOptions, require_2to4
 from maskplan.exporters.convert_precision import ConvertOptions, convert_precision
 from maskplan.exporters.external_data import external_tensors, load_external_data, locate_external
@@ -26,6 +27,7 @@ from maskplan.pipeline.core.artifacts import (
     MaskSet,
     OnnxModel,
     OutputKind,
+    Pattern,
     Preprocessing,
     Profile,
     Provenance,
@@ -40,6 +42,7 @@ from maskplan.pipeline.core.output_kinds import guess_kinds, parse_kinds
 from maskplan.pipeline.core.reports import CalibrationReport, ConformanceReport, ParityReport, WeightVerdict
 from maskplan.pipeline.data.image_sets import require_disjoint
 from maskplan.pipeline.data.samples import ImageOptions, ImageSamples, Samples, open_samples
+from maskplan.pipeline.masking.magnitude import keep_largest
 from maskplan.pipeline.masking.patterns import parse_pattern
 from maskplan.pipeline.masking.policy import TOO_COSTLY
 from maskplan.pipeline.parity.compare_files import compare_files
@@ -293,7 +296,8 @@ def compare(
 
 def mask_set(source: Source, dense: OnnxModel, pruned: PrunedFile, method: str, checked: ConformanceReport) -> MaskSet:
     """What the report says of the masks: they are the zeros of the pruned file."""
-    before, after = (_weights(model) for model in (dense, pruned.onnx))
+    pattern = parse_pattern(checked.pattern)
+    before, after = (_weights(model, pattern) for model in (dense, pruned.onnx))
     reasons = dict(pruned.left_dense)
     masked, left = [], []
     for weight in _once(checked.weights):
@@ -301,17 +305,20 @@ def mask_set(source: Source, dense: OnnxModel, pruned: PrunedFile, method: str, 
             reason = reasons.get(weight.name, weight.reason or weight.verdict)
             left.append(DenseLayer(weight.name, weight.shape, 0, reason))
             continue
-        values, original = after[weight.name], before.get(weight.name)
-        kept = 1.0
-        if original is not None and original.shape == values.shape:
-            total = float(np.abs(original, dtype=np.float64).sum())
-            kept = float(np.abs(original[values != 0], dtype=np.float64).sum()) / total if total else 1.0
-        masked.append(MaskedLayer(weight.name, weight.shape, 1, 0, kept, kept))
+        values, original = after[weight.name].values, before.get(weight.name)
+        kept = kept_best = 1.0
+        if original is not None and original.values.shape == values.shape and original.axis is not None:
+            magnitude = np.abs(original.values, dtype=np.float64)
+            total = float(magnitude.sum()) or 1.0
+            kept = float(magnitude[values != 0].sum()) / total
+            kept_best = float(magnitude[keep_largest(magnitude, original.axis, pattern)].sum()) / total
+        # How often an operator runs is not known from the file alone.
+        masked.append(MaskedLayer(weight.name, weight.shape, groups=1, macs=0, kept=kept, kept_best=kept_best))
     return MaskSet(
         path=pruned.onnx.path,
         sha256=pruned.onnx.sha256,
         model=source.path.stem,
-        pattern=parse_pattern(checked.pattern),
+        pattern=pattern,
         layout=CHANNEL,
         method=method,
         weights_sha256=dense.sha256,
@@ -348,9 +355,20 @@ def provenance_of(
     )
 
 
-def _weights(model: OnnxModel) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
-    proto = load_onnx(model.path)
-    return {u.name: native_values(u.tensor, model.path.parent) for u in weight_uses(proto) if u.tensor is not None}
+@dataclass(frozen=True)
+class _StoredWeight:
+    """A weight as its file stores it, and the axis that its groups run along; None if it has none."""
+
+    values: np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+    axis: int | None
+
+
+def _weights(model: OnnxModel, pattern: Pattern) -> dict[str, _StoredWeight]:
+    """The weights by the names that `prune` gives them: those that a graph computes are stored first."""
+    proto, folder = load_onnx(model.path), model.path.parent
+    store_computed_weights(proto, folder, pattern.m)
+    uses = weight_uses(proto, pattern.m)
+    return {u.name: _StoredWeight(native_values(u.tensor, folder), u.axis) for u in uses if u.tensor is not None}
 
 
 def _once(weights: Sequence[WeightVerdict]) -> list[WeightVerdict]:

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from any_network import box_head
+from onnx import numpy_helper
 from report_schema import validate_report
 
 from maskplan.pipeline.cli.app import main
@@ -42,6 +44,27 @@ def line(source: Path, *more: str, data: bool = True) -> int:
 def ran(capsys: pytest.CaptureFixture[str]) -> set[str]:
     """Names of the stages that ran."""
     return {text.split(":")[0] for text in capsys.readouterr().err.splitlines() if text.endswith(" s")}
+
+
+def test_the_report_tells_what_the_masks_keep_and_not_what_is_unknown(source: Path) -> None:
+    assert line(source) == 0
+    page, report = (source / "out" / "report.html").read_text(), validate_report(source / "out" / "report.json")
+    dense, sparse = (stored(source / "out" / name) for name in ("dense.onnx", "sparse.onnx"))
+    assert {m["name"] for m in report["masks"]["masked"]} == {"w2", "w3"}
+    for mask in report["masks"]["masked"]:
+        groups = np.abs(np.moveaxis(dense[mask["name"]], 1, -1).reshape(-1, 4)).astype(np.float64)
+        best = np.sort(groups, axis=1)[:, 2:].sum() / groups.sum()
+        kept = np.abs(dense[mask["name"]])[sparse[mask["name"]] != 0].sum(dtype=np.float64) / groups.sum()
+        assert (mask["kept"], mask["kept_best"]) == (pytest.approx(kept), pytest.approx(best))
+        assert kept < best
+    # How often an operator runs is not known.
+    assert report["masks"]["masked_macs_percent"] is None
+    assert "multiply-accumulates are in masked layers" not in page
+    assert '<a href="#outputs">' in page
+
+
+def stored(path: Path) -> dict[str, np.ndarray]:
+    return {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
 
 
 def test_stages_run_again_only_for_what_they_depend_on(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
