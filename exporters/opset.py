@@ -37,8 +37,6 @@ def raise_opset(model: onnx.ModelProto, opset: int, where: object) -> onnx.Model
             found=f"opset {before}: {str(error).partition('Assertion')[2].strip() or error}",
             fix=f"export it again with opset {opset} or later",
         ) from error
-    del raised.metadata_props[:]
-    raised.metadata_props.extend(model.metadata_props)
     log.info("%s: opset %d, which is too old, is raised to %d", where, before, opset)
     return raised
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from maskplan.engines.batch_runner import BatchRunner
 from maskplan.pipeline.core.artifacts import OutputKind, TensorSpec
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.data.samples import TensorSamples
-from maskplan.pipeline.parity.by_output import NetworkComparison, compare_by_output
+from maskplan.pipeline.parity.by_output import NetworkComparison, compare_by_output, require_same_interface
 
 Compute = Callable[[Mapping[str, Any]], list[Any]]
 X = TensorSpec("x", "float32", (None, 6))
@@ -27,6 +28,32 @@ def compared(
     runners = [BatchRunner(FunctionEngine([spec], outputs, compute), "net") for compute in (dense, sparse)]
     data = samples or TensorSamples("val", {"x": VALUES}, {})
     return compare_by_output(runners[0], runners[1], data, kinds, keep=True)
+
+
+@pytest.mark.parametrize(
+    ("dense", "sparse", "same"),
+    [
+        (("float32", (None, 6)), ("float16", (8, 6)), True),
+        (("float32", (None, 6)), ("float32", (None, None)), True),
+        (("float32", (None, 6)), ("float32", ()), True),
+        (("float32", (None, 6)), ("float32", (None, 7)), False),
+        (("float32", (None, 6)), ("float32", (None, 6, 1)), False),
+        (("float32", (None, 6)), ("uint8", (None, 6)), False),
+        (("int64", (None, 6)), ("int32", (None, 6)), False),
+    ],
+)
+def test_declarations_that_can_be_of_one_network(
+    dense: tuple[str, tuple[int | None, ...]], sparse: tuple[str, tuple[int | None, ...]], same: bool
+) -> None:
+    """The batch and the width of floats are the caller's choice; a shape () may be one that is not declared."""
+    for part in ("inputs", "outputs"):
+        specs = {name: (TensorSpec("x", *made),) for name, made in (("dense", dense), ("sparse", sparse))}
+        first, second = (SimpleNamespace(**{"inputs": (X,), "outputs": (X,), part: specs[n]}) for n in specs)
+        if same:
+            require_same_interface(first, second, ("a.onnx", "b.onnx"))
+        else:
+            with pytest.raises(InputError, match=r"x .* of a\.onnx, x .* of b\.onnx"):
+                require_same_interface(first, second, ("a.onnx", "b.onnx"))
 
 
 def noisy(x: np.ndarray, scale: float = 0.1) -> np.ndarray:

@@ -129,6 +129,13 @@ def test_several_inputs_and_outputs_of_any_type_have_a_pair(tmp_path: Path) -> N
     assert list(read.outputs) == ["scaled", "rows", "size"]
 
 
+def test_one_element_that_is_not_finite_is_enough(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Log", ["x"], ["y"])]
+    made = read_engine(engine(graph(tmp_path / "m.onnx", nodes, [("x", ["N", 9])], [("y", ["N", 9])])))
+    with pytest.raises(InputError, match="not finite"):
+        golden_pair(made)
+
+
 def test_no_pair_is_made_of_an_output_that_is_not_finite(tmp_path: Path) -> None:
     engine = read_engine(built(tmp_path / "engine", broken=True))
     with pytest.raises(InputError, match="not finite"):
