@@ -88,13 +88,7 @@ def compare(
             help="Smallest cosine similarity between outputs for one fixed image.", rich_help_panel=_THRESHOLDS
         ),
     ] = None,
-    min_sqnr: Annotated[
-        float | None,
-        typer.Option(
-            help="Smallest signal to noise ratio of any output, in dB; for networks that are not classifiers.",
-            rich_help_panel=_THRESHOLDS,
-        ),
-    ] = None,
+    min_sqnr: options.MinSqnr = None,
     max_relative_error: Annotated[
         float | None,
         typer.Option(
@@ -102,18 +96,8 @@ def compare(
             rich_help_panel=_THRESHOLDS,
         ),
     ] = None,
-    metric: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE.py:FUNCTION",
-            help="Your own metric, called with outputs and targets by name; one number for each sample or for all, higher "
-            "is better.",
-            rich_help_panel=_THRESHOLDS,
-        ),
-    ] = None,
-    max_metric_drop: Annotated[
-        float | None, typer.Option(help="How much --metric may drop.", rich_help_panel=_THRESHOLDS)
-    ] = None,
+    metric: options.Metric = None,
+    max_metric_drop: options.MaxMetricDrop = None,
     use_ci: options.UseCi = None,
     fixed_images: Annotated[
         int | None,

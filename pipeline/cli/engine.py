@@ -47,7 +47,13 @@ def _defaults() -> dict[str, object]:
 
 def engine(
     context: typer.Context,
-    model: options.Model = "digits_resnet",
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A torchvision model (resnet50), timm/NAME, path/to/file.py:factory, digits_resnet, or an ONNX file.",
+            show_default=False,
+        ),
+    ] = "digits_resnet",
     weights: options.Weights = "auto",
     ema: options.Ema = None,
     fuse: options.Fuse = False,
@@ -71,9 +77,7 @@ def engine(
     ] = None,
     backend: options.BackendOption = "auto",
     budget_minutes: Annotated[float | None, typer.Option(min=0, help="Time limit for learning masks.")] = None,
-    max_top1_drop: Annotated[
-        float | None, typer.Option(help="Percentage points of top-1 accuracy that may be lost.")
-    ] = None,
+    max_top1_drop: options.MaxTop1Drop = None,
     refine: Annotated[
         bool,
         typer.Option(
@@ -98,30 +102,12 @@ def engine(
             rich_help_panel=_ONNX,
         ),
     ] = False,
-    metric: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE.py:FUNCTION",
-            help="Your own metric, called with outputs and targets by name; higher is better.",
-        ),
-    ] = None,
-    max_metric_drop: Annotated[float | None, typer.Option(help="How much --metric may drop.")] = None,
-    min_sqnr: Annotated[
-        float | None,
-        typer.Option(help="Smallest signal to noise ratio of any output, in dB."),
-    ] = None,
-    shape: Annotated[
-        str | None,
-        typer.Option(
-            metavar="CxHxW",
-            help="Size of one image without the batch, where the model's own is dynamic.",
-            rich_help_panel=_ONNX,
-        ),
-    ] = None,
-    mean: Annotated[
-        str | None, typer.Option(help="Mean of each channel, such as 0.5,0.5,0.5.", rich_help_panel=_ONNX)
-    ] = None,
-    std: Annotated[str | None, typer.Option(help="Standard deviation of each channel.", rich_help_panel=_ONNX)] = None,
+    metric: options.Metric = None,
+    max_metric_drop: options.MaxMetricDrop = None,
+    min_sqnr: options.MinSqnr = None,
+    shape: options.Shape = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
     repository: Annotated[Path | None, typer.Option(help="Triton model repository to deploy to.")] = None,
     allow_untrained: Annotated[bool, typer.Option(help="Deploy random weights too.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder to write; build/MODEL by default.")] = None,

@@ -120,15 +120,16 @@ def image_options(shape: str | None, mean: str | None, std: str | None) -> Image
     from maskplan.pipeline.core.errors import InputError
     from maskplan.pipeline.data.samples import ImageOptions
 
-    def numbers(text: str | None) -> tuple[float, ...] | None:
+    def numbers(text: str | None, option: str) -> tuple[float, ...] | None:
         if text is None:
             return None
         try:
             return tuple(float(part) for part in text.split(","))
         except ValueError as error:
-            raise InputError("expected one number per channel", found=repr(text), fix="write 0.5,0.5,0.5") from error
+            what, fix = "expected one number per channel", f"write for example {option} 0.5,0.5,0.5"
+            raise InputError(what, where=option, found=repr(text), fix=fix) from error
 
-    return ImageOptions(parse_shape(shape), numbers(mean), numbers(std))
+    return ImageOptions(parse_shape(shape), numbers(mean, "--mean"), numbers(std, "--std"))
 
 
 def write_report(path: Path | None, values: object) -> None:
@@ -215,6 +216,23 @@ MaxTop1Drop = Annotated[
     float | None,
     typer.Option(help="Percentage points of top-1 accuracy that may be lost.", rich_help_panel=THRESHOLDS),
 ]
+MinSqnr = Annotated[
+    float | None,
+    typer.Option(
+        help="Smallest signal to noise ratio of any output, in dB; for networks that are not classifiers.",
+        rich_help_panel=THRESHOLDS,
+    ),
+]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE.py:FUNCTION",
+        help="Your own metric, called with outputs and targets by name; one number for each sample or for all, higher "
+        "is better.",
+        rich_help_panel=THRESHOLDS,
+    ),
+]
+MaxMetricDrop = Annotated[float | None, typer.Option(help="How much --metric may drop.", rich_help_panel=THRESHOLDS)]
 MinAgreement = Annotated[
     float | None,
     typer.Option(help="Percent of images on which both must predict the same class.", rich_help_panel=THRESHOLDS),

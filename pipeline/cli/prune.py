@@ -14,7 +14,7 @@ from maskplan.pipeline.cli import options
 from maskplan.pipeline.cli.check import conformance_defaults
 from maskplan.pipeline.cli.exit_codes import GateError
 from maskplan.pipeline.cli.help_pages import add_command
-from maskplan.pipeline.cli.options import choice, override, parse_shape, patterns, write_report
+from maskplan.pipeline.cli.options import choice, image_options, override, patterns, write_report
 from maskplan.pipeline.core.choices import AUTO, LAYERWISE
 from maskplan.pipeline.core.terminal import print_line
 
@@ -114,7 +114,7 @@ def prune(
             sensitivity=sensitivity,
             keep_dense_budget=keep_dense_budget,
         )
-        layerwise = _layerwise(model, out, data, layerwise_options, parse_shape(shape), mean, std)
+        layerwise = _layerwise(model, out, data, layerwise_options, shape, mean, std)
         pruned = layerwise.pruned
         kept_dense = (*check_options.allow_dense, *map(glob.escape, layerwise.kept_dense))
         check_options = replace(check_options, allow_dense=kept_dense)
@@ -157,13 +157,13 @@ def _layerwise(
     out: Path,
     data: Path | None,
     layerwise_options: LayerwiseOptions,
-    shape: tuple[int, ...] | None,
+    shape: str | None,
     mean: str | None,
     std: str | None,
 ) -> LayerwisePruned:
     from maskplan.exporters.metadata import describe_onnx
     from maskplan.pipeline.core.errors import InputError
-    from maskplan.pipeline.data.samples import ImageOptions, open_samples
+    from maskplan.pipeline.data.samples import open_samples
     from maskplan.pipeline.pruning.prune_layerwise import prune_layerwise
 
     onnx_model = describe_onnx(model)
@@ -174,29 +174,11 @@ def _layerwise(
             where=model,
             fix="give --data a folder of images or a .npz file with an array for each input, or choose --method magnitude",
         )
-    image_options = ImageOptions(
-        shape=shape,
-        mean=_channel_values(mean, "--mean"),
-        std=_channel_values(std, "--std"),
-        preprocessing=provenance.preprocessing if provenance is not None else None,
-    )
-    samples = open_samples(data, "train", onnx_model.inputs, image_options, model)
+    preprocessing = provenance.preprocessing if provenance is not None else None
+    images = replace(image_options(shape, mean, std), preprocessing=preprocessing)
+    samples = open_samples(data, "train", onnx_model.inputs, images, model)
     kinds = provenance.outputs if provenance is not None else ()
     return prune_layerwise(model, out, onnx_model.inputs, samples, layerwise_options, kinds)
-
-
-def _channel_values(text: str | None, option: str) -> tuple[float, ...] | None:
-    """`"0.5,0.5,0.5"` to numbers; None stays None."""
-    from maskplan.pipeline.core.errors import InputError
-
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise InputError(
-            "not one number per channel", where=option, found=repr(text), fix=f"write for example {option} 0.5,0.5,0.5"
-        ) from error
 
 
 def _show(layerwise: LayerwisePruned) -> None:

@@ -49,8 +49,7 @@ def compares_outputs(
     """Whether outputs are compared instead of classes: of networks that are no classifiers, on arrays, by their limits."""
     data = network_options.data
     of_arrays = data is not None and (data.suffix in (".npz", ".npy") or any(data.glob("*.np[yz]")))
-    limits = (options.min_sqnr_db, options.max_relative_error, options.max_metric_drop)
-    is_told = bool(network_options.metric or network_options.outputs) or any(limit is not None for limit in limits)
+    is_told = bool(network_options.metric or network_options.outputs) or options.limits_outputs
     return of_arrays or is_told or not all(n.classifies_images for n in networks)
 
 

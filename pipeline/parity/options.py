@@ -52,3 +52,9 @@ class CompareOptions:
         for name, value, highest in (("min_agreement", self.min_agreement, 100), ("min_cosine", self.min_cosine, 1)):
             if value is not None and value > highest:
                 raise InputError(f"{name} is {value}", fix=f"give at most {highest}: nothing can pass more")
+
+    @property
+    def limits_outputs(self) -> bool:
+        """Whether a limit is given that classes cannot be judged by, so that outputs are compared."""
+        limits = (self.min_sqnr_db, self.max_relative_error, self.max_metric_drop)
+        return any(limit is not None for limit in limits)

@@ -45,8 +45,7 @@ class Compared:
 
 def compares_by_output(provenance: Provenance, metric: str | None, options: CompareOptions) -> bool:
     """Whether outputs are compared instead of classes: of networks that are no classifiers, and by their limits."""
-    limits = (options.min_sqnr_db, options.max_relative_error, options.max_metric_drop)
-    return not provenance.classes or metric is not None or any(limit is not None for limit in limits)
+    return not provenance.classes or metric is not None or options.limits_outputs
 
 
 def compare(
