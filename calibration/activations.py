@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from maskplan.calibration.graph import Graph
 from maskplan.calibration.histogram import Histogram
 from maskplan.pipeline.core.errors import InputError
-from maskplan.pipeline.core.ort_session import open_session
+from maskplan.pipeline.core.ort_session import open_session, run_session
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -128,15 +128,8 @@ def _with_outputs(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelPro
 def _run(session: onnxruntime.InferenceSession, names: Sequence[str], feeds: _Values, where: object) -> dict[str, Any]:
     if not names:
         return {}
-    try:
-        return dict(zip(names, session.run(list(names), dict(feeds)), strict=True))
-    except Exception as error:
-        raise InputError(
-            "ONNX Runtime cannot run the model",
-            where=where,
-            found=str(error).partition("\n")[0],
-            fix="check the images' shape and type",
-        ) from error
+    values = run_session(session, names, feeds, where, fix="check the images' shape and type")
+    return dict(zip(names, values, strict=True))
 
 
 def _not_finite(model: onnx.ModelProto, graph: Graph, name: str, feeds: _Values, where: object) -> InputError:

@@ -14,9 +14,8 @@ from maskplan.exporters.metadata import describe_onnx, parse_onnx
 from maskplan.exporters.run_shapes import set_shapes
 from maskplan.pipeline.core.artifacts import EngineFile, OnnxModel, Profile, TensorSpec
 from maskplan.pipeline.core.choices import ONNXRUNTIME
-from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.files import read_bytes, write_atomically
-from maskplan.pipeline.core.ort_session import UNFUSED, is_unfused, open_session
+from maskplan.pipeline.core.ort_session import UNFUSED, is_unfused, open_session, run_session
 
 NO_SPARSE_KERNELS = (
     "ONNX Runtime on a CPU has no sparse kernels: zeros take as long as other weights, so sparsity saves no time"
@@ -61,15 +60,7 @@ class OrtEngine:
             InputError: The feeds do not match the inputs, or the graph fails on them.
         """
         names = [spec.name for spec in self.outputs]
-        try:
-            return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
-        except Exception as error:  # the exceptions of onnxruntime have no other common base class
-            raise InputError(
-                "ONNX Runtime cannot run the model",
-                where=self._path,
-                found=str(error).partition("\n")[0],
-                fix="check the input's shape and type",
-            ) from error
+        return dict(zip(names, run_session(self._session, names, feeds, self._path), strict=True))
 
     def close(self) -> None:
         """Release the session."""

@@ -1,16 +1,18 @@
-"""ONNX Runtime sessions on the CPU: the only place that creates them."""
+"""ONNX Runtime sessions on the CPU: the only place that creates and runs them."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from maskplan.pipeline.core.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import onnxruntime
 
 log = logging.getLogger(__name__)
@@ -91,6 +93,33 @@ def open_session(
                 log.info("%s: %s", where or "model", UNFUSED)
             return session
     raise InputError(what, where=where, found=str(failure).partition("\n")[0], fix=fix) from failure
+
+
+def run_session(
+    session: onnxruntime.InferenceSession,
+    outputs: Sequence[str],
+    feeds: Mapping[str, npt.NDArray[Any]],
+    where: object,
+    *,
+    fix: str = "check the input's shape and type",
+) -> list[npt.NDArray[Any]]:
+    """Run a session once and return the outputs in the order of their names; all outputs where none is named.
+
+    Args:
+        session: The session.
+        outputs: Names of outputs.
+        feeds: Inputs by name.
+        where: What error messages name.
+        fix: Last line of the error message.
+
+    Raises:
+        InputError: The feeds do not match the inputs, or the graph fails on them.
+    """
+    try:
+        return list(session.run(list(outputs) or None, dict(feeds)))
+    except Exception as error:  # the exceptions of onnxruntime have no other common base class
+        found = str(error).partition("\n")[0]
+        raise InputError("ONNX Runtime cannot run the model", where=where, found=found, fix=fix) from error
 
 
 def _normalizes_in_fp16(model: Path | bytes) -> bool:

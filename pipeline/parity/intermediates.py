@@ -14,7 +14,7 @@ from maskplan.exporters.external_data import external_tensors, locate_external
 from maskplan.exporters.metadata import load_onnx
 from maskplan.pipeline.core.artifacts import TensorSpec
 from maskplan.pipeline.core.errors import InputError
-from maskplan.pipeline.core.ort_session import open_session
+from maskplan.pipeline.core.ort_session import open_session, run_session
 
 Run = Callable[[npt.NDArray[np.float32]], dict[str, npt.NDArray[Any]]]
 
@@ -92,15 +92,7 @@ class Intermediates:
         def one(images: npt.NDArray[np.float32]) -> list[npt.NDArray[Any]]:
             missing = self.batch - len(images)
             filled = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)]) if missing else images
-            try:
-                values = session.run(list(names), {source.name: filled.astype(dtype, copy=False)})
-            except Exception as error:  # onnxruntime's exceptions have no common base but this
-                raise InputError(
-                    "ONNX Runtime cannot run the model",
-                    where=self.path,
-                    found=str(error).partition("\n")[0],
-                    fix="check the input's shape and type",
-                ) from error
+            values = run_session(session, names, {source.name: filled.astype(dtype, copy=False)}, self.path)
             return [v[: len(images)] if missing and v.shape[:1] == (self.batch,) else v for v in values]
 
         def run(images: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[Any]]:

@@ -17,7 +17,7 @@ import onnx
 from maskplan.exporters.layer_inputs import LayerCall, ObservedLayer, observed_graph, unfold, unfolded_shape
 from maskplan.pipeline.core.artifacts import TensorSpec
 from maskplan.pipeline.core.errors import InputError
-from maskplan.pipeline.core.ort_session import open_session
+from maskplan.pipeline.core.ort_session import open_session, run_session
 from maskplan.pipeline.data.samples import Feeds, Samples, TensorSamples
 from maskplan.pipeline.pruning.second_moments import (
     MomentOptions,
@@ -167,15 +167,8 @@ class _ObservedGraph:
             yield self._by_call(values)
 
     def _infer(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
-        try:
-            found = self._session.run(self._outputs or None, feeds)
-        except Exception as error:  # the exceptions of onnxruntime have no other common base class
-            raise InputError(
-                "ONNX Runtime cannot run the model",
-                where=self._where,
-                found=str(error).partition("\n")[0],
-                fix="check that the data fits the inputs",
-            ) from error
+        fix = "check that the data fits the inputs"
+        found = run_session(self._session, self._outputs, feeds, self._where, fix=fix)
         return {**feeds, **dict(zip(self._outputs, found, strict=False))}
 
     def _by_call(self, values: Mapping[str, npt.NDArray[Any]]) -> dict[int, npt.NDArray[Any]]:

@@ -18,7 +18,7 @@ from maskplan.exporters.layer_bias import BiasSlot, shift_bias
 from maskplan.pipeline.core.artifacts import OutputKind
 from maskplan.pipeline.core.choices import LOGITS
 from maskplan.pipeline.core.errors import InputError
-from maskplan.pipeline.core.ort_session import open_session
+from maskplan.pipeline.core.ort_session import open_session, run_session
 from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.data.samples import Samples, TensorSamples
 
@@ -127,11 +127,8 @@ def _run(
     """The outputs of each batch."""
     session = open_session(model.SerializeToString(), where, external_data_dir=folder)
     names = [kind.name for kind in kinds]
-    try:
-        return [session.run(names, feeds) for feeds in samples.batches(_batch_of(session, samples))]
-    except Exception as error:  # the exceptions of onnxruntime have no other common base class
-        found = str(error).partition("\n")[0]
-        raise InputError("ONNX Runtime cannot run the model", where=where, found=found) from error
+    size = _batch_of(session, samples)
+    return [run_session(session, names, feeds, where) for feeds in samples.batches(size)]
 
 
 def _batch_of(session: Any, samples: Samples) -> int:

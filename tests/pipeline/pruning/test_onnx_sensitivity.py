@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from maskplan.exporters.metadata import describe_onnx
 from maskplan.pipeline.core.artifacts import OutputKind
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.data.samples import TensorSamples
-from maskplan.pipeline.pruning.onnx_sensitivity import LayerCost, within_budget
+from maskplan.pipeline.pruning.onnx_sensitivity import LayerCost, layer_costs, within_budget
 from maskplan.pipeline.pruning.prune_layerwise import LayerwiseOptions, LayerwisePruned, prune_layerwise
 
 NAMES = ("w1", "w2", "w3")
@@ -125,6 +125,17 @@ def test_outputs_whose_size_depends_on_values_cannot_be_judged(tmp_path: Path) -
     options = LayerwiseOptions(sensitivity=True)
     with pytest.raises(InputError, match="the size of the output 'y' depends on its values"):
         prune_layerwise(path, tmp_path / "out.onnx", describe_onnx(path).inputs, drawn, options)
+
+
+def test_a_sample_that_cannot_be_read_is_named_as_it_is(tmp_path: Path) -> None:
+    class Damaged(TensorSamples):
+        def batches(self, size: int) -> Iterator[dict[str, Any]]:
+            raise InputError("cannot read an image", where="7.png")
+
+    path = two_headed(tmp_path / "m.onnx")
+    kinds = (OutputKind("classes", "logits"), OutputKind("values", "values"))
+    with pytest.raises(InputError, match="cannot read an image"):
+        layer_costs(onnx.load(path), tmp_path, [], Damaged("train", samples().arrays, {}), kinds, path)
 
 
 def test_the_command_lists_costs_and_how_to_check_the_file(cli: Callable[..., Any], tmp_path: Path) -> None:

@@ -298,7 +298,7 @@ def test_the_command_prunes_on_arrays_and_on_images(small: Path, tmp_path: Path,
         (["--update"], "magnitude pruning uses no data"),
         (["--method", "layerwise", "--data", "wrong.npz"], "does not fit the network's inputs"),
         (["--method", "learned"], "unknown method of pruning"),
-        (["--data", "train.npz", "--mean", "half"], "not one number per channel"),
+        (["--data", "train.npz", "--mean", "half"], "expected one number per channel"),
     ],
 )
 def test_wrong_options_have_one_clear_message(
