@@ -323,7 +323,7 @@ def _from_masks_to_engine(
     final = job.ws.path("sparse.safetensors")
     if images is not None and model.recalibrates(job, images):
         baked = model.bake_masks(job, start, masks, "sparse", job.ws.hidden("sparse-baked.safetensors"))
-        pruned = model.recalibrate_statistics(job, baked, images, "sparse", final)
+        pruned = model.recalibrate_statistics(job, start, baked, images, "sparse", final)
     else:
         pruned = model.bake_masks(job, start, masks, "sparse", final)
     sparse = onnx_files.export(job, pruned, "sparse")

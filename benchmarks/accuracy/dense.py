@@ -53,6 +53,8 @@ def train(
     seed: int,
     name: str,
     batch_size: int = BATCH,
+    *,
+    bf16: bool = False,
 ) -> None:
     """SGD with momentum; the learning rate rises over the first fifth and then falls to nearly zero."""
     generator = torch.Generator().manual_seed(seed)
@@ -65,7 +67,9 @@ def train(
     batches = (order[at : at + batch_size] for order in orders for at in starts)
     for batch in track(batches, name, steps):
         x = normalized(shifted_and_flipped(images[batch], generator))
-        loss = F.cross_entropy(net(x), labels[batch], label_smoothing=SMOOTHING)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = net(x)
+        loss = F.cross_entropy(logits.float(), labels[batch], label_smoothing=SMOOTHING)
         if not bool(loss.isfinite()):
             raise InputError("the loss is not a number", where=name, fix="lower --rate")
         optimizer.zero_grad()
@@ -91,6 +95,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="maximum number of continuations")
     parser.add_argument("--rate", type=float, default=0.2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16, twice as fast on CPUs with AMX")
     args = parser.parse_args()
     data = load_cifar10(args.data)
     images, labels = pixels(data.train), torch.from_numpy(data.train.labels)
@@ -105,7 +110,7 @@ def main() -> None:
         epochs = json.loads(record.read_text())["epochs"] if record.is_file() else 0
     else:
         epochs = args.epochs
-        train(net, images, labels, epochs, args.rate, args.seed, f"train {args.model}")
+        train(net, images, labels, epochs, args.rate, args.seed, f"train {args.model}", bf16=args.bf16)
     gains: list[float] = []
     result: dict[str, Any] = {
         "command": " ".join(["python benchmarks/accuracy/dense.py", *arguments()]),
@@ -124,7 +129,8 @@ def main() -> None:
     keep()
     for turn in range(args.rounds if args.more else 0):
         longer = copy.deepcopy(net)
-        train(longer, images, labels, args.more, args.rate / 4, args.seed + 1 + turn, f"{args.more} more epochs")
+        seed = args.seed + 1 + turn
+        train(longer, images, labels, args.more, args.rate / 4, seed, f"{args.more} more epochs", bf16=args.bf16)
         reached = accuracy(longer, select, select_labels)
         gains.append(round(reached - result["select_top1"], 3))
         print(f"{args.more} more epochs: {gains[-1]:+.2f} points", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -61,8 +62,11 @@ def bake(
         mask_set = masks_from_file(module, provenance, masks, converted=converted)
         pruned = bake_masks(module, provenance, mask_set, out if dataset is None else Path(folder) / out.name)
         if dataset is not None:
+            dense = copy.deepcopy(module)
             fit_weights(module, read_weights(pruned.path), where=pruned.path)
     if dataset is not None:
         image_sets = (identify(dataset.train),)
-        pruned = recalibrate_batchnorm(module, pruned.provenance, dataset.train, settings.recalibrate, out, image_sets)
+        pruned = recalibrate_batchnorm(
+            module, pruned.provenance, dataset.train, settings.recalibrate, out, image_sets, dense
+        )
     print_line(f"{pruned.path}: {mask_set.pattern} on {len(mask_set.masked)} layers, {pruned.bytes:,} bytes")

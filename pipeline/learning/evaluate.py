@@ -19,7 +19,7 @@ from maskplan.pipeline.learning.masked_net import Masks
 from maskplan.pipeline.learning.options import LearnOptions
 from maskplan.pipeline.learning.output_loss import Outputs, output_loss
 from maskplan.pipeline.masking.patterns import group
-from maskplan.pipeline.models.batchnorm import RecalibrateOptions, update_statistics
+from maskplan.pipeline.models.batchnorm import RecalibrateOptions, dense_statistics, update_statistics
 
 # Outputs of the dense network that are kept between evaluations; those of more images are computed again.
 _MAX_KEPT_BYTES = 512 * 2**20
@@ -52,7 +52,7 @@ class MaskEvaluator:
         preprocessing: Preprocessing of the images.
         data: `train` for BatchNorm statistics, `select` for the score.
         options: Uses `distill_temperature` for the divergence, `batch` as batch size, `seed` to draw the images for the
-            statistics and `judge_augment` to augment these.
+            statistics, `judge_augment` and `judge_relative` for these.
         kinds: What the network returns; empty for a classifier.
 
     Attributes:
@@ -71,7 +71,10 @@ class MaskEvaluator:
         self.loss = output_loss(dense, kinds, data.select, preprocessing, options.batch)
         self._dense, self._preprocessing, self._data = dense, preprocessing, data
         self._temperature, self._batch = options.distill_temperature, options.batch
-        self._recalibrate = RecalibrateOptions(seed=options.seed, augment=options.judge_augment)
+        self._recalibrate = RecalibrateOptions(
+            seed=options.seed, augment=options.judge_augment, relative=options.judge_relative
+        )
+        self._reference = dense_statistics(dense, data.train, preprocessing, self._recalibrate)
         self._has_top1 = self.loss.is_classifier and bool((data.select.labels >= 0).all())
         self._teacher: list[Outputs] = []
         self._kept_bytes = 0
@@ -88,7 +91,7 @@ class MaskEvaluator:
         with torch.no_grad():
             for name, mask in masks.items():
                 parameters[name].masked_fill_(~torch.from_numpy(mask).to(device), 0.0)
-        update_statistics(candidate, self._data.train, self._preprocessing, self._recalibrate)
+        update_statistics(candidate, self._data.train, self._preprocessing, self._recalibrate, self._reference)
         divergence, correct = 0.0, 0
         with torch.no_grad():
             for i, (x, labels) in enumerate(batches(self._data.select, self._preprocessing, self._batch)):

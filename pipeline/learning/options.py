@@ -54,6 +54,7 @@ class LearnOptions:
             black instead; `shift+flip` and `crop+flip` also mirror. Best set as in the training of the network.
         judge_augment: Augmentation of the images that BatchNorm is recalibrated with when masks are evaluated; set from
             `[recalibrate]`.
+        judge_relative: Whether that recalibration is relative to the dense network's; set from `[recalibrate]`.
         patience: Stop after this many epochs without gain on `select`; 0 never stops early.
         save_every: Steps between two checkpoints of the learner; 0 saves only at the end of epochs.
         budget_minutes: Stop learning after this long; the schedules shrink to fit. Results are then not bit-reproducible.
@@ -85,6 +86,7 @@ class LearnOptions:
     ema: float = 0.0
     augment: str = "none"
     judge_augment: str = "none"
+    judge_relative: bool = True
     patience: int = 0
     save_every: int = 500
     budget_minutes: float | None = None

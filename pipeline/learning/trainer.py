@@ -38,6 +38,7 @@ from maskplan.pipeline.learning.schedule import (
     training_batches,
 )
 from maskplan.pipeline.learning.state import LearnerState, Progress, load_state, save_state, state_key
+from maskplan.pipeline.models.batchnorm import RecalibrateOptions, dense_statistics
 from maskplan.pipeline.models.state_dict import tensors_sha256
 
 log = logging.getLogger(__name__)
@@ -145,6 +146,11 @@ class Learner:
         teacher = copy.deepcopy(module).eval().requires_grad_(False).to(process.device)
         self.teacher = _channels_last(teacher)
         student = copy.deepcopy(self.teacher)
+        # Normalized by the batch, the student is to compute what it will once it is recalibrated.
+        seen = RecalibrateOptions(seed=options.seed, augment=options.augment, relative=options.judge_relative)
+        reference = dense_statistics(self.teacher, data.train, preprocessing, seen)
+        if reference is not None:
+            reference.anticipate(student)
         self.net = MaskedNet(student, list(start), pattern, options.init_std, hard=options.hard).to(process.device)
         if favor_start:
             self.net.start_from(start, options.init_margin)

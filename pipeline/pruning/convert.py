@@ -189,7 +189,7 @@ def convert(
         method=UPDATED if options.update else CONVERTED,
         image_sets=merge_image_sets(provenance.image_sets, image_sets),
     )
-    checkpoint = recalibrate(converted, converted_provenance, data.train, recalibrate_options, out, image_sets)
+    checkpoint = recalibrate(converted, converted_provenance, data.train, recalibrate_options, out, image_sets, source)
     change = _change(source, converted, provenance, data.select)
     return checkpoint, ConversionReport(
         pattern=str(pattern),

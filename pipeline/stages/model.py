@@ -175,12 +175,28 @@ def bake_masks(job: Job, dense: Checkpoint, masks: MaskSet, name: str, out: Path
     )
 
 
-def recalibrate_statistics(job: Job, baked: Checkpoint, images: Images, name: str, out: Path) -> Checkpoint:
-    """Recalibrate the BatchNorm statistics on training images."""
+def recalibrate_statistics(
+    job: Job, dense: Checkpoint, baked: Checkpoint, images: Images, name: str, out: Path
+) -> Checkpoint:
+    """Recalibrate the BatchNorm statistics on training images; `dense` is the checkpoint that the masks were baked into."""
     recipe, train, shaping = job.recipe.recalibrate, images.data.train, (images.sets.train,)
     return job.ws.stage(
         f"recalibrate-{name}",
         Checkpoint,
-        {"checkpoint": baked.sha256, "images": images.sets.train.key, "options": recipe, **job.code_key},
-        lambda: recalibrate(load_module(job.model, baked), baked.provenance, train, recipe, out, shaping),
+        {
+            "checkpoint": baked.sha256,
+            "dense": dense.sha256,
+            "images": images.sets.train.key,
+            "options": recipe,
+            **job.code_key,
+        },
+        lambda: recalibrate(
+            load_module(job.model, baked),
+            baked.provenance,
+            train,
+            recipe,
+            out,
+            shaping,
+            load_module(job.model, dense),
+        ),
     )

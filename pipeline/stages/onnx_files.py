@@ -112,7 +112,7 @@ def magnitude_rows(job: Job, dense: Checkpoint, masks: MaskSet, images: Images |
     if recalibrates(job, images) and not is_chosen:
         name = "magnitude-recalibrated"
         out = job.ws.hidden(f"{name}.safetensors")
-        recalibrated = recalibrate_statistics(job, baked, images, name, out)
+        recalibrated = recalibrate_statistics(job, dense, baked, images, name, out)
         row = row_name(recalibrated.provenance)
         if row not in rows:
             rows[row] = export_fp32(job, recalibrated, name)

@@ -9,7 +9,7 @@ STAGE_VERSIONS = {
     "permute": 1,
     "mask": 1,
     "bake": 1,
-    "recalibrate": 1,
+    "recalibrate": 2,
     "prune": 1,
     "export": 3,
     "check": 1,

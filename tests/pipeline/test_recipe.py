@@ -54,7 +54,13 @@ OTHERS: dict[str, dict[str, tuple[str, Any]]] = {
         "budget_minutes": ("1.5", 1.5),
         "seed": ("11", 11),
     },
-    "recalibrate": {"images": ("64", 64), "batch": ("32", 32), "seed": ("12", 12), "augment": ("'crop'", "crop")},
+    "recalibrate": {
+        "images": ("64", 64),
+        "batch": ("32", 32),
+        "seed": ("12", 12),
+        "augment": ("'crop'", "crop"),
+        "relative": ("false", False),
+    },
     "export": {"tolerance_fp32": ("1e-2", 0.01), "tolerance_fp16": ("0.5", 0.5)},
     "calibrate": {
         "images": ("64", 64),
@@ -136,7 +142,11 @@ def test_the_list_of_other_values_leaves_no_option_out() -> None:
     defaults = Recipe()
     for table, options in OTHERS.items():
         record = getattr(defaults, table)
-        assert set(options) == {f.name for f in dataclasses.fields(record)} - {"learn", "judge_augment"}
+        assert set(options) == {f.name for f in dataclasses.fields(record)} - {
+            "learn",
+            "judge_augment",
+            "judge_relative",
+        }
         for name, (_, value) in options.items():
             assert getattr(record, name) != value, f"{table}.{name} is its default"
     assert set(OTHERS) == {f.name for f in dataclasses.fields(defaults)}
@@ -164,9 +174,9 @@ def test_one_option_changes_nothing_else(table: str, name: str, tmp_path: Path) 
     changed = {table: wanted}
     if table == "learn":
         changed["mask"] = dataclasses.replace(Recipe().mask, learn=wanted)
-    if name == "augment" and table == "recalibrate":
+    if name in ("augment", "relative") and table == "recalibrate":
         # Masks are judged with the statistics that they will have.
-        changed["learn"] = dataclasses.replace(Recipe().learn, judge_augment=value)
+        changed["learn"] = dataclasses.replace(Recipe().learn, **{f"judge_{name}": value})
         changed["mask"] = dataclasses.replace(Recipe().mask, learn=changed["learn"])
     assert recipe == dataclasses.replace(Recipe(), **changed)
 

@@ -32,9 +32,9 @@ class GrayImages:
         return buffer.getvalue()
 
 
-def random_images(count: int) -> GrayImages:
+def random_images(count: int, seed: int = 0) -> GrayImages:
     """Noise, labeled 0, 1, 2 in turn."""
-    return GrayImages(np.random.default_rng(0).integers(0, 256, (count, 8), np.uint8), np.arange(count) % 3)
+    return GrayImages(np.random.default_rng(seed).integers(0, 256, (count, 8), np.uint8), np.arange(count) % 3)
 
 
 def dataset(images: Images, train: int) -> Dataset:

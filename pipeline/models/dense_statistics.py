@@ -1,0 +1,167 @@
+"""The dense network as reference of BatchNorm statistics that are estimated from the images at hand.
+
+These images are few, or not augmented as in training: the dense network itself has other statistics on them than those it
+stores. A pruned network that is shown the same images errs in the same direction, and that part of the error is taken out of
+its statistics (a control variate).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+# The share of the stored variance that is added to both estimates of it: few images show little of a channel that is rarely
+# active, and the quotient of two small numbers says nothing.
+_SHRINKAGE = 1e-3
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """A BatchNorm layer's mean and variance, (C,) each."""
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+
+
+@dataclass(frozen=True)
+class DenseStatistics:
+    """Statistics of the dense network by the name of the layer.
+
+    Attributes:
+        stored: Those it normalizes by.
+        batches: Those of each batch of the images at hand, when it normalizes by the stored ones; layers that no image
+            reaches are missing, as the auxiliary heads that run only in training.
+    """
+
+    stored: dict[str, ChannelStatistics]
+    batches: dict[str, list[ChannelStatistics]]
+
+    def correct(self, name: str, estimate: ChannelStatistics, batch: int | None = None) -> ChannelStatistics:
+        """The statistics of a pruned layer from its estimate on the same images, or on one batch of them.
+
+        The variance is the stored one times the quotient of the two estimates; the mean is the estimate, plus what the
+        dense network's estimate lacks, in units of the standard deviation.
+        """
+        stored = self.stored[name]
+        dense = average(self.batches[name]) if batch is None else self.batches[name][batch]
+        floor = _SHRINKAGE * stored.variance
+        known = dense.variance + floor > 0
+        quotient = (estimate.variance + floor) / (dense.variance + floor).where(known, 1)
+        mean = estimate.mean + (stored.mean - dense.mean) * quotient.sqrt()
+        # Channels that are constant in the dense network have nothing to compare with.
+        return ChannelStatistics(
+            mean.where(known, estimate.mean), (stored.variance * quotient).where(known, estimate.variance)
+        )
+
+    def anticipate(self, network: nn.Module) -> None:
+        """Make a copy of the network that normalizes by its batches compute what it will after `correct`, in place.
+
+        The correction is a factor and an offset for each channel, which go into the weights and biases of BatchNorm.
+        """
+        import torch
+        from torch import nn
+
+        for name, layer in named_batchnorms(network).items():
+            if name not in self.batches:
+                continue
+            stored, dense = self.stored[name], average(self.batches[name])
+            std = (stored.variance + layer.eps).sqrt()
+            factor, offset = (dense.variance + layer.eps).sqrt() / std, (dense.mean - stored.mean) / std
+            weight = torch.ones_like(factor) if layer.weight is None else layer.weight.detach()
+            bias = torch.zeros_like(factor) if layer.bias is None else layer.bias.detach()
+            layer.weight = nn.Parameter(weight * factor, requires_grad=False)
+            layer.bias = nn.Parameter(bias + weight * offset, requires_grad=False)
+
+
+def named_batchnorms(module: nn.Module) -> dict[str, _BatchNorm]:
+    """The BatchNorm layers that keep running statistics, by name."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    return {k: m for k, m in module.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats}
+
+
+def average(batches: list[ChannelStatistics]) -> ChannelStatistics:
+    """The mean over batches, in which every batch has the same weight."""
+    import torch
+
+    mean, variance = (torch.stack([getattr(b, kind) for b in batches]).mean(0) for kind in ("mean", "variance"))
+    return ChannelStatistics(mean, variance)
+
+
+def observe_dense(dense: nn.Module, images: Iterable[torch.Tensor]) -> DenseStatistics:
+    """The statistics stored in the dense network, and those of what reaches its BatchNorm layers.
+
+    Args:
+        dense: In evaluation mode; it does not change.
+        images: Batches (N, channels, H, W) of at least two images.
+    """
+    stored = {
+        name: ChannelStatistics(layer.running_mean.clone(), layer.running_var.clone())
+        for name, layer in named_batchnorms(dense).items()
+        if layer.running_mean is not None and layer.running_var is not None
+    }
+    return DenseStatistics(stored, _observe(dense, images, lambda *_: None))
+
+
+def update_relative(module: nn.Module, images: Iterable[torch.Tensor], reference: DenseStatistics) -> None:
+    """Replace the BatchNorm statistics of a pruned network by corrected ones, in place.
+
+    While it is observed, every layer normalizes by its corrected statistics of the batch, so that the layers after it see
+    what they will see in the end.
+
+    Args:
+        module: In evaluation mode.
+        images: Those of the reference, in the same batches.
+        reference: Of the dense network.
+    """
+
+    def normalize_by(name: str, layer: _BatchNorm, batch: int, estimate: ChannelStatistics) -> None:
+        _store(layer, reference.correct(name, estimate, batch))
+
+    layers = named_batchnorms(module)
+    for name, batches in _observe(module, images, normalize_by).items():
+        _store(layers[name], reference.correct(name, average(batches)))
+
+
+def _observe(
+    network: nn.Module,
+    images: Iterable[torch.Tensor],
+    before_forward: Callable[[str, _BatchNorm, int, ChannelStatistics], None],
+) -> dict[str, list[ChannelStatistics]]:
+    """Statistics of the inputs of each BatchNorm layer that is reached, for each batch; variances are unbiased."""
+    import torch
+
+    seen: dict[str, list[ChannelStatistics]] = {}
+
+    def observer(name: str) -> Any:
+        def observe(layer: _BatchNorm, inputs: tuple[torch.Tensor, ...]) -> None:
+            axes = [axis for axis in range(inputs[0].ndim) if axis != 1]
+            variance, mean = torch.var_mean(inputs[0].float(), axes)
+            batches = seen.setdefault(name, [])
+            before_forward(name, layer, len(batches), ChannelStatistics(mean, variance))
+            batches.append(ChannelStatistics(mean, variance))
+
+        return observe
+
+    hooks = [layer.register_forward_pre_hook(observer(name)) for name, layer in named_batchnorms(network).items()]
+    try:
+        with torch.no_grad():
+            for batch in images:
+                network(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _store(layer: _BatchNorm, statistics: ChannelStatistics) -> None:
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    layer.running_mean.copy_(statistics.mean)
+    layer.running_var.copy_(statistics.variance)
