@@ -36,7 +36,7 @@ from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions
 from maskplan.pipeline.learning.trainer import learn_masks
 from maskplan.pipeline.masking.magnitude import magnitude_mask
 from maskplan.pipeline.masking.policy import select_layers
-from maskplan.pipeline.models.batchnorm import RecalibrateOptions, update_statistics
+from maskplan.pipeline.models.batchnorm import RecalibrateOptions, dense_statistics, update_statistics
 from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.models.state_dict import fit_weights, read_weights
 from maskplan.pipeline.report.write import versions
@@ -91,11 +91,16 @@ def pruned(module: nn.Module, masks: Masks) -> nn.Module:
 
 
 def recalibrated(
-    module: nn.Module, data: Dataset, preprocessing: Preprocessing = HOW, augment: str = "none"
+    module: nn.Module,
+    data: Dataset,
+    preprocessing: Preprocessing = HOW,
+    augment: str = "none",
+    dense: nn.Module | None = None,
 ) -> nn.Module:
-    """A copy with BatchNorm statistics from 10,000 training images."""
-    changed = copy.deepcopy(module)
-    update_statistics(changed, data.train, preprocessing, RecalibrateOptions(augment=augment))
+    """A copy with BatchNorm statistics from 10,000 training images, relative to the dense network if it is given."""
+    changed, options = copy.deepcopy(module), RecalibrateOptions(augment=augment)
+    reference = dense_statistics(dense, data.train, preprocessing, options) if dense is not None else None
+    update_statistics(changed, data.train, preprocessing, options, reference)
     return changed
 
 
@@ -148,11 +153,14 @@ def measure(
     minutes = (time.monotonic() - started) / 60
     nets = {"dense": module, "magnitude": pruned(module, magnitude), "maskplan": pruned(module, learned)}
     nets |= {
-        f"{row}, recalibrated": recalibrated(net, data, augment=options.judge_augment) for row, net in nets.items()
+        f"{row}, recalibrated": recalibrated(
+            net, data, augment=options.judge_augment, dense=None if net is module else module
+        )
+        for row, net in nets.items()
     }
     asp = by_asp(module, layers)
     nets["magnitude, ASP's layers, recalibrated"] = recalibrated(
-        pruned(module, asp), data, augment=options.judge_augment
+        pruned(module, asp), data, augment=options.judge_augment, dense=module
     )
     right = {row: hits(net, data.val) for row, net in nets.items()}
     reference = max(("dense", "dense, recalibrated"), key=lambda row: right[row].mean())

@@ -113,7 +113,7 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {}
     for kind, masks in masks_by_kind(weights).items():
         kept = sum(float(np.abs(w).sum(where=masks[name], dtype=np.float64)) for name, w in weights.items())
-        right = hits(recalibrated(pruned(module, masks), data).eval(), data.val)
+        right = hits(recalibrated(pruned(module, masks), data, dense=module).eval(), data.val)
         rows[kind] = {
             "log10_masks": counts(kind, [w.size for w in weights.values()]),
             "kept_weights_percent": 100 * float(np.mean(np.concatenate([m.ravel() for m in masks.values()]))),

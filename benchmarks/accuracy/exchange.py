@@ -50,7 +50,7 @@ def equal_groups(first: Masks, second: Masks) -> float:
 
 def top1(module: nn.Module, masks: Masks, data: Dataset) -> float:
     """Percent of `val`, pruned and recalibrated."""
-    return round(100 * float(hits(recalibrated(pruned(module, masks), data), data.val).mean()), 3)
+    return round(100 * float(hits(recalibrated(pruned(module, masks), data, dense=module), data.val).mean()), 3)
 
 
 def main() -> None:

@@ -64,14 +64,14 @@ def measure(name: str, weights: Path | None, folder: Path, images: int, seed: in
     chosen = select_layers(trace_layers(module, HOW)[0], PATTERN).masked
     provenance = Provenance(name, True, "weights", "", len(data.classes), data.classes, HOW)
     nets = {"dense": module, "dense, recalibrated": recalibrated(module, data)}
-    nets["magnitude, recalibrated"] = recalibrated(pruned(module, by_magnitude(module, chosen)), limited)
+    nets["magnitude, recalibrated"] = recalibrated(pruned(module, by_magnitude(module, chosen)), limited, dense=module)
     minutes = {}
     for method in ("layerwise", "learned"):
         out, started = Path(f"few-{method}.safetensors"), time.monotonic()
         options = MaskOptions(method=method, images=images, few_images=True, learn=LearnOptions(seed=seed))
         choose_masks(module, provenance, options, out, limited)
         minutes[method] = round((time.monotonic() - started) / 60, 2)
-        nets[f"{method}, recalibrated"] = recalibrated(pruned(module, load_masks(out)), limited)
+        nets[f"{method}, recalibrated"] = recalibrated(pruned(module, load_masks(out)), limited, dense=module)
         out.unlink()
     right = {row: hits(net.eval(), data.val) for row, net in nets.items()}
     reference = max(("dense", "dense, recalibrated"), key=lambda row: right[row].mean())

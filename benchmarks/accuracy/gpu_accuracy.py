@@ -56,7 +56,7 @@ def measure_network(
     }
     on_device = net.to(device)
     right = {"dense": hits(on_device, data.val)}
-    right["magnitude, recalibrated"] = hits(recalibrated(pruned(on_device, magnitude), data), data.val)
+    right["magnitude, recalibrated"] = hits(recalibrated(pruned(on_device, magnitude), data, dense=on_device), data.val)
 
     def rows() -> dict[str, Any]:
         return {
@@ -68,7 +68,8 @@ def measure_network(
     budget_s = max(1.0, 0.85 * (seconds - (time.monotonic() - started)))
     options = LearnOptions(epochs=_MOST_EPOCHS, batch=128, augment="shift+flip", budget_minutes=budget_s / 60)
     learned, learning = learn_masks(net.to("cpu"), magnitude, PATTERN, HOW, data, options)
-    right["maskplan, recalibrated"] = hits(recalibrated(pruned(net.to(device), learned), data), data.val)
+    on_device = net.to(device)
+    right["maskplan, recalibrated"] = hits(recalibrated(pruned(on_device, learned), data, dense=on_device), data.val)
     row |= {"epochs": learning.epochs, "learn_s": round(time.monotonic() - started - trained_s, 1)}
     save(row | {"groups_moved_percent": round(100 * learning.groups_changed, 2), "rows": rows()})
 

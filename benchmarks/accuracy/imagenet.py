@@ -89,7 +89,7 @@ def rows_of(table: int, bench: Bench) -> Iterator[tuple[str, nn.Module]]:
     for name, chosen in masks.items():
         sparse = pruned(bench.dense, chosen)
         yield name, sparse
-        yield f"{name}, recalibrated", recalibrated(sparse, bench.data, bench.preprocessing)
+        yield f"{name}, recalibrated", recalibrated(sparse, bench.data, bench.preprocessing, dense=bench.dense)
 
 
 def measure(table: int, bench: Bench) -> dict[str, Any]:

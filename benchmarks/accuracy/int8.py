@@ -64,7 +64,7 @@ def measure(module: nn.Module, data: Dataset, options: LearnOptions, state: Path
     masks, learning = learn_masks(
         module, magnitude, PATTERN, HOW, data, options, files=LearnerFiles(state, log_dir=state.parent / state.stem)
     )
-    sparse = recalibrated(pruned(module, masks), data)
+    sparse = recalibrated(pruned(module, masks), data, dense=module)
     right: dict[str, Hits] = {}
     select: dict[str, dict[str, float]] = {}
     conformance = {}

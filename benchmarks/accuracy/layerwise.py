@@ -60,13 +60,15 @@ def accuracy(weights: Path, folder: Path, out: Path, most: int | None) -> dict[s
     started = time.process_time()
     layerwise, shares = masks_of(module, chosen, data, magnitude)
     seconds = time.process_time() - started
-    source = recalibrated(half_zero(module, chosen), data)
+    source = recalibrated(half_zero(module, chosen), data, dense=module)
     nets = {
         "dense": module,
-        "magnitude, recalibrated": recalibrated(pruned(module, magnitude), data),
-        "layerwise, recalibrated": recalibrated(pruned(module, layerwise), data),
+        "magnitude, recalibrated": recalibrated(pruned(module, magnitude), data, dense=module),
+        "layerwise, recalibrated": recalibrated(pruned(module, layerwise), data, dense=module),
         "source, 50% zeros, recalibrated": source,
-        "source to 2:4 by magnitude, recalibrated": recalibrated(pruned(source, by_magnitude(source, chosen)), data),
+        "source to 2:4 by magnitude, recalibrated": recalibrated(
+            pruned(source, by_magnitude(source, chosen)), data, dense=source
+        ),
     }
     provenance = Provenance("resnet20", True, weights.name, "", len(data.classes), data.classes, HOW)
     conversions = {}

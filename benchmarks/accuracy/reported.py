@@ -61,7 +61,7 @@ def rows_of(
         f"{name}, argmax": correct_predictions(net, data.val, HOW, sampled=False),
     }
     for part, names in parts.items():
-        sparse = recalibrated(pruned(module, only(net.masks(), names)), data, augment=augment)
+        sparse = recalibrated(pruned(module, only(net.masks(), names)), data, augment=augment, dense=module)
         found[f"{name}, argmax, {part}, recalibrated"] = hits(sparse, data.val).tolist()
     return found
 
@@ -91,7 +91,7 @@ def main() -> None:
     right = {"dense": hits(module, data.val).tolist()}
     for part, names in parts.items():
         flat = {n: magnitude_mask(weights[n].numpy(), PATTERN, FLAT) for n in names}
-        sparse = recalibrated(pruned(module, flat), data, augment=augment)
+        sparse = recalibrated(pruned(module, flat), data, augment=augment, dense=module)
         right[f"magnitude, {part}, recalibrated"] = hits(sparse, data.val).tolist()
     untrained = DanhoferNet(module, options, PATTERN).eval()
     right |= rows_of("report, untrained", untrained, module, data, parts, augment)

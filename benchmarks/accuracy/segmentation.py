@@ -39,7 +39,7 @@ from maskplan.pipeline.learning.options import LearnOptions
 from maskplan.pipeline.learning.trainer import learn_masks
 from maskplan.pipeline.masking.magnitude import magnitude_mask
 from maskplan.pipeline.masking.policy import select_layers
-from maskplan.pipeline.models.batchnorm import RecalibrateOptions, update_statistics
+from maskplan.pipeline.models.batchnorm import RecalibrateOptions, dense_statistics, update_statistics
 from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.report.write import versions
 from maskplan.pipeline.timing.compare_latency import cpu_name
@@ -181,7 +181,8 @@ def pruned(dense: nn.Module, masks: Mapping[str, npt.NDArray[np.bool_]], data: D
     with torch.no_grad():
         for name, mask in masks.items():
             net.get_parameter(name).masked_fill_(~torch.from_numpy(mask), 0.0)
-    update_statistics(net, data.train, HOW, RecalibrateOptions())
+    options = RecalibrateOptions()
+    update_statistics(net, data.train, HOW, options, dense_statistics(dense, data.train, HOW, options))
     return net.eval()
 
 

@@ -47,7 +47,7 @@ from maskplan.pipeline.core.serialization import encode
 from maskplan.pipeline.data.dataset import Split, batches
 from maskplan.pipeline.data.image_sets import identify
 from maskplan.pipeline.masking.policy import select_layers
-from maskplan.pipeline.models.batchnorm import RecalibrateOptions, update_statistics
+from maskplan.pipeline.models.batchnorm import RecalibrateOptions, dense_statistics, update_statistics
 from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.report.write import versions
 from maskplan.pipeline.stability.analyze import StabilityOptions, Weights, analyze, under_masks
@@ -174,7 +174,9 @@ def cifar(weights: Path, folder: Path, images: int, most: int | None) -> dict[st
     found = {}
     for method, masks in (("magnitude", magnitude), ("layerwise", layerwise)):
         masked = pruned(module, masks)
-        recalibrated_images = update_statistics(masked, data.train, HOW, RecalibrateOptions())
+        options = RecalibrateOptions()
+        reference = dense_statistics(module, data.train, HOW, options)
+        recalibrated_images = update_statistics(masked, data.train, HOW, options, reference)
         about = Provenance(
             "resnet20",
             True,
