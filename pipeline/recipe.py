@@ -18,6 +18,7 @@ from maskplan.pipeline.core.serialization import decode, parse_toml, with_new_na
 from maskplan.pipeline.learning.options import LearnOptions
 from maskplan.pipeline.models.batchnorm import RecalibrateOptions
 from maskplan.pipeline.models.module_outputs import OutputOptions
+from maskplan.pipeline.models.synthesize import SynthesizeOptions
 from maskplan.pipeline.parity.options import CompareOptions
 from maskplan.pipeline.permutation.permute import PermuteOptions
 from maskplan.pipeline.pruning.mask import MaskOptions
@@ -35,6 +36,7 @@ class Recipe:
     mask: MaskOptions = field(default_factory=MaskOptions)
     learn: LearnOptions = field(default_factory=LearnOptions)
     recalibrate: RecalibrateOptions = field(default_factory=RecalibrateOptions)
+    synthesize: SynthesizeOptions = field(default_factory=SynthesizeOptions)
     export: ExportOptions = field(default_factory=ExportOptions)
     calibrate: CalibrateOptions = field(default_factory=CalibrateOptions)
     compile: CompileOptions = field(default_factory=CompileOptions)

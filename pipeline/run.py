@@ -70,6 +70,7 @@ class LineOptions:
         command: The command line, for the report.
         metric: `FILE.py:FUNCTION` of the user's metric; outputs are then compared instead of classes.
         images: At most this many images of the training part are used, for everything; None uses all.
+        synthetic: Without data, choose masks and statistics by images that are made from the network.
     """
 
     model: ModelOptions
@@ -87,6 +88,7 @@ class LineOptions:
     command: str = ""
     metric: str | None = None
     images: int | None = None
+    synthetic: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,25 +163,27 @@ def run(options: LineOptions) -> LineResult:
         job = Job(ws, options.model, options.recipe, options.device)
         checkpoint, job = model.load(job)
         data = _data(options, checkpoint)
-        if target.precision == INT8 and data is None:
+        if target.precision == INT8 and data is None and not options.synthetic:
             raise InputError("INT8 needs images to calibrate on", fix="give --data DIR with train/ and val/")
         images = model.identify_images(job, data, checkpoint) if data is not None else None
+        # Synthetic images choose masks, statistics and ranges; they do not tell how good these are.
+        shaping = model.synthesize(job, checkpoint) if options.synthetic else images
         method = _method(options, data)
 
         # The dense model first: a model that cannot be exported fails before masks are learned for it.
         dense = onnx_files.export(job, checkpoint, "dense")
         if target.precision == INT8:
-            dense = onnx_files.calibrate(job, dense, "dense", images)
+            dense = onnx_files.calibrate(job, dense, "dense", shaping)
         permuted = _permute(job, checkpoint, method) if options.permute else PermuteResult(None, None)
         start = permuted.permuted.checkpoint if permuted.permuted is not None else checkpoint
-        masks = model.mask(job, start, method, images)
+        masks = model.mask(job, start, method, shaping)
         ws.keep()
 
         dense_onnx = dense.deployed.of(target.float_precision)
-        kept = _from_masks_to_engine(job, target, dense, start, masks, dense_onnx, images, candidate=options.refine)
+        kept = _from_masks_to_engine(job, target, dense, start, masks, dense_onnx, shaping, candidate=options.refine)
         engine, refinement = kept.built.sparse, None
         if options.refine:
-            kept, refinement = _refine(target, dense, start, kept, images)
+            kept, refinement = _refine(target, dense, start, kept, images, shaping)
             engine = engines.keep_engine(job, kept.built.sparse)
         compiled = compile_files(job, backend, dense.deployed.fp16, kept.sparse.deployed.fp16)
         compared = compare.compare(
@@ -316,7 +320,7 @@ def _from_masks_to_engine(
         start: The checkpoint that the masks were chosen for: that of `dense`, or the same with permuted channels.
         masks: The masks.
         dense_source: The dense ONNX file, or its engine from an earlier pass.
-        images: The data, where there is any.
+        images: The images that choose statistics and ranges, where there are any.
         candidate: The engine is one of two of which one will be kept.
     """
     pattern = str(masks.pattern)
@@ -340,7 +344,7 @@ def _from_masks_to_engine(
 
 
 def _refine(
-    target: _Target, dense: Network, start: Checkpoint, first: _Pass, images: Images | None
+    target: _Target, dense: Network, start: Checkpoint, first: _Pass, images: Images | None, shaping: Images | None
 ) -> tuple[_Pass, Refinement]:
     """A second pass without the masks of layers that run dense; returns the better pass and the reason.
 
@@ -354,7 +358,7 @@ def _refine(
     log.info("refine: %d of %d masked layers run dense", len(restored), len(first.masks.masked))
     again = replace(first.job, ws=first.job.ws.with_prefix(REFINED))
     masks = model.restore_dense(again, first.masks, restored)
-    second = _from_masks_to_engine(again, target, dense, start, masks, first.built.dense, images, candidate=True)
+    second = _from_masks_to_engine(again, target, dense, start, masks, first.built.dense, shaping, candidate=True)
     first_figures, second_figures = (_figures_on_select(p, dense, images) for p in (first, second))
     choice = better(first_figures, second_figures, restored)
     log.info("refine: the %s engine is kept: %s", choice.kept, choice.reason)
@@ -402,6 +406,10 @@ def _require_deployable_masks(options: LineOptions) -> None:
 
 def _data(options: LineOptions, dense: Checkpoint) -> Dataset | None:
     provenance = dense.provenance
+    if options.synthetic and options.data is not None:
+        raise InputError("--synthetic-images are for runs without data", fix="remove it, or --data")
+    if options.synthetic:
+        return None
     data = find_dataset(
         options.data,
         model=options.model.model,
@@ -415,4 +423,6 @@ def _data(options: LineOptions, dense: Checkpoint) -> Dataset | None:
 def _method(options: LineOptions, data: Dataset | None) -> MaskMethod | Path:
     """A mask method, or a mask file."""
     masks = options.recipe.mask.method if options.masks is None else method_or_file(options.masks)
-    return masks if isinstance(masks, Path) else resolve_method(masks, has_images=data is not None)
+    if isinstance(masks, Path):
+        return masks
+    return resolve_method(masks, has_images=data is not None or options.synthetic, synthetic=options.synthetic)

@@ -11,6 +11,7 @@ import typer
 
 from maskplan.pipeline.cli import options
 from maskplan.pipeline.cli.help_pages import add_command
+from maskplan.pipeline.cli.options import override
 from maskplan.pipeline.core.terminal import print_line
 
 _EXAMPLES = """
@@ -34,8 +35,10 @@ def bake(
     recalibrate: Annotated[
         Path | None, typer.Option(help="Data folder; its train/ images recalibrate the BatchNorm statistics.")
     ] = None,
+    synthetic_images: options.SyntheticImages = None,
     classes: options.Classes = None,
     seed: options.Seed = 0,
+    device: options.Device = "auto",
     recipe: options.RecipeFile = None,
 ) -> None:
     """Set masked weights to zero and write the pruned checkpoint; the weights may be newer than the masks."""
@@ -44,6 +47,7 @@ def bake(
     from maskplan.pipeline.models.batchnorm import recalibrate as recalibrate_batchnorm
     from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
     from maskplan.pipeline.models.state_dict import fit_weights, read_weights
+    from maskplan.pipeline.models.synthesize import synthesize_dataset
     from maskplan.pipeline.pruning.bake import bake as bake_masks
     from maskplan.pipeline.pruning.mask import masks_from_file
     from maskplan.pipeline.recipe import read_recipe
@@ -52,11 +56,12 @@ def bake(
     kinds = settings.model.outputs
     module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed, ema, fuse, kinds))
     labels, count = provenance.labels, provenance.classes
-    dataset = (
-        find_dataset(recalibrate, model=model, labels=labels, outputs=count, seed=seed, needs_classes=False)
-        if recalibrate
-        else None
-    )
+    dataset = None
+    if synthetic_images is not None:
+        synthesize = override(settings.synthesize, images=synthetic_images)
+        dataset = synthesize_dataset(module, provenance, synthesize, device, recalibrate)
+    elif recalibrate is not None:
+        dataset = find_dataset(recalibrate, model=model, labels=labels, outputs=count, seed=seed, needs_classes=False)
     with tempfile.TemporaryDirectory(prefix="maskplan-") as folder:
         converted = Path(folder) / "masks.safetensors"
         mask_set = masks_from_file(module, provenance, masks, converted=converted)

@@ -25,6 +25,7 @@ maskplan engine digits_resnet
 maskplan engine resnet50 --weights w.pth --data imagenet --out build/r50
 maskplan engine my_net.py:build --weights w.safetensors --data photos
 maskplan engine resnet50 --weights w.pth --data photos --images 1024
+maskplan engine resnet50 --weights w.pth --synthetic-images 128
 maskplan engine resnet50 --backend tensorrt --repository models
 maskplan engine resnet50 --backend tensorrt --refine
 maskplan engine resnet50 --weights w.pth --data imagenet --permute
@@ -60,6 +61,7 @@ def engine(
     outputs: options.Outputs = None,
     data: options.Data = None,
     images: options.Images = None,
+    synthetic_images: options.SyntheticImages = None,
     masks: Annotated[
         str | None,
         typer.Option(
@@ -143,6 +145,7 @@ def engine(
         settings,
         learn=learn,
         mask=override(settings.mask, learn=learn, few_images=is_few(images)),
+        synthesize=override(settings.synthesize, images=synthetic_images),
         compare=override(
             settings.compare, max_top1_drop=max_top1_drop, min_sqnr_db=min_sqnr, max_metric_drop=max_metric_drop
         ),
@@ -161,6 +164,7 @@ def engine(
         "--permute": permute,
         "--refine": refine,
         "--images": images is not None,
+        "--synthetic-images": synthetic_images is not None,
         "--budget-minutes": budget_minutes is not None,
         "--allow-untrained": allow_untrained,
         "--classes": classes is not None,
@@ -183,6 +187,7 @@ def engine(
         refine=refine,
         permute=permute,
         images=images,
+        synthetic=synthetic_images is not None,
         metric=metric,
         command=as_typed(context.obj or ()),
     )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """
 maskplan mask resnet50 --method magnitude -o masks.safetensors
 maskplan mask resnet50 --weights w.pth --data imagenet --method learned --budget-minutes 60 -o masks.safetensors
+maskplan mask resnet50 --weights w.pth --synthetic-images 128 -o masks.safetensors
 """
 
 
@@ -53,6 +54,7 @@ def mask(
     outputs: options.Outputs = None,
     data: options.Data = None,
     images: options.Images = None,
+    synthetic_images: options.SyntheticImages = None,
     pattern: options.Pattern = None,
     layout: Annotated[
         Layout | None,
@@ -90,6 +92,7 @@ def mask(
     from maskplan.pipeline.learning.few_images import is_few
     from maskplan.pipeline.learning.options import LearnerFiles
     from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
+    from maskplan.pipeline.models.synthesize import synthesize_dataset
     from maskplan.pipeline.pruning.mask import choose_masks, needs_images
     from maskplan.pipeline.pruning.method import resolve_method
     from maskplan.pipeline.recipe import read_recipe
@@ -98,15 +101,21 @@ def mask(
     stages = read_recipe(recipe, seed)
     settings, kinds = stages.mask, patterns(outputs) or stages.model.outputs
     module, provenance = open_checkpoint(ModelOptions(model, weights, classes, seed, ema, fuse, kinds))
-    dataset = find_dataset(
-        data, model=model, labels=provenance.labels, outputs=provenance.classes, seed=seed, needs_classes=False
-    )
+    if synthetic_images is None:
+        dataset = find_dataset(
+            data, model=model, labels=provenance.labels, outputs=provenance.classes, seed=seed, needs_classes=False
+        )
+    else:
+        synthesize = override(stages.synthesize, images=synthetic_images)
+        dataset = synthesize_dataset(module, provenance, synthesize, device, data)
     if dataset is not None and images is not None:
         dataset = limit_images(dataset, images, seed)
     mask_options = override(
         settings,
         few_images=is_few(images),
-        method=resolve_method(method or settings.method, has_images=dataset is not None),
+        method=resolve_method(
+            method or settings.method, has_images=dataset is not None, synthetic=synthetic_images is not None
+        ),
         pattern=pattern,
         layout=layout,
         include_linear=include_linear,

@@ -185,6 +185,14 @@ Images = Annotated[
         "setting for few images.",
     ),
 ]
+SyntheticImages = Annotated[
+    int | None,
+    typer.Option(
+        min=16,
+        help="Without --data: choose masks and statistics by this many images that are made from the network's BatchNorm "
+        "statistics.",
+    ),
+]
 Pattern = Annotated[str | None, typer.Option(help="N:M, at most N non-zeros in each group of M.")]
 IncludeLinear = Annotated[bool | None, typer.Option(help="Include linear layers.")]
 Layers = Annotated[

@@ -13,6 +13,8 @@ from maskplan.pipeline.cli.compile_summary import verdict_line
 from maskplan.pipeline.core.choices import FAIL, TENSORRT_RTX
 from maskplan.pipeline.core.console import stdout_console
 from maskplan.pipeline.core.escaping import one_line, shell_command
+from maskplan.pipeline.data.synthetic import SYNTHETIC, uses_synthetic
+from maskplan.pipeline.stages.onnx_files import row_name
 
 if TYPE_CHECKING:
     from maskplan.pipeline.core.reports import MethodRow
@@ -61,7 +63,7 @@ def _title(report: RunReport) -> str:
 def _rows(report: RunReport) -> Iterator[tuple[str, ...]]:
     """Cells of each row: name, accuracies, size, and times where the row is one of the two timed engines."""
     methods: dict[str, MethodRow | None] = {row.name: row for row in report.parity.methods}
-    methods = methods or {"dense": None, report.masks.method: None}
+    methods = methods or {"dense": None, row_name(report.model): None}
     by_output = bool(report.parity.by_output)
     # With INT8 the first row is the float model that the gate compares with; the timed dense engine is INT8.
     timed_dense = "dense" if report.calibration is None or len(methods) == 2 else "dense, INT8"
@@ -108,6 +110,9 @@ def _verdicts(report: RunReport) -> Iterator[tuple[str, str]]:
             "calibration",
             f"{calibration.method} on {calibration.images} images: {calibration.quantized_layers} layers in INT8{floats}",
         )
+    if uses_synthetic(report.model.image_sets):
+        count = sum(s.images for s in report.model.image_sets if s.role.startswith(SYNTHETIC))
+        yield "images", f"{count} synthetic images, made from the dense network, chose masks and statistics"
     if report.permutation is not None:
         gain = 100 * (report.permutation.kept_after / report.permutation.kept_before - 1)
         yield "permutation", f"kept magnitude {gain:+.2f}%, efficacy {report.permutation.efficacy:.1f}"

@@ -16,12 +16,13 @@ DEPLOYABLE = tuple(method for method in METHODS if method != DANHOFER2024)
 NEED_IMAGES = (LEARNED, LAYERWISE, DANHOFER2024)
 
 
-def resolve_method(name: str, *, has_images: bool) -> MaskMethod:
+def resolve_method(name: str, *, has_images: bool, synthetic: bool = False) -> MaskMethod:
     """The method to run: `auto` is learned masks where there are images to learn from, else magnitude masks.
 
     Args:
         name: `auto` or one of `METHODS`.
         has_images: Whether a dataset is given.
+        synthetic: The images were made from the network: they are right for each layer alone, so `auto` is layer-wise.
 
     Raises:
         InputError: The method is unknown, or needs images and there are none.
@@ -29,8 +30,11 @@ def resolve_method(name: str, *, has_images: bool) -> MaskMethod:
     require_known_method(name)
     if name == AUTO:
         if not has_images:
-            log.warning("no images: magnitude masks; give --data DIR for learned ones")
-        return LEARNED if has_images else MAGNITUDE
+            log.warning(
+                "no images: magnitude masks; give --data DIR for learned ones, or --synthetic-images N for layer-wise ones"
+            )
+            return MAGNITUDE
+        return LAYERWISE if synthetic else LEARNED
     if name in NEED_IMAGES and not has_images:
         raise InputError(
             f"{name} masks need images", fix="give --data DIR with train/ and val/, or choose --masks magnitude"

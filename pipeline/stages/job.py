@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from maskplan.pipeline.core.artifacts import Checkpoint, ImageSet, OnnxModel
 from maskplan.pipeline.core.choices import FP16, FP32, FloatPrecision
@@ -59,6 +60,14 @@ class Images:
 
     data: Dataset
     sets: ImageSets
+
+
+@dataclass(frozen=True)
+class SyntheticImages:
+    """The file of pixels (N, H, W, channels) uint8 that were made from the dense network."""
+
+    path: Path
+    sha256: str
 
 
 @dataclass(frozen=True)

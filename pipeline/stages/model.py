@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from maskplan.pipeline.core.artifacts import Checkpoint, MaskSet
 from maskplan.pipeline.core.choices import MaskMethod
 from maskplan.pipeline.core.files import read_bytes, sha256_of, write_atomically
 from maskplan.pipeline.data.dataset import Dataset, ImageFiles
 from maskplan.pipeline.data.image_sets import identify, listing_sha256, require_disjoint
+from maskplan.pipeline.data.synthetic import synthetic_dataset
 from maskplan.pipeline.learning.options import LearnerFiles
 from maskplan.pipeline.masking.maskset import exclude_layers
 from maskplan.pipeline.masking.patterns import parse_pattern
@@ -18,10 +22,11 @@ from maskplan.pipeline.models.batchnorm import recalibrate
 from maskplan.pipeline.models.checkpoint import load_checkpoint, load_module, weights_file
 from maskplan.pipeline.models.registry import model_folder, model_identity, model_sources
 from maskplan.pipeline.models.sources import code_sha256, unchanged
+from maskplan.pipeline.models.synthesize import synthesize_images
 from maskplan.pipeline.models.weight_files import weights_digest
 from maskplan.pipeline.pruning.bake import bake
 from maskplan.pipeline.pruning.mask import choose_masks, masks_from_file, needs_images, policy_of
-from maskplan.pipeline.stages.job import Images, ImageSets, Job, Loaded, PermuteResult
+from maskplan.pipeline.stages.job import Images, ImageSets, Job, Loaded, PermuteResult, SyntheticImages
 from maskplan.pipeline.stages.refine import RAN_DENSE
 
 log = logging.getLogger(__name__)
@@ -82,6 +87,27 @@ def identify_images(job: Job, data: Dataset, dense: Checkpoint) -> Images:
     )
     require_disjoint(sets.val, (*sets.shaping, *dense.provenance.image_sets))
     return Images(data, sets)
+
+
+def synthesize(job: Job, dense: Checkpoint) -> Images:
+    """Make images from the statistics of the dense network, in place of images of the user.
+
+    Raises:
+        InputError: The network has random weights or no BatchNorm.
+    """
+    provenance, options, out = dense.provenance, job.recipe.synthesize, job.ws.hidden("synthetic.npy")
+
+    def work() -> SyntheticImages:
+        pixels = synthesize_images(load_module(job.model, dense), provenance, options, job.device)
+        buffer = io.BytesIO()
+        np.save(buffer, pixels, allow_pickle=False)
+        return SyntheticImages(out, write_atomically(out, buffer.getvalue()))
+
+    inputs = {"checkpoint": dense.sha256, "options": options, **job.code_key}
+    made = job.ws.stage("synthesize", SyntheticImages, inputs, work)
+    pixels = np.load(made.path, allow_pickle=False)
+    data = synthetic_dataset(pixels, provenance.preprocessing, provenance.labels)
+    return Images(data, ImageSets(*(identify(part) for part in (data.train, data.select, data.val))))
 
 
 def permute(job: Job, dense: Checkpoint, method: MaskMethod) -> PermuteResult:

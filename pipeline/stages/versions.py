@@ -6,6 +6,7 @@ Folders of older versions then run this stage again and keep the others, learned
 STAGE_VERSIONS = {
     "load": 2,
     "images": 2,
+    "synthesize": 1,
     "permute": 1,
     "mask": 1,
     "bake": 1,

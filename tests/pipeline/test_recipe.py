@@ -61,6 +61,14 @@ OTHERS: dict[str, dict[str, tuple[str, Any]]] = {
         "augment": ("'crop'", "crop"),
         "relative": ("false", False),
     },
+    "synthesize": {
+        "images": ("64", 64),
+        "steps": ("20", 20),
+        "batch": ("32", 32),
+        "lr": ("0.1", 0.1),
+        "smoothness": ("0.5", 0.5),
+        "seed": ("15", 15),
+    },
     "export": {"tolerance_fp32": ("1e-2", 0.01), "tolerance_fp16": ("0.5", 0.5)},
     "calibrate": {
         "images": ("64", 64),
@@ -216,7 +224,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
         "[lern]\nepochs = 3": ["[lern]", "did you mean 'learn'"],
         "[quantization]": [
             "[quantization]",
-            "mask, learn, recalibrate, export, calibrate, compile, tensorrt, compare, time",
+            "mask, learn, recalibrate, synthesize, export, calibrate, compile, tensorrt, compare, time",
         ],
         "[learn]\nepoch = 2\nlr = 'fast'": ["[learn]", "'epoch'", "did you mean 'epochs'", "'fast'", "float"],
         "[time]\nbatches = 8\nseconds = -1": ["[time]", "batches", "seconds is -1"],

@@ -1,0 +1,66 @@
+"""Images that no camera took: arrays of pixels as a data set without classes."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from maskplan.pipeline.core.artifacts import ImageSet, Preprocessing
+from maskplan.pipeline.data.dataset import UNLABELED, Dataset, Split
+
+SYNTHETIC = "synthetic"
+"""How the roles of such image sets begin, in every record and report."""
+
+_SELECT_SHARE = 8
+
+
+@dataclass(frozen=True)
+class PixelImages:
+    """Images (N, H, W, channels) uint8 without labels, which the preprocessing reads back as they are."""
+
+    pixels: npt.NDArray[np.uint8]
+    preprocessing: Preprocessing
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        return np.full(len(self.pixels), UNLABELED, np.int64)
+
+    def name(self, index: int) -> str:
+        return f"{SYNTHETIC} image {index}"
+
+    def read(self, index: int) -> bytes:
+        image = Image.fromarray(_with_margins(self.pixels[index], self.preprocessing).squeeze())
+        buffer = io.BytesIO()
+        image.save(buffer, "PPM")
+        return buffer.getvalue()
+
+
+def synthetic_dataset(pixels: npt.NDArray[np.uint8], preprocessing: Preprocessing, classes: tuple[str, ...]) -> Dataset:
+    """One in eight images for `select`, the others for `train`; `val` is empty, because such images measure nothing."""
+    images, count = PixelImages(pixels, preprocessing), len(pixels)
+    select, train = np.split(np.arange(count), [max(count // _SELECT_SHARE, 1)])
+    parts = (f"{SYNTHETIC} train", train), (f"{SYNTHETIC} select", select), ("val", np.arange(0))
+    return Dataset(classes, *(Split(role, images, indices) for role, indices in parts))
+
+
+def uses_synthetic(image_sets: tuple[ImageSet, ...]) -> bool:
+    """Whether synthetic images are among the images that shaped something."""
+    return any(s.role.startswith(SYNTHETIC) for s in image_sets)
+
+
+def _with_margins(pixels: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """Repeat the edges up to the size that is cropped, where the preprocessing resizes to it."""
+    size = preprocessing.resize
+    height, width = pixels.shape[:2]
+    if size == 0:
+        return pixels
+    margins = []
+    for length in (height, width):
+        # As the crop rounds it; an image that is larger than the crop's source cannot be read back.
+        before = max(round((size - length) / 2), 0)
+        margins.append((before, max(size - length - before, 0)))
+    return np.pad(pixels, (*margins, (0, 0)), mode="edge")
