@@ -1,15 +1,15 @@
-"""Masks from few unlabeled images of CIFAR-10: `mask --images N` compared with layer-wise and magnitude masks.
+"""Masks from few unlabeled images of CIFAR-10, or from none, compared with layer-wise and magnitude masks.
 
     python benchmarks/accuracy/few_images.py resnet20 --weights resnet20.safetensors --data DIR --images 1024
 
 Every masked row sees the same N training images and no label: masks, the choice of the epoch and the BatchNorm statistics.
-`val` is read once, at the end. Writes few_images.json next to this script and the tables of docs/results.md.
+Rows of synthetic images see no image of CIFAR-10 (`--synthetic N`). `val` is read once, at the end. Writes few_images.json
+next to this script and the tables of docs/results.md.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +17,30 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from accuracy import PATTERN, by_magnitude, dense_network, hits, network_parser, paired, pruned, recalibrated
+import torch
+from accuracy import (
+    PATTERN,
+    by_magnitude,
+    dense_network,
+    dense_training,
+    hits,
+    network_parser,
+    paired,
+    pruned,
+    recalibrated,
+)
 from cifar import HOW, load_cifar10
 
 from maskplan.pipeline.core.artifacts import Provenance
+from maskplan.pipeline.core.serialization import encode
 from maskplan.pipeline.data.dataset import UNLABELED, Dataset, Images, Split
 from maskplan.pipeline.data.few_images import limit_images
+from maskplan.pipeline.learning.few_images import few_image_options
 from maskplan.pipeline.learning.options import LearnOptions
 from maskplan.pipeline.masking.maskset import load_masks
 from maskplan.pipeline.masking.policy import select_layers
 from maskplan.pipeline.models.layers import trace_layers
+from maskplan.pipeline.models.synthesize import SynthesizeOptions, synthesize_dataset
 from maskplan.pipeline.pruning.mask import MaskOptions, choose_masks
 from maskplan.pipeline.report.write import versions
 from maskplan.pipeline.timing.compare_latency import cpu_name
@@ -56,7 +70,7 @@ def few(data: Dataset, count: int, seed: int) -> Dataset:
     return Dataset(data.classes, train, select, data.val)
 
 
-def measure(name: str, weights: Path | None, folder: Path, images: int, seed: int) -> dict[str, Any]:
+def measure(name: str, weights: Path | None, folder: Path, images: int, synthetic: int, seed: int) -> dict[str, Any]:
     """All rows of one network and number of images."""
     data = load_cifar10(folder)
     limited = few(data, images, seed)
@@ -65,13 +79,22 @@ def measure(name: str, weights: Path | None, folder: Path, images: int, seed: in
     provenance = Provenance(name, True, "weights", "", len(data.classes), data.classes, HOW)
     nets = {"dense": module, "dense, recalibrated": recalibrated(module, data)}
     nets["magnitude, recalibrated"] = recalibrated(pruned(module, by_magnitude(module, chosen)), limited, dense=module)
+    nets["magnitude, images alone"] = recalibrated(pruned(module, by_magnitude(module, chosen)), limited)
     minutes = {}
-    for method in ("layerwise", "learned"):
-        out, started = Path(f"few-{method}.safetensors"), time.monotonic()
+    started = time.monotonic()
+    made = synthesize_dataset(module, provenance, SynthesizeOptions(images=synthetic, seed=seed))
+    minutes["synthesize"] = round((time.monotonic() - started) / 60, 2)
+    nets["magnitude, synthetic images"] = recalibrated(pruned(module, by_magnitude(module, chosen)), made, dense=module)
+    for row, method, source in (
+        ("layerwise, synthetic images", "layerwise", made),
+        ("layerwise, recalibrated", "layerwise", limited),
+        ("learned, recalibrated", "learned", limited),
+    ):
+        out, started = Path(f"few-{name}.safetensors"), time.monotonic()
         options = MaskOptions(method=method, images=images, few_images=True, learn=LearnOptions(seed=seed))
-        choose_masks(module, provenance, options, out, limited)
-        minutes[method] = round((time.monotonic() - started) / 60, 2)
-        nets[f"{method}, recalibrated"] = recalibrated(pruned(module, load_masks(out)), limited, dense=module)
+        choose_masks(module, provenance, options, out, source)
+        minutes[row] = round((time.monotonic() - started) / 60, 2)
+        nets[row] = recalibrated(pruned(module, load_masks(out)), source, dense=module)
         out.unlink()
     right = {row: hits(net.eval(), data.val) for row, net in nets.items()}
     reference = max(("dense", "dense, recalibrated"), key=lambda row: right[row].mean())
@@ -79,14 +102,19 @@ def measure(name: str, weights: Path | None, folder: Path, images: int, seed: in
         "model": name,
         "seed": seed,
         "images": images,
+        "synthetic_images": synthetic,
         "command": f"python benchmarks/accuracy/few_images.py {name} --images {images} --seed {seed}",
         "device": cpu_name(),
-        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "select_top1": round(100 * float(hits(module, data.select).mean()), 3),
+        "dense_training": dense_training(weights),
+        "learning": encode(few_image_options(LearnOptions(seed=seed), len(limited.train))),
         "versions": versions(),
         "minutes": minutes,
         "val_images": len(data.val),
         "reference": reference,
         "learned_against_layerwise": paired(right["layerwise, recalibrated"], right["learned, recalibrated"]),
+        "synthetic_against_magnitude": paired(right["magnitude, images alone"], right["layerwise, synthetic images"]),
         "rows": {
             row: {"top1": round(100 * float(found.mean()), 3)} | paired(right[reference], found)
             for row, found in right.items()
@@ -98,8 +126,9 @@ def main() -> None:
     """Measure one network and add it to the results."""
     parser = network_parser(__doc__, epochs=0)
     parser.add_argument("--images", type=int, default=1024, help="training images (default: %(default)s)")
+    parser.add_argument("--synthetic", type=int, default=256, help="synthetic images (default: %(default)s)")
     args = parser.parse_args()
-    found = measure(args.model, args.weights, args.data, args.images, args.seed)
+    found = measure(args.model, args.weights, args.data, args.images, args.synthetic, args.seed)
     args.results.add("few_images", found, ("model", "seed", "images"))
     args.results.write_page()
     print(json.dumps({"minutes": found["minutes"], **found["rows"]}, indent=2))

@@ -143,8 +143,10 @@ higher is better. The last column is the squared error of layer-wise masks with 
 _FEW_IMAGES = """## Masks from {images} unlabeled images: {model}
 
 Masks, the choice of the epoch and BatchNorm statistics of all masked rows come from the same {images} training images,
-without labels. Learning took {minutes} minutes. Learned masks gain {gain:+.2f} points over layer-wise ones (95% interval
-{low:+.2f} to {high:+.2f}). `{command}`
+without labels; rows of synthetic images from {synthetic} images that were made from the network, in {made} minutes. "Images
+alone": statistics that are not relative to the dense network's. Learning took {minutes} minutes on {threads} of two cores,
+with other work on the second. Learned masks gain {gain:+.2f} points over layer-wise ones (95% interval {low:+.2f} to
+{high:+.2f}). The dense network has {select:.2f}% of `select`. `{command}`
 
 | masks | top-1 % | drop, points | 95% interval |
 |---|--:|--:|--:|"""
@@ -312,7 +314,11 @@ def _few_images(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         head = _FEW_IMAGES.format(
             model=run["model"],
             images=run["images"],
-            minutes=run["minutes"]["learned"],
+            minutes=run["minutes"]["learned, recalibrated"],
+            synthetic=run["synthetic_images"],
+            made=run["minutes"]["synthesize"],
+            threads=run["threads"],
+            select=run["select_top1"],
             gain=-gain["drop"],
             low=-gain["drop_ci95"][1],
             high=-gain["drop_ci95"][0],
