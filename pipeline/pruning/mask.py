@@ -153,7 +153,6 @@ def choose_masks(
         assert data is not None  # checked by resolve_method
         return _danhofer(module, provenance, layers, pattern, options.learn, out, data, image_sets)
     _require_supported(method, options, data)
-    options = _for_few_images(options, method, data)
     selection = select_layers(layers, pattern, policy_of(options, method))
     given = _load_fitting(init, layers, pattern) if init is not None else None
     only = only if given is None else given.keys()
@@ -161,6 +160,9 @@ def choose_masks(
     state = module.state_dict()
     weights = {layer.name: state[layer.name].detach().cpu().float().numpy() for layer in chosen}
     masks = {name: magnitude_mask(weight, pattern, options.layout) for name, weight in weights.items()}
+    if method == LEARNED:
+        assert data is not None  # checked above
+        method, options = _strategy(module, provenance, options, masks, data, device, files, has_init=given is not None)
     dense = selection.dense
     if options.keep_dense_budget > 0:
         assert data is not None  # checked above
@@ -220,6 +222,7 @@ def choose_masks(
     )
     if files is not None and files.checkpoint is not None:
         files.checkpoint.unlink(missing_ok=True)
+        files.checkpoint.with_name(f"{files.checkpoint.name}.strategy").unlink(missing_ok=True)
     return mask_set
 
 
@@ -231,20 +234,47 @@ def _require_supported(method: MaskMethod, options: MaskOptions, data: Dataset |
         raise InputError("--keep-dense-budget needs images", fix="give --data DIR with train/ and val/")
 
 
-def _for_few_images(options: MaskOptions, method: MaskMethod, data: Dataset | None) -> MaskOptions:
-    """The options, in the setting for few images where it applies."""
-    if method != LEARNED or data is None:
-        return options
+def _strategy(
+    module: nn.Module,
+    provenance: Provenance,
+    options: MaskOptions,
+    masks: Mapping[str, npt.NDArray[np.bool_]],
+    data: Dataset,
+    device: str,
+    files: LearnerFiles | None,
+    *,
+    has_init: bool,
+) -> tuple[MaskMethod, MaskOptions]:
+    """How masks are learned: the setting for few images where it applies, and what the time budget is enough for."""
     from maskplan.pipeline.learning.few_images import FEW_IMAGES, few_image_options
 
     count = len(data.train) + len(data.select)
     unlabeled = not bool((data.train.labels >= 0).any())
     few = options.few_images if options.few_images is not None else unlabeled and count <= FEW_IMAGES
+    if options.learn.budget_minutes is not None and masks and not has_init:
+        from maskplan.pipeline.learning.budget import LAYERWISE_ONLY, SHORT, strategy_for_budget
+
+        pattern, checkpoint = parse_pattern(options.pattern), files.checkpoint if files is not None else None
+        strategy = strategy_for_budget(
+            module,
+            masks,
+            pattern,
+            provenance.preprocessing,
+            data,
+            options.learn,
+            provenance.outputs,
+            device,
+            checkpoint,
+        )
+        if strategy == LAYERWISE_ONLY:
+            return LAYERWISE, options
+        few = few or (strategy == SHORT and options.few_images is None)
     if not few:
-        return options
+        return LEARNED, options
     log.info("%d images: masks are learned in the setting for few images", count)
     learn = few_image_options(options.learn, len(data.train))
-    return replace(options, learn=learn, init_method=LAYERWISE, images=max(options.images, len(data.train)))
+    images = max(options.images, min(len(data.train), FEW_IMAGES))
+    return LEARNED, replace(options, learn=learn, init_method=LAYERWISE, images=images)
 
 
 def _layerwise(

@@ -87,7 +87,8 @@ def test_the_seed_draws_the_images_and_val_stays_whole() -> None:
 
 def test_only_options_that_are_defaults_change() -> None:
     changed = few_image_options(LearnOptions(lr=0.05, seed=4), 1000)
-    assert (changed.lr, changed.seed, changed.match_features, changed.epochs) == (0.05, 4, 1.0, 36)
+    assert (changed.lr, changed.seed, changed.match_features, changed.epochs) == (0.05, 4, 1.0, 60)
+    assert few_image_options(LearnOptions(budget_minutes=5), 1000).epochs == 200
     assert few_image_options(LearnOptions(epochs=2), 1000).epochs == 2
     assert [is_few(n) for n in (None, 1024, 8192, 8193)] == [None, True, True, None]
 

@@ -1,0 +1,140 @@
+"""What a time budget is spent on: the strategy by the number of images, what is remembered, and what the command writes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gray_images import PREPROCESSING, dataset, random_images
+from torch import nn
+
+from maskplan.pipeline.core.artifacts import Pattern, Provenance
+from maskplan.pipeline.learning import budget
+from maskplan.pipeline.learning.budget import choose_strategy, strategy_for_budget
+from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions
+from maskplan.pipeline.masking.magnitude import magnitude_mask
+from maskplan.pipeline.pruning.mask import MaskOptions, choose_masks
+
+TWO_FOUR = Pattern(2, 4)
+DATA = dataset(random_images(140), 100)
+ABOUT = Provenance("net", True, "w.pth", "", 3, ("a", "b", "c"), PREPROCESSING)
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).eval()
+
+
+@pytest.mark.parametrize(
+    ("images", "train", "wanted"),
+    [
+        (1999, 100, "layerwise"),
+        (2000, 100, "full"),
+        (2000, 401, "short"),
+        (225_000, 45_000, "full"),
+        (224_999, 45_000, "short"),
+        (1e12, 1_200_000, "full"),
+        (0, 0, "layerwise"),
+    ],
+)
+def test_the_number_of_images_in_the_budget_decides(images: float, train: int, wanted: str) -> None:
+    assert choose_strategy(images, train) == wanted
+
+
+def of_budget(net: nn.Module, minutes: float | None, checkpoint: Path | None = None) -> str:
+    masks = {"3.weight": magnitude_mask(net.get_parameter("3.weight").detach().numpy(), TWO_FOUR)}
+    options = LearnOptions(budget_minutes=minutes, batch=16)
+    return strategy_for_budget(net, masks, TWO_FOUR, PREPROCESSING, DATA, options, (), "cpu", checkpoint)
+
+
+def test_hours_are_for_full_learning_and_no_time_is_for_layerwise_masks(
+    net: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    with caplog.at_level(logging.INFO):
+        assert of_budget(net, 600) == "full"
+        assert of_budget(net, 1e-6) == "layerwise"
+    assert "600 minutes are about" in caplog.text
+    assert "images: layer-wise masks, without learning" in caplog.text
+    assert of_budget(net, None) == "full"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_processes_that_learn_together_do_not_decide_by_their_own_clocks(
+    net: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert of_budget(net, 1e-6) == "full"
+
+
+def test_an_interrupted_run_goes_on_as_it_began(net: nn.Module, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "m.learning"
+    assert of_budget(net, 1e-6, checkpoint) == "layerwise"
+    # Without a checkpoint there is nothing to go on with.
+    assert of_budget(net, 600, checkpoint) == "full"
+    checkpoint.write_bytes(b"a learner's state")
+    assert of_budget(net, 1e-6, checkpoint) == "full"
+    (tmp_path / "m.learning.strategy").write_text("something else")
+    assert of_budget(net, 1e-6, checkpoint) == "layerwise"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "few_images", "method", "changes"),
+    [
+        ("layerwise", None, "layerwise", {}),
+        ("short", None, "learned", {"match_features": 1.0, "epochs": 2000}),
+        ("short", False, "learned", {"match_features": 0.0, "epochs": 1}),
+        ("full", None, "learned", {"match_features": 0.0, "epochs": 1}),
+        ("full", True, "learned", {"match_features": 1.0, "epochs": 2000}),
+    ],
+)
+def test_the_strategy_reaches_the_learner(
+    strategy: str,
+    few_images: bool | None,
+    method: str,
+    changes: dict[str, Any],
+    net: nn.Module,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[LearnOptions] = []
+
+    def learn(module: nn.Module, start: Any, *args: Any, **_: Any) -> Any:
+        seen.append(args[3])
+        return start, None
+
+    monkeypatch.setattr(budget, "strategy_for_budget", lambda *_: strategy)
+    monkeypatch.setattr("maskplan.pipeline.learning.trainer.learn_masks", learn)
+    epochs = LearnOptions().epochs if changes.get("epochs") == 2000 else 1
+    learn_options = LearnOptions(epochs=epochs, batch=16, budget_minutes=5)
+    options = MaskOptions(method="learned", few_images=few_images, learn=learn_options)
+    made = choose_masks(net, ABOUT, options, tmp_path / "m.safetensors", DATA)
+    assert made.method == method
+    assert [{name: getattr(options, name) for name in changes} for options in seen] == ([changes] if changes else [])
+
+
+def test_the_memory_of_the_strategy_goes_with_the_checkpoint(net: nn.Module, tmp_path: Path) -> None:
+    files = LearnerFiles(tmp_path / "m.learning")
+    options = MaskOptions(method="learned", learn=LearnOptions(epochs=1, batch=16, budget_minutes=600))
+    choose_masks(net, ABOUT, options, tmp_path / "m.safetensors", DATA, files=files)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_given_masks_are_not_replaced_by_layerwise_ones(net: nn.Module, tmp_path: Path) -> None:
+    first = tmp_path / "first.safetensors"
+    choose_masks(net, ABOUT, MaskOptions(method="magnitude"), first)
+    options = MaskOptions(method="learned", learn=LearnOptions(epochs=1, batch=16, budget_minutes=1e-6))
+    made = choose_masks(net, ABOUT, options, tmp_path / "m.safetensors", DATA, init=first)
+    assert made.method == "learned"
+
+
+def test_the_command_spends_no_more_than_it_is_given(cli: Callable[..., Any], tmp_path: Path) -> None:
+    ran = cli("mask", "digits_resnet", "--budget-minutes", 0.0001, "-o", tmp_path / "m.safetensors")
+    assert ran.code == 0
+    assert "masks (layerwise)" in ran.out
