@@ -16,9 +16,10 @@ from torch import nn
 
 from maskplan.pipeline.core.artifacts import Learning, Pattern
 from maskplan.pipeline.core.errors import InputError
-from maskplan.pipeline.learning.options import LearnOptions
-from maskplan.pipeline.learning.trainer import Masks, learn_masks
-from maskplan.pipeline.models.batchnorm import RecalibrateOptions, update_statistics
+from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions
+from maskplan.pipeline.learning.processes import join_processes
+from maskplan.pipeline.learning.trainer import Learner, Masks, learn_masks
+from maskplan.pipeline.models.batchnorm import RecalibrateOptions, dense_statistics, update_statistics
 
 TWO_FOUR = Pattern(2, 4)
 
@@ -194,6 +195,54 @@ def test_masks_are_scored_with_batchnorm_statistics_of_the_masked_network(net: N
         masked.train()(x[:24])
         logits, dense = (m.eval()(x[24:]).double().numpy() for m in (masked, net))
     assert learning.select_divergence_start == pytest.approx(divergence(logits, dense, 2.0), rel=1e-3)
+
+
+@pytest.fixture
+def other_statistics(net: Net) -> Net:
+    """BatchNorm statistics as of other images."""
+    for norm in (net.bn1, net.bn2):
+        nn.init.uniform_(norm.running_mean, -0.5, 0.5)
+        nn.init.uniform_(norm.running_var, 0.05, 0.5)
+    return net
+
+
+def test_masks_are_scored_with_statistics_relative_to_the_dense_network(other_statistics: Net) -> None:
+    net, images, start = other_statistics, random_images(36), magnitude(other_statistics, NAMES)
+    data, options = dataset(images, 24), RecalibrateOptions()
+    _, learning = learn_masks(net, start, TWO_FOUR, PREPROCESSING, data, LearnOptions(epochs=0))
+    masked = copy.deepcopy(net)
+    with torch.no_grad():
+        for name, mask in start.items():
+            masked.get_parameter(name).mul_(torch.from_numpy(mask))
+        reference = dense_statistics(net, data.train, PREPROCESSING, options)
+        update_statistics(masked, data.train, PREPROCESSING, options, reference)
+        x = ((torch.from_numpy(images.pixels[24:]).float() / 255 - 0.5) / 0.25).reshape(-1, 1, 2, 4)
+        logits, dense = (m(x).double().numpy() for m in (masked, net))
+    assert learning.select_divergence_start == pytest.approx(divergence(logits, dense, 2.0), rel=1e-3)
+
+
+@pytest.mark.parametrize("is_relative", [True, False])
+def test_the_unmasked_student_computes_what_the_dense_network_does(is_relative: bool, other_statistics: Net) -> None:
+    """Although it normalizes by its batch, here all images that learning sees."""
+    net, images = other_statistics, random_images(36)
+    options = LearnOptions(judge_relative=is_relative)
+    with join_processes("cpu") as process:
+        start = magnitude(net, NAMES)
+        learner = Learner(
+            net,
+            start,
+            TWO_FOUR,
+            PREPROCESSING,
+            dataset(images, 24),
+            options,
+            process,
+            LearnerFiles(),
+            favor_start=False,
+        )
+    x = ((torch.from_numpy(images.pixels[:24]).float() / 255 - 0.5) / 0.25).reshape(-1, 1, 2, 4)
+    with torch.no_grad():
+        difference = (learner.net._student[0](x) - net(x)).abs().max()
+    assert difference < 0.02 if is_relative else difference > 0.1
 
 
 # The result -----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import torch
 from gray_images import PREPROCESSING, dataset, random_images
 from torch import nn
 
+from maskplan.pipeline.core.artifacts import Provenance
 from maskplan.pipeline.data.dataset import Split
-from maskplan.pipeline.models.batchnorm import RecalibrateOptions, dense_statistics, update_statistics
+from maskplan.pipeline.models.batchnorm import RecalibrateOptions, dense_statistics, recalibrate, update_statistics
 from maskplan.pipeline.models.dense_statistics import ChannelStatistics, DenseStatistics
 
 OPTIONS = RecalibrateOptions()
@@ -111,7 +113,6 @@ def test_few_images_give_statistics_nearer_to_those_of_many(net: Net) -> None:
         for few in (train(12, seed=seed) for seed in range(5, 15))
     ]
     ours, theirs = np.mean(errors, axis=0)
-    print("RATIO", ours, theirs)
     assert ours < 0.6 * theirs
 
 
@@ -143,6 +144,16 @@ def test_channels_without_variance(
     given = [ChannelStatistics(*(torch.tensor([v]) for v in pair)) for pair in (stored, dense, masked)]
     found = DenseStatistics({"n": given[0]}, {"n": [given[1]]}).correct("n", given[2])
     assert (float(found.mean), float(found.variance)) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("is_relative", [True, False])
+def test_the_stage_writes_corrected_statistics(is_relative: bool, net: Net, tmp_path: Path) -> None:
+    few, sparse = train(12, seed=3), pruned(net)
+    about = Provenance("net", True, "w.pth", "", 3, (), PREPROCESSING)
+    options = RecalibrateOptions(relative=is_relative)
+    recalibrate(sparse, about, few, options, tmp_path / "out.safetensors", (), net)
+    wanted = relative(pruned(net), net, few) if is_relative else plain(pruned(net), few)
+    assert np.array_equal(numbers(sparse), numbers(wanted))
 
 
 def test_without_the_option_the_statistics_are_those_of_the_images(net: Net) -> None:
