@@ -107,7 +107,10 @@ def test_without_update_kept_weights_are_bit_identical(
         assert layer.updated_error is None
     same = [name for name in own if name not in names and "running" not in name and "num_batches" not in name]
     assert all(torch.equal(own[name], state[name]) for name in same)
-    assert not torch.equal(own["bn.running_mean"], state["bn.running_mean"])
+    changed = {name for name in own if "running" in name and not torch.equal(own[name], state[name])}
+    # The BatchNorm of the stem, which is not converted, sees what it saw before.
+    assert not changed & {"bn.running_mean", "bn.running_var"}
+    assert len(changed) > len(names)
 
 
 def test_the_update_reduces_the_change_of_outputs(

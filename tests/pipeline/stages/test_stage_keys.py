@@ -45,7 +45,7 @@ def stages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Ima
     monkeypatch.setattr(model, "choose_masks", masks)
     monkeypatch.setattr(model, "bake", lambda _module, _provenance, _masks, out: checkpoint(out))
     monkeypatch.setattr(
-        model, "recalibrate", lambda _module, _provenance, _train, _options, out, _sets: checkpoint(out)
+        model, "recalibrate", lambda _module, _provenance, _train, _options, out, _sets, _dense: checkpoint(out)
     )
 
     def run(sets: ImageSets) -> set[str]:
@@ -53,7 +53,7 @@ def stages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Ima
             job = Job(ws, ModelOptions("net.py:build"), Recipe())
             chosen = model.mask(job, dense, "learned", images_of(sets))
             baked = model.bake_masks(job, dense, chosen, "sparse", ws.hidden("sparse-baked.safetensors"))
-            model.recalibrate_statistics(job, baked, images_of(sets), "sparse", ws.path("sparse.safetensors"))
+            model.recalibrate_statistics(job, dense, baked, images_of(sets), "sparse", ws.path("sparse.safetensors"))
             return set(ws.seconds)
 
     assert run(SETS) == {"mask", "bake-sparse", "recalibrate-sparse"}
