@@ -206,8 +206,11 @@ def calibration_images(
     shape: tuple[int, ...] | None = None,
     *,
     has_option: bool = False,
+    needs_classes: bool = True,
 ) -> CalibrationImages:
     """Images for an ONNX file, preprocessed as its record or the options say; `shape` fills in sizes that are dynamic.
+
+    Labels choose the method of calibration; with `needs_classes=False`, any folder of images serves.
 
     Raises:
         InputError: There are no images, or they do not fit the model.
@@ -224,7 +227,7 @@ def calibration_images(
         data,
         model=provenance.model if provenance else None,
         labels=provenance.labels if provenance else (),
-        outputs=outputs,
+        outputs=outputs if needs_classes else 0,
         seed=seed,
     )
     if dataset is None:

@@ -106,7 +106,7 @@ def _images(
     from maskplan.calibration.batches import calibration_batches, choose_images
     from maskplan.pipeline.cli.calibrate import calibration_images
 
-    source = calibration_images(model, data, mean, std, seed)
+    source = calibration_images(model, data, mean, std, seed, needs_classes=False)
     return calibration_batches(choose_images(source.train, count, seed), source.preprocessing, 4)
 
 
