@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from fp16_constant_graphs import f32
 from fp16_graphs import model_of, node
 from onnx import numpy_helper
+from PIL import Image
 from small_net import small_net
 
 from maskplan.calibration.cache import write_tensorrt_cache
@@ -81,3 +83,16 @@ def test_calibrate_keeps_layers_in_fp32(model: Path, cli: Callable[..., Any]) ->
     unmatched = cli(*common, "--float-dtype", "fp16", "--keep-fp32", "layer99")
     assert unmatched.code == 3
     assert "'layer99'" in unmatched.err
+
+
+@pytest.mark.parametrize("folders", ["", "train/a,train/b,train/c,val/a,val/b,val/c"])
+def test_any_images_serve_whatever_their_classes(folders: str, model: Path, cli: Callable[..., Any]) -> None:
+    generator = np.random.default_rng(0)
+    for folder in folders.split(","):
+        (Path("photos") / folder).mkdir(parents=True)
+        for index in range(4):
+            pixels = generator.integers(0, 256, (12, 12, 3), np.uint8)
+            Image.fromarray(pixels).save(Path("photos") / folder / f"{index}.png")
+    ran = cli("convert-precision", model, "--data", "photos", "--images", "2")
+    assert ran.code == 0
+    assert "compared on 5 samples" in ran.out
