@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 Cli = Callable[..., Any]
 
@@ -25,6 +27,13 @@ def test_the_run_says_what_chose_its_masks_and_takes_known_images(cli: Cli, tmp_
     assert report["model"]["recalibrated_images"] == 28
     assert [s["role"] for s in report["masks"]["image_sets"]] == ["synthetic train", "synthetic select"]
     assert "BatchNorm recalibrated on 28 synthetic images" in (out / "report.html").read_text()
+    # `bake` makes the same images, and the same statistics of them.
+    baked = tmp_path / "baked.safetensors"
+    masks = out / "masks.safetensors"
+    cli("bake", "digits_resnet", "--masks", masks, "--synthetic-images", 32, "-o", baked)
+    ours, theirs = (load_file(path) for path in (out / "sparse.safetensors", baked))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     made = (out / ".maskplan" / "synthetic.npy").stat().st_mtime_ns
     again = cli("-v", *command)
     assert "synthesize: unchanged" in again.err

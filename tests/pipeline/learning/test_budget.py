@@ -66,6 +66,15 @@ def test_hours_are_for_full_learning_and_no_time_is_for_layerwise_masks(
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
+@pytest.mark.parametrize(("minutes", "wanted"), [(1.6, "layerwise"), (1.7, "full")])
+def test_a_budget_is_counted_in_minutes(
+    minutes: float, wanted: str, net: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At twenty images a second, 2,000 take 100 seconds."""
+    monkeypatch.setattr(budget, "_seconds_per_image", lambda *_: 0.05)
+    assert of_budget(net, minutes) == wanted
+
+
 def test_processes_that_learn_together_do_not_decide_by_their_own_clocks(
     net: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
