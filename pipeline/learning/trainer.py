@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 
 _LOG_EVERY = 50
 _ESTIMATE_AFTER = 10
+# Of the dense network's BatchNorm statistics under the augmentation; more would only cost time.
+_OBSERVED_IMAGES = 2048
 _SMOOTHING = 0.95
 
 
@@ -147,7 +149,9 @@ class Learner:
         self.teacher = _channels_last(teacher)
         student = copy.deepcopy(self.teacher)
         # Normalized by the batch, the student is to compute what it will once it is recalibrated.
-        seen = RecalibrateOptions(seed=options.seed, augment=options.augment, relative=options.judge_relative)
+        seen = RecalibrateOptions(
+            _OBSERVED_IMAGES, seed=options.seed, augment=options.augment, relative=options.judge_relative
+        )
         reference = dense_statistics(self.teacher, data.train, preprocessing, seen)
         if reference is not None:
             reference.anticipate(student)
