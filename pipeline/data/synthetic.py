@@ -33,7 +33,8 @@ class PixelImages:
         return f"{SYNTHETIC} image {index}"
 
     def read(self, index: int) -> bytes:
-        image = Image.fromarray(_with_margins(self.pixels[index], self.preprocessing).squeeze())
+        pixels = _with_margins(self.pixels[index], self.preprocessing)
+        image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
         buffer = io.BytesIO()
         image.save(buffer, "PPM")
         return buffer.getvalue()

@@ -92,6 +92,12 @@ def synthesize_images(
             fix="give images with --data",
         )
     preprocessing, place = provenance.preprocessing, choose_device(device)
+    if preprocessing.channels not in (1, 3):
+        raise InputError(
+            "images can only be synthesized with one or three channels",
+            found=f"{preprocessing.channels} channels",
+            fix="give samples with --data",
+        )
     network = copy.deepcopy(module).eval().requires_grad_(False).to(place)
     differences: list[torch.Tensor] = []
     for layer in named_batchnorms(network).values():

@@ -32,6 +32,8 @@ def noise(count: int, preprocessing: Preprocessing) -> np.ndarray:
         {"resize": 11, "interpolation": "bicubic"},
         {"channels": 1, "mean": (0.5,), "std": (0.2,)},
         {"height": 4, "width": 9},
+        {"height": 1, "width": 9, "channels": 1, "mean": (0.5,), "std": (0.2,)},
+        {"height": 9, "width": 1},
     ],
 )
 def test_pixels_are_read_back_as_they_are(changes: dict[str, object]) -> None:

@@ -100,6 +100,11 @@ def test_smoothness_brings_neighbors_together(net: nn.Module) -> None:
     [
         (nn.Conv2d(3, 4, 1), TRAINED, "only be synthesized for a network with BatchNorm"),
         (nn.BatchNorm2d(3), dataclasses.replace(TRAINED, trained=False), "from random weights"),
+        (
+            nn.BatchNorm2d(4),
+            dataclasses.replace(TRAINED, preprocessing=dataclasses.replace(HOW, channels=4)),
+            "one or three channels",
+        ),
     ],
 )
 def test_networks_that_know_nothing_of_their_images_are_refused(

@@ -1,0 +1,79 @@
+"""Draw what masks cost against what they need: points of top-1 lost over minutes, and over images.
+
+    python benchmarks/accuracy/cost_plot.py
+
+reads few_images.json next to this script and writes docs/cost.svg.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from tables import Results
+
+mpl.use("svg")
+# The same bytes from the same numbers.
+mpl.rcParams["svg.hashsalt"] = "maskplan"
+
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+
+OUT = Path(__file__).parents[2] / "docs" / "cost.svg"
+ROWS = {
+    "magnitude, recalibrated": ("magnitude", "o"),
+    "layerwise, synthetic images": ("layer-wise, synthetic images", "v"),
+    "layerwise, recalibrated": ("layer-wise", "s"),
+    "learned, recalibrated": ("learned", "D"),
+}
+# Magnitude masks take no time that a logarithmic axis could show.
+_LEAST_MINUTES = 0.05
+
+
+def main() -> None:
+    """Draw both panels."""
+    runs = Results().read("few_images")
+    figure, (over_minutes, over_images) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    networks = sorted({run["model"] for run in runs})
+    for color, network in enumerate(networks):
+        of_network = sorted((r for r in runs if r["model"] == network), key=lambda r: r["images"])
+        for row, (label, marker) in ROWS.items():
+            draw_minutes(over_minutes, [r for r in of_network if r["images"] == 1024], row, marker, f"C{color}")
+            if row != "layerwise, synthetic images":
+                draw_images(over_images, of_network, row, marker, f"C{color}")
+            if color == 0:
+                over_images.plot([], [], f"{marker}k", linestyle="", label=label)
+        over_images.plot([], [], color=f"C{color}", label=network)
+    over_minutes.set(xscale="log", xlabel="minutes on one core", ylabel="points of top-1 lost", ylim=(0, None))
+    over_images.set(xscale="log", xlabel="images without labels")
+    over_images.set_xticks([256, 1024, 4096], ["256", "1,024", "4,096"])
+    over_images.minorticks_off()
+    over_images.legend(fontsize=8)
+    for axes in (over_minutes, over_images):
+        axes.grid(alpha=0.3)
+    figure.savefig(OUT, metadata={"Date": None})
+
+
+def draw_minutes(axes: Axes, runs: Sequence[Mapping[str, Any]], row: str, marker: str, color: str) -> None:
+    """One point for each run."""
+    for run in runs:
+        minutes = run["minutes"].get(row, 0.0) + (run["minutes"]["synthesize"] if "synthetic" in row else 0.0)
+        draw(axes, [max(minutes, _LEAST_MINUTES)], [run["rows"][row]], marker, color)
+
+
+def draw_images(axes: Axes, runs: Sequence[Mapping[str, Any]], row: str, marker: str, color: str) -> None:
+    """A line through the runs of one network and method."""
+    draw(axes, [run["images"] for run in runs], [run["rows"][row] for run in runs], marker, color)
+
+
+def draw(axes: Axes, x: Sequence[float], rows: Sequence[Mapping[str, Any]], marker: str, color: str) -> None:
+    """Drops with their 95% intervals."""
+    drops = [r["drop"] for r in rows]
+    errors = [[abs(r["drop_ci95"][side] - r["drop"]) for r in rows] for side in (0, 1)]
+    axes.errorbar(x, drops, errors, marker=marker, color=color, markersize=5, linewidth=1, capsize=2)
+
+
+if __name__ == "__main__":
+    main()
