@@ -53,7 +53,8 @@ class DenseStatistics:
         floor = _SHRINKAGE * stored.variance
         known = dense.variance + floor > 0
         quotient = (estimate.variance + floor) / (dense.variance + floor).where(known, 1)
-        mean = estimate.mean + (stored.mean - dense.mean) * quotient.sqrt()
+        # In this order, a layer that sees what it saw in the dense network keeps its statistics to the last bit.
+        mean = stored.mean * quotient.sqrt() + (estimate.mean - dense.mean * quotient.sqrt())
         # Channels that are constant in the dense network have nothing to compare with.
         return ChannelStatistics(
             mean.where(known, estimate.mean), (stored.variance * quotient).where(known, estimate.variance)

@@ -85,7 +85,7 @@ def numbers(module: Net) -> np.ndarray:
 
 @pytest.mark.parametrize("count", [2, 5, 300])
 def test_the_dense_network_keeps_its_statistics_whatever_the_images(net: Net, count: int) -> None:
-    assert numbers(relative(net, net, train(count, seed=3))) == pytest.approx(numbers(net), rel=1e-4, abs=1e-5)
+    assert np.array_equal(numbers(relative(net, net, train(count, seed=3))), numbers(net))
     assert numbers(plain(net, train(count, seed=3))) != pytest.approx(numbers(net), rel=1e-2)
 
 
