@@ -31,6 +31,7 @@ from maskplan.pipeline.core.reports import ConformanceReport
 from maskplan.pipeline.data.dataset import Dataset
 from maskplan.pipeline.data.few_images import limit_images
 from maskplan.pipeline.data.source import find_dataset
+from maskplan.pipeline.data.synthetic import refuse_data
 from maskplan.pipeline.models.checkpoint import ModelOptions
 from maskplan.pipeline.models.registry import folder_name
 from maskplan.pipeline.pruning.method import method_or_file, resolve_method
@@ -406,9 +407,8 @@ def _require_deployable_masks(options: LineOptions) -> None:
 
 def _data(options: LineOptions, dense: Checkpoint) -> Dataset | None:
     provenance = dense.provenance
-    if options.synthetic and options.data is not None:
-        raise InputError("--synthetic-images are for runs without data", fix="remove it, or --data")
     if options.synthetic:
+        refuse_data(options.data)
         return None
     data = find_dataset(
         options.data,

@@ -44,6 +44,7 @@ def bake(
     """Set masked weights to zero and write the pruned checkpoint; the weights may be newer than the masks."""
     from maskplan.pipeline.data.image_sets import identify
     from maskplan.pipeline.data.source import find_dataset
+    from maskplan.pipeline.data.synthetic import refuse_data
     from maskplan.pipeline.models.batchnorm import recalibrate as recalibrate_batchnorm
     from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
     from maskplan.pipeline.models.state_dict import fit_weights, read_weights
@@ -58,8 +59,9 @@ def bake(
     labels, count = provenance.labels, provenance.classes
     dataset = None
     if synthetic_images is not None:
+        refuse_data(recalibrate)
         synthesize = override(settings.synthesize, images=synthetic_images)
-        dataset = synthesize_dataset(module, provenance, synthesize, device, recalibrate)
+        dataset = synthesize_dataset(module, provenance, synthesize, device)
     elif recalibrate is not None:
         dataset = find_dataset(recalibrate, model=model, labels=labels, outputs=count, seed=seed, needs_classes=False)
     with tempfile.TemporaryDirectory(prefix="maskplan-") as folder:

@@ -89,6 +89,7 @@ def mask(
     from maskplan.pipeline.data.few_images import limit_images
     from maskplan.pipeline.data.image_sets import identify
     from maskplan.pipeline.data.source import find_dataset
+    from maskplan.pipeline.data.synthetic import refuse_data
     from maskplan.pipeline.learning.few_images import is_few
     from maskplan.pipeline.learning.options import LearnerFiles
     from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
@@ -106,8 +107,9 @@ def mask(
             data, model=model, labels=provenance.labels, outputs=provenance.classes, seed=seed, needs_classes=False
         )
     else:
+        refuse_data(data)
         synthesize = override(stages.synthesize, images=synthetic_images)
-        dataset = synthesize_dataset(module, provenance, synthesize, device, data)
+        dataset = synthesize_dataset(module, provenance, synthesize, device)
     if dataset is not None and images is not None:
         dataset = limit_images(dataset, images, seed)
     mask_options = override(

@@ -13,7 +13,7 @@ from maskplan.pipeline.cli.compile_summary import verdict_line
 from maskplan.pipeline.core.choices import FAIL, TENSORRT_RTX
 from maskplan.pipeline.core.console import stdout_console
 from maskplan.pipeline.core.escaping import one_line, shell_command
-from maskplan.pipeline.data.synthetic import SYNTHETIC, uses_synthetic
+from maskplan.pipeline.data.synthetic import synthetic_count
 from maskplan.pipeline.stages.onnx_files import row_name
 
 if TYPE_CHECKING:
@@ -110,9 +110,14 @@ def _verdicts(report: RunReport) -> Iterator[tuple[str, str]]:
             "calibration",
             f"{calibration.method} on {calibration.images} images: {calibration.quantized_layers} layers in INT8{floats}",
         )
-    if uses_synthetic(report.model.image_sets):
-        count = sum(s.images for s in report.model.image_sets if s.role.startswith(SYNTHETIC))
-        yield "images", f"{count} synthetic images, made from the dense network, chose masks and statistics"
+    if synthetic := synthetic_count(report.model.image_sets):
+        chosen = {
+            "masks": synthetic_count(report.masks.image_sets),
+            "statistics": report.model.recalibrated_images,
+            "ranges": report.calibration is not None,
+        }
+        uses = ", ".join(name for name, is_chosen in chosen.items() if is_chosen)
+        yield "images", f"{synthetic} synthetic images, made from the dense network, for {uses}"
     if report.permutation is not None:
         gain = 100 * (report.permutation.kept_after / report.permutation.kept_before - 1)
         yield "permutation", f"kept magnitude {gain:+.2f}%, efficacy {report.permutation.efficacy:.1f}"

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from maskplan.pipeline.core.artifacts import ImageSet, Preprocessing
+from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.data.dataset import UNLABELED, Dataset, Split
 
 SYNTHETIC = "synthetic"
-"""How the roles of such image sets begin, in every record and report."""
+"""How the roles of such image sets begin, in every record."""
 
 _SELECT_SHARE = 8
 
@@ -48,9 +51,19 @@ def synthetic_dataset(pixels: npt.NDArray[np.uint8], preprocessing: Preprocessin
     return Dataset(classes, *(Split(role, images, indices) for role, indices in parts))
 
 
-def uses_synthetic(image_sets: tuple[ImageSet, ...]) -> bool:
-    """Whether synthetic images are among the images that shaped something."""
-    return any(s.role.startswith(SYNTHETIC) for s in image_sets)
+def synthetic_count(image_sets: Sequence[ImageSet]) -> int:
+    """How many of the images that shaped something are synthetic."""
+    return sum(s.images for s in image_sets if s.role.startswith(SYNTHETIC))
+
+
+def refuse_data(data: Path | None) -> None:
+    """Raise if there are images of the user, which are better.
+
+    Raises:
+        InputError: There are.
+    """
+    if data is not None:
+        raise InputError("--synthetic-images are for runs without data", found=data, fix="remove one of them")
 
 
 def _with_margins(pixels: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:

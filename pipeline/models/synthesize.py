@@ -7,9 +7,8 @@ DeepInversion).
 from __future__ import annotations
 
 import copy
-import logging
+import itertools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from torch.nn.modules.batchnorm import _BatchNorm
-
-log = logging.getLogger(__name__)
 
 # The first images are this many times coarser than the pixels, plus noise: neighbors are alike, as in photographs.
 _COARSENESS, _FINE_NOISE = 4, 0.5
@@ -81,7 +78,6 @@ def synthesize_images(
         InputError: The network has random weights or no BatchNorm, or its statistics are not finite.
     """
     import torch
-    from torch.nn import functional as F
 
     if not provenance.trained:
         raise InputError("images cannot be synthesized from random weights", fix="give --weights FILE")
@@ -106,34 +102,26 @@ def synthesize_images(
     black, white = (0 - mean) / std, (1 - mean) / std
     generator = torch.Generator().manual_seed(options.seed)
     sizes = [len(part) for part in np.array_split(range(options.images), -(-options.images // options.batch))]
-    starts = [_first_images(size, preprocessing, generator).to(place).clamp(black, white) for size in sizes]
+    steps = track(range(len(sizes) * options.steps), "synthesize images", len(sizes) * options.steps)
     made = []
-    pixels, adam = starts[0], None
-    for step in track(range(len(sizes) * options.steps), "synthesize images", len(sizes) * options.steps):
-        batch, at = divmod(step, options.steps)
-        if at == 0:
-            pixels = starts[batch].requires_grad_(True)
-            adam = torch.optim.Adam([pixels], options.lr)
-        assert adam is not None
-        for group in adam.param_groups:
-            group["lr"] = options.lr * 0.5 * (1 + np.cos(np.pi * at / options.steps))
-        differences.clear()
-        network(pixels)
-        neighbors = [
-            F.l1_loss(pixels.narrow(axis, 1, n - 1), pixels.narrow(axis, 0, n - 1)) for axis, n in _sides(pixels)
-        ]
-        loss = torch.stack(differences).mean() + options.smoothness * torch.stack(neighbors).sum()
-        if not bool(loss.isfinite()):
-            raise InputError("the statistics of BatchNorm are not finite", fix="check the weights")
-        adam.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        adam.step()
-        with torch.no_grad():
-            pixels.copy_(pixels.clamp(black, white))
-        if at + 1 == options.steps:
-            scaled = (pixels.detach() * std + mean) * 255
-            made.append(scaled.round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy())
-            log.debug("synthetic images %d: loss %.4f", sum(map(len, made)), float(loss.detach()))
+    for size in sizes:
+        pixels = _first_images(size, preprocessing, generator).to(place).clamp(black, white).requires_grad_(True)
+        adam = torch.optim.Adam([pixels], options.lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, options.steps)
+        for _ in itertools.islice(steps, options.steps):
+            differences.clear()
+            network(pixels)
+            loss = torch.stack(differences).mean() + options.smoothness * _roughness(pixels)
+            if not bool(loss.isfinite()):
+                raise InputError("the statistics of BatchNorm are not finite", fix="check the weights")
+            adam.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            adam.step()
+            schedule.step()
+            with torch.no_grad():
+                pixels.copy_(pixels.clamp(black, white))
+        scaled = (pixels.detach() * std + mean) * 255
+        made.append(scaled.round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy())
     return np.ascontiguousarray(np.concatenate(made))
 
 
@@ -142,15 +130,8 @@ def synthesize_dataset(
     provenance: Provenance,
     options: SynthesizeOptions,
     device: str = "auto",
-    data: Path | None = None,
 ) -> Dataset:
-    """The images as a data set, for commands that make them instead of reading `data`.
-
-    Raises:
-        InputError: There is data as well, or images cannot be synthesized.
-    """
-    if data is not None:
-        raise InputError("--synthetic-images are for runs without data", found=data, fix="remove one of them")
+    """The same images as a data set."""
     pixels = synthesize_images(module, provenance, options, device)
     return synthetic_dataset(pixels, provenance.preprocessing, provenance.labels)
 
@@ -182,6 +163,7 @@ def _first_images(count: int, preprocessing: Preprocessing, generator: torch.Gen
     return F.interpolate(coarse, size, mode="bicubic") + _FINE_NOISE * fine
 
 
-def _sides(images: torch.Tensor) -> list[tuple[int, int]]:
-    """Axes with neighbors, and their lengths."""
-    return [(axis, images.shape[axis]) for axis in (2, 3) if images.shape[axis] > 1]
+def _roughness(images: torch.Tensor) -> torch.Tensor:
+    """Mean absolute difference of vertical neighbors, plus that of horizontal ones."""
+    differences = [images.diff(dim=axis).abs() for axis in (2, 3) if images.shape[axis] > 1]
+    return sum((d.mean() for d in differences), images.new_zeros(()))

@@ -16,7 +16,7 @@ from maskplan.pipeline.core.artifacts import LayerSparsity
 from maskplan.pipeline.core.choices import CONFORMING, CONVERSIONS, DENSE, GPU_BACKENDS, SPARSE, UNKNOWN
 from maskplan.pipeline.core.reports import BatchTiming, LayerDifference, ParityReport, WeightVerdict
 from maskplan.pipeline.core.serialization import encode
-from maskplan.pipeline.data.synthetic import uses_synthetic
+from maskplan.pipeline.data.synthetic import synthetic_count
 from maskplan.pipeline.permutation.record import AS_GIVEN, FIXED, MOVED, UNREAD
 from maskplan.pipeline.recipe import Recipe
 from maskplan.pipeline.report import plots
@@ -118,7 +118,7 @@ def render(report: RunReport, values: dict[str, Any]) -> str:
         plans_did_not_run=PLANS_DID_NOT_RUN if report.stand_in is not None else "",
         largest_differences=largest_differences(report),
         groups_by_state=_groups_by_state(report),
-        synthetic=uses_synthetic(report.model.image_sets),
+        synthetic=synthetic_count(report.model.image_sets),
         changed_options=changed_options(report.recipe),
         options=dict(_flat(encode(report.recipe))),
         script=_SORT,

@@ -12,7 +12,7 @@ from maskplan.pipeline.core.artifacts import Checkpoint, MaskSet, OnnxModel, Pro
 from maskplan.pipeline.core.choices import FP16, FP32, INT8, MAGNITUDE, OnnxPrecision
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.reports import ConformanceReport
-from maskplan.pipeline.data.synthetic import uses_synthetic
+from maskplan.pipeline.data.synthetic import synthetic_count
 from maskplan.pipeline.models.checkpoint import load_module
 from maskplan.pipeline.pruning.mask import choose_masks
 from maskplan.pipeline.stages.job import ConformancePair, Images, Job, Network, OnnxPair, Quantized
@@ -141,6 +141,6 @@ def row_name(provenance: Provenance, precision: OnnxPrecision = FP32) -> str:
     """What the table of accuracies calls a model."""
     permuted = ", permuted" if provenance.permutation else ""
     recalibrated = ", recalibrated" if provenance.recalibrated_images else ""
-    synthetic = ", synthetic images" if uses_synthetic(provenance.image_sets) else ""
+    synthetic = ", synthetic images" if synthetic_count(provenance.image_sets) else ""
     quantized = ", INT8" if precision == INT8 else ""
     return f"{provenance.method or 'dense'}{permuted}{recalibrated}{synthetic}{quantized}"

@@ -20,13 +20,15 @@ def test_the_run_says_what_chose_its_masks_and_takes_known_images(cli: Cli, tmp_
     ran = cli(*command)
     assert ran.code == 0
     assert "layerwise, recalibrated, synthetic images" in ran.out
-    assert "32 synthetic images, made from the dense network, chose masks and statistics" in ran.out
+    assert "32 synthetic images, made from the dense network, for masks, statistics\n" in ran.out
     report = json.loads((out / "report.json").read_text())
     assert report["masks"]["method"] == "layerwise"
     assert report["parity"]["verdict"] == "not_applicable"
     assert report["model"]["recalibrated_images"] == 28
     assert [s["role"] for s in report["masks"]["image_sets"]] == ["synthetic train", "synthetic select"]
-    assert "BatchNorm recalibrated on 28 synthetic images" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "layerwise masks on 8 layers, by 32 synthetic images made from the dense network" in page
+    assert "BatchNorm recalibrated on 28 synthetic images" in page
     # `bake` makes the same images, and the same statistics of them.
     baked = tmp_path / "baked.safetensors"
     masks = out / "masks.safetensors"

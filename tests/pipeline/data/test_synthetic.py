@@ -11,7 +11,7 @@ from maskplan.pipeline.core.artifacts import ImageSet, Preprocessing
 from maskplan.pipeline.data.dataset import UNLABELED
 from maskplan.pipeline.data.image_sets import identify
 from maskplan.pipeline.data.preprocessing import decode
-from maskplan.pipeline.data.synthetic import synthetic_dataset, uses_synthetic
+from maskplan.pipeline.data.synthetic import synthetic_count, synthetic_dataset
 
 PLAIN = Preprocessing(3, 6, 6, 0, "bilinear", (0.5, 0.4, 0.3), (0.25, 0.2, 0.3))
 
@@ -57,7 +57,6 @@ def test_records_tell_such_images_from_others() -> None:
     sets = tuple(identify(part) for part in (data.train, data.select, data.val))
     assert [s.images for s in sets] == [28, 4, 0]
     photographs = ImageSet("train", 20, "cd" * 32, ("0" * 16,))
-    assert uses_synthetic((photographs, sets[0]))
-    assert uses_synthetic((sets[1],))
-    assert not uses_synthetic((photographs, sets[2]))
-    assert not uses_synthetic(())
+    assert synthetic_count((photographs, sets[0])) == 28
+    assert synthetic_count(sets) == 32
+    assert synthetic_count((photographs, sets[2])) == 0

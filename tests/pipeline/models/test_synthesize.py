@@ -22,7 +22,7 @@ from maskplan.pipeline.masking.maskset import load_masks
 from maskplan.pipeline.models.batchnorm import RecalibrateOptions, update_statistics
 from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
 from maskplan.pipeline.models.state_dict import read_weights
-from maskplan.pipeline.models.synthesize import SynthesizeOptions, synthesize_dataset, synthesize_images
+from maskplan.pipeline.models.synthesize import SynthesizeOptions, synthesize_images
 
 HOW = Preprocessing(3, 8, 12, 0, "bilinear", (0.5, 0.4, 0.3), (0.25, 0.2, 0.3))
 TRAINED = Provenance("net", True, "w.pth", "ab" * 32, 4, (), HOW)
@@ -121,9 +121,15 @@ def test_statistics_that_are_not_numbers_are_refused() -> None:
         synthesize_images(broken, TRAINED, QUICK)
 
 
-def test_images_of_the_user_and_synthetic_ones_exclude_each_other(net: nn.Module, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="for runs without data"):
-        synthesize_dataset(net, TRAINED, QUICK, "cpu", tmp_path)
+@pytest.mark.parametrize(("command", "option"), [("mask", "--data"), ("bake", "--recalibrate")])
+def test_images_of_the_user_and_synthetic_ones_exclude_each_other(
+    command: str, option: str, cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    masks = ("--masks", tmp_path / "m.safetensors") if command == "bake" else ()
+    ran = cli(command, "digits_resnet", *masks, "--synthetic-images", 32, option, tmp_path, "-o", tmp_path / "out")
+    assert ran.code == 3
+    assert "for runs without data" in ran.err
+    assert not (tmp_path / "out").exists()
 
 
 def top1(path: Path) -> float:
