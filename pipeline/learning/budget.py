@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -43,42 +43,31 @@ def choose_strategy(images_in_budget: float, train_images: int) -> Strategy:
 
 
 def strategy_for_budget(
-    module: nn.Module,
-    masks: Mapping[str, npt.NDArray[np.bool_]],
-    pattern: Pattern,
-    preprocessing: Preprocessing,
-    data: Dataset,
     options: LearnOptions,
-    kinds: Sequence[OutputKind],
-    device: str,
+    train_images: int,
+    seconds_per_image: Callable[[], float],
     checkpoint: Path | None = None,
 ) -> Strategy:
-    """Time a few steps of learning on this host, and choose by what fits the budget.
+    """Choose by what fits the budget on this host.
 
     An interrupted run continues with the strategy that it began with, which is kept next to its checkpoint. Under `torchrun`
     hosts would disagree: the strategy is then `full`.
 
     Args:
-        module: The dense model.
-        masks: Masks of the layers to learn, of any kind.
-        pattern: N:M.
-        preprocessing: Preprocessing of the images.
-        data: The images.
-        options: With a budget.
-        kinds: What the network returns; empty for a classifier.
-        device: `auto`, `cpu` or `cuda`.
+        options: With a budget; without one, the strategy is `full`.
+        train_images: Size of the part that masks are learned on.
+        seconds_per_image: Measures a step of learning; called if the strategy is not known.
         checkpoint: The learner's checkpoint, if it keeps one.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or options.budget_minutes is None:
         return FULL
-    memory = checkpoint.with_name(f"{checkpoint.name}.strategy") if checkpoint is not None else None
+    memory = strategy_file(checkpoint) if checkpoint is not None else None
     if checkpoint is not None and memory is not None and checkpoint.is_file() and memory.is_file():
         known = memory.read_text(encoding="utf-8", errors="replace").strip()
         if known in STRATEGIES:
             return known
-    seconds = _seconds_per_image(module, masks, pattern, preprocessing, data, options, kinds, device)
-    count = 60 * options.budget_minutes / seconds
-    strategy = choose_strategy(count, len(data.train))
+    count = 60 * options.budget_minutes / seconds_per_image()
+    strategy = choose_strategy(count, train_images)
     what = {
         FULL: "masks are learned from magnitude masks",
         SHORT: "masks are learned from layer-wise masks, with the features inside matched",
@@ -90,7 +79,12 @@ def strategy_for_budget(
     return strategy
 
 
-def _seconds_per_image(
+def strategy_file(checkpoint: Path) -> Path:
+    """Where the strategy of an interrupted run is kept."""
+    return checkpoint.with_name(f"{checkpoint.name}.strategy")
+
+
+def seconds_per_image(
     module: nn.Module,
     masks: Mapping[str, npt.NDArray[np.bool_]],
     pattern: Pattern,
@@ -100,7 +94,18 @@ def _seconds_per_image(
     kinds: Sequence[OutputKind],
     device: str,
 ) -> float:
-    """Of a step of learning, without its optimizer."""
+    """Time a few steps of learning, without its optimizer.
+
+    Args:
+        module: The dense model.
+        masks: Masks of the layers to learn, of any kind.
+        pattern: N:M.
+        preprocessing: Preprocessing of the images.
+        data: The images.
+        options: Batch size and gates.
+        kinds: What the network returns; empty for a classifier.
+        device: `auto`, `cpu` or `cuda`.
+    """
     place = choose_device(device)
     teacher = copy.deepcopy(module).eval().requires_grad_(False).to(place)
     loss = output_loss(teacher, kinds, data.select, preprocessing, options.batch)

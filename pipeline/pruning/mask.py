@@ -222,7 +222,9 @@ def choose_masks(
     )
     if files is not None and files.checkpoint is not None:
         files.checkpoint.unlink(missing_ok=True)
-        files.checkpoint.with_name(f"{files.checkpoint.name}.strategy").unlink(missing_ok=True)
+        from maskplan.pipeline.learning.budget import strategy_file
+
+        strategy_file(files.checkpoint).unlink(missing_ok=True)
     return mask_set
 
 
@@ -252,20 +254,15 @@ def _strategy(
     unlabeled = not bool((data.train.labels >= 0).any())
     few = options.few_images if options.few_images is not None else unlabeled and count <= FEW_IMAGES
     if options.learn.budget_minutes is not None and masks and not has_init:
-        from maskplan.pipeline.learning.budget import LAYERWISE_ONLY, SHORT, strategy_for_budget
+        from maskplan.pipeline.learning.budget import LAYERWISE_ONLY, SHORT, seconds_per_image, strategy_for_budget
 
-        pattern, checkpoint = parse_pattern(options.pattern), files.checkpoint if files is not None else None
-        strategy = strategy_for_budget(
-            module,
-            masks,
-            pattern,
-            provenance.preprocessing,
-            data,
-            options.learn,
-            provenance.outputs,
-            device,
-            checkpoint,
-        )
+        def measure() -> float:
+            pattern, learn = parse_pattern(options.pattern), options.learn
+            preprocessing, kinds = provenance.preprocessing, provenance.outputs
+            return seconds_per_image(module, masks, pattern, preprocessing, data, learn, kinds, device)
+
+        checkpoint = files.checkpoint if files is not None else None
+        strategy = strategy_for_budget(options.learn, len(data.train), measure, checkpoint)
         if strategy == LAYERWISE_ONLY:
             return LAYERWISE, options
         few = few or (strategy == SHORT and options.few_images is None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 
 from maskplan.pipeline.core.artifacts import Pattern, Provenance
 from maskplan.pipeline.learning import budget
-from maskplan.pipeline.learning.budget import choose_strategy, strategy_for_budget
+from maskplan.pipeline.learning.budget import choose_strategy, seconds_per_image, strategy_file, strategy_for_budget
 from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions
 from maskplan.pipeline.masking.magnitude import magnitude_mask
 from maskplan.pipeline.pruning.mask import MaskOptions, choose_masks
@@ -47,50 +48,47 @@ def test_the_number_of_images_in_the_budget_decides(images: float, train: int, w
     assert choose_strategy(images, train) == wanted
 
 
-def of_budget(net: nn.Module, minutes: float | None, checkpoint: Path | None = None) -> str:
-    masks = {"3.weight": magnitude_mask(net.get_parameter("3.weight").detach().numpy(), TWO_FOUR)}
-    options = LearnOptions(budget_minutes=minutes, batch=16)
-    return strategy_for_budget(net, masks, TWO_FOUR, PREPROCESSING, DATA, options, (), "cpu", checkpoint)
+def of_budget(minutes: float | None, checkpoint: Path | None = None) -> str:
+    """Of 100 images, of which twenty take a second."""
+    return strategy_for_budget(LearnOptions(budget_minutes=minutes), 100, lambda: 0.05, checkpoint)
 
 
-def test_hours_are_for_full_learning_and_no_time_is_for_layerwise_masks(
-    net: nn.Module, caplog: pytest.LogCaptureFixture
-) -> None:
-    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+@pytest.mark.parametrize(("minutes", "wanted"), [(0, "layerwise"), (1.6, "layerwise"), (1.7, "full"), (None, "full")])
+def test_a_budget_is_counted_in_minutes(minutes: float | None, wanted: str) -> None:
+    """2,000 images take 100 seconds."""
+    assert of_budget(minutes) == wanted
+
+
+def test_the_log_says_what_the_budget_is_spent_on(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        assert of_budget(net, 600) == "full"
-        assert of_budget(net, 1e-6) == "layerwise"
-    assert "600 minutes are about" in caplog.text
-    assert "images: layer-wise masks, without learning" in caplog.text
-    assert of_budget(net, None) == "full"
+        of_budget(1)
+    assert "1 minutes are about 1200 images: layer-wise masks, without learning" in caplog.text
+
+
+def test_a_step_is_timed_and_the_network_stays_as_it_is(net: nn.Module) -> None:
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    masks = {"3.weight": magnitude_mask(net.get_parameter("3.weight").detach().numpy(), TWO_FOUR)}
+    started = time.monotonic()
+    seconds = seconds_per_image(net, masks, TWO_FOUR, PREPROCESSING, DATA, LearnOptions(batch=16), (), "cpu")
+    assert 0 < seconds < (time.monotonic() - started) / 16
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert not net.training
 
 
-@pytest.mark.parametrize(("minutes", "wanted"), [(1.6, "layerwise"), (1.7, "full")])
-def test_a_budget_is_counted_in_minutes(
-    minutes: float, wanted: str, net: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At twenty images a second, 2,000 take 100 seconds."""
-    monkeypatch.setattr(budget, "_seconds_per_image", lambda *_: 0.05)
-    assert of_budget(net, minutes) == wanted
-
-
-def test_processes_that_learn_together_do_not_decide_by_their_own_clocks(
-    net: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_that_learn_together_do_not_decide_by_their_own_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert of_budget(net, 1e-6) == "full"
+    assert of_budget(1) == "full"
 
 
-def test_an_interrupted_run_goes_on_as_it_began(net: nn.Module, tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_as_it_began(tmp_path: Path) -> None:
     checkpoint = tmp_path / "m.learning"
-    assert of_budget(net, 1e-6, checkpoint) == "layerwise"
+    assert of_budget(1, checkpoint) == "layerwise"
     # Without a checkpoint there is nothing to go on with.
-    assert of_budget(net, 600, checkpoint) == "full"
+    assert of_budget(9, checkpoint) == "full"
     checkpoint.write_bytes(b"a learner's state")
-    assert of_budget(net, 1e-6, checkpoint) == "full"
-    (tmp_path / "m.learning.strategy").write_text("something else")
-    assert of_budget(net, 1e-6, checkpoint) == "layerwise"
+    assert of_budget(1, checkpoint) == "full"
+    strategy_file(checkpoint).write_text("something else")
+    assert of_budget(1, checkpoint) == "layerwise"
 
 
 @pytest.mark.parametrize(
@@ -128,10 +126,13 @@ def test_the_strategy_reaches_the_learner(
     assert [{name: getattr(options, name) for name in changes} for options in seen] == ([changes] if changes else [])
 
 
-def test_the_memory_of_the_strategy_goes_with_the_checkpoint(net: nn.Module, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("minutes", "method"), [(1e-6, "layerwise"), (600, "learned")])
+def test_the_memory_of_the_strategy_goes_with_the_checkpoint(
+    minutes: float, method: str, net: nn.Module, tmp_path: Path
+) -> None:
     files = LearnerFiles(tmp_path / "m.learning")
-    options = MaskOptions(method="learned", learn=LearnOptions(epochs=1, batch=16, budget_minutes=600))
-    choose_masks(net, ABOUT, options, tmp_path / "m.safetensors", DATA, files=files)
+    options = MaskOptions(method="learned", learn=LearnOptions(epochs=1, batch=16, budget_minutes=minutes))
+    assert choose_masks(net, ABOUT, options, tmp_path / "m.safetensors", DATA, files=files).method == method
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
 
 
