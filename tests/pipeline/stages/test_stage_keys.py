@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from maskplan.pipeline.core.artifacts import Checkpoint, ImageSet, MaskSet, Pattern, Preprocessing, Provenance
 from maskplan.pipeline.core.files import write_atomically
 from maskplan.pipeline.models.checkpoint import ModelOptions
+from maskplan.pipeline.models.synthesize import SynthesizeOptions
 from maskplan.pipeline.recipe import Recipe
 from maskplan.pipeline.stages import model
 from maskplan.pipeline.stages.job import Images, ImageSets, Job
@@ -85,3 +87,42 @@ def test_a_new_version_of_a_stage_runs_that_stage_again(
     monkeypatch.setitem(STAGE_VERSIONS, "recalibrate", STAGE_VERSIONS["recalibrate"] + 1)
     assert stages_run(SETS) == {"recalibrate-sparse"}
     assert stages_run(SETS) == set()
+
+
+def test_another_dense_network_gives_other_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pruned one may be the same: what differs may be masked, or the statistics alone."""
+    monkeypatch.setattr(model, "load_module", lambda *_: None)
+    monkeypatch.setattr(model, "recalibrate", lambda _m, _p, _train, _options, out, *_: checkpoint(out))
+    baked = checkpoint(tmp_path / "baked.safetensors")
+
+    def run(dense: str) -> set[str]:
+        with Workspace(tmp_path / "out") as ws:
+            job = Job(ws, ModelOptions("net.py:build"), Recipe())
+            source = replace(baked, sha256=dense)
+            model.recalibrate_statistics(job, source, baked, images_of(SETS), "sparse", ws.path("s.safetensors"))
+            return set(ws.seconds)
+
+    assert [run(dense) for dense in ("a", "a", "b")] == [{"recalibrate-sparse"}, set(), {"recalibrate-sparse"}]
+
+
+def test_synthetic_images_are_made_again_for_other_weights_or_options_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "load_module", lambda *_: None)
+    monkeypatch.setattr(model, "synthesize_images", lambda *_: np.zeros((16, 8, 8, 1), np.uint8))
+    dense = checkpoint(tmp_path / "dense.safetensors")
+
+    def run(sha256: str, options: SynthesizeOptions, code: str = "") -> bool:
+        with Workspace(tmp_path / "out") as ws:
+            job = Job(ws, ModelOptions("net.py:build"), Recipe(synthesize=options), code=code)
+            made = model.synthesize(job, replace(dense, sha256=sha256))
+            assert (len(made.data.train), len(made.data.select), len(made.data.val)) == (14, 2, 0)
+            assert [s.images for s in made.sets.shaping] == [14, 2]
+            return "synthesize" in ws.seconds
+
+    plain = SynthesizeOptions(images=16)
+    assert [run("a", plain), run("a", plain), run("b", plain), run("b", plain)] == [True, False, True, False]
+    assert run("b", replace(plain, seed=1))
+    assert run("b", replace(plain, steps=7))
+    assert run("b", replace(plain, steps=7), code="other")
+    assert not run("b", replace(plain, steps=7), code="other")
