@@ -117,7 +117,7 @@ def _verdicts(report: RunReport) -> Iterator[tuple[str, str]]:
             "ranges": report.calibration is not None,
         }
         uses = ", ".join(name for name, is_chosen in chosen.items() if is_chosen)
-        yield "images", f"{synthetic} synthetic images, made from the dense network, for {uses}"
+        yield "images", f"{synthetic} synthetic images, made from the dense network, used for: {uses}"
     if report.permutation is not None:
         gain = 100 * (report.permutation.kept_after / report.permutation.kept_before - 1)
         yield "permutation", f"kept magnitude {gain:+.2f}%, efficacy {report.permutation.efficacy:.1f}"

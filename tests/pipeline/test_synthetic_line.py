@@ -20,7 +20,7 @@ def test_the_run_says_what_chose_its_masks_and_takes_known_images(cli: Cli, tmp_
     ran = cli(*command)
     assert ran.code == 0
     assert "layerwise, recalibrated, synthetic images" in ran.out
-    assert "32 synthetic images, made from the dense network, for masks, statistics\n" in ran.out
+    assert "32 synthetic images, made from the dense network, used for: masks, statistics\n" in ran.out
     report = json.loads((out / "report.json").read_text())
     assert report["masks"]["method"] == "layerwise"
     assert report["parity"]["verdict"] == "not_applicable"
