@@ -17,6 +17,8 @@ from tables import Results
 mpl.use("svg")
 # The same bytes from the same numbers.
 mpl.rcParams["svg.hashsalt"] = "maskplan"
+# Text instead of the outlines of its letters.
+mpl.rcParams["svg.fonttype"] = "none"
 
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402

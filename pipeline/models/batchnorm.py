@@ -98,7 +98,9 @@ def batchnorm_layers(module: nn.Module) -> list[nn.Module]:
 def dense_statistics(
     dense: nn.Module, train: Split, preprocessing: Preprocessing, options: RecalibrateOptions
 ) -> DenseStatistics | None:
-    """The statistics of the dense network, stored and on the images that `options` draw; the network does not change.
+    """The statistics of the dense network, stored and on the images that `options` draw.
+
+    The network is put in evaluation mode and does not change otherwise.
 
     Returns:
         None if the options ask for statistics of the images alone, or there are too few images.
