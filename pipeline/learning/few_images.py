@@ -14,7 +14,7 @@ FEW_IMAGES = 8192
 """At most this many images are few."""
 
 # Images that learning runs over in all, repetitions included, and evaluations on `select` during that time.
-_SEEN, _EVALUATIONS = 60_000, 10
+_SEEN, _EVALUATIONS = 90_000, 10
 # With a time budget, which then ends learning earlier.
 _SEEN_IN_BUDGET = 200_000
 _SETTING = {"match_features": 1.0, "augment": "shift+flip"}
