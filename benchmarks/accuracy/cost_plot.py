@@ -2,7 +2,8 @@
 
     python benchmarks/accuracy/cost_plot.py
 
-reads few_images.json next to this script and writes docs/cost.svg.
+reads few_images.json and accuracy.json next to this script, and writes docs/cost.svg and the points among which a run's
+report shows where it stands, `pipeline/report/measured_costs.json`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ from typing import Any
 import matplotlib as mpl
 from tables import Results
 
+from maskplan.pipeline.core.files import write_json
+from maskplan.pipeline.core.serialization import encode
+from maskplan.pipeline.report.cost import MeasuredCost
+
 mpl.use("svg")
 # The same bytes from the same numbers.
 mpl.rcParams["svg.hashsalt"] = "maskplan"
@@ -23,7 +28,15 @@ mpl.rcParams["svg.fonttype"] = "none"
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
-OUT = Path(__file__).parents[2] / "docs" / "cost.svg"
+ROOT = Path(__file__).parents[2]
+OUT = ROOT / "docs" / "cost.svg"
+COSTS = ROOT / "pipeline" / "report" / "measured_costs.json"
+# Names of the methods in reports; masks by synthetic images are not compared with those by real ones.
+METHODS = {
+    "magnitude, recalibrated": "magnitude",
+    "layerwise, recalibrated": "layerwise",
+    "learned, recalibrated": "learned",
+}
 ROWS = {
     "magnitude, recalibrated": ("magnitude", "o"),
     "layerwise, synthetic images": ("layer-wise, synthetic images", "v"),
@@ -35,8 +48,9 @@ _LEAST_MINUTES = 0.05
 
 
 def main() -> None:
-    """Draw both panels."""
+    """Draw both panels, and write the points."""
     runs = Results().read("few_images")
+    write_json(COSTS, encode(costs(runs, Results().read("accuracy"))))
     figure, (over_minutes, over_images) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     networks = sorted({run["model"] for run in runs})
     for color, network in enumerate(networks):
@@ -56,6 +70,22 @@ def main() -> None:
     for axes in (over_minutes, over_images):
         axes.grid(alpha=0.3)
     figure.savefig(OUT, metadata={"Date": None})
+
+
+def costs(few: Sequence[Mapping[str, Any]], full: Sequence[Mapping[str, Any]]) -> list[MeasuredCost]:
+    """One point for each network, method and number of images; learning from all training images from `full`."""
+    points = [
+        MeasuredCost(run["model"], method, run["images"], run["minutes"].get(row, 0.0), **_drop(run["rows"][row]))
+        for run in few
+        for row, method in METHODS.items()
+    ]
+    row = "maskplan, recalibrated"
+    points += [MeasuredCost(r["model"], "learned", r["images"], r["minutes"], **_drop(r["rows"][row])) for r in full]
+    return sorted(points, key=lambda p: (p.network, p.method, p.images, p.minutes))
+
+
+def _drop(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"drop": row["drop"], "drop_ci95": tuple(row["drop_ci95"])}
 
 
 def draw_minutes(axes: Axes, runs: Sequence[Mapping[str, Any]], row: str, marker: str, color: str) -> None:

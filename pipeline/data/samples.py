@@ -174,8 +174,9 @@ def open_samples(data: Path, role: str, inputs: Sequence[TensorSpec], options: I
         where: Name of the network in messages.
 
     Raises:
-        InputError: There is no data, or it does not fit the inputs.
+        InputError: There is no data or no input, or they do not fit.
     """
+    _require_inputs(inputs, where)
     if not data.exists():
         kind = "file" if data.suffix else "folder"
         raise InputError(f"data {kind} not found", where=data, fix="give --data a folder of images or a .npz file")
@@ -199,8 +200,9 @@ def noise_samples(
     """Seeded noise: normally distributed floats; of other types, small numbers from 0 to 1.
 
     Raises:
-        InputError: The size of an input is not known.
+        InputError: There is no input, or the size of one is not known.
     """
+    _require_inputs(inputs, where)
     generator = np.random.default_rng(seed)
     batched = all(spec.shape[:1] == (None,) for spec in inputs)
     arrays = {}
@@ -225,6 +227,11 @@ def is_channels_last(spec: TensorSpec) -> bool:
     """Whether an image input is (N, H, W, channels), by its sizes."""
     few = (*_CHANNELS, 4)
     return len(spec.shape) == 4 and spec.shape[3] in few and spec.shape[1] not in few
+
+
+def _require_inputs(inputs: Sequence[TensorSpec], where: object) -> None:
+    if not inputs:
+        raise InputError("the network has no inputs, so it cannot be run on data", where=where)
 
 
 def _images(data: Path, role: str, inputs: Sequence[TensorSpec], options: ImageOptions, where: object) -> ImageSamples:

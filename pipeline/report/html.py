@@ -19,7 +19,7 @@ from maskplan.pipeline.core.serialization import encode
 from maskplan.pipeline.data.synthetic import synthetic_count
 from maskplan.pipeline.permutation.record import AS_GIVEN, FIXED, MOVED, UNREAD
 from maskplan.pipeline.recipe import Recipe
-from maskplan.pipeline.report import plots
+from maskplan.pipeline.report import cost, plots
 from maskplan.pipeline.report.record import RunReport
 
 FASTER, SLOWER, NO_DIFFERENCE = "faster", "slower", "no difference"
@@ -221,10 +221,12 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
 
 def _plots(report: RunReport) -> dict[str, str | None]:
     timed = report.timing if report.timing.batches else None
-    statistics = report.mask_statistics
+    statistics, spent = report.mask_statistics, cost.run_cost(report)
     return {
         "accuracy": plots.accuracy(report.parity.methods) if report.parity.methods else None,
         "classes": plots.class_drops(report.parity.classes) if any(c.drop > 0 for c in report.parity.classes) else None,
+        "images": cost.accuracy_lost(spent, "images") if spent else None,
+        "minutes": cost.accuracy_lost(spent, "minutes") if spent and spent.minutes is not None else None,
         "depth": plots.error_by_depth(report.depth) if report.depth and report.depth.layers else None,
         "latency": plots.latency(timed) if timed else None,
         "throughput": plots.throughput(timed) if timed else None,

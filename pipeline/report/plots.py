@@ -1,43 +1,31 @@
-"""The report's plots, as SVG text that is embedded in the page.
-
-Colors are the page's CSS variables with the light value as a fallback, so that a plot is legible in light and dark mode and
-as a separate file. Every plot has a title and a description for screen readers, and a tooltip for each mark.
-"""
+"""The report's plots of a run, as SVG text."""
 
 from __future__ import annotations
 
-import io
-import logging
-import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal, NamedTuple
-from xml.etree import ElementTree
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from maskplan.pipeline.core.artifacts import MaskSet
 from maskplan.pipeline.core.reports import ClassDrop, DepthReport, Latency, MethodRow, TimingReport
 from maskplan.pipeline.masking.statistics import GroupStatistics
+from maskplan.pipeline.report.drawing import (
+    BAD,
+    LINE,
+    OTHER,
+    OWN,
+    PLAIN,
+    SMALL,
+    SOFT,
+    add_legend,
+    new_axes,
+    set_scale,
+    shorten,
+    to_svg,
+    write_right,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.legend import Legend
-
-# Without a home folder to write to, matplotlib works as well, after two warnings about its cache.
-logging.getLogger("matplotlib").setLevel(logging.ERROR)
-
-# Colors that matplotlib draws with, and the CSS variables that replace them.
-_INK, _SOFT, _LINE, _PAPER = "#1c2026", "#59606b", "#d9dde3", "#fffffe"
-_OWN, _OTHER, _PLAIN, _BAD = "#2459a8", "#b4540a", "#727984", "#b3261d"
-_VARIABLES = {
-    _INK: "ink", _SOFT: "soft", _LINE: "line", _PAPER: "paper",
-    _OWN: "own", _OTHER: "other", _PLAIN: "plain", _BAD: "bad",
-}  # fmt: skip
-
-# Size in points: about the width of the plot in the page, so that text has its nominal size there.
-_WIDTH, _DOT = 420, 72
-_TEXT, _SMALL = 12, 11.5
-_LONGEST_NAME = 30
 
 
 class _Style(NamedTuple):
@@ -49,38 +37,34 @@ class _Style(NamedTuple):
 
 
 _STYLES = {
-    "dense": _Style(_PLAIN, "s", -0.08),
-    "pruned": _Style(_OTHER, "^", 0.0),
-    "sparse": _Style(_OWN, "o", 0.08),
+    "dense": _Style(PLAIN, "s", -0.08),
+    "pruned": _Style(OTHER, "^", 0.0),
+    "sparse": _Style(OWN, "o", 0.08),
 }
-
-_SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-_FONT = re.compile(r"font-family: [^;]*; *")
-_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def accuracy(rows: Sequence[MethodRow]) -> str:
     """Top-1 by method: one dot each, with the paired interval of the drop from dense as a line."""
-    with _axes(52 + 26 * len(rows), grid="x") as axes:
+    with new_axes(52 + 26 * len(rows), grid="x") as axes:
         dense = rows[0].top1
-        axes.axvline(dense, color=_PLAIN, linewidth=1, linestyle=(0, (4, 3)))
+        axes.axvline(dense, color=PLAIN, linewidth=1, linestyle=(0, (4, 3)))
         ends = [dense]
         tips = {}
         for y, row in enumerate(rows):
             plain = row.name == "dense"
             low, high = (row.top1, row.top1) if plain else (dense - row.drop_ci95[1], dense - row.drop_ci95[0])
             ends += [row.top1, low, high]
-            axes.plot([low, high], [y, y], color=_OWN, linewidth=2, solid_capstyle="butt")
-            axes.plot([row.top1], [y], "o", color=_PLAIN if plain else _OWN, markersize=8, gid=f"row-{y}")
-            _write_right(axes, y, f"{row.top1:.2f}")
+            axes.plot([low, high], [y, y], color=OWN, linewidth=2, solid_capstyle="butt")
+            axes.plot([row.top1], [y], "o", color=PLAIN if plain else OWN, markersize=8, gid=f"row-{y}")
+            write_right(axes, y, f"{row.top1:.2f}")
             tips[f"row-{y}"] = [f"{row.name}: {row.top1:.2f}%" + ("" if plain else f", {low:.2f} to {high:.2f}%")]
-        axes.set_yticks(range(len(rows)), [_shorten(row.name) for row in rows])
+        axes.set_yticks(range(len(rows)), [shorten(row.name) for row in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         room = max(0.6, 0.08 * (max(ends) - min(ends)))
         axes.set_xlim(min(ends) - room, max(ends) + room)
         axes.set_xlabel("top-1 accuracy, %")
         description = "; ".join(f"{row.name} {row.top1:.2f}%" for row in rows)
-        return _svg(
+        return to_svg(
             axes, "accuracy", "Accuracy by method", f"Top-1: {description}. Lines are paired 95% intervals.", tips
         )
 
@@ -88,24 +72,24 @@ def accuracy(rows: Sequence[MethodRow]) -> str:
 def class_drops(classes: Sequence[ClassDrop], max_rows: int = 12) -> str:
     """Drop of top-1, in points, of the classes that lose most: one dot each, on a line from zero."""
     worst = sorted((c for c in classes if c.drop > 0), key=lambda c: (-c.drop, c.name))[:max_rows]
-    with _axes(52 + 22 * len(worst), grid="x") as axes:
+    with new_axes(52 + 22 * len(worst), grid="x") as axes:
         at = range(len(worst))
-        axes.hlines(at, 0, [c.drop for c in worst], color=_OWN, linewidth=2)
-        axes.plot([c.drop for c in worst], at, "o", color=_OWN, markersize=7, gid="class")
+        axes.hlines(at, 0, [c.drop for c in worst], color=OWN, linewidth=2)
+        axes.plot([c.drop for c in worst], at, "o", color=OWN, markersize=7, gid="class")
         for y, found in enumerate(worst):
-            _write_right(axes, y, f"{found.drop:+.1f}")
-        axes.set_yticks(list(at), [_shorten(c.name) for c in worst])
+            write_right(axes, y, f"{found.drop:+.1f}")
+        axes.set_yticks(list(at), [shorten(c.name) for c in worst])
         axes.set_ylim(len(worst) - 0.4, -0.6)
         axes.set_xlim(0, 1.06 * worst[0].drop if worst else 1)
         axes.set_xlabel("drop in top-1, points")
         tips = [f"{c.name}: {c.top1_dense:.1f}% dense, {c.top1_sparse:.1f}% sparse, {c.images} images" for c in worst]
         description = "; ".join(f"{c.name} {c.drop:+.1f}" for c in worst)
-        return _svg(axes, "classes", "Drop by class", f"Points of top-1 lost: {description}.", {"class": tips})
+        return to_svg(axes, "classes", "Drop by class", f"Points of top-1 lost: {description}.", {"class": tips})
 
 
 def latency(timing: TimingReport) -> str:
     """Median latency of the engines by batch size, with a line up to the 90th percentile."""
-    with _axes(220, grid="y") as axes:
+    with new_axes(220, grid="y") as axes:
         tips = {}
         for name, found in _engines(timing).items():
             at = [i + _STYLES[name].offset for i, _ in found]
@@ -117,14 +101,14 @@ def latency(timing: TimingReport) -> str:
                 for i, v in found
             ]
         _label_batches(axes, timing)
-        _set_scale(axes, [ms for found in _engines(timing).values() for _, v in found for ms in (v.p50_ms, v.p90_ms)])
+        set_scale(axes, [ms for found in _engines(timing).values() for _, v in found for ms in (v.p50_ms, v.p90_ms)])
         axes.set_ylabel("ms a batch")
-        return _svg(axes, "latency", "Latency by batch size", _describe_by_batch(timing, "p50_ms", "ms"), tips)
+        return to_svg(axes, "latency", "Latency by batch size", _describe_by_batch(timing, "p50_ms", "ms"), tips)
 
 
 def throughput(timing: TimingReport) -> str:
     """Images per second of the engines by batch size, at the median latency."""
-    with _axes(220, grid="y") as axes:
+    with new_axes(220, grid="y") as axes:
         tips = {}
         for name, found in _engines(timing).items():
             _plot_engine(axes, name, [i + _STYLES[name].offset for i, _ in found], [v.images_per_s for _, v in found])
@@ -134,14 +118,14 @@ def throughput(timing: TimingReport) -> str:
         axes.yaxis.set_major_formatter("{x:,g}")
         axes.set_ylabel("images/s")
         description = _describe_by_batch(timing, "images_per_s", "images/s")
-        return _svg(axes, "throughput", "Throughput by batch size", description, tips)
+        return to_svg(axes, "throughput", "Throughput by batch size", description, tips)
 
 
 def error_by_depth(report: DepthReport) -> str:
     """Relative difference of each layer's output, from input to output; one that is not finite is a cross at the top."""
     from matplotlib.ticker import MaxNLocator
 
-    with _axes(235, grid="y") as axes:
+    with new_axes(235, grid="y") as axes:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         numbered = list(enumerate(report.layers, 1))
         finite = [(i, layer, 100 * layer.relative) for i, layer in numbered if layer.relative is not None]
@@ -150,17 +134,17 @@ def error_by_depth(report: DepthReport) -> str:
         # Where differences begin matters, not how small they are before: values far below the tolerance go to the bottom.
         wide_range = limit > 0 and max((v for _, _, v in finite), default=0.0) > 8 * limit
         floor = limit / 10 if wide_range else 0.0
-        axes.axhline(limit, color=_PLAIN, linewidth=1, linestyle=(0, (4, 3)))
+        axes.axhline(limit, color=PLAIN, linewidth=1, linestyle=(0, (4, 3)))
         axes.plot(
             [i for i, _, _ in finite],
             [max(v, floor) for _, _, v in finite],
             "o-",
-            color=_OWN,
+            color=OWN,
             linewidth=1,
             markersize=5 if len(finite) <= 60 else 3,
             gid="depth",
         )
-        _set_scale(axes, [max(v, floor) for _, _, v in finite] + [limit])
+        set_scale(axes, [max(v, floor) for _, _, v in finite] + [limit])
         if wide_range:
             axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}" if y > 1.01 * floor else f"≤ {y:g}")
         if broken:
@@ -170,26 +154,26 @@ def error_by_depth(report: DepthReport) -> str:
                 [i for i, _ in broken],
                 [0.97] * len(broken),
                 "x",
-                color=_BAD,
+                color=BAD,
                 markersize=7,
                 transform=top,
                 gid="broken",
-                label=f"first: {_shorten(str(report.first))}, not finite" if ended else "not finite",
+                label=f"first: {shorten(str(report.first))}, not finite" if ended else "not finite",
             )
         for i, layer, value in finite:
             if layer.node == report.first:
                 axes.plot(
-                    [i], [value], "o", color=_BAD, markersize=8, gid="first", label=f"first: {_shorten(layer.node)}"
+                    [i], [value], "o", color=BAD, markersize=8, gid="first", label=f"first: {shorten(layer.node)}"
                 )
         axes.annotate(
             f"tolerance {limit:.3g}%", (1, limit), (0, 4), ("axes fraction", "data"), "offset points",
-            ha="right", va="bottom", fontsize=_SMALL, color=_SOFT,
+            ha="right", va="bottom", fontsize=SMALL, color=SOFT,
         )  # fmt: skip
         axes.set_xlim(0.5, max(len(report.layers), 1) + 0.5)
         axes.set_xlabel("layer, from input to output")
         axes.set_ylabel("difference, %")
         if axes.get_legend_handles_labels()[1]:
-            _legend(axes, ncols=2)
+            add_legend(axes, ncols=2)
         tips = {
             "depth": [f"{i} {layer.node}: {value:.3g}%" for i, layer, value in finite],
             "broken": [f"{i} {layer.node}: not finite" for i, layer in broken],
@@ -199,20 +183,20 @@ def error_by_depth(report: DepthReport) -> str:
         }
         where = f"{report.first} is the first layer beyond it" if report.first else "no layer is beyond it"
         description = f"{len(report.layers)} layers; the tolerance is {limit:.3g}%; {where}."
-        return _svg(axes, "depth", "Difference from the dense model by depth", description, tips)
+        return to_svg(axes, "depth", "Difference from the dense model by depth", description, tips)
 
 
 def kept_magnitude(masks: MaskSet) -> str:
     """Share of each masked layer's magnitude that its mask keeps, and the maximum that the pattern allows."""
     from matplotlib.ticker import MaxNLocator
 
-    with _axes(220, grid="y") as axes:
+    with new_axes(220, grid="y") as axes:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         at = list(range(1, len(masks.masked) + 1))
         best, own = [100 * m.kept_best for m in masks.masked], [100 * m.kept for m in masks.masked]
-        axes.vlines(at, own, best, color=_LINE, linewidth=2)
-        axes.plot(at, best, "_", color=_OTHER, markersize=9, markeredgewidth=2, label="best", gid="best")
-        axes.plot(at, own, "o", color=_OWN, markersize=5, label="own", gid="own")
+        axes.vlines(at, own, best, color=LINE, linewidth=2)
+        axes.plot(at, best, "_", color=OTHER, markersize=9, markeredgewidth=2, label="best", gid="best")
+        axes.plot(at, own, "o", color=OWN, markersize=5, label="own", gid="own")
         low, high = min(own, default=0.0), max(best, default=100.0)
         room = max(1.0, 0.12 * (high - low))
         axes.set_ylim(low - room, high + room)
@@ -220,8 +204,8 @@ def kept_magnitude(masks: MaskSet) -> str:
         axes.set_xlabel("masked layer, from input to output")
         axes.set_ylabel("magnitude kept, %")
         # Set in the legend afterwards: matplotlib omits labels that begin with an underscore.
-        legend = _legend(axes, ncols=2)
-        names = (f"maximum for {masks.pattern}", _shorten(masks.method))
+        legend = add_legend(axes, ncols=2)
+        names = (f"maximum for {masks.pattern}", shorten(masks.method))
         for text, name in zip(legend.get_texts(), names, strict=True):
             text.set_text(name)
         tips = {
@@ -229,7 +213,7 @@ def kept_magnitude(masks: MaskSet) -> str:
             "best": [f"{i} {m.name}: at most {100 * m.kept_best:.1f}%" for i, m in zip(at, masks.masked, strict=True)],
         }
         description = f"{len(at)} masked layers keep {low:.1f}% to {max(own, default=100.0):.1f}% of their magnitude."
-        return _svg(axes, "kept", "Magnitude kept by layer", description, tips)
+        return to_svg(axes, "kept", "Magnitude kept by layer", description, tips)
 
 
 def pattern_histogram(found: GroupStatistics) -> str:
@@ -244,24 +228,24 @@ def pattern_histogram(found: GroupStatistics) -> str:
         own.append(100 * found.others / found.groups)
         magnitude.append(100 * (found.groups - listed) / found.groups)
         names.append("others")
-    with _axes(66 + 22 * len(names), grid="x") as axes:
+    with new_axes(66 + 22 * len(names), grid="x") as axes:
         at = range(len(names))
-        bars = axes.barh(at, own, 0.62, color=_OWN)
+        bars = axes.barh(at, own, 0.62, color=OWN)
         axes.plot(
-            magnitude, at, "|", color=_OTHER, markersize=14, markeredgewidth=2.5, label="magnitude masks", gid="mag"
+            magnitude, at, "|", color=OTHER, markersize=14, markeredgewidth=2.5, label="magnitude masks", gid="mag"
         )
         for bar, name, share in zip(bars, names, own, strict=True):
             bar.set_gid(f"bar-{name}")
-            _write_right(axes, bar.get_y() + bar.get_height() / 2, f"{share:.1f}%")
+            write_right(axes, bar.get_y() + bar.get_height() / 2, f"{share:.1f}%")
         axes.set_yticks(list(at), [_squares(name) for name in names])
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_xlim(0, 1.06 * max([*own, *magnitude, 1.0]))
         axes.set_xlabel("share of groups, %")
-        _legend(axes)
+        add_legend(axes)
         tips = {f"bar-{n}": [f"{n}: {share:.2f}%"] for n, share in zip(names, own, strict=True)}
         tips["mag"] = [f"{n} by magnitude: {share:.2f}%" for n, share in zip(names, magnitude, strict=True)]
         shares = "; ".join(f"{n} {share:.1f}%" for n, share in zip(names, own, strict=True))
-        return _svg(axes, "patterns", "Patterns of groups", f"Shares of groups: {shares}.", tips)
+        return to_svg(axes, "patterns", "Patterns of groups", f"Shares of groups: {shares}.", tips)
 
 
 def _engines(timing: TimingReport) -> dict[str, list[tuple[int, Latency]]]:
@@ -283,15 +267,7 @@ def _label_batches(axes: Axes, timing: TimingReport) -> None:
     axes.set_xticks(range(len(timing.batches)), [str(b.batch) for b in timing.batches])
     axes.set_xlim(-0.5, len(timing.batches) - 0.5)
     axes.set_xlabel("batch")
-    _legend(axes, ncols=3)
-
-
-def _legend(axes: Axes, ncols: int = 1) -> Legend:
-    """Above the axes, where it hides no mark."""
-    return axes.legend(
-        frameon=False, fontsize=_SMALL, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=ncols,
-        handletextpad=0.4, columnspacing=1.4, borderaxespad=0.2,
-    )  # fmt: skip
+    add_legend(axes, ncols=3)
 
 
 def _describe_by_batch(timing: TimingReport, field: str, unit: str) -> str:
@@ -301,129 +277,5 @@ def _describe_by_batch(timing: TimingReport, field: str, unit: str) -> str:
     )
 
 
-def _set_scale(axes: Axes, values: Sequence[float]) -> None:
-    """Logarithmic if all values are positive and span a factor of more than 8, else from zero."""
-    positive = [v for v in values if v > 0]
-    if positive and len(positive) == len(values) and max(positive) > 8 * min(positive):
-        from matplotlib.ticker import LogLocator, NullFormatter
-
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(10, (1.0, 2.0, 5.0) if max(positive) < 500 * min(positive) else (1.0,)))
-        axes.yaxis.set_major_formatter(lambda x, _: f"{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.tick_params(axis="y", which="minor", length=0)
-        axes.set_ylim(min(positive) / 1.6, max(positive) * 1.6)
-    else:
-        axes.set_ylim(0, 1.15 * max([*values, 0.0]) or 1.0)
-
-
-def _write_right(axes: Axes, y: float, text: str) -> None:
-    """Write text to the right of the axes, clear of all marks."""
-    axes.annotate(text, (1, y), (1.015, y), ("axes fraction", "data"), va="center", fontsize=_TEXT)
-
-
-def _shorten(name: str) -> str:
-    """Shorten a name to fit next to a plot; its end is kept, which is the most specific part."""
-    name = _for_xml(name)
-    return name if len(name) <= _LONGEST_NAME else "\N{HORIZONTAL ELLIPSIS}" + name[1 - _LONGEST_NAME :]
-
-
-def _for_xml(text: str) -> str:
-    return _NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text)
-
-
 def _squares(pattern: str) -> str:
     return pattern.replace("1", "\N{BLACK SQUARE}").replace("0", "\N{WHITE SQUARE}")
-
-
-@contextmanager
-def _axes(height: float, grid: Literal["x", "y"]) -> Iterator[Axes]:
-    """Axes of a figure `height` units high, with thin lines across the `x` or `y` axis."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(_WIDTH / _DOT, height / _DOT), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right", "left" if grid == "y" else "bottom"]].set_visible(False)
-    for spine in axes.spines.values():
-        spine.set_color(_LINE)
-    axes.tick_params(color=_LINE, labelsize=_TEXT, labelcolor=_INK, length=0, pad=6)
-    axes.grid(axis=grid, color=_LINE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.label.set(color=_SOFT, size=_SMALL)
-    with warnings.catch_warnings():
-        # The browser renders the text; glyphs that the measuring font lacks do not matter.
-        warnings.filterwarnings("ignore", "Glyph .* missing from")
-        yield axes
-
-
-def _svg(axes: Axes, name: str, title: str, description: str, tips: Mapping[str, Sequence[str]]) -> str:
-    """The figure's SVG text; `name` makes its ids unique, `tips` has a tooltip for each mark of a group."""
-    import matplotlib as mpl
-    from matplotlib.text import Text
-
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    for text in figure.findobj(Text):
-        # A dollar sign in a name is not a formula; black is replaced by the page's text color.
-        text.set_parse_math(False)
-        if text.get_color() == "black":
-            text.set_color(_INK)
-    buffer = io.StringIO()
-    # Keep text as text (searchable, small), and the ids the same in every run.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "maskplan", "font.family": "sans-serif"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True, dpi=_DOT)
-    root = ElementTree.fromstring(buffer.getvalue())
-    _strip_svg(root)
-    _add_tips(root, tips)
-    _set_identity(root, name, title, description)
-    ElementTree.register_namespace("", _SVG)
-    ElementTree.register_namespace("xlink", _XLINK)
-    return ElementTree.tostring(root, "unicode")
-
-
-def _strip_svg(root: ElementTree.Element) -> None:
-    """Remove what only a separate file needs (metadata, style sheet, fixed size) and use the page's colors."""
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):
-                parent.remove(child)
-    for attribute in ("width", "height"):
-        root.attrib.pop(attribute, None)
-    for element in root.iter():
-        if style := element.get("style"):
-            for color, variable in _VARIABLES.items():
-                style = style.replace(color, f"var(--{variable}, {color})")
-            # The page sets the font.
-            element.set("style", _FONT.sub("", style))
-    root.set("font-family", "system-ui, sans-serif")
-
-
-def _add_tips(root: ElementTree.Element, tips: Mapping[str, Sequence[str]]) -> None:
-    for group in root.iter(f"{{{_SVG}}}g"):
-        texts = tips.get(group.get("id", ""))
-        if texts:
-            marks = list(group.iter(f"{{{_SVG}}}use")) or [p for p in group if p.tag == f"{{{_SVG}}}path"]
-            for mark, text in zip(marks, texts, strict=False):
-                ElementTree.SubElement(mark, f"{{{_SVG}}}title").text = _for_xml(text)
-
-
-def _set_identity(root: ElementTree.Element, name: str, title: str, description: str) -> None:
-    """Add title and description, and prefix all ids: a page holds several plots."""
-    used = {f"#{e.get('id')}" for e in root.iter() if e.get("id")}
-    for element in root.iter():
-        if element.get("id"):
-            element.set("id", f"{name}-{element.get('id')}")
-        for attribute, value in element.items():
-            if value in used:
-                element.set(attribute, f"#{name}-{value[1:]}")
-            elif value.startswith("url(#"):
-                element.set(attribute, f"url(#{name}-{value[5:]}")
-    root.set("role", "img")
-    root.set("aria-labelledby", f"{name}-title {name}-description")
-    for tag, text in (("desc", description), ("title", title)):
-        element = ElementTree.Element(
-            f"{{{_SVG}}}{tag}", {"id": f"{name}-{'title' if tag == 'title' else 'description'}"}
-        )
-        element.text = _for_xml(text)
-        root.insert(0, element)

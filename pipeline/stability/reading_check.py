@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from maskplan.pipeline.core.errors import InputError, PipelineError
+from maskplan.pipeline.models.module_outputs import named_tensors
 from maskplan.pipeline.stability.bounds import Floats
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ class ReadingCheck:
         groups = [x[:2], x[2:]] if len(x) > 3 else [torch.cat([x, x[:1], x[:1]])]
         try:
             with torch.no_grad():
-                logits = torch.cat([self._module(group) for group in groups])
+                # A network that the bounds cover has one output, which its forward may return in a container.
+                logits = torch.cat([one for g in groups for one in named_tensors(self._module(g)).values()])
         except Exception as error:  # the module is the user's code
             raise InputError(
                 f"the model cannot run on batches of {' and '.join(str(len(group)) for group in groups)} images in float64",

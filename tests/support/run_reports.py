@@ -10,6 +10,7 @@ from maskplan.pipeline.core.artifacts import (
     Checkpoint,
     DenseLayer,
     EngineFile,
+    ImageSet,
     Learning,
     MaskedLayer,
     MaskSet,
@@ -189,6 +190,7 @@ def full(folder: Path) -> RunReport:
     )
     return replace(
         plain,
+        model=replace(MADE, image_sets=(ImageSet("train", 900, "4" * 64), ImageSet("select", 100, "5" * 64))),
         parity=parity,
         depth=DepthReport(32, 0.01, layers, "a", ("x", "y")),
         mask_statistics=MaskStatistics("2:4", (LayerStatistics("a.weight", counts),), counts),

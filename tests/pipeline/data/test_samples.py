@@ -158,6 +158,14 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         opened(tmp_path, TensorSpec("x", "float32", (None, 4, 8, 8)))
 
 
+def test_a_network_without_inputs_cannot_be_run_on_data(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the network has no inputs"):
+        noise_samples([], 1, None, "net")
+    np.savez(tmp_path / "val.npz", x=np.zeros((2, 3)))
+    with pytest.raises(InputError, match="the network has no inputs"):
+        open_samples(tmp_path, "val", [], ImageOptions(), "net")
+
+
 def test_noise_fits_the_inputs() -> None:
     samples = noise_samples([X, TensorSpec("i", "int64", (None, 7))], 6, None, "net")
     (feeds,) = samples.batches(6)

@@ -234,7 +234,7 @@ def test_the_measured_numbers_are_in_the_page(folder: Path) -> None:
 def test_sections_without_measurements_are_left_out(folder: Path) -> None:
     plain, rich = Page(page_of(report_of(folder))), Page(page_of(full(folder)))
     assert drawn(plain) == {"accuracy", "latency", "throughput", "kept"}
-    assert drawn(rich) == drawn(plain) | {"classes", "depth", "patterns"}
+    assert drawn(rich) == drawn(plain) | {"classes", "depth", "patterns", "cost-images", "cost-minutes"}
     for word in ("Error by depth", "Permutation", "changed %", "differs %", "command", "Thresholds", "flips"):
         assert (word in plain.text, word in rich.text) == (False, True), word
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from svg_plots import SVG, marks, words
 
 from maskplan.pipeline.core.artifacts import MaskedLayer, MaskSet, Pattern
 from maskplan.pipeline.core.reports import (
@@ -22,8 +23,8 @@ from maskplan.pipeline.core.reports import (
 )
 from maskplan.pipeline.masking.statistics import GroupStatistics, PatternCount
 from maskplan.pipeline.report import plots
+from maskplan.pipeline.report.cost import RunCost, accuracy_lost
 
-SVG = "{http://www.w3.org/2000/svg}"
 ROWS = (
     MethodRow("dense", 91.0, 99.0, 0.0, (0.0, 0.0)),
     MethodRow("magnitude", 80.0, 98.5, 11.0, (9.0, 13.0)),
@@ -67,6 +68,7 @@ def histogram(*counts: int, others: int = 0) -> GroupStatistics:
 
 
 CLASSES = (ClassDrop("cat", 50, 90.0, 80.0, 10.0), ClassDrop("dog", 50, 90.0, 92.0, -2.0))
+COST = RunCost(2.5, 1000, 0.75, (0.2, 1.3))
 ALL: dict[str, Callable[[], str]] = {
     "accuracy": lambda: plots.accuracy(ROWS),
     "classes": lambda: plots.class_drops(CLASSES),
@@ -75,21 +77,9 @@ ALL: dict[str, Callable[[], str]] = {
     "depth": lambda: plots.error_by_depth(depth(0.0, 0.02, 0.5, None, first="node 1")),
     "kept": lambda: plots.kept_magnitude(masks()),
     "patterns": lambda: plots.pattern_histogram(histogram(30, 20, 20, 10, 10, 10)),
+    "cost-images": lambda: accuracy_lost(COST, "images"),
+    "cost-minutes": lambda: accuracy_lost(COST, "minutes"),
 }
-
-
-def marks(svg: str, group: str) -> list[tuple[float, float, str]]:
-    """Where each mark of a group stands (x, y from the top left) and its tip."""
-    root = ElementTree.fromstring(svg)
-    (found,) = (g for g in root.iter(f"{SVG}g") if (g.get("id") or "").endswith(f"-{group}"))
-    return [
-        (float(u.get("x", "nan")), float(u.get("y", "nan")), u.findtext(f"{SVG}title", ""))
-        for u in found.iter(f"{SVG}use")
-    ]
-
-
-def words(svg: str) -> list[str]:
-    return [t.text or "" for t in ElementTree.fromstring(svg).iter(f"{SVG}text")]
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -43,6 +44,17 @@ def check(module: nn.Module, images: torch.Tensor = IMAGES) -> float:
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 6])
 def test_a_network_read_rightly_differs_by_rounding(count: int) -> None:
     assert check(subtracting(), IMAGES[:count]) < 1e-13
+
+
+@pytest.mark.parametrize(
+    "returned", [lambda y: {"scores": y}, lambda y: (y,), lambda y: {"scores": [y, None], "loss": 0.5}]
+)
+def test_an_output_in_a_container_is_compared(returned: Callable[[torch.Tensor], object]) -> None:
+    def forward(self: Any, x: torch.Tensor) -> object:
+        return returned(self.head(torch.flatten(torch.rsub(x, self.branch(x)), 1)))
+
+    torch.manual_seed(0)
+    assert check(Net(forward, branch=nn.Conv2d(1, 1, 1), head=nn.Linear(4, 3))) < 1e-13
 
 
 def test_swapped_operands_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,21 @@
+"""The measured points in the package are the benchmarks' results."""
+
+from __future__ import annotations
+
+import cost_plot
+from tables import Results
+
+from maskplan.pipeline.report.cost import measured_costs
+
+
+def test_the_report_shows_what_the_benchmarks_measured() -> None:
+    few, full = (Results().read(name) for name in ("few_images", "accuracy"))
+    found = cost_plot.costs(few, full)
+    assert tuple(found) == measured_costs()
+    # Each number from the files themselves, once.
+    (vgg,) = [p for p in found if (p.network, p.method, p.images) == ("vgg16_bn_quarter", "learned", 256)]
+    (run,) = [r for r in few if (r["model"], r["images"]) == ("vgg16_bn_quarter", 256)]
+    row = run["rows"]["learned, recalibrated"]
+    assert (vgg.drop, list(vgg.drop_ci95)) == (row["drop"], row["drop_ci95"])
+    assert vgg.minutes == run["minutes"]["learned, recalibrated"]
+    assert len(found) == 3 * len(few) + len(full)
