@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from over_seeds import mean_lines
+
 from maskplan.pipeline.core.files import write_atomically, write_json
 
 HERE = Path(__file__).parent
@@ -145,12 +147,19 @@ _FEW_IMAGES = """## Masks from {images} unlabeled images: {model}
 
 Masks, the choice of the epoch and BatchNorm statistics of all masked rows come from the same {images} training images,
 without labels; rows of synthetic images from {synthetic} images that were made from the network, in {made} minutes. "Images
-alone": statistics that are not relative to the dense network's. Learning took {minutes} minutes with {threads} thread(s),
-while other work used the machine. Learned masks gain {gain:+.2f} points over layer-wise ones (95% interval {low:+.2f} to
-{high:+.2f}). The dense network has {select:.2f}% of `select`{training}. `{command}`
+alone": statistics that are not relative to the dense network's. Learning took {minutes} minutes with {threads} thread(s).
+Learned masks gain {gain:+.2f} points over layer-wise ones (95% interval {low:+.2f} to {high:+.2f}). The dense network has
+{select:.2f}% of `select`{training}. `{command}`
 
 | masks | top-1 % | drop, points | 95% interval |
 |---|--:|--:|--:|"""
+
+_FEW_IMAGES_SEEDS = """## Masks from few unlabeled images: mean over seeds
+
+Seeds draw other images, other noise and another order; the dense network is the same. Intervals count seeds and test images.
+
+| network | images | dense on `select`, % | masks | drop by seed | mean drop | 95% interval |
+|---|--:|--:|---|---|--:|--:|"""
 
 _SEGMENTATION = """## A segmentation network
 
@@ -310,7 +319,10 @@ def _onnx_models(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _few_images(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    for run in runs:
+    masks = ("layerwise, recalibrated", "learned, recalibrated")
+    if lines := list(mean_lines(runs, ("model", "images", "select_top1"), masks)):
+        yield "\n".join([_FEW_IMAGES_SEEDS, *lines])
+    for run in (r for r in runs if r["seed"] == 0):
         gain = run["learned_against_layerwise"]
         head = _FEW_IMAGES.format(
             model=run["model"],

@@ -15,6 +15,8 @@ FEW_IMAGES = 8192
 
 # Images that learning runs over in all, repetitions included, and evaluations on `select` during that time.
 _SEEN, _EVALUATIONS = 90_000, 10
+# A handful of images says nothing new after this many passes.
+_MAX_EPOCHS = 400
 # With a time budget, which then ends learning earlier.
 _SEEN_IN_BUDGET = 200_000
 _SETTING = {"match_features": 1.0, "augment": "shift+flip"}
@@ -29,6 +31,6 @@ def few_image_options(options: LearnOptions, images: int) -> LearnOptions:
     """The options for learning from `images` training images; values that are not defaults stay."""
     default = LearnOptions()
     seen = _SEEN if options.budget_minutes is None else _SEEN_IN_BUDGET
-    epochs = max(1, -(-seen // max(images, 1)))
+    epochs = min(max(1, -(-seen // max(images, 1))), _MAX_EPOCHS)
     setting = {**_SETTING, "epochs": epochs, "judge_every": max(1, epochs // _EVALUATIONS)}
     return replace(options, **{k: v for k, v in setting.items() if getattr(options, k) == getattr(default, k)})  # type: ignore[arg-type]
