@@ -62,7 +62,7 @@ def main() -> None:
             if color == 0:
                 over_images.plot([], [], f"{marker}k", linestyle="", label=label)
         over_images.plot([], [], color=f"C{color}", label=network)
-    over_minutes.set(xscale="log", xlabel="minutes on one core", ylabel="points of top-1 lost", ylim=(0, None))
+    over_minutes.set(xscale="log", xlabel="minutes on one or two cores", ylabel="points of top-1 lost", ylim=(0, None))
     over_images.set(xscale="log", xlabel="images without labels")
     over_images.set_xticks([256, 1024, 4096], ["256", "1,024", "4,096"])
     over_images.minorticks_off()
