@@ -95,10 +95,10 @@ def test_an_interrupted_run_goes_on_as_it_began(tmp_path: Path) -> None:
     ("strategy", "few_images", "method", "changes"),
     [
         ("layerwise", None, "layerwise", {}),
-        ("short", None, "learned", {"match_features": 1.0, "epochs": 2000}),
+        ("short", None, "learned", {"match_features": 1.0, "epochs": 400}),
         ("short", False, "learned", {"match_features": 0.0, "epochs": 1}),
         ("full", None, "learned", {"match_features": 0.0, "epochs": 1}),
-        ("full", True, "learned", {"match_features": 1.0, "epochs": 2000}),
+        ("full", True, "learned", {"match_features": 1.0, "epochs": 400}),
     ],
 )
 def test_the_strategy_reaches_the_learner(
@@ -118,7 +118,7 @@ def test_the_strategy_reaches_the_learner(
 
     monkeypatch.setattr(budget, "strategy_for_budget", lambda *_: strategy)
     monkeypatch.setattr("maskplan.pipeline.learning.trainer.learn_masks", learn)
-    epochs = LearnOptions().epochs if changes.get("epochs") == 2000 else 1
+    epochs = LearnOptions().epochs if changes.get("epochs") == 400 else 1
     learn_options = LearnOptions(epochs=epochs, batch=16, budget_minutes=5)
     options = MaskOptions(method="learned", few_images=few_images, learn=learn_options)
     made = choose_masks(net, ABOUT, options, tmp_path / "m.safetensors", DATA)
