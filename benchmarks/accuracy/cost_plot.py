@@ -17,7 +17,7 @@ from tables import Results
 
 from maskplan.pipeline.core.files import write_json
 from maskplan.pipeline.core.serialization import encode
-from maskplan.pipeline.report.cost import MeasuredCost
+from maskplan.pipeline.report.cost import LEAST_MINUTES, MeasuredCost
 
 mpl.use("svg")
 # The same bytes from the same numbers.
@@ -43,8 +43,6 @@ ROWS = {
     "layerwise, recalibrated": ("layer-wise", "s"),
     "learned, recalibrated": ("learned", "D"),
 }
-# Magnitude masks take no time that a logarithmic axis could show.
-_LEAST_MINUTES = 0.05
 
 
 def main() -> None:
@@ -92,7 +90,7 @@ def draw_minutes(axes: Axes, runs: Sequence[Mapping[str, Any]], row: str, marker
     """One point for each run."""
     for run in runs:
         minutes = run["minutes"].get(row, 0.0) + (run["minutes"]["synthesize"] if "synthetic" in row else 0.0)
-        draw(axes, [max(minutes, _LEAST_MINUTES)], [run["rows"][row]], marker, color)
+        draw(axes, [max(minutes, LEAST_MINUTES)], [run["rows"][row]], marker, color)
 
 
 def draw_images(axes: Axes, runs: Sequence[Mapping[str, Any]], row: str, marker: str, color: str) -> None:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from maskplan.pipeline.core.choices import LAYERWISE, LEARNED, MAGNITUDE
 from maskplan.pipeline.core.serialization import decode
+from maskplan.pipeline.data.synthetic import synthetic_count
 from maskplan.pipeline.report.drawing import OWN, PLAIN, add_legend, new_axes, to_svg
 from maskplan.pipeline.report.record import RunReport
 
@@ -17,8 +18,8 @@ Over = Literal["minutes", "images"]
 """What a plot of the cost has along its horizontal axis."""
 
 _MARKERS = {MAGNITUDE: "o", LAYERWISE: "s", LEARNED: "D"}
-# A logarithmic axis shows no zero; magnitude masks take less.
-_LEAST_MINUTES = 0.05
+LEAST_MINUTES = 0.05
+"""What took less is drawn here: a logarithmic axis shows no zero."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,10 @@ def measured_costs() -> tuple[MeasuredCost, ...]:
 
 
 def run_cost(report: RunReport) -> RunCost | None:
-    """The cost of a run; None without a comparison of accuracies, and for masks that saw no image."""
-    parity, images = report.parity, sum(s.images for s in report.model.image_sets)
-    if parity.top1_drop is None or parity.drop_ci95 is None or not images:
+    """The cost of a run; None without a comparison of accuracies, and for masks that saw no image or synthetic ones."""
+    parity, sets = report.parity, report.model.image_sets
+    images = sum(s.images for s in sets)
+    if parity.top1_drop is None or parity.drop_ci95 is None or not images or synthetic_count(sets):
         return None
     learning = report.masks.learning
     return RunCost(learning.seconds / 60 if learning else None, images, parity.top1_drop, parity.drop_ci95)
@@ -80,12 +82,12 @@ def accuracy_lost(cost: RunCost, over: Over) -> str:
     with new_axes(240, grid="y") as axes:
         for method, marker in _MARKERS.items():
             runs = [m for m in measured_costs() if m.method == method]
-            xs = [max(getattr(m, over), _LEAST_MINUTES) for m in runs]
+            xs = [max(getattr(m, over), LEAST_MINUTES) for m in runs]
             axes.plot(xs, [m.drop for m in runs], marker, color=PLAIN, markersize=6, label=method, gid=method)
             tips[method] = [
                 f"{m.network}, {method}: {m.drop:+.2f} points, {m.images:,} images, {m.minutes:.2g} min" for m in runs
             ]
-        own = max(at, _LEAST_MINUTES)
+        own = max(at, LEAST_MINUTES)
         axes.plot([own, own], cost.drop_ci95, color=OWN, linewidth=2, solid_capstyle="butt")
         axes.plot([own], [cost.drop], "*", color=OWN, markersize=13, label="this run", gid="run")
         tips["run"] = [f"this run: {cost.drop:+.2f} points ({cost.drop_ci95[0]:.2f} to {cost.drop_ci95[1]:.2f})"]

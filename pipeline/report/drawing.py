@@ -35,7 +35,6 @@ _WIDTH, _DOT = 420, 72
 TEXT, SMALL = 12, 11.5
 _LONGEST_NAME = 30
 
-
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _FONT = re.compile(r"font-family: [^;]*; *")
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")

@@ -38,6 +38,11 @@ def test_masks_that_saw_no_image_have_no_cost(folder: Path) -> None:
     assert run_cost(report_of(folder)) is None
 
 
+def test_synthetic_images_are_no_training_images(folder: Path) -> None:
+    sets = tuple(replace(s, role=f"synthetic {s.role}") for s in full(folder).model.image_sets)
+    assert run_cost(replace(full(folder), model=replace(full(folder).model, image_sets=sets))) is None
+
+
 def test_a_failed_gate_still_has_a_cost(folder: Path) -> None:
     found = run_cost(replace(full(folder), parity=FAILED))
     assert found is not None
