@@ -103,9 +103,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def load_module(options: ModelOptions, checkpoint: Checkpoint) -> nn.Module:
     """The model with a checkpoint's weights, in evaluation mode."""
+    return load_architecture(options, checkpoint).module
+
+
+def load_architecture(options: ModelOptions, checkpoint: Checkpoint) -> Architecture:
+    """As `load_module`, with the preprocessing and the labels that the model's code gives now."""
     architecture = build_model(options.model, seed=options.seed, classes=options.classes)
     _load_own(architecture, checkpoint.provenance, read_state(checkpoint.path), checkpoint.path)
-    return architecture.module
+    return architecture
 
 
 def rebuild_module(checkpoint: Checkpoint) -> nn.Module:

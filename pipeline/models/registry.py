@@ -68,6 +68,11 @@ def model_folder(spec: str) -> Path:
     return file.resolve().parent if file is not None else Path.cwd()
 
 
+def is_own_file(spec: str) -> bool:
+    """Whether the model is built by the user's own Python file."""
+    return _split_file(spec)[0] is not None
+
+
 def model_sources(spec: str) -> tuple[SourceFile, ...]:
     """What a model's own file imported from outside the installed packages, after it was built in this process."""
     file, _ = _split_file(spec)

@@ -50,16 +50,19 @@ def imported_sources(module: ModuleType) -> tuple[SourceFile, ...]:
     return tuple(SourceFile(os.path.relpath(path, folder), sha256_of(path)) for path in sorted(files))
 
 
+def all_found(sources: Sequence[SourceFile], folder: Path) -> bool:
+    """Whether no file is missing; on another host they may be."""
+    return all((folder / source.name).is_file() for source in sources)
+
+
 def unchanged(sources: Sequence[SourceFile], folder: Path) -> bool:
-    """Whether the files still have these digests; a file that is missing, as on another host, counts as unchanged."""
+    """Whether the files still have these digests; a missing file counts as unchanged."""
     paths = ((folder / source.name, source.digest) for source in sources)
     return all(not path.is_file() or sha256_of(path) == digest for path, digest in paths)
 
 
 def code_sha256(identity: Sequence[str], sources: Sequence[SourceFile]) -> str:
-    """Digest of a model's code; empty for a model without files of its own."""
-    if not sources:
-        return ""
+    """Digest of the text of a model's code."""
     lines = [*identity, *(f"{source.name} {source.digest}" for source in sources)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

@@ -10,6 +10,7 @@ from maskplan.pipeline.core.choices import FP16, FP32, FloatPrecision
 from maskplan.pipeline.core.reports import CalibrationReport, ConformanceReport
 from maskplan.pipeline.data.dataset import Dataset
 from maskplan.pipeline.models.checkpoint import ModelOptions
+from maskplan.pipeline.models.graph_digest import GraphDigest
 from maskplan.pipeline.models.sources import SourceFile
 from maskplan.pipeline.permutation.record import Permuted
 from maskplan.pipeline.recipe import Recipe
@@ -28,16 +29,20 @@ class Job:
 
     @property
     def code_key(self) -> dict[str, str]:
-        """For the key of every stage that builds the module: the code that the user's file imports, if there is any."""
+        """For the key of every stage that builds the module: what the code of the user's own file computes."""
         return {"code": self.code} if self.code else {}
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """The dense checkpoint, and the files that the model's own file imported its code from."""
+    """The dense checkpoint; for a model in a file, also what that file imported, and the graph of its module.
+
+    Models of libraries have neither: their names identify them.
+    """
 
     checkpoint: Checkpoint
     sources: tuple[SourceFile, ...]
+    graph: GraphDigest | None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from maskplan.pipeline.core.artifacts import Checkpoint, MaskSet
 from maskplan.pipeline.core.choices import MaskMethod
+from maskplan.pipeline.core.errors import HostError, InputError
 from maskplan.pipeline.core.files import read_bytes, sha256_of, write_atomically
 from maskplan.pipeline.data.dataset import Dataset, ImageFiles
 from maskplan.pipeline.data.image_sets import identify, listing_sha256, require_disjoint
@@ -19,9 +21,16 @@ from maskplan.pipeline.learning.options import LearnerFiles
 from maskplan.pipeline.masking.maskset import exclude_layers
 from maskplan.pipeline.masking.patterns import parse_pattern
 from maskplan.pipeline.models.batchnorm import recalibrate
-from maskplan.pipeline.models.checkpoint import load_checkpoint, load_module, weights_file
-from maskplan.pipeline.models.registry import model_folder, model_identity, model_sources
-from maskplan.pipeline.models.sources import code_sha256, unchanged
+from maskplan.pipeline.models.checkpoint import (
+    ModelOptions,
+    load_architecture,
+    load_checkpoint,
+    load_module,
+    weights_file,
+)
+from maskplan.pipeline.models.graph_digest import graph_digest
+from maskplan.pipeline.models.registry import is_own_file, model_folder, model_identity, model_sources
+from maskplan.pipeline.models.sources import all_found, code_sha256, unchanged
 from maskplan.pipeline.models.synthesize import synthesize_images
 from maskplan.pipeline.models.weight_files import weights_digest
 from maskplan.pipeline.pruning.bake import bake
@@ -37,8 +46,8 @@ _STATE, _LOG = "learning.safetensors", "learning"
 def load(job: Job) -> tuple[Checkpoint, Job]:
     """Load the dense checkpoint; the job is the same, with the digest of the model's code.
 
-    Weights that a library downloads are identified by their name, those of a file by its digest. The code of a model in a
-    file is that file and what it imported from outside the installed packages, which is only known once it was built.
+    Weights that a library downloads are identified by their name, those of a file by its digest. A model in a file is
+    identified by the graph of its module: it is built in each run, since that file may read anything.
     """
     model = job.model
     file = weights_file(model)
@@ -46,7 +55,8 @@ def load(job: Job) -> tuple[Checkpoint, Job]:
 
     def work() -> Loaded:
         checkpoint = load_checkpoint(model, job.ws.path("dense.safetensors"))
-        return Loaded(checkpoint, model_sources(model.model))
+        graph = graph_digest(load_architecture(model, checkpoint)) if is_own_file(model.model) else None
+        return Loaded(checkpoint, model_sources(model.model), graph)
 
     loaded = job.ws.stage(
         "load",
@@ -62,9 +72,29 @@ def load(job: Job) -> tuple[Checkpoint, Job]:
             **({"outputs": model.outputs} if model.outputs else {}),
         },
         work,
-        intact=lambda known: unchanged(known.sources, folder),
+        intact=lambda known: unchanged(known.sources, folder) and _has_same_graph(model, known),
     )
-    return loaded.checkpoint, replace(job, code=code_sha256(identity, loaded.sources))
+    return loaded.checkpoint, replace(job, code=_code(loaded, identity))
+
+
+def _has_same_graph(model: ModelOptions, known: Loaded) -> bool:
+    if known.graph is None or not all_found(known.sources, model_folder(model.model)):
+        return True
+    try:
+        graph = graph_digest(load_architecture(model, known.checkpoint))
+    except InputError:
+        return False  # the stage itself reports it
+    except HostError:
+        return True  # without PyTorch, only stages that build no module can follow
+    return graph == known.graph or graph.torch_version != known.graph.torch_version
+
+
+def _code(loaded: Loaded, identity: Sequence[str]) -> str:
+    """Digest of what the module of the user's own file computes; of the code itself where its graph is unknown."""
+    if loaded.graph is None:
+        return ""
+    text = "" if loaded.graph.exported else code_sha256(identity, loaded.sources)
+    return loaded.graph.sha256 + text
 
 
 def identify_images(job: Job, data: Dataset, dense: Checkpoint) -> Images:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from maskplan.pipeline.models.registry import build_model, model_folder, model_sources
-from maskplan.pipeline.models.sources import code_sha256, unchanged
+from maskplan.pipeline.models.sources import all_found, code_sha256, unchanged
 
 NET = """
 from torch import nn
@@ -68,8 +68,9 @@ def test_a_neighbor_that_is_missing_on_another_host_counts_as_unchanged(net: Pat
     spec = f"{net}:net"
     build_model(spec, seed=0)
     assert unchanged(model_sources(spec), net.parent / "elsewhere")
+    assert all_found(model_sources(spec), net.parent)
+    assert not all_found(model_sources(spec), net.parent / "elsewhere")
 
 
 def test_a_library_model_has_no_files_of_its_own() -> None:
     assert model_sources("resnet18") == ()
-    assert code_sha256(("resnet18", "x"), ()) == ""
