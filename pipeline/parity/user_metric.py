@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ Metric = Callable[[Mapping[str, Any], Mapping[str, Any]], Any]
 
 # A metric of a set, such as mAP, is computed again for every resample; of a slow one there are fewer.
 _RESAMPLES, _RESAMPLES_IF_SLOW, _SLOW_S = 1000, 100, 0.1
+_FIX = "give --metric FILE.py:FUNCTION"
 
 
 def load_metric(spec: str) -> Metric:
@@ -34,13 +36,22 @@ def load_metric(spec: str) -> Metric:
     Raises:
         InputError: There is no such file or function, or it cannot be imported.
     """
-    file, colon, name = spec.rpartition(":")
+    file, _, name = spec.rpartition(":")
+    function = getattr(load_metric_module(spec), name, None)
+    if not callable(function):
+        raise InputError(f"no function {name!r} in the metric's file", where=file, fix=_FIX)
+    found_metric: Metric = function
+    return found_metric
+
+
+def load_metric_module(spec: str) -> ModuleType:
+    """Run the file of `file.py:function`, as `load_metric` does."""
+    file, colon, _ = spec.rpartition(":")
     path = Path(file)
-    fix = "give --metric FILE.py:FUNCTION"
     if not colon or path.suffix != ".py":
-        raise InputError("not a metric", found=repr(spec), fix=fix)
+        raise InputError("not a metric", found=repr(spec), fix=_FIX)
     if not path.is_file():
-        raise InputError("the metric's file does not exist", where=path, fix=fix)
+        raise InputError("the metric's file does not exist", where=path, fix=_FIX)
     loaded = importlib.util.spec_from_file_location(f"maskplan_metric_{path.stem}", path)
     assert loaded is not None
     assert loaded.loader is not None
@@ -59,11 +70,7 @@ def load_metric(spec: str) -> Metric:
     finally:
         if folder in sys.path:
             sys.path.remove(folder)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise InputError(f"no function {name!r} in the metric's file", where=path, fix=fix)
-    found_metric: Metric = function
-    return found_metric
+    return module
 
 
 def measure(

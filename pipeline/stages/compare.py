@@ -18,6 +18,7 @@ from maskplan.pipeline.core.output_reports import MethodOutputs
 from maskplan.pipeline.core.reports import Fidelity, ParityReport
 from maskplan.pipeline.data.dataset import Split
 from maskplan.pipeline.data.samples import ImageSamples, Samples, noise_samples
+from maskplan.pipeline.models.sources import imported_sources
 from maskplan.pipeline.parity.by_output import compare_by_output
 from maskplan.pipeline.parity.compare import compare as compare_models
 from maskplan.pipeline.parity.compare import fidelity
@@ -25,6 +26,7 @@ from maskplan.pipeline.parity.compare_networks import judge_networks, output_kin
 from maskplan.pipeline.parity.held_out import held_out_note
 from maskplan.pipeline.parity.model_files import OpenedNetwork, open_network
 from maskplan.pipeline.parity.options import CompareOptions
+from maskplan.pipeline.parity.user_metric import load_metric_module
 from maskplan.pipeline.stages.engines import Engines, engine_identity, open_classifier, stand_in_key
 from maskplan.pipeline.stages.job import Images, Job, Network
 from maskplan.pipeline.stages.onnx_files import row_name
@@ -124,9 +126,10 @@ def compare_on_select(
 
 
 def metric_key(metric: str) -> list[str]:
-    """What identifies a user's metric: the function's name, and the digest of its file."""
+    """What identifies a user's metric: the function's name, and the digests of its file and of what that imported."""
     file, _, function = metric.rpartition(":")
-    return [function, sha256_of(Path(file))]
+    imported = imported_sources(load_metric_module(metric))
+    return [function, sha256_of(Path(file)), *(f"{source.name} {source.digest}" for source in imported)]
 
 
 def _key(engines: Engines, dense: Network) -> dict[str, object]:
