@@ -202,7 +202,7 @@ def to_fp16(job: Job, source: Source, model: OnnxModel, name: str) -> OnnxModel:
             raise InputError("FP16 changes the outputs too much", where=name, found="; ".join(result.problems), fix=fix)
         return describe_onnx(out)
 
-    return job.ws.stage(f"export-{name}-fp16", OnnxModel, {"onnx": model.sha256, "shapes": shapes}, work)
+    return job.ws.stage(f"export-{name}-fp16", OnnxModel, {"onnx": model.sha256, "options": options}, work)
 
 
 def calibrate(
