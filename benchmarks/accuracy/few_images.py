@@ -3,16 +3,19 @@
     python benchmarks/accuracy/few_images.py resnet20 --weights resnet20.safetensors --data DIR --images 1024
 
 Every masked row sees the same N training images and no label: masks, the choice of the epoch and the BatchNorm statistics.
-Rows of synthetic images see no image of CIFAR-10 (`--synthetic N`). `val` is read once, at the end. Writes few_images.json
-next to this script and the tables of docs/results.md.
+Rows of synthetic images see no image of CIFAR-10 (`--synthetic N`). With `--permute`, masks are also chosen after a
+permutation of the channels. `val` is read once, at the end. Writes few_images.json next to this script and the tables of
+docs/results.md.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -30,6 +33,7 @@ from accuracy import (
     recalibrated,
 )
 from cifar import HOW, load_cifar10
+from torch import nn
 
 from maskplan.pipeline.core.artifacts import Provenance
 from maskplan.pipeline.core.serialization import encode
@@ -38,9 +42,11 @@ from maskplan.pipeline.data.few_images import limit_images
 from maskplan.pipeline.learning.few_images import few_image_options
 from maskplan.pipeline.learning.options import LearnOptions
 from maskplan.pipeline.masking.maskset import load_masks
-from maskplan.pipeline.masking.policy import select_layers
+from maskplan.pipeline.masking.policy import LayerPolicy, select_layers
 from maskplan.pipeline.models.layers import trace_layers
+from maskplan.pipeline.models.state_dict import fit_weights, read_weights
 from maskplan.pipeline.models.synthesize import SynthesizeOptions, synthesize_dataset
+from maskplan.pipeline.permutation.permute import PermuteOptions, permute
 from maskplan.pipeline.pruning.mask import MaskOptions, choose_masks
 from maskplan.pipeline.report.write import versions
 from maskplan.pipeline.timing.compare_latency import cpu_name
@@ -70,7 +76,19 @@ def few(data: Dataset, count: int, seed: int) -> Dataset:
     return Dataset(data.classes, train, select, data.val)
 
 
-def measure(name: str, weights: Path | None, folder: Path, images: int, synthetic: int, seed: int) -> dict[str, Any]:
+def permuted(module: nn.Module, provenance: Provenance, seed: int) -> nn.Module:
+    """A copy that computes the same, with its channels in an order of which 2:4 masks keep more."""
+    with TemporaryDirectory() as folder:
+        files = Path(folder) / "permuted.safetensors", Path(folder) / "permutation.safetensors"
+        permute(module, provenance, PATTERN, LayerPolicy(), PermuteOptions(seed=seed), *files)
+        changed = copy.deepcopy(module)
+        fit_weights(changed, read_weights(files[0]), where=files[0])
+    return changed.eval()
+
+
+def measure(
+    name: str, weights: Path | None, folder: Path, images: int, synthetic: int, seed: int, *, permutes: bool = False
+) -> dict[str, Any]:
     """All rows of one network and number of images."""
     data = load_cifar10(folder)
     limited = few(data, images, seed)
@@ -85,16 +103,25 @@ def measure(name: str, weights: Path | None, folder: Path, images: int, syntheti
     made = synthesize_dataset(module, provenance, SynthesizeOptions(images=synthetic, seed=seed))
     minutes["synthesize"] = round((time.monotonic() - started) / 60, 2)
     nets["magnitude, synthetic images"] = recalibrated(pruned(module, by_magnitude(module, chosen)), made, dense=module)
-    for row, method, source in (
-        ("layerwise, synthetic images", "layerwise", made),
-        ("layerwise, recalibrated", "layerwise", limited),
-        ("learned, recalibrated", "learned", limited),
-    ):
+    tried = [
+        ("layerwise, synthetic images", "layerwise", made, module),
+        ("layerwise, recalibrated", "layerwise", limited, module),
+        ("learned, recalibrated", "learned", limited, module),
+    ]
+    if permutes:
+        started = time.monotonic()
+        moved = permuted(module, provenance, seed)
+        minutes["permute"] = round((time.monotonic() - started) / 60, 2)
+        tried += [
+            ("layerwise, permuted, recalibrated", "layerwise", limited, moved),
+            ("learned, permuted, recalibrated", "learned", limited, moved),
+        ]
+    for row, method, source, dense in tried:
         out, started = Path(f"few-{name}.safetensors"), time.monotonic()
         options = MaskOptions(method=method, images=images, few_images=True, learn=LearnOptions(seed=seed))
-        choose_masks(module, provenance, options, out, source)
+        choose_masks(dense, provenance, options, out, source)
         minutes[row] = round((time.monotonic() - started) / 60, 2)
-        nets[row] = recalibrated(pruned(module, load_masks(out)), source, dense=module)
+        nets[row] = recalibrated(pruned(dense, load_masks(out)), source, dense=dense)
         out.unlink()
     right = {row: hits(net.eval(), data.val) for row, net in nets.items()}
     reference = max(("dense", "dense, recalibrated"), key=lambda row: right[row].mean())
@@ -103,7 +130,8 @@ def measure(name: str, weights: Path | None, folder: Path, images: int, syntheti
         "seed": seed,
         "images": images,
         "synthetic_images": synthetic,
-        "command": f"python benchmarks/accuracy/few_images.py {name} --images {images} --seed {seed}",
+        "command": f"python benchmarks/accuracy/few_images.py {name} --images {images} --seed {seed}"
+        + (" --permute" if permutes else ""),
         "device": cpu_name(),
         "threads": torch.get_num_threads(),
         "select_top1": round(100 * float(hits(module, data.select).mean()), 3),
@@ -127,8 +155,9 @@ def main() -> None:
     parser = network_parser(__doc__, epochs=0)
     parser.add_argument("--images", type=int, default=1024, help="training images (default: %(default)s)")
     parser.add_argument("--synthetic", type=int, default=256, help="synthetic images (default: %(default)s)")
+    parser.add_argument("--permute", action="store_true", help="rows of permuted channels as well")
     args = parser.parse_args()
-    found = measure(args.model, args.weights, args.data, args.images, args.synthetic, args.seed)
+    found = measure(args.model, args.weights, args.data, args.images, args.synthetic, args.seed, permutes=args.permute)
     args.results.add("few_images", found, ("model", "seed", "images"))
     args.results.write_page()
     print(json.dumps({"minutes": found["minutes"], **found["rows"]}, indent=2))
