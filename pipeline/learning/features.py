@@ -7,6 +7,8 @@ thousands of times more, as in the reconstruction of blocks for rounding (AdaRou
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ from maskplan.pipeline.models.batchnorm import batchnorm_layers
 
 class FeatureMatcher:
     """Observes the same modules of two networks: the BatchNorm layers, or the masked layers where there are none.
+
+    Only what runs inside `observing()` is kept. Both networks also run in evaluations, over thousands of images, and so do
+    copies of them, which share the hooks.
 
     Args:
         teacher: The dense network.
@@ -30,33 +35,42 @@ class FeatureMatcher:
         names = names or list(dict.fromkeys(name.rpartition(".")[0] for name in masked))
         self._teacher: dict[str, list[torch.Tensor]] = {}
         self._student: dict[str, list[torch.Tensor]] = {}
+        self._observes = False
         for network, found in ((teacher, self._teacher), (student, self._student)):
             modules = dict(network.named_modules())
             for name in names:
-                modules[name].register_forward_hook(_keep(found, name))
+                modules[name].register_forward_hook(self._hook(found, name))
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Keep what both networks compute inside this context, until `loss` is called."""
+        self._forget()
+        self._observes = True
+        try:
+            yield
+        finally:
+            self._observes = False
 
     def loss(self) -> torch.Tensor:
         """Mean over the modules of the squared difference, relative to the dense features' variance; forgets both.
 
-        Call it after both networks ran on the same images.
+        Call it after both networks ran on the same images inside `observing()`.
         """
         losses = []
         for name, dense in self._teacher.items():
             for ours, theirs in zip(self._student[name], dense, strict=True):
                 spread = (theirs - theirs.mean()).square().mean().clamp_min(torch.finfo(torch.float32).tiny)
                 losses.append((ours - theirs).square().mean() / spread)
-        self.clear()
+        self._forget()
         return torch.stack(losses).mean()
 
-    def clear(self) -> None:
-        """Forget what was observed."""
+    def _forget(self) -> None:
         self._teacher.clear()
         self._student.clear()
 
+    def _hook(self, found: dict[str, list[torch.Tensor]], name: str) -> Any:
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            if self._observes and isinstance(output, torch.Tensor) and output.is_floating_point():
+                found.setdefault(name, []).append(output)
 
-def _keep(found: dict[str, list[torch.Tensor]], name: str) -> Any:
-    def hook(_: nn.Module, __: Any, output: Any) -> None:
-        if isinstance(output, torch.Tensor) and output.is_floating_point():
-            found.setdefault(name, []).append(output)
-
-    return hook
+        return keep

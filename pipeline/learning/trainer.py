@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import numpy.typing as npt
@@ -245,9 +246,9 @@ class Learner:
         ]
         for group in self.adam.param_groups:
             group["lr"] = learning_rate(fraction, self.options)
-        with torch.autocast(self.process.device.type, torch.bfloat16, enabled=self.process.device.type == "cuda"):
-            if self.features is not None:
-                self.features.clear()
+        observing = self.features.observing() if self.features is not None else nullcontext()
+        autocast = torch.autocast(self.process.device.type, torch.bfloat16, enabled=self.process.device.type == "cuda")
+        with observing, autocast:
             with torch.no_grad():
                 target = self.evaluate.loss.select(self.teacher(images))
             tau, noise = temperature(fraction, self.options), noise_scale(fraction, self.options)

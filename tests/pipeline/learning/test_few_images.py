@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -110,10 +111,10 @@ def test_features_are_compared_relative_to_the_dense_ones() -> None:
     for network in (net, other):
         for index in (1, 4):
             network[index].register_forward_hook(lambda m, _, out: kept.update({m: out.clone()}))
-    with torch.no_grad():
+    with torch.no_grad(), matcher.observing():
         net(x)
         other(x)
-        found = float(matcher.loss())
+    found = float(matcher.loss())
     expected = []
     for index in (1, 4):
         dense, ours = kept[net[index]].numpy(), kept[other[index]].numpy()
@@ -121,11 +122,19 @@ def test_features_are_compared_relative_to_the_dense_ones() -> None:
     assert found == pytest.approx(np.mean(expected), rel=1e-4)
     assert expected[0] == 0
     # Nothing is left for the next batch.
+    with torch.no_grad(), matcher.observing():
+        net(x)
+        net(x)
+        other(x)
+        other(x)
+    assert float(matcher.loss()) == pytest.approx(found, rel=1e-4)
+    # What an interrupted step left behind does not count either.
     with torch.no_grad():
-        net(x)
-        net(x)
-        other(x)
-        other(x)
+        with matcher.observing():
+            other(2 * x)
+        with matcher.observing():
+            net(x)
+            other(x)
         assert float(matcher.loss()) == pytest.approx(found, rel=1e-4)
 
 
@@ -136,11 +145,36 @@ def test_without_batchnorm_the_masked_layers_are_compared() -> None:
         other[2].weight.zero_()
         other[2].bias.zero_()
     matcher = FeatureMatcher(net, other, ["2.weight"])
-    with torch.no_grad():
+    with torch.no_grad(), matcher.observing():
         x = torch.randn(2, 1, 8, 8)
         dense = net(x).numpy()
         other(x)
-        assert float(matcher.loss()) == pytest.approx((dense**2).mean() / dense.var(), rel=1e-4)
+    assert float(matcher.loss()) == pytest.approx((dense**2).mean() / dense.var(), rel=1e-4)
+
+
+class Traced(nn.BatchNorm2d):
+    """Counts the outputs of all layers of this class that are in memory."""
+
+    outputs: ClassVar[list[weakref.ref[torch.Tensor]]] = []
+    most: ClassVar[int] = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = super().forward(x)
+        Traced.outputs = [ref for ref in Traced.outputs if ref() is not None] + [weakref.ref(out)]
+        Traced.most = max(Traced.most, len(Traced.outputs))
+        return out
+
+
+def test_no_features_of_evaluations_stay_in_memory() -> None:
+    """They run over all images of `select`, and over those for the BatchNorm statistics, in copies of the networks too."""
+    data, _ = counted_digits()
+    net = small_net()
+    net[1], net[4] = Traced(8).eval(), Traced(8).eval()
+    masks = {"3.weight": magnitude_mask(net[3].weight.detach().numpy(), Pattern(2, 4))}
+    options = LearnOptions(epochs=1, batch=8, match_features=1.0)
+    learn_masks(net, masks, Pattern(2, 4), HOW, limit_images(data, 256, 0), options, device="cpu")
+    # Two layers of the dense network and of the student, of this step and of the one before.
+    assert 4 <= Traced.most <= 8
 
 
 def test_evaluations_are_as_rare_as_asked_and_the_last_epoch_has_one(caplog: pytest.LogCaptureFixture) -> None:
