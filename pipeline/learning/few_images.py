@@ -19,7 +19,7 @@ _SEEN, _EVALUATIONS = 90_000, 10
 _MAX_EPOCHS = 400
 # With a time budget, which then ends learning earlier.
 _SEEN_IN_BUDGET = 200_000
-_SETTING = {"match_features": 1.0, "augment": "shift+flip"}
+_SETTING = {"match_features": 1.0, "match_blocks": 0.3, "augment": "shift+flip"}
 
 
 def is_few(images: int | None) -> bool | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -27,6 +27,16 @@ class LearnerFiles:
     log_dir: Path | None = None
 
 
+def block_files(files: LearnerFiles) -> LearnerFiles:
+    """The files of the phase that matches block by block, next to those of the phase after it."""
+    checkpoint, log_dir = files.checkpoint, files.log_dir
+    return replace(
+        files,
+        checkpoint=checkpoint.with_name(f"{checkpoint.stem}-blocks{checkpoint.suffix}") if checkpoint else None,
+        log_dir=log_dir / "blocks" if log_dir else None,
+    )
+
+
 @dataclass(frozen=True)
 class LearnOptions:
     """Options of the learner.
@@ -47,6 +57,8 @@ class LearnOptions:
         distill_temperature: Temperature of the distillation.
         match_features: Weight of the mean squared difference of the features inside from the dense network's
             (`features.py`); 0 matches the outputs only.
+        match_blocks: Share of the epochs, at the beginning, in which each block is matched by itself (`blocks.py`); 0, or a
+            network without blocks, has none.
         judge_every: Epochs between two evaluations on `select`; the last epoch always has one.
         norm_reward: Weight of a reward for the fraction of squared magnitude that the masks keep.
         ema: Decay of a moving average of the gates, which is evaluated instead of the gates; 0 evaluates the gates.
@@ -81,6 +93,7 @@ class LearnOptions:
     distill: float = 1.0
     distill_temperature: float = 2.0
     match_features: float = 0.0
+    match_blocks: float = 0.0
     judge_every: int = 1
     norm_reward: float = 0.0
     ema: float = 0.0
@@ -96,6 +109,7 @@ class LearnOptions:
         at_least(0, epochs=self.epochs, noise_start=self.noise_start, noise_end=self.noise_end)
         at_least(0, init_std=self.init_std, init_margin=self.init_margin)
         at_least(0, distill=self.distill, ema=self.ema, match_features=self.match_features)
+        at_least(0, match_blocks=self.match_blocks)
         at_least(1, judge_every=self.judge_every)
         at_least(0, norm_reward=self.norm_reward, patience=self.patience, save_every=self.save_every, seed=self.seed)
         at_least(0, budget_minutes=self.budget_minutes)
@@ -104,7 +118,7 @@ class LearnOptions:
         above(
             0, lr=self.lr, tau_start=self.tau_start, tau_end=self.tau_end, distill_temperature=self.distill_temperature
         )
-        for name, value in (("distill", self.distill), ("ema", self.ema)):
+        for name, value in (("distill", self.distill), ("ema", self.ema), ("match_blocks", self.match_blocks)):
             if value > 1:
                 raise InputError(f"{name} is {value}", fix="give a number from 0 to 1")
         require_augmentation(self.augment)

@@ -1,4 +1,7 @@
-"""Learn masks: gates trained by Adam to match the dense network, weights frozen; the best epoch on `select` is kept."""
+"""Learn masks: gates trained by Adam to match the dense network, weights frozen; the best epoch on `select` is kept.
+
+First each block may be matched by itself (`match_blocks`); the whole network then starts from the masks of this phase.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +25,12 @@ from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.interrupts import INTERRUPTS
 from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.data.dataset import Dataset
+from maskplan.pipeline.learning.blocks import Block, BlockMatcher, find_blocks
 from maskplan.pipeline.learning.evaluate import MaskEvaluator, MaskScore, fraction_changed
 from maskplan.pipeline.learning.features import FeatureMatcher
 from maskplan.pipeline.learning.masked_net import MaskedNet, Masks
 from maskplan.pipeline.learning.metrics import MetricsLog, MetricsRow
-from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions
+from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions, block_files
 from maskplan.pipeline.learning.output_loss import Outputs
 from maskplan.pipeline.learning.processes import Process, join_processes
 from maskplan.pipeline.learning.schedule import (
@@ -106,29 +111,71 @@ def learn_masks(
     files = files or LearnerFiles()
     masks = {name: np.asarray(mask) for name, mask in start.items()}
     before = tensors_sha256(module.state_dict())
+    blocks = find_blocks(module, list(masks), preprocessing) if options.match_blocks else ()
+    phases = _phases(options, files, has_blocks=bool(blocks))
+    finished: list[Progress] = []
     with join_processes(device) as process, INTERRUPTS.deferred():
-        learner = Learner(
-            module, masks, pattern, preprocessing, data, options, process, files, kinds, favor_start=favor_start
-        )
-        progress = learner.run(state_key(options, before, masks, (*image_digests, *map(str, kinds))))
+        for phase in phases:
+            begin = finished[-1].best_masks if finished else masks
+            learner = Learner(
+                module,
+                begin,
+                pattern,
+                preprocessing,
+                data,
+                phase.options,
+                process,
+                phase.files,
+                kinds,
+                favor_start=favor_start or bool(finished),
+                blocks=blocks if phase.by_block else (),
+            )
+            finished.append(learner.run(state_key(phase.options, before, begin, (*image_digests, *map(str, kinds)))))
+    progress = finished[-1]
     if tensors_sha256(module.state_dict()) != before:
         raise AssertionError("learning masks changed a parameter or a buffer")
     return progress.best_masks, Learning(
         recipe="maskplan",
-        epochs=progress.epochs,
-        steps=progress.steps,
+        epochs=sum(p.epochs for p in finished),
+        steps=sum(p.steps for p in finished),
         images=len(data.train),
-        seconds=round(60 * progress.minutes, 3),
+        seconds=round(60 * sum(p.minutes for p in finished), 3),
         groups_changed=fraction_changed(masks, progress.best_masks, pattern.m),
-        select_divergence_start=progress.first.divergence,
+        select_divergence_start=finished[0].first.divergence,
         select_divergence_end=progress.best.divergence,
-        select_top1_start=progress.first.top1,
+        select_top1_start=finished[0].first.top1,
         select_top1_end=progress.best.top1,
     )
 
 
+@dataclass(frozen=True)
+class _Phase:
+    options: LearnOptions
+    files: LearnerFiles
+    by_block: bool = False
+
+
+def _phases(options: LearnOptions, files: LearnerFiles, *, has_blocks: bool) -> tuple[_Phase, ...]:
+    """The phases of learning, which share the epochs and the time; the first one has files of its own."""
+    epochs = round(options.match_blocks * options.epochs) if has_blocks else 0
+    if epochs == 0 or options.epochs - epochs <= 0:
+        return (_Phase(options, files),)
+    budget = options.budget_minutes
+    first, rest = (
+        (None, None) if budget is None else (options.match_blocks * budget, (1 - options.match_blocks) * budget)
+    )
+    by_block = replace(options, epochs=epochs, judge_every=epochs, budget_minutes=first)
+    return (
+        _Phase(by_block, block_files(files), by_block=True),
+        _Phase(replace(options, epochs=options.epochs - epochs, budget_minutes=rest), files),
+    )
+
+
 class Learner:
-    """One run of learning: construct it, then call `run`. Arguments as for `learn_masks`."""
+    """One phase of learning: construct it, then call `run`. Arguments as for `learn_masks`.
+
+    With `blocks`, each of them is matched by itself, and the network's outputs are not matched.
+    """
 
     def __init__(
         self,
@@ -143,6 +190,7 @@ class Learner:
         kinds: Sequence[OutputKind] = (),
         *,
         favor_start: bool,
+        blocks: Sequence[Block] = (),
     ) -> None:
         self.start, self.pattern, self.preprocessing, self.data = start, pattern, preprocessing, data
         self.options, self.process, self.files = options, process, files
@@ -163,20 +211,26 @@ class Learner:
         self.adam = torch.optim.Adam(self.net.logits(), lr=options.lr, fused=True)
         self.average = [p.detach().clone() for p in self.net.logits()] if options.ema else []
         self.evaluate = MaskEvaluator(self.teacher, preprocessing, data, options, kinds)
-        self.features = FeatureMatcher(self.teacher, student, list(start)) if options.match_features else None
-        self.has_top1 = not kinds and bool((data.train.labels >= 0).all())
+        self.blocks = bool(blocks)
+        self.features: BlockMatcher | FeatureMatcher | None = None
+        if blocks:
+            self.features = BlockMatcher(self.teacher, student, blocks)
+        elif options.match_features:
+            self.features = FeatureMatcher(self.teacher, student, list(start))
+        self.has_top1 = not kinds and bool((data.train.labels >= 0).all()) and not blocks
         self.loss = self.top1 = float("nan")
         self.row: MetricsRow | None = None
 
     def run(self, key: str) -> Progress:
-        """Learn from the start, or resume from the checkpoint."""
+        """Learn from the start, or resume from the checkpoint, which may be that of a finished phase."""
         per_epoch = steps_per_epoch(self.data.train, self.options, self.process.count)
         total = self.options.epochs * per_epoch
         progress = self._load_progress(key) or self._initial_progress()
         started = time.monotonic() - 60 * progress.minutes
         metrics = MetricsLog(self.files.log_dir) if self.files.log_dir is not None and self.process.is_main else None
         log.info(
-            "learning masks: %d layers, %d groups, %d steps; start masks on select: %s",
+            "%s: %d layers, %d groups, %d steps; start masks on select: %s",
+            "learning masks, each block by itself" if self.blocks else "learning masks",
             len(self.start),
             self.net.groups(),
             total,
@@ -185,6 +239,8 @@ class Learner:
         batches = training_batches(
             self.data.train, self.preprocessing, self.options, progress.steps, self.process.rank, self.process.count
         )
+        if self._is_out_of_time(progress):
+            return progress
         first_step, timed_from = progress.steps, time.monotonic()
         try:
             for batch in track(batches, self._status, total, progress.steps):
@@ -272,6 +328,9 @@ class Learner:
             self.top1 = _running_mean(self.top1, 100 * float((outputs[0].detach().argmax(1) == labels).float().mean()))
 
     def _loss(self, outputs: Outputs, target: Outputs, labels: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        if self.blocks and self.features is not None:
+            # Gates outside of the blocks get no gradient from them, but other processes wait for one.
+            return self.features.loss() + (0 * kept if self.process.count > 1 else 0)
         weight = self.options.distill
         loss = weight * self.evaluate.loss(outputs, target, self.options.distill_temperature)
         if weight < 1:
@@ -322,7 +381,8 @@ class Learner:
         if row is None:
             return "learn masks"
         top1 = "" if row.top1 is None else f", top-1 {row.top1:.1f}%"
-        return f"learn masks: loss {row.loss:.4f}{top1}, entropy {row.entropy:.2f}, moved {row.moved:.0%}"
+        name = "learn masks by block" if self.blocks else "learn masks"
+        return f"{name}: loss {row.loss:.4f}{top1}, entropy {row.entropy:.2f}, moved {row.moved:.0%}"
 
     def _save(self, key: str, progress: Progress) -> None:
         if self.files.checkpoint is None or not self.process.is_main:

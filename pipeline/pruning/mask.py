@@ -29,7 +29,7 @@ from maskplan.pipeline.core.errors import InputError, listed
 from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.core.validation import at_least
 from maskplan.pipeline.data.dataset import Dataset
-from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions
+from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions, block_files
 from maskplan.pipeline.masking.layerwise import layerwise_mask
 from maskplan.pipeline.masking.magnitude import magnitude_mask
 from maskplan.pipeline.masking.maskset import (
@@ -221,7 +221,9 @@ def choose_masks(
         permutation=provenance.permutation,
     )
     if files is not None and files.checkpoint is not None:
-        files.checkpoint.unlink(missing_ok=True)
+        for checkpoint in (files.checkpoint, block_files(files).checkpoint):
+            assert checkpoint is not None
+            checkpoint.unlink(missing_ok=True)
         from maskplan.pipeline.learning.budget import strategy_file
 
         strategy_file(files.checkpoint).unlink(missing_ok=True)
