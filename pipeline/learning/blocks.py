@@ -1,6 +1,6 @@
 """Matching block by block: each block sees the dense network's inputs, and is to return the dense network's outputs.
 
-This is the reconstruction of blocks for rounding (AdaRound, Nagel et al. 2020; BRECQ, Li et al. 2021) with gates in its place.
+The reconstruction of AdaRound (Nagel et al. 2020) and BRECQ (Li et al. 2021), with gates in place of rounding.
 Errors of the blocks before do not reach a block, so that its gates hear of nothing but its own choices.
 """
 
@@ -102,7 +102,7 @@ class BlockMatcher:
     def _keep_inputs(self, name: str) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
             if self._observes:
-                # Copied: the block may change its inputs in place.
+                # Copied, as the outputs are: what follows may change them in place.
                 copied = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (args, kwargs))
                 self._inputs.setdefault(name, []).append(copied)
 
@@ -118,7 +118,7 @@ class BlockMatcher:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             if self._observes:
                 tensors = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point()]
-                found.setdefault(name, []).extend(tensors)
+                found.setdefault(name, []).extend(tensor.clone() for tensor in tensors)
 
         return hook
 

@@ -46,6 +46,7 @@ OTHERS: dict[str, dict[str, tuple[str, Any]]] = {
         "distill_temperature": ("4.0", 4.0),
         "norm_reward": ("0.125", 0.125),
         "match_features": ("0.5", 0.5),
+        "match_blocks": ("0.25", 0.25),
         "judge_every": ("3", 3),
         "ema": ("0.75", 0.75),
         "augment": ("'shift+flip'", "shift+flip"),

@@ -279,8 +279,8 @@ net = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(
 start = {n: magnitude_mask(net.state_dict()[n].numpy(), Pattern(2, 4)) for n in ("3.weight", "7.weight")}
 out = Path(sys.argv[1])
 masks, learning = learn_masks(net, start, Pattern(2, 4), PREPROCESSING, dataset(random_images(240), 160),
-                              LearnOptions(epochs=2, batch=16, seed=4), files=LearnerFiles(out / "state.safetensors"),
-                              device="cpu")
+                              LearnOptions(epochs=2, batch=16, seed=4, match_blocks=float(sys.argv[2])),
+                              files=LearnerFiles(out / "state.safetensors"), device="cpu")
 rank = os.environ["RANK"]
 np.savez(out / f"{rank}.npz", **masks)
 (out / f"{rank}.txt").write_text(
@@ -290,7 +290,8 @@ np.savez(out / f"{rank}.npz", **masks)
 
 
 @pytest.mark.slow
-def test_two_processes_learn_the_same_masks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("share_of_blocks", ["0", "0.5"])
+def test_two_processes_learn_the_same_masks(share_of_blocks: str, tmp_path: Path) -> None:
     """With the environment that torchrun sets; torchrun itself is run by the slow test of the command."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -298,7 +299,7 @@ def test_two_processes_learn_the_same_masks(tmp_path: Path) -> None:
     common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": SUPPORT}
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(tmp_path)],
+            [sys.executable, "-c", WORKER, str(tmp_path), share_of_blocks],
             env=common | {"RANK": rank, "LOCAL_RANK": rank},
             stderr=subprocess.PIPE,
             text=True,
