@@ -14,7 +14,7 @@ FEW_IMAGES = 8192
 """At most this many images are few."""
 
 # Images that learning runs over in all, repetitions included, and evaluations on `select` during that time.
-_SEEN, _EVALUATIONS = 90_000, 10
+_SEEN, _EVALUATIONS = 120_000, 10
 # A handful of images says nothing new after this many passes.
 _MAX_EPOCHS = 400
 # With a time budget, which then ends learning earlier.

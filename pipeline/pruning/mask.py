@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,11 +25,9 @@ from maskplan.pipeline.core.choices import (
     MaskMethod,
 )
 from maskplan.pipeline.core.errors import InputError, listed
-from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.core.validation import at_least
 from maskplan.pipeline.data.dataset import Dataset
 from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions, block_files
-from maskplan.pipeline.masking.layerwise import layerwise_mask
 from maskplan.pipeline.masking.magnitude import magnitude_mask
 from maskplan.pipeline.masking.maskset import (
     is_mask_file,
@@ -46,6 +43,7 @@ from maskplan.pipeline.masking.transposable import transposable_masks
 from maskplan.pipeline.models.key_matching import match_names
 from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.models.state_dict import stored_masks, tensors_sha256
+from maskplan.pipeline.pruning.layerwise_masks import layerwise_masks, layerwise_start
 from maskplan.pipeline.pruning.method import NEED_IMAGES, require_known_method, resolve_method
 
 if TYPE_CHECKING:
@@ -181,12 +179,15 @@ def choose_masks(
         dense += tuple(DenseLayer(x.name, x.shape, x.macs, TOO_COSTLY) for x in chosen if x.name in costly)
         chosen = [layer for layer in chosen if layer.name not in costly]
         weights, masks = ({k: v for k, v in d.items() if k not in costly} for d in (weights, masks))
+    layerwise = module, provenance, chosen, weights, pattern, options.images, options.learn.seed
     if method == TRANSPOSABLE:
         masks = transposable_masks(weights, pattern)
-    elif method == LAYERWISE or (method == LEARNED and options.init_method == LAYERWISE and given is None):
+    elif method == LAYERWISE:
         assert data is not None  # checked above
-        masks = _layerwise(module, provenance, chosen, weights, pattern, options, data, device)
-        given = masks if method == LEARNED else None
+        masks = layerwise_masks(*layerwise, data, device)
+    elif method == LEARNED and options.init_method == LAYERWISE and given is None:
+        assert data is not None  # checked above
+        given = masks | layerwise_start(*layerwise, data, device)
     learning = None
     if method == LEARNED:
         assert data is not None  # checked above
@@ -274,29 +275,6 @@ def _strategy(
     learn = few_image_options(options.learn, len(data.train))
     images = max(options.images, min(len(data.train), FEW_IMAGES))
     return LEARNED, replace(options, learn=learn, init_method=LAYERWISE, images=images)
-
-
-def _layerwise(
-    module: nn.Module,
-    provenance: Provenance,
-    layers: Sequence[Layer],
-    weights: Mapping[str, npt.NDArray[np.floating]],
-    pattern: Pattern,
-    options: MaskOptions,
-    data: Dataset,
-    device: str,
-) -> dict[str, npt.NDArray[np.bool_]]:
-    """Layer-wise masks, one layer at a time because second moments are large."""
-    from maskplan.pipeline.models.device import choose_device
-    from maskplan.pipeline.pruning.second_moments import MomentOptions, second_moments
-
-    moment_options = MomentOptions(images=options.images, seed=options.learn.seed)
-    network = copy.deepcopy(module).to(choose_device(device))
-    moments = second_moments(network, layers, provenance.preprocessing, data.train, moment_options)
-    return {
-        layer.name: layerwise_mask(weights[layer.name], moment.effective, pattern, name=layer.name)
-        for layer, moment in track(moments, "layer-wise masks", len(layers))
-    }
 
 
 def _danhofer(

@@ -74,7 +74,7 @@ def test_no_more_images_are_read_than_allowed() -> None:
     assert not set(limited.train.indices) & set(limited.select.indices)
 
 
-@pytest.mark.parametrize(("images", "epochs"), [(10, 400), (225, 400), (1000, 90), (8192, 11), (0, 400)])
+@pytest.mark.parametrize(("images", "epochs"), [(10, 400), (300, 400), (1000, 120), (8192, 15), (0, 400)])
 def test_the_passes_over_few_images_are_limited_in_all_and_for_each(images: int, epochs: int) -> None:
     assert few_image_options(LearnOptions(), images).epochs == epochs
     assert few_image_options(LearnOptions(epochs=7), images).epochs == 7
@@ -94,7 +94,7 @@ def test_the_seed_draws_the_images_and_val_stays_whole() -> None:
 
 def test_only_options_that_are_defaults_change() -> None:
     changed = few_image_options(LearnOptions(lr=0.05, seed=4), 1000)
-    assert (changed.lr, changed.seed, changed.match_features, changed.epochs) == (0.05, 4, 1.0, 90)
+    assert (changed.lr, changed.seed, changed.match_features, changed.epochs) == (0.05, 4, 1.0, 120)
     assert few_image_options(LearnOptions(budget_minutes=5), 1000).epochs == 200
     assert few_image_options(LearnOptions(epochs=2), 1000).epochs == 2
     assert [is_few(n) for n in (None, 1024, 8192, 8193)] == [None, True, True, None]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 from torch import nn
 
 from maskplan.pipeline.core.artifacts import Pattern
@@ -28,6 +29,7 @@ from maskplan.pipeline.masking.magnitude import magnitude_mask
 from maskplan.pipeline.masking.transposable import transposed_violations
 from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
 from maskplan.pipeline.models.layers import trace_layers
+from maskplan.pipeline.pruning import layerwise_masks as layerwise_module
 from maskplan.pipeline.pruning.mask import MaskOptions, choose_masks
 from maskplan.pipeline.pruning.second_moments import MomentOptions, second_moments
 
@@ -179,6 +181,49 @@ def test_learned_masks_may_start_from_layerwise_ones(
     rows = list(csv.DictReader((tmp_path / "log" / "learning.csv").read_text().splitlines()))
     assert [float(row["moved"]) for row in rows] == [0.0] * len(rows)
     assert rows
+
+
+class Functional(nn.Module):
+    """Uses the weight of a layer that it does not call, and calls another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.used, self.called = (nn.Conv2d(c, 8, 3, padding=1) for c in (1, 8, 8))
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(nn.functional.conv2d(torch.relu(self.stem(x)), self.used.weight, padding=1))
+        return self.head(self.called(x).mean((2, 3)))
+
+
+def test_layers_whose_inputs_cannot_be_observed_start_from_magnitude_masks(
+    net: tuple[nn.Module, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    module, out = Functional().eval(), tmp_path / "m.safetensors"
+    learn = dataclasses.replace(QUICK, lr=1e-12, noise_start=0.0, init_margin=1000.0)
+    options = MaskOptions(method=LEARNED, init_method=LAYERWISE, images=200, learn=learn)
+    with caplog.at_level("INFO", logger="maskplan"):
+        choose_masks(module, net[1], options, out, load_digits())
+    assert "1 layers start from magnitude masks: used.weight" in caplog.text
+    found = safetensors.numpy.load_file(out)
+    magnitude = {name: magnitude_mask(module.state_dict()[name].numpy(), TWO_FOUR) for name in found}
+    assert [name for name in sorted(found) if not np.array_equal(found[name], magnitude[name])] == ["called.weight"]
+
+
+def test_learning_starts_from_magnitude_masks_where_there_are_no_layerwise_ones(
+    net: tuple[nn.Module, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise InputError("the inputs of 1 layers cannot be used", found="a layer")
+
+    monkeypatch.setattr(layerwise_module, "layerwise_masks", refuse)
+    learn = dataclasses.replace(QUICK, lr=1e-12, noise_start=0.0, init_margin=1000.0)
+    options, out = MaskOptions(method=LEARNED, init_method=LAYERWISE, learn=learn), tmp_path / "m.safetensors"
+    choose_masks(*net, options, out, load_digits())
+    assert "learning starts from magnitude masks" in caplog.text
+    found, state = safetensors.numpy.load_file(out), net[0].state_dict()
+    assert all(np.array_equal(mask, magnitude_mask(state[name].numpy(), TWO_FOUR)) for name, mask in found.items())
 
 
 def test_transposable_masks_hold_along_both_axes(net: tuple[nn.Module, Any], tmp_path: Path) -> None:
