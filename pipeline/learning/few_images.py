@@ -1,7 +1,8 @@
 """The learner's setting for few images, which replaces what was left at its default.
 
 Few images say little through the network's outputs, and the same ones come again and again: the masks start from layer-wise
-ones, the features inside are matched as well, and every image is shifted and mirrored anew each time.
+ones, are learned block by block first, then with the features inside matched besides the outputs, and every image is shifted
+and mirrored anew each time.
 """
 
 from __future__ import annotations

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from maskplan.pipeline.core.artifacts import Layer, Pattern, Provenance
+from maskplan.pipeline.core.artifacts import Layer, Pattern, Preprocessing, Provenance
 from maskplan.pipeline.core.errors import InputError, listed
 from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.data.dataset import Dataset
 from maskplan.pipeline.masking.layerwise import layerwise_mask
-from maskplan.pipeline.models.layers import layer_modules
+from maskplan.pipeline.models.layers import layer_modules, sample_input
 from maskplan.pipeline.pruning.second_moments import MomentOptions, second_moments
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def layerwise_start(
     device: str,
 ) -> dict[str, npt.NDArray[np.bool_]]:
     """Layer-wise masks of those layers that have any: of those whose inputs can be observed."""
-    called = layer_modules(module)
+    called = _called(module, provenance.preprocessing)
     observable = [layer for layer in layers if layer.name in called]
     try:
         masks = layerwise_masks(module, provenance, observable, weights, pattern, images, seed, data, device)
@@ -70,3 +70,19 @@ def layerwise_start(
         others = [layer.name for layer in layers if layer.name not in called]
         log.info("%d layers start from magnitude masks: %s", len(others), listed(others))
     return masks
+
+
+def _called(module: nn.Module, preprocessing: Preprocessing) -> frozenset[str]:
+    """Names of the weights whose layers the network calls; it may also use the weights of others."""
+    import torch
+
+    called: set[str] = set()
+    layers = layer_modules(module)
+    hooks = [layer.register_forward_hook(lambda *_, name=name: called.add(name)) for name, layer in layers.items()]
+    try:
+        with torch.no_grad():
+            module.eval()(sample_input(preprocessing, 1).to(next(module.parameters()).device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return frozenset(called)
