@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from maskplan.pipeline.core.artifacts import Preprocessing
+from maskplan.pipeline.learning.features import relative_difference
 from maskplan.pipeline.models.layers import sample_input
 
 Block = tuple[str, str]
@@ -36,15 +37,21 @@ def find_blocks(network: nn.Module, masked: Sequence[str], preprocessing: Prepro
     Args:
         network: In evaluation mode, on any device.
         masked: Names of the masked weights.
-        preprocessing: Gives the size of an image, on which modules that are not called are found.
+        preprocessing: Gives the size of an image, which shows what is called and returns float tensors.
     """
     layers = {name.rpartition(".")[0] for name in masked}
     found = list(_blocks_in("", network, layers))
     called: set[str] = set()
     modules = dict(network.named_modules())
-    hooks = [
-        modules[name].register_forward_hook(lambda *_, name=name: called.add(name)) for block in found for name in block
-    ]
+
+    def note(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            if _floats(output):
+                called.add(name)
+
+        return hook
+
+    hooks = [modules[name].register_forward_hook(note(name)) for block in found for name in block]
     try:
         with torch.no_grad():
             network(sample_input(preprocessing, 1).to(next(network.parameters()).device))
@@ -90,8 +97,7 @@ class BlockMatcher:
         losses = []
         for name, dense in self._teacher.items():
             for ours, theirs in zip(self._student[name], dense, strict=True):
-                spread = (theirs - theirs.mean()).square().mean().clamp_min(torch.finfo(torch.float32).tiny)
-                losses.append((ours - theirs).square().mean() / spread)
+                losses.append(relative_difference(ours, theirs))
         self._forget()
         return torch.stack(losses).mean()
 
@@ -117,10 +123,14 @@ class BlockMatcher:
     def _keep(self, found: dict[str, list[Any]], name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             if self._observes:
-                tensors = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point()]
-                found.setdefault(name, []).extend(tensor.clone() for tensor in tensors)
+                found.setdefault(name, []).extend(tensor.clone() for tensor in _floats(output))
 
         return hook
+
+
+def _floats(output: Any) -> list[torch.Tensor]:
+    """The float tensors that a module returned, in lists, tuples and dictionaries too."""
+    return [t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
 
 def _blocks_in(name: str, module: nn.Module, layers: set[str]) -> Iterator[Block]:

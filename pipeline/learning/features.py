@@ -59,8 +59,7 @@ class FeatureMatcher:
         losses = []
         for name, dense in self._teacher.items():
             for ours, theirs in zip(self._student[name], dense, strict=True):
-                spread = (theirs - theirs.mean()).square().mean().clamp_min(torch.finfo(torch.float32).tiny)
-                losses.append((ours - theirs).square().mean() / spread)
+                losses.append(relative_difference(ours, theirs))
         self._forget()
         return torch.stack(losses).mean()
 
@@ -74,3 +73,10 @@ class FeatureMatcher:
                 found.setdefault(name, []).append(output)
 
         return keep
+
+
+def relative_difference(ours: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    """The mean squared difference, relative to the dense tensor's variance, a scalar; 0 where that is constant."""
+    spread = (dense - dense.mean()).square().mean()
+    share = (spread > 0) / spread.clamp_min(torch.finfo(torch.float32).tiny)
+    return (ours - dense).square().mean() * share

@@ -131,6 +131,7 @@ def learn_masks(
                 blocks=blocks if phase.by_block else (),
             )
             finished.append(learner.run(state_key(phase.options, before, begin, (*image_digests, *map(str, kinds)))))
+            del learner  # two networks, which the next phase does not need
     progress = finished[-1]
     if tensors_sha256(module.state_dict()) != before:
         raise AssertionError("learning masks changed a parameter or a buffer")

@@ -19,6 +19,7 @@ from maskplan.pipeline.data.dataset import Dataset
 from maskplan.pipeline.data.digits import PREPROCESSING, load_digits
 from maskplan.pipeline.learning import trainer
 from maskplan.pipeline.learning.blocks import BlockMatcher, find_blocks
+from maskplan.pipeline.learning.features import relative_difference
 from maskplan.pipeline.learning.masked_net import Masks
 from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions
 from maskplan.pipeline.learning.schedule import training_batches
@@ -135,6 +136,35 @@ def test_layers_that_are_called_one_by_one_form_no_blocks() -> None:
             return self.c(self.b(self.a(x)))
 
     assert blocks_of(Flat()) == []
+
+
+def test_blocks_that_return_no_tensors_do_not_count() -> None:
+    @dataclasses.dataclass
+    class Found:
+        values: torch.Tensor
+
+    class Wrapped(Residual):
+        def forward(self, x: torch.Tensor) -> Any:
+            return Found(super().forward(x))
+
+    class Opened(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.one, self.two = conv(3, 8), Wrapped(), Residual()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.two(self.one(self.stem(x)).values)
+
+    assert blocks_of(Opened()) == ["two"]
+
+
+def test_where_the_dense_network_is_constant_nothing_is_compared() -> None:
+    ours = torch.randn(4, 8, requires_grad=True)
+    loss = relative_difference(ours, torch.full((4, 8), 3.0))
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert loss.item() == 0
+    assert ours.grad is not None
+    assert float(ours.grad.abs().max()) == 0
 
 
 def test_each_block_is_compared_on_the_inputs_of_the_dense_network(net: nn.Module) -> None:
