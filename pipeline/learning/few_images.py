@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from maskplan.pipeline.data.dataset import Dataset
 from maskplan.pipeline.learning.options import LearnOptions
 
 FEW_IMAGES = 8192
@@ -26,6 +27,13 @@ _SETTING = {"match_features": 1.0, "match_blocks": 0.3, "augment": "shift+flip"}
 def is_few(images: int | None) -> bool | None:
     """What `--images` says of the setting: None if it was not given, and for many images."""
     return True if images is not None and images <= FEW_IMAGES else None
+
+
+def learns_from_few(few_images: bool | None, data: Dataset) -> bool:
+    """Whether the setting applies: as asked, or by itself to few images without labels."""
+    if few_images is not None:
+        return few_images
+    return len(data.train) + len(data.select) <= FEW_IMAGES and not bool((data.train.labels >= 0).any())
 
 
 def few_image_options(options: LearnOptions, images: int) -> LearnOptions:

@@ -27,6 +27,7 @@ from maskplan.pipeline.core.choices import (
 from maskplan.pipeline.core.errors import InputError, listed
 from maskplan.pipeline.core.validation import at_least
 from maskplan.pipeline.data.dataset import Dataset
+from maskplan.pipeline.learning.few_images import FEW_IMAGES, few_image_options, learns_from_few
 from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions, block_files
 from maskplan.pipeline.masking.magnitude import magnitude_mask
 from maskplan.pipeline.masking.maskset import (
@@ -251,11 +252,7 @@ def _strategy(
     has_init: bool,
 ) -> tuple[MaskMethod, MaskOptions]:
     """How masks are learned: the setting for few images where it applies, and what the time budget is enough for."""
-    from maskplan.pipeline.learning.few_images import FEW_IMAGES, few_image_options
-
-    count = len(data.train) + len(data.select)
-    unlabeled = not bool((data.train.labels >= 0).any())
-    few = options.few_images if options.few_images is not None else unlabeled and count <= FEW_IMAGES
+    few = learns_from_few(options.few_images, data)
     if options.learn.budget_minutes is not None and masks and not has_init:
         from maskplan.pipeline.learning.budget import LAYERWISE_ONLY, SHORT, seconds_per_image, strategy_for_budget
 
@@ -271,6 +268,7 @@ def _strategy(
         few = few or (strategy == SHORT and options.few_images is None)
     if not few:
         return LEARNED, options
+    count = len(data.train) + len(data.select)
     log.info("%d images: masks are learned in the setting for few images", count)
     learn = few_image_options(options.learn, len(data.train))
     images = max(options.images, min(len(data.train), FEW_IMAGES))

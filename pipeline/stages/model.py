@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from maskplan.pipeline.core.artifacts import Checkpoint, MaskSet
-from maskplan.pipeline.core.choices import MaskMethod
+from maskplan.pipeline.core.choices import LEARNED, MaskMethod
 from maskplan.pipeline.core.errors import HostError, InputError
 from maskplan.pipeline.core.files import read_bytes, sha256_of, write_atomically
 from maskplan.pipeline.data.dataset import Dataset, ImageFiles
 from maskplan.pipeline.data.image_sets import identify, listing_sha256, require_disjoint
 from maskplan.pipeline.data.synthetic import synthetic_dataset
+from maskplan.pipeline.learning.few_images import few_image_options, learns_from_few
 from maskplan.pipeline.learning.options import LearnerFiles
 from maskplan.pipeline.masking.maskset import exclude_layers
 from maskplan.pipeline.masking.patterns import parse_pattern
@@ -186,10 +187,14 @@ def mask(job: Job, dense: Checkpoint, method: MaskMethod | Path, images: Images 
     uses_images = needs_images(options, method)
     data, sets = (images.data, images.sets.shaping) if images and uses_images else (None, ())
     files = LearnerFiles(job.ws.hidden(_STATE), log_dir=job.ws.hidden(_LOG))
+    inputs = {"checkpoint": dense.sha256, "options": options, "images": [s.key for s in sets], **job.code_key}
+    if method == LEARNED and data is not None and learns_from_few(options.few_images, data):
+        # Its defaults replace those of the options.
+        inputs["few_images"] = few_image_options(options.learn, len(data.train))
     return job.ws.stage(
         "mask",
         MaskSet,
-        {"checkpoint": dense.sha256, "options": options, "images": [s.key for s in sets], **job.code_key},
+        inputs,
         lambda: choose_masks(
             load_module(job.model, dense),
             dense.provenance,

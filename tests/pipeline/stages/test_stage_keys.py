@@ -12,6 +12,8 @@ import pytest
 
 from maskplan.pipeline.core.artifacts import Checkpoint, ImageSet, MaskSet, Pattern, Preprocessing, Provenance
 from maskplan.pipeline.core.files import write_atomically
+from maskplan.pipeline.data.dataset import UNLABELED, Dataset
+from maskplan.pipeline.learning import few_images
 from maskplan.pipeline.models.checkpoint import ModelOptions
 from maskplan.pipeline.models.synthesize import SynthesizeOptions
 from maskplan.pipeline.recipe import Recipe
@@ -26,9 +28,19 @@ SETS = ImageSets(
 )
 
 
-def images_of(sets: ImageSets) -> Images:
-    data: Any = type("Data", (), {"train": None, "select": None, "val": None})()
-    return Images(data, sets)
+class Labels:
+    """A part of the data, of which only the labels count here."""
+
+    def __init__(self, label: int) -> None:
+        self.labels = np.full(9, label)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def images_of(sets: ImageSets, label: int = 0) -> Images:
+    part: Any = Labels(label)
+    return Images(Dataset(("a",), part, part, part), sets)
 
 
 def checkpoint(path: Path, *_: object, **__: object) -> Checkpoint:
@@ -87,6 +99,28 @@ def test_a_new_version_of_a_stage_runs_that_stage_again(
     monkeypatch.setitem(STAGE_VERSIONS, "recalibrate", STAGE_VERSIONS["recalibrate"] + 1)
     assert stages_run(SETS) == {"recalibrate-sparse"}
     assert stages_run(SETS) == set()
+
+
+@pytest.mark.parametrize(("label", "runs_again"), [(0, False), (UNLABELED, True)])
+def test_another_setting_for_few_images_runs_only_masks_of_few_images_again(
+    label: int, *, runs_again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = checkpoint(tmp_path / "dense.safetensors")
+
+    def masks(_module: object, _provenance: object, _options: object, out: Path, *_: object, **__: object) -> MaskSet:
+        return MaskSet(out, write_atomically(out, b"masks"), "net", Pattern(2, 4), "channel", "learned", "", (), ())
+
+    monkeypatch.setattr(model, "load_module", lambda *_: None)
+    monkeypatch.setattr(model, "choose_masks", masks)
+
+    def run() -> bool:
+        with Workspace(tmp_path / "out") as ws:
+            model.mask(Job(ws, ModelOptions("net.py:build"), Recipe()), dense, "learned", images_of(SETS, label))
+            return "mask" in ws.seconds
+
+    assert [run(), run()] == [True, False]
+    monkeypatch.setitem(few_images._SETTING, "match_blocks", 0.4)
+    assert run() == runs_again
 
 
 def test_another_dense_network_gives_other_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
