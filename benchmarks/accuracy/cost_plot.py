@@ -47,8 +47,9 @@ ROWS = {
 
 def main() -> None:
     """Draw both panels, and write the points."""
-    runs = Results().read("few_images")
-    write_json(COSTS, encode(costs(runs, Results().read("accuracy"))))
+    everything = Results().read("few_images")
+    write_json(COSTS, encode(costs(everything, Results().read("accuracy"))))
+    runs = quiet(everything)
     figure, (over_minutes, over_images) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     networks = sorted({run["model"] for run in runs})
     for color, network in enumerate(networks):
@@ -70,11 +71,16 @@ def main() -> None:
     figure.savefig(OUT, metadata={"Date": None})
 
 
+def quiet(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The runs that had the machine to themselves: the minutes of others say nothing."""
+    return [run for run in runs if not run.get("busy")]
+
+
 def costs(few: Sequence[Mapping[str, Any]], full: Sequence[Mapping[str, Any]]) -> list[MeasuredCost]:
     """One point for each network, method and number of images; learning from all training images from `full`."""
     points = [
         MeasuredCost(run["model"], method, run["images"], run["minutes"].get(row, 0.0), **_drop(run["rows"][row]))
-        for run in few
+        for run in quiet(few)
         for row, method in METHODS.items()
     ]
     row = "maskplan, recalibrated"

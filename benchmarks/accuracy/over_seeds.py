@@ -35,7 +35,8 @@ def mean_lines(runs: Sequence[Mapping[str, Any]], key: Sequence[str], rows: Sequ
     for run in runs:
         groups.setdefault(tuple(run[k] for k in key), {})[run["seed"]] = run
     for of_group, by_seed in groups.items():
-        for row in rows if len(by_seed) >= FEWEST else ():
+        known = [row for row in rows if all(row in run["rows"] for run in by_seed.values())]
+        for row in known if len(by_seed) >= FEWEST else ():
             found = [by_seed[seed]["rows"][row] for seed in sorted(by_seed)]
             mean, low, high = mean_drop(found)
             each = ", ".join(f"{r['drop']:+.2f}" for r in found)

@@ -150,8 +150,8 @@ _FEW_IMAGES = """## Masks from {images} unlabeled images: {model}
 Masks, the choice of the epoch and BatchNorm statistics of all masked rows come from the same {images} training images,
 without labels; rows of synthetic images from {synthetic} images that were made from the network, in {made} minutes. "Images
 alone": statistics that are not relative to the dense network's. Learning took {passes} passes, {by_block} of them block
-by block, and {minutes} minutes with {threads} thread(s). Learned masks gain {gain:+.2f} points over layer-wise ones (95%
-interval {low:+.2f} to {high:+.2f}). The dense network has {select:.2f}% of `select`{training}. `{command}`
+by block, and {minutes} minutes with {threads} thread(s){busy}. Learned masks gain {gain:+.2f} points over layer-wise ones
+(95% interval {low:+.2f} to {high:+.2f}). The dense network has {select:.2f}% of `select`{training}. `{command}`
 
 | masks | top-1 % | drop, points | 95% interval |
 |---|--:|--:|--:|"""
@@ -322,7 +322,7 @@ def _onnx_models(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _few_images(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    masks = ("layerwise, recalibrated", "learned, recalibrated")
+    masks = ("layerwise, recalibrated", "learned, recalibrated", "learned, permuted, recalibrated")
     if lines := list(mean_lines(runs, ("model", "images", "select_top1"), masks)):
         yield "\n".join([_FEW_IMAGES_SEEDS, *lines])
     for run in (r for r in runs if r["seed"] == 0):
@@ -336,6 +336,7 @@ def _few_images(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             synthetic=run["synthetic_images"],
             made=run["minutes"]["synthesize"],
             threads=run["threads"],
+            busy=" on a busy machine" if run.get("busy") else "",
             select=run["select_top1"],
             training="" if run["dense_training"] is None else f" (`{run['dense_training']['command']}`)",
             gain=-gain["drop"],
