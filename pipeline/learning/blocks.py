@@ -7,16 +7,15 @@ Errors of the blocks before do not reach a block, so that its gates hear of noth
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from maskplan.pipeline.core.artifacts import Preprocessing
-from maskplan.pipeline.learning.features import relative_difference
-from maskplan.pipeline.models.layers import sample_input
+from maskplan.pipeline.learning.features import Matcher, float_tensors
+from maskplan.pipeline.models.layers import outputs_of
 
 Block = tuple[str, str]
 """Names of a block's first and last module, which are one where the block is a module."""
@@ -41,27 +40,13 @@ def find_blocks(network: nn.Module, masked: Sequence[str], preprocessing: Prepro
     """
     layers = {name.rpartition(".")[0] for name in masked}
     found = list(_blocks_in("", network, layers))
-    called: set[str] = set()
     modules = dict(network.named_modules())
-
-    def note(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            if _floats(output):
-                called.add(name)
-
-        return hook
-
-    hooks = [modules[name].register_forward_hook(note(name)) for block in found for name in block]
-    try:
-        with torch.no_grad():
-            network(sample_input(preprocessing, 1).to(next(network.parameters()).device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return tuple(block for block in found if called.issuperset(block))
+    outputs = outputs_of(network, {name: modules[name] for block in found for name in block}, preprocessing)
+    usable = {name for name, output in outputs.items() if float_tensors(output)}
+    return tuple(block for block in found if usable.issuperset(block))
 
 
-class BlockMatcher:
+class BlockMatcher(Matcher):
     """Runs the blocks of a masked network on the inputs that they have in the dense network, inside `observing()`.
 
     Args:
@@ -71,44 +56,21 @@ class BlockMatcher:
     """
 
     def __init__(self, teacher: nn.Module, student: nn.Module, blocks: Sequence[Block]) -> None:
+        # Copied, as the inputs are: what follows a block may change them in place.
+        super().__init__(teacher, student, [last for _, last in blocks], copies=True)
         self._inputs: dict[str, list[Any]] = {}
-        self._teacher: dict[str, list[Any]] = {}
-        self._student: dict[str, list[Any]] = {}
-        self._observes = False
         dense, ours = dict(teacher.named_modules()), dict(student.named_modules())
-        for first, last in blocks:
+        for first, _ in blocks:
             dense[first].register_forward_pre_hook(self._keep_inputs(first), with_kwargs=True)
-            dense[last].register_forward_hook(self._keep(self._teacher, last))
             ours[first].register_forward_pre_hook(self._replace_inputs(first), with_kwargs=True)
-            ours[last].register_forward_hook(self._keep(self._student, last))
-
-    @contextmanager
-    def observing(self) -> Iterator[None]:
-        """Keep what both networks compute inside this context, until `loss` is called."""
-        self._forget()
-        self._observes = True
-        try:
-            yield
-        finally:
-            self._observes = False
-
-    def loss(self) -> torch.Tensor:
-        """Mean over the blocks of the squared difference, relative to the dense outputs' variance; forgets both."""
-        losses = []
-        for name, dense in self._teacher.items():
-            for ours, theirs in zip(self._student[name], dense, strict=True):
-                losses.append(relative_difference(ours, theirs))
-        self._forget()
-        return torch.stack(losses).mean()
 
     def _forget(self) -> None:
-        for kept in (self._inputs, self._teacher, self._student):
-            kept.clear()
+        super()._forget()
+        self._inputs.clear()
 
     def _keep_inputs(self, name: str) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
             if self._observes:
-                # Copied, as the outputs are: what follows may change them in place.
                 copied = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (args, kwargs))
                 self._inputs.setdefault(name, []).append(copied)
 
@@ -119,18 +81,6 @@ class BlockMatcher:
             return self._inputs[name].pop(0) if self._observes else (args, kwargs)
 
         return hook
-
-    def _keep(self, found: dict[str, list[Any]], name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            if self._observes:
-                found.setdefault(name, []).extend(tensor.clone() for tensor in _floats(output))
-
-        return hook
-
-
-def _floats(output: Any) -> list[torch.Tensor]:
-    """The float tensors that a module returned, in lists, tuples and dictionaries too."""
-    return [t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
 
 def _blocks_in(name: str, module: nn.Module, layers: set[str]) -> Iterator[Block]:

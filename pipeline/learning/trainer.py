@@ -27,7 +27,7 @@ from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.data.dataset import Dataset
 from maskplan.pipeline.learning.blocks import Block, BlockMatcher, find_blocks
 from maskplan.pipeline.learning.evaluate import MaskEvaluator, MaskScore, fraction_changed
-from maskplan.pipeline.learning.features import FeatureMatcher
+from maskplan.pipeline.learning.features import FeatureMatcher, Matcher
 from maskplan.pipeline.learning.masked_net import MaskedNet, Masks
 from maskplan.pipeline.learning.metrics import MetricsLog, MetricsRow
 from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions, block_files
@@ -213,7 +213,7 @@ class Learner:
         self.average = [p.detach().clone() for p in self.net.logits()] if options.ema else []
         self.evaluate = MaskEvaluator(self.teacher, preprocessing, data, options, kinds)
         self.blocks = bool(blocks)
-        self.features: BlockMatcher | FeatureMatcher | None = None
+        self.features: Matcher | None = None
         if blocks:
             self.features = BlockMatcher(self.teacher, student, blocks)
         elif options.match_features:

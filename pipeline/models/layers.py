@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from maskplan.pipeline.core.artifacts import Layer, Preprocessing, TensorSpec
 from maskplan.pipeline.core.errors import InputError
@@ -124,6 +124,28 @@ def layer_modules(module: nn.Module) -> dict[str, nn.Module]:
 
     kinds = (_ConvNd, nn.Linear)
     return {f"{n}.weight" if n else "weight": m for n, m in module.named_modules() if isinstance(m, kinds)}
+
+
+def outputs_of(module: nn.Module, parts: Mapping[str, nn.Module], preprocessing: Preprocessing) -> dict[str, Any]:
+    """What parts of a module return in evaluation mode for one sample image, by name; those it does not call are missing.
+
+    A part that is called several times has its last output.
+    """
+    import torch
+
+    outputs: dict[str, Any] = {}
+
+    def keep(name: str) -> Any:
+        return lambda _, __, output: outputs.update({name: output})
+
+    hooks = [part.register_forward_hook(keep(name)) for name, part in parts.items()]
+    try:
+        with torch.no_grad():
+            module.eval()(sample_input(preprocessing, 1).to(next(module.parameters()).device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs
 
 
 def forward_error(module: nn.Module, preprocessing: Preprocessing, error: Exception) -> InputError:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from maskplan.pipeline.core.artifacts import Layer, Pattern, Preprocessing, Provenance
+from maskplan.pipeline.core.artifacts import Layer, Pattern, Preprocessing
 from maskplan.pipeline.core.errors import InputError, listed
 from maskplan.pipeline.core.progress import track
-from maskplan.pipeline.data.dataset import Dataset
+from maskplan.pipeline.data.dataset import Split
 from maskplan.pipeline.masking.layerwise import layerwise_mask
-from maskplan.pipeline.models.layers import layer_modules, sample_input
+from maskplan.pipeline.models.layers import layer_modules, outputs_of
 from maskplan.pipeline.pruning.second_moments import MomentOptions, second_moments
 
 if TYPE_CHECKING:
@@ -24,45 +24,51 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+Masks = dict[str, npt.NDArray[np.bool_]]
+"""By the name of the weight."""
+
+
 def layerwise_masks(
     module: nn.Module,
-    provenance: Provenance,
     layers: Sequence[Layer],
-    weights: Mapping[str, npt.NDArray[np.floating]],
+    preprocessing: Preprocessing,
+    train: Split,
     pattern: Pattern,
-    images: int,
-    seed: int,
-    data: Dataset,
+    options: MomentOptions,
     device: str,
-) -> dict[str, npt.NDArray[np.bool_]]:
+) -> Masks:
     """Layer-wise masks, one layer at a time because second moments are large."""
     from maskplan.pipeline.models.device import choose_device
 
-    moment_options = MomentOptions(images=images, seed=seed)
+    state = module.state_dict()
     network = copy.deepcopy(module).to(choose_device(device))
-    moments = second_moments(network, layers, provenance.preprocessing, data.train, moment_options)
+    moments = second_moments(network, layers, preprocessing, train, options)
     return {
-        layer.name: layerwise_mask(weights[layer.name], moment.effective, pattern, name=layer.name)
+        layer.name: layerwise_mask(
+            state[layer.name].detach().cpu().float().numpy(), moment.effective, pattern, name=layer.name
+        )
         for layer, moment in track(moments, "layer-wise masks", len(layers))
     }
 
 
 def layerwise_start(
     module: nn.Module,
-    provenance: Provenance,
     layers: Sequence[Layer],
-    weights: Mapping[str, npt.NDArray[np.floating]],
-    pattern: Pattern,
-    images: int,
-    seed: int,
-    data: Dataset,
-    device: str,
-) -> dict[str, npt.NDArray[np.bool_]]:
-    """Layer-wise masks of those layers that have any: of those whose inputs can be observed."""
-    called = _called(module, provenance.preprocessing)
+    preprocessing: Preprocessing,
+    choose: Callable[[Sequence[Layer]], Masks],
+) -> Masks:
+    """Masks of those layers whose inputs can be observed; a network may use the weights of others without calling them.
+
+    Args:
+        module: The dense network.
+        layers: All layers to mask.
+        preprocessing: Preprocessing of the images.
+        choose: Gives the layer-wise masks of some layers; where it refuses, there are none.
+    """
+    called = outputs_of(module, layer_modules(module), preprocessing)
     observable = [layer for layer in layers if layer.name in called]
     try:
-        masks = layerwise_masks(module, provenance, observable, weights, pattern, images, seed, data, device)
+        masks = choose(observable)
     except InputError as error:
         log.warning("learning starts from magnitude masks: %s: %s", error.what, error.found)
         return {}
@@ -70,19 +76,3 @@ def layerwise_start(
         others = [layer.name for layer in layers if layer.name not in called]
         log.info("%d layers start from magnitude masks: %s", len(others), listed(others))
     return masks
-
-
-def _called(module: nn.Module, preprocessing: Preprocessing) -> frozenset[str]:
-    """Names of the weights whose layers the network calls; it may also use the weights of others."""
-    import torch
-
-    called: set[str] = set()
-    layers = layer_modules(module)
-    hooks = [layer.register_forward_hook(lambda *_, name=name: called.add(name)) for name, layer in layers.items()]
-    try:
-        with torch.no_grad():
-            module.eval()(sample_input(preprocessing, 1).to(next(module.parameters()).device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return frozenset(called)

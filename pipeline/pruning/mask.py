@@ -46,6 +46,7 @@ from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.models.state_dict import stored_masks, tensors_sha256
 from maskplan.pipeline.pruning.layerwise_masks import layerwise_masks, layerwise_start
 from maskplan.pipeline.pruning.method import NEED_IMAGES, require_known_method, resolve_method
+from maskplan.pipeline.pruning.second_moments import MomentOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -180,15 +181,18 @@ def choose_masks(
         dense += tuple(DenseLayer(x.name, x.shape, x.macs, TOO_COSTLY) for x in chosen if x.name in costly)
         chosen = [layer for layer in chosen if layer.name not in costly]
         weights, masks = ({k: v for k, v in d.items() if k not in costly} for d in (weights, masks))
-    layerwise = module, provenance, chosen, weights, pattern, options.images, options.learn.seed
+
+    def layerwise(of: Sequence[Layer]) -> dict[str, npt.NDArray[np.bool_]]:
+        assert data is not None  # checked above
+        moments = MomentOptions(images=options.images, seed=options.learn.seed)
+        return layerwise_masks(module, of, provenance.preprocessing, data.train, pattern, moments, device)
+
     if method == TRANSPOSABLE:
         masks = transposable_masks(weights, pattern)
     elif method == LAYERWISE:
-        assert data is not None  # checked above
-        masks = layerwise_masks(*layerwise, data, device)
+        masks = layerwise(chosen)
     elif method == LEARNED and options.init_method == LAYERWISE and given is None:
-        assert data is not None  # checked above
-        given = masks | layerwise_start(*layerwise, data, device)
+        given = masks | layerwise_start(module, chosen, provenance.preprocessing, layerwise)
     learning = None
     if method == LEARNED:
         assert data is not None  # checked above

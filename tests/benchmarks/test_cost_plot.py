@@ -19,3 +19,9 @@ def test_the_report_shows_what_the_benchmarks_measured() -> None:
     assert (vgg.drop, list(vgg.drop_ci95)) == (row["drop"], row["drop_ci95"])
     assert vgg.minutes == run["minutes"]["learned, recalibrated"]
     assert len(found) == 3 * sum(not run.get("busy") for run in few) + len(full)
+
+
+def test_minutes_of_a_busy_machine_are_not_plotted() -> None:
+    few = Results().read("few_images")[:1]
+    assert len(cost_plot.costs(few, [])) == 3
+    assert cost_plot.costs([few[0] | {"busy": True}], []) == []

@@ -28,3 +28,10 @@ def test_only_groups_of_enough_seeds_are_shown_each_seed_once() -> None:
     runs += [{"model": "b", "seed": s, "rows": {"learned": row(1.0, 0.1)}} for s in (0, 1)]
     (line,) = over_seeds.mean_lines(runs, ("model",), ("learned",))
     assert line.startswith("| a | learned | +0.00, +0.10, +0.20 | +0.10 | ")
+
+
+def test_a_row_that_a_seed_lacks_has_no_mean() -> None:
+    runs = [{"model": "a", "seed": s, "rows": {"learned": row(0.1, 0.1), "permuted": row(0.1, 0.1)}} for s in range(3)]
+    del runs[1]["rows"]["permuted"]  # type: ignore[attr-defined]
+    (line,) = over_seeds.mean_lines(runs, ("model",), ("learned", "permuted"))
+    assert line.startswith("| a | learned | ")

@@ -29,7 +29,7 @@ from maskplan.pipeline.masking.magnitude import magnitude_mask
 from maskplan.pipeline.masking.transposable import transposed_violations
 from maskplan.pipeline.models.checkpoint import ModelOptions, open_checkpoint
 from maskplan.pipeline.models.layers import trace_layers
-from maskplan.pipeline.pruning import layerwise_masks as layerwise_module
+from maskplan.pipeline.pruning import mask as mask_module
 from maskplan.pipeline.pruning.mask import MaskOptions, choose_masks
 from maskplan.pipeline.pruning.second_moments import MomentOptions, second_moments
 
@@ -217,7 +217,7 @@ def test_learning_starts_from_magnitude_masks_where_there_are_no_layerwise_ones(
     def refuse(*_: object) -> None:
         raise InputError("the inputs of 1 layers cannot be used", found="a layer")
 
-    monkeypatch.setattr(layerwise_module, "layerwise_masks", refuse)
+    monkeypatch.setattr(mask_module, "layerwise_masks", refuse)
     learn = dataclasses.replace(QUICK, lr=1e-12, noise_start=0.0, init_margin=1000.0)
     options, out = MaskOptions(method=LEARNED, init_method=LAYERWISE, learn=learn), tmp_path / "m.safetensors"
     choose_masks(*net, options, out, load_digits())
