@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import inspect
 import logging
 import math
@@ -12,8 +11,6 @@ import socket
 import sys
 import urllib.request
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +19,7 @@ from maskplan.pipeline.core.artifacts import Preprocessing
 from maskplan.pipeline.core.errors import HostError, InputError, did_you_mean, listed
 from maskplan.pipeline.core.files import sha256_of
 from maskplan.pipeline.core.serialization import decode, encode
+from maskplan.pipeline.core.user_code import create_module, execute, imports_from
 from maskplan.pipeline.data.digits import BUNDLED_MODEL, CLASSES
 from maskplan.pipeline.data.digits import PREPROCESSING as DIGITS_PREPROCESSING
 from maskplan.pipeline.data.preprocessing import IMAGENET, INTERPOLATIONS, preprocessing_from_transforms
@@ -277,16 +275,13 @@ def _from_file(file: Path, factory: str) -> Architecture:
 
     if not file.is_file():
         raise InputError("model file not found", where=file, fix="check the path before the colon")
-    imported = importlib.util.spec_from_file_location(_module_name(file), file)
-    if imported is None or imported.loader is None:
+    source = create_module(file, _module_name(file))
+    if source is None:
         raise InputError("not a Python file", where=file)
-    source = importlib.util.module_from_spec(imported)
-    # Data classes look up their own module while they are created.
-    sys.modules[imported.name] = source
     try:
-        with warnings.catch_warnings(), _folder_on_path(file):
+        with warnings.catch_warnings(), imports_from(file.parent):
             warnings.simplefilter("ignore")
-            imported.loader.exec_module(source)
+            execute(source)
             build = getattr(source, factory, None)
             module = build() if callable(build) else None
     except (Exception, SystemExit) as error:
@@ -316,17 +311,6 @@ def _factory_fix(source: Any, factory: str) -> str:
     except (AttributeError, ValueError):
         pass
     return "run it in Python to see the traceback"
-
-
-@contextmanager
-def _folder_on_path(file: Path) -> Iterator[None]:
-    """Let a model's file import modules of its folder, as when Python runs it as a script."""
-    sys.path.insert(0, str(file.resolve().parent))
-    try:
-        yield
-    finally:
-        with suppress(ValueError):
-            sys.path.remove(str(file.resolve().parent))
 
 
 def _own_labels(source: Any, file: Path) -> tuple[str, ...]:

@@ -7,19 +7,13 @@ import hashlib
 import importlib.util
 import os
 import sys
-import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 from maskplan.pipeline.core.files import sha256_of
-
-_INSTALLED = tuple(
-    Path(path).resolve()
-    for name in ("stdlib", "platstdlib", "purelib", "platlib")
-    if (path := sysconfig.get_paths().get(name))
-)
+from maskplan.pipeline.core.user_code import INSTALLED
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,7 @@ def _own_file(module: ModuleType) -> Path | None:
     if not name or not name.endswith(".py") or module.__name__.partition(".")[0] == "maskplan":
         return None
     path = Path(name).resolve()
-    return None if any(path.is_relative_to(root) for root in _INSTALLED) else path
+    return None if any(path.is_relative_to(root) for root in INSTALLED) else path
 
 
 def _loaded_imports(module: ModuleType) -> Iterator[ModuleType]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy.typing as npt
 from maskplan.pipeline.core.bootstrap import paired_interval, ratio_interval
 from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.output_reports import MetricParity
+from maskplan.pipeline.core.user_code import create_module, execute, imports_from
 from maskplan.pipeline.parity.by_output import OutputRows
 
 Metric = Callable[[Mapping[str, Any], Mapping[str, Any]], Any]
@@ -52,24 +51,16 @@ def load_metric_module(spec: str) -> ModuleType:
         raise InputError("not a metric", found=repr(spec), fix=_FIX)
     if not path.is_file():
         raise InputError("the metric's file does not exist", where=path, fix=_FIX)
-    loaded = importlib.util.spec_from_file_location(f"maskplan_metric_{path.stem}", path)
-    assert loaded is not None
-    assert loaded.loader is not None
-    module = importlib.util.module_from_spec(loaded)
-    folder = str(path.parent.resolve())
-    sys.path.insert(0, folder)
-    # Dataclasses look their module up there.
-    sys.modules[loaded.name] = module
+    module = create_module(path, f"maskplan_metric_{path.stem}")
+    assert module is not None  # by its suffix
     try:
-        loaded.loader.exec_module(module)
+        with imports_from(path.parent):
+            execute(module)
     except (Exception, SystemExit) as error:  # the user's code may raise anything
         found = f"{type(error).__name__}: {error}"
         raise InputError(
             "the metric's file cannot be imported", where=path, found=found, fix="run it by itself"
         ) from error
-    finally:
-        if folder in sys.path:
-            sys.path.remove(folder)
     return module
 
 
