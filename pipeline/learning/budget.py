@@ -20,7 +20,7 @@ from maskplan.pipeline.core.artifacts import OutputKind, Pattern, Preprocessing
 from maskplan.pipeline.core.files import write_atomically
 from maskplan.pipeline.data.dataset import Dataset
 from maskplan.pipeline.learning.masked_net import MaskedNet
-from maskplan.pipeline.learning.options import LearnOptions
+from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions, block_files
 from maskplan.pipeline.learning.output_loss import output_loss
 from maskplan.pipeline.learning.schedule import training_batches
 from maskplan.pipeline.models.device import choose_device
@@ -46,37 +46,47 @@ def strategy_for_budget(
     options: LearnOptions,
     train_images: int,
     seconds_per_image: Callable[[], float],
-    checkpoint: Path | None = None,
+    files: LearnerFiles | None = None,
+    *,
+    few_images: bool = False,
 ) -> Strategy:
     """Choose by what fits the budget on this host.
 
-    An interrupted run continues with the strategy that it began with, which is kept next to its checkpoint. Under `torchrun`
-    hosts would disagree: the strategy is then `full`.
+    An interrupted run that is resumed with the same budget continues with the strategy that it began with, which is kept
+    next to its checkpoint. Under `torchrun` hosts would disagree: the strategy is then `full`.
 
     Args:
         options: With a budget; without one, the strategy is `full`.
         train_images: Size of the part that masks are learned on.
         seconds_per_image: Measures a step of learning; called if the strategy is not known.
-        checkpoint: The learner's checkpoint, if it keeps one.
+        files: Files of the learner, if it writes any.
+        few_images: Learning is in the setting for few images.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or options.budget_minutes is None:
         return FULL
+    checkpoint = files.checkpoint if files is not None else None
     memory = strategy_file(checkpoint) if checkpoint is not None else None
-    if checkpoint is not None and memory is not None and checkpoint.is_file() and memory.is_file():
-        known = memory.read_text(encoding="utf-8", errors="replace").strip()
-        if known in STRATEGIES:
+    if files is not None and memory is not None and _resumes(files) and memory.is_file():
+        known, _, minutes = memory.read_text(encoding="utf-8", errors="replace").strip().partition(" ")
+        if known in STRATEGIES and minutes == f"{options.budget_minutes:g}":
             return known
     count = 60 * options.budget_minutes / seconds_per_image()
     strategy = choose_strategy(count, train_images)
     what = {
-        FULL: "masks are learned from magnitude masks",
+        FULL: f"masks are learned from {'layer-wise' if few_images else 'magnitude'} masks",
         SHORT: "masks are learned from layer-wise masks, with the features inside matched",
         LAYERWISE_ONLY: "layer-wise masks, without learning",
     }[strategy]
     log.info("%g minutes are about %.0f images: %s", options.budget_minutes, count, what)
     if memory is not None:
-        write_atomically(memory, strategy.encode())
+        write_atomically(memory, f"{strategy} {options.budget_minutes:g}".encode())
     return strategy
+
+
+def _resumes(files: LearnerFiles) -> bool:
+    """Whether a checkpoint is there to resume from, of either phase."""
+    found = (files.checkpoint, block_files(files).checkpoint)
+    return files.resume and any(checkpoint is not None and checkpoint.is_file() for checkpoint in found)
 
 
 def strategy_file(checkpoint: Path) -> Path:

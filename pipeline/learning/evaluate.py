@@ -111,7 +111,14 @@ class MaskEvaluator:
         """The dense network's outputs for a batch of `select`, kept from the first evaluation as far as memory allows."""
         if batch < len(self._teacher):
             return self._teacher[batch]
-        outputs = self.loss.select(self._dense(images))
+        # A copy: a network may change its input in place.
+        outputs = self.loss.select(self._dense(images.clone()))
+        if not all(bool(tensor.isfinite().all()) for tensor in outputs):
+            raise InputError(
+                "the dense model's outputs are not finite",
+                where="the select part",
+                fix="check the weights and the images' normalization; return outputs before infinite values are put in",
+            )
         self._kept_bytes += sum(tensor.nbytes for tensor in outputs)
         if batch == len(self._teacher) and self._kept_bytes <= _MAX_KEPT_BYTES:
             self._teacher.append(outputs)

@@ -15,7 +15,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from maskplan.pipeline.models.batchnorm import batchnorm_layers
+from maskplan.pipeline.core.artifacts import Preprocessing
+from maskplan.pipeline.models.dense_statistics import named_batchnorms
+from maskplan.pipeline.models.layers import outputs_of
 
 
 class Matcher:
@@ -60,7 +62,7 @@ class Matcher:
             for ours, theirs in zip(self._student[name], dense, strict=True):
                 losses.append(relative_difference(ours, theirs))
         self._forget()
-        return torch.stack(losses).mean()
+        return torch.stack(losses).mean() if losses else torch.zeros(())
 
     def _forget(self) -> None:
         self._teacher.clear()
@@ -75,27 +77,36 @@ class Matcher:
         return hook
 
 
-class FeatureMatcher(Matcher):
-    """Compares the BatchNorm layers, or the masked layers where there are none.
+def find_features(network: nn.Module, masked: Sequence[str], preprocessing: Preprocessing) -> tuple[str, ...]:
+    """The modules whose outputs are compared: the BatchNorm layers, or the masked layers where there are none.
+
+    Modules that only hold parameters, which the network uses by itself, return nothing.
 
     Args:
-        teacher: The dense network.
-        student: A copy of it, which runs under masks.
+        network: In evaluation mode, on any device.
         masked: Names of the masked weights.
+        preprocessing: Gives the size of an image, which shows what is called and returns float tensors.
     """
+    modules = dict(network.named_modules())
+    layers = dict.fromkeys(name.rpartition(".")[0] for name in masked)
+    called = outputs_of(network, {name: modules[name] for name in (*named_batchnorms(network), *layers)}, preprocessing)
+    usable = {name for name, output in called.items() if float_tensors(output)}
+    norms = tuple(name for name in named_batchnorms(network) if name in usable)
+    return norms or tuple(name for name in layers if name in usable)
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, masked: list[str]) -> None:
-        norms = set(batchnorm_layers(teacher))
-        names = [name for name, module in teacher.named_modules() if module in norms]
-        super().__init__(
-            teacher, student, names or list(dict.fromkeys(n.rpartition(".")[0] for n in masked)), copies=False
-        )
+
+class FeatureMatcher(Matcher):
+    """Compares the outputs of these modules, on the inputs that they have in each of the networks."""
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, names: Sequence[str]) -> None:
+        super().__init__(teacher, student, names, copies=False)
 
 
 def relative_difference(ours: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
     """The mean squared difference, relative to the dense tensor's variance, a scalar; 0 where that is constant."""
-    spread = (dense - dense.mean()).square().mean()
-    share = (spread > 0) / spread.clamp_min(torch.finfo(torch.float32).tiny)
+    spread, float32 = (dense - dense.mean()).square().mean(), torch.finfo(torch.float32)
+    # The mean of equal numbers is not always one of them.
+    share = (spread > dense.square().mean() * float32.eps**2) / spread.clamp_min(float32.tiny)
     return (ours - dense).square().mean() * share
 
 

@@ -7,8 +7,10 @@ and mirrored anew each time.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
+from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.data.dataset import Dataset
 from maskplan.pipeline.learning.options import LearnOptions
 
@@ -30,16 +32,31 @@ def is_few(images: int | None) -> bool | None:
 
 
 def learns_from_few(few_images: bool | None, data: Dataset) -> bool:
-    """Whether the setting applies: as asked, or by itself to few images without labels."""
-    if few_images is not None:
-        return few_images
-    return len(data.train) + len(data.select) <= FEW_IMAGES and not bool((data.train.labels >= 0).any())
+    """Whether the setting applies: as asked, or by itself to few images."""
+    return few_images if few_images is not None else len(data.train) + len(data.select) <= FEW_IMAGES
 
 
-def few_image_options(options: LearnOptions, images: int) -> LearnOptions:
-    """The options for learning from `images` training images; values that are not defaults stay."""
+def require_images(data: Dataset) -> None:
+    """Raise if there are too few images to learn from."""
+    if len(data.train) < 2:
+        raise InputError(
+            "too few images to learn from",
+            found=f"{len(data.train)} to learn from and {len(data.select)} to choose the masks by, besides those of val",
+            fix="give at least two of the former, or choose layer-wise masks",
+        )
+
+
+def few_image_options(options: LearnOptions, images: int, chosen: Collection[str] = ()) -> LearnOptions:
+    """The options for learning from few images.
+
+    Args:
+        options: The options otherwise; values that are not defaults stay.
+        images: Number of training images.
+        chosen: Names of options that stay too, though their values are defaults.
+    """
     default = LearnOptions()
     seen = _SEEN if options.budget_minutes is None else _SEEN_IN_BUDGET
     epochs = min(max(1, -(-seen // max(images, 1))), _MAX_EPOCHS)
     setting = {**_SETTING, "epochs": epochs, "judge_every": max(1, epochs // _EVALUATIONS)}
-    return replace(options, **{k: v for k, v in setting.items() if getattr(options, k) == getattr(default, k)})  # type: ignore[arg-type]
+    changed = {k: v for k, v in setting.items() if k not in chosen and getattr(options, k) == getattr(default, k)}
+    return replace(options, **changed)  # type: ignore[arg-type]

@@ -27,8 +27,10 @@ from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.data.dataset import Dataset
 from maskplan.pipeline.learning.blocks import Block, BlockMatcher, find_blocks
 from maskplan.pipeline.learning.evaluate import MaskEvaluator, MaskScore, fraction_changed
-from maskplan.pipeline.learning.features import FeatureMatcher, Matcher
+from maskplan.pipeline.learning.features import FeatureMatcher, Matcher, find_features
+from maskplan.pipeline.learning.few_images import require_images
 from maskplan.pipeline.learning.masked_net import MaskedNet, Masks
+from maskplan.pipeline.learning.memory_format import use_fastest_format
 from maskplan.pipeline.learning.metrics import MetricsLog, MetricsRow
 from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions, block_files
 from maskplan.pipeline.learning.output_loss import Outputs
@@ -98,10 +100,7 @@ def learn_masks(
         HostError: The disk is full; the last complete checkpoint is kept.
         KeyboardInterrupt: After SIGINT or SIGTERM; the state is saved first.
     """
-    if len(data.train) < 2:
-        raise InputError(
-            "too few images to learn from", found=f"{len(data.train)} in train", fix="give at least two images"
-        )
+    require_images(data)
     if options.distill < 1 and (kinds or not (data.train.labels >= 0).all()):
         raise InputError(
             "without labels, masks can only be learned against the dense network",
@@ -111,7 +110,8 @@ def learn_masks(
     files = files or LearnerFiles()
     masks = {name: np.asarray(mask) for name, mask in start.items()}
     before = tensors_sha256(module.state_dict())
-    blocks = find_blocks(module, list(masks), preprocessing) if options.match_blocks else ()
+    # Of a copy: a forward pass may change buffers.
+    blocks = find_blocks(copy.deepcopy(module), list(masks), preprocessing) if options.match_blocks else ()
     phases = _phases(options, files, has_blocks=bool(blocks))
     finished: list[Progress] = []
     with join_processes(device) as process, INTERRUPTS.deferred():
@@ -130,7 +130,13 @@ def learn_masks(
                 favor_start=favor_start or bool(finished),
                 blocks=blocks if phase.by_block else (),
             )
-            finished.append(learner.run(state_key(phase.options, before, begin, (*image_digests, *map(str, kinds)))))
+            try:
+                key = state_key(phase.options, before, begin, (*image_digests, *map(str, kinds)))
+                finished.append(learner.run(key))
+            except NoGradientError:
+                if not phase.by_block:
+                    raise
+                log.info("the blocks compute without gradients: none is learned by itself")
             del learner  # two networks, which the next phase does not need
     progress = finished[-1]
     if tensors_sha256(module.state_dict()) != before:
@@ -158,8 +164,8 @@ class _Phase:
 
 def _phases(options: LearnOptions, files: LearnerFiles, *, has_blocks: bool) -> tuple[_Phase, ...]:
     """The phases of learning, which share the epochs and the time; the first one has files of its own."""
-    epochs = round(options.match_blocks * options.epochs) if has_blocks else 0
-    if epochs == 0 or options.epochs - epochs <= 0:
+    epochs = min(round(options.match_blocks * options.epochs), options.epochs - 1) if has_blocks else 0
+    if epochs <= 0:
         return (_Phase(options, files),)
     budget = options.budget_minutes
     first, rest = (
@@ -170,6 +176,16 @@ def _phases(options: LearnOptions, files: LearnerFiles, *, has_blocks: bool) -> 
         _Phase(by_block, block_files(files), by_block=True),
         _Phase(replace(options, epochs=options.epochs - epochs, budget_minutes=rest), files),
     )
+
+
+class NoGradientError(InputError):
+    """The masks have no influence on the loss that a gradient shows."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "masks cannot be learned: the model computes without gradients",
+            fix="remove torch.no_grad() and .detach() from its forward, or choose layer-wise masks",
+        )
 
 
 class Learner:
@@ -193,10 +209,11 @@ class Learner:
         favor_start: bool,
         blocks: Sequence[Block] = (),
     ) -> None:
+        self.constructed = time.monotonic()
         self.start, self.pattern, self.preprocessing, self.data = start, pattern, preprocessing, data
         self.options, self.process, self.files = options, process, files
-        teacher = copy.deepcopy(module).eval().requires_grad_(False).to(process.device)
-        self.teacher = _channels_last(teacher)
+        self.teacher = copy.deepcopy(module).eval().requires_grad_(False).to(process.device)
+        self.memory_format = use_fastest_format(self.teacher, preprocessing)
         student = copy.deepcopy(self.teacher)
         # Normalized by the batch, the student is to compute what it will once it is recalibrated.
         seen = RecalibrateOptions(
@@ -216,8 +233,8 @@ class Learner:
         self.features: Matcher | None = None
         if blocks:
             self.features = BlockMatcher(self.teacher, student, blocks)
-        elif options.match_features:
-            self.features = FeatureMatcher(self.teacher, student, list(start))
+        elif options.match_features and (names := find_features(self.teacher, list(start), preprocessing)):
+            self.features = FeatureMatcher(self.teacher, student, names)
         self.has_top1 = not kinds and bool((data.train.labels >= 0).all()) and not blocks
         self.loss = self.top1 = float("nan")
         self.row: MetricsRow | None = None
@@ -227,7 +244,7 @@ class Learner:
         per_epoch = steps_per_epoch(self.data.train, self.options, self.process.count)
         total = self.options.epochs * per_epoch
         progress = self._load_progress(key) or self._initial_progress()
-        started = time.monotonic() - 60 * progress.minutes
+        started = self.constructed - 60 * progress.minutes
         metrics = MetricsLog(self.files.log_dir) if self.files.log_dir is not None and self.process.is_main else None
         log.info(
             "%s: %d layers, %d groups, %d steps; start masks on select: %s",
@@ -253,10 +270,9 @@ class Learner:
                 if progress.steps == first_step + 1:
                     timed_from = time.monotonic()  # the first step includes compilation
                 if progress.steps == first_step + 1 + _ESTIMATE_AFTER:
-                    minutes = (time.monotonic() - timed_from) / _ESTIMATE_AFTER * (total - progress.steps) / 60
-                    log.info("about %.1f minutes left", minutes)
+                    self._log_estimate((time.monotonic() - timed_from) / _ESTIMATE_AFTER, total, progress)
                 if ends or progress.steps % _LOG_EVERY == 0:
-                    score = self._end_epoch(progress) if ends else None
+                    score = self._end_epoch(progress, is_last=out_of_time) if ends else None
                     self.row = self._row(progress, fraction, score)
                     if metrics is not None:
                         metrics.write(self.row)
@@ -273,6 +289,13 @@ class Learner:
             if metrics is not None:
                 metrics.close()
         return progress
+
+    def _log_estimate(self, seconds_per_step: float, total: int, progress: Progress) -> None:
+        minutes = seconds_per_step * (total - progress.steps) / 60
+        if self.options.budget_minutes is not None:
+            minutes = min(minutes, self.options.budget_minutes - progress.minutes)
+        of = "of learning by block " if self.blocks else ""
+        log.info("about %.1f minutes %sleft", max(minutes, 0.0), of)
 
     def _initial_progress(self) -> Progress:
         score = self._score(self.start)
@@ -296,37 +319,56 @@ class Learner:
         return state.progress
 
     def _step(self, batch: Batch, fraction: float, progress: Progress) -> None:
-        images = torch.from_numpy(batch.images).to(self.process.device).contiguous(memory_format=torch.channels_last)
-        labels = torch.from_numpy(batch.labels).to(self.process.device)
-        seeds = [
-            derive_seed(self.options.seed, self.process.rank, progress.steps, i) for i in range(len(self.net.logits()))
-        ]
         for group in self.adam.param_groups:
             group["lr"] = learning_rate(fraction, self.options)
-        observing = self.features.observing() if self.features is not None else nullcontext()
-        autocast = torch.autocast(self.process.device.type, torch.bfloat16, enabled=self.process.device.type == "cuda")
-        with observing, autocast:
-            with torch.no_grad():
-                target = self.evaluate.loss.select(self.teacher(images))
-            tau, noise = temperature(fraction, self.options), noise_scale(fraction, self.options)
-            returned, kept = self.parallel(images, tau, noise, seeds)
-        outputs = tuple(tensor.float() for tensor in self.evaluate.loss.select(returned))
-        loss = self._loss(outputs, tuple(tensor.float() for tensor in target), labels, kept)
-        if not bool(loss.isfinite()):
-            raise InputError(
-                "the loss is not finite",
-                where=f"epoch {progress.epochs + 1}, step {progress.steps + 1}",
-                fix="check the weights and the images' normalization, or lower the learning rate",
-            )
         self.adam.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        try:
+            loss, top1 = self._forward(batch, fraction, progress)
+            if not bool(loss.isfinite()):
+                raise InputError(
+                    "the loss is not finite",
+                    where=f"epoch {progress.epochs + 1}, step {progress.steps + 1}",
+                    fix="check the weights and the images' normalization, or lower the learning rate",
+                )
+            if not loss.requires_grad:
+                raise NoGradientError
+            loss.backward()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:  # the model's own code may raise anything
+            log.debug("step %d", progress.steps + 1, exc_info=True)
+            raise InputError(
+                "a step of learning fails in the model's forward or backward pass",
+                found=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+                fix="remove activation checkpointing and changes in place from its forward, set a smaller batch in [learn] "
+                "if memory is short, or choose layer-wise masks",
+            ) from error
         self.adam.step()
         for average, parameter in zip(self.average, self.net.logits(), strict=False):
             average.lerp_(parameter.detach(), 1 - self.options.ema)
         progress.steps += 1
         self.loss = _running_mean(self.loss, float(loss.detach()))
-        if self.has_top1:
-            self.top1 = _running_mean(self.top1, 100 * float((outputs[0].detach().argmax(1) == labels).float().mean()))
+        if top1 is not None:
+            self.top1 = _running_mean(self.top1, top1)
+
+    def _forward(self, batch: Batch, fraction: float, progress: Progress) -> tuple[torch.Tensor, float | None]:
+        """The loss of one batch, and the masked network's accuracy on it in percent, if it has labels."""
+        images = torch.from_numpy(batch.images).to(self.process.device).contiguous(memory_format=self.memory_format)
+        labels = torch.from_numpy(batch.labels).to(self.process.device)
+        seeds = [
+            derive_seed(self.options.seed, self.process.rank, progress.steps, i) for i in range(len(self.net.logits()))
+        ]
+        observing = self.features.observing() if self.features is not None else nullcontext()
+        autocast = torch.autocast(self.process.device.type, torch.bfloat16, enabled=self.process.device.type == "cuda")
+        with observing, autocast:
+            with torch.no_grad():
+                # A copy: a network may change its input in place.
+                target = self.evaluate.loss.select(self.teacher(images.clone()))
+            tau, noise = temperature(fraction, self.options), noise_scale(fraction, self.options)
+            returned, kept = self.parallel(images, tau, noise, seeds)
+        outputs = tuple(tensor.float() for tensor in self.evaluate.loss.select(returned))
+        loss = self._loss(outputs, tuple(tensor.float() for tensor in target), labels, kept)
+        if not self.has_top1:
+            return loss, None
+        return loss, 100 * float((outputs[0].detach().argmax(1) == labels).float().mean())
 
     def _loss(self, outputs: Outputs, target: Outputs, labels: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         if self.blocks and self.features is not None:
@@ -350,11 +392,11 @@ class Learner:
         divergence, top1 = self.process.broadcast(score.divergence, top1)
         return MaskScore(divergence, None if math.isnan(top1) else top1)
 
-    def _end_epoch(self, progress: Progress) -> MaskScore | None:
+    def _end_epoch(self, progress: Progress, *, is_last: bool) -> MaskScore | None:
         progress.epochs += 1
         masks = self.net.masks(self.average or None)
-        last = progress.epochs >= self.options.epochs
-        if self.options.judge_every > 1 and progress.epochs % self.options.judge_every and not last:
+        is_last = is_last or progress.epochs >= self.options.epochs
+        if progress.epochs % self.options.judge_every and not is_last:
             return None
         score = self._score(masks)
         progress.stale += 1
@@ -390,18 +432,6 @@ class Learner:
             return
         adam = [dict(self.adam.state[p]) for p in self.net.logits()] if self.adam.state else []
         save_state(LearnerState(key, progress, list(self.net.logits()), adam, self.average), self.files.checkpoint)
-
-
-def _channels_last(module: nn.Module) -> nn.Module:
-    """The module with its images and filters in channels-last order, in place, which is faster."""
-    tensors = [*module.parameters(), *module.buffers()]
-    if all(t.ndim != 5 for t in tensors):
-        return module.to(memory_format=torch.channels_last)  # type: ignore[no-any-return, call-overload]
-    # PyTorch's conversion refuses modules that also have tensors of five axes.
-    for tensor in tensors:
-        if tensor.ndim == 4:
-            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
-    return module
 
 
 def _running_mean(mean: float, value: float) -> float:

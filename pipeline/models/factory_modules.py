@@ -74,9 +74,14 @@ def _without_wrappers(module: nn.Module) -> nn.Module:
         else:
             break
     for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
+        if parent._compiled_call_impl is not None:
+            # Of `Module.compile`, whose traces leave out hooks that are registered later.
+            parent._compiled_call_impl = None
+        for name, child in list(parent._modules.items()):
             if isinstance(child, nn.DataParallel | DistributedDataParallel):
                 setattr(parent, name, child.module)
+            elif isinstance(compiled := getattr(child, "_orig_mod", None), nn.Module):
+                setattr(parent, name, compiled)
     return module
 
 

@@ -16,7 +16,7 @@ from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.data.dataset import Split
 from maskplan.pipeline.masking.layerwise import layerwise_mask
 from maskplan.pipeline.models.layers import layer_modules, outputs_of
-from maskplan.pipeline.pruning.second_moments import MomentOptions, second_moments
+from maskplan.pipeline.pruning.second_moments import MomentOptions, UnusableInputsError, second_moments
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,16 +63,20 @@ def layerwise_start(
         module: The dense network.
         layers: All layers to mask.
         preprocessing: Preprocessing of the images.
-        choose: Gives the layer-wise masks of some layers; where it refuses, there are none.
+        choose: Gives the layer-wise masks of some layers; those that it cannot use are left out.
     """
     called = outputs_of(module, layer_modules(module), preprocessing)
-    observable = [layer for layer in layers if layer.name in called]
-    try:
-        masks = choose(observable)
-    except InputError as error:
-        log.warning("learning starts from magnitude masks: %s: %s", error.what, error.found)
-        return {}
-    if len(observable) < len(layers):
-        others = [layer.name for layer in layers if layer.name not in called]
+    usable, masks = [layer for layer in layers if layer.name in called], Masks()
+    while usable:
+        try:
+            masks = choose(usable)
+            break
+        except UnusableInputsError as error:
+            usable = [layer for layer in usable if layer.name not in error.names]
+        except InputError as error:
+            log.warning("learning starts from magnitude masks: %s: %s", error.what, error.found)
+            break
+    others = [layer.name for layer in layers if layer.name not in masks]
+    if others:
         log.info("%d layers start from magnitude masks: %s", len(others), listed(others))
     return masks

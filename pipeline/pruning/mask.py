@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +29,7 @@ from maskplan.pipeline.core.choices import (
 from maskplan.pipeline.core.errors import InputError, listed
 from maskplan.pipeline.core.validation import at_least
 from maskplan.pipeline.data.dataset import Dataset
-from maskplan.pipeline.learning.few_images import FEW_IMAGES, few_image_options, learns_from_few
+from maskplan.pipeline.learning.few_images import FEW_IMAGES, few_image_options, learns_from_few, require_images
 from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions, block_files
 from maskplan.pipeline.masking.magnitude import magnitude_mask
 from maskplan.pipeline.masking.maskset import (
@@ -74,9 +76,10 @@ class MaskOptions:
         keep_dense_budget: Percent of the maskable MACs that may stay dense, in the layers whose masks cost most accuracy.
         images: Number of training images for layer-wise masks, drawn with the seed of `learn`.
         init_method: Masks that learned ones start from: `magnitude` or `layerwise`.
-        few_images: Learn in the setting for few images (`learning/few_images.py`), from layer-wise masks; None does so for
-            images without labels, if they are few.
+        few_images: Learn in the setting for few images (`learning/few_images.py`), from layer-wise masks; None does so if
+            they are few.
         learn: Options of learned masks.
+        chosen: Names of the options in `learn` that a recipe sets; the setting for few images leaves them as they are.
     """
 
     RENAMED_FIELDS: ClassVar[Mapping[str, str]] = {"prior": "init_method"}
@@ -92,6 +95,7 @@ class MaskOptions:
     init_method: InitMethod = MAGNITUDE
     few_images: bool | None = None
     learn: LearnOptions = field(default_factory=LearnOptions)
+    chosen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         parse_pattern(self.pattern)
@@ -146,8 +150,11 @@ def choose_masks(
     Raises:
         InputError: No layer can be masked, or the method needs images and there are none.
     """
+    began = time.monotonic()
     method = resolve_method(options.method, has_images=data is not None)
     pattern = parse_pattern(options.pattern)
+    weights_sha256 = tensors_sha256(module.state_dict())
+    module = copy.deepcopy(module)  # a forward pass may change buffers
     layers, _ = trace_layers(module, provenance.preprocessing)
     if method == DANHOFER2024:
         assert data is not None  # checked by resolve_method
@@ -162,6 +169,7 @@ def choose_masks(
     masks = {name: magnitude_mask(weight, pattern, options.layout) for name, weight in weights.items()}
     if method == LEARNED:
         assert data is not None  # checked above
+        require_images(data)
         method, options = _strategy(module, provenance, options, masks, data, device, files, has_init=given is not None)
     dense = selection.dense
     if options.keep_dense_budget > 0:
@@ -180,6 +188,12 @@ def choose_masks(
         )
         dense += tuple(DenseLayer(x.name, x.shape, x.macs, TOO_COSTLY) for x in chosen if x.name in costly)
         chosen = [layer for layer in chosen if layer.name not in costly]
+        if costly and not chosen:
+            raise InputError(
+                "no layer is left to mask",
+                found=f"--keep-dense-budget {options.keep_dense_budget:g} leaves all {len(costly)} layers dense",
+                fix="lower it",
+            )
         weights, masks = ({k: v for k, v in d.items() if k not in costly} for d in (weights, masks))
 
     def layerwise(of: Sequence[Layer]) -> dict[str, npt.NDArray[np.bool_]]:
@@ -198,13 +212,16 @@ def choose_masks(
         assert data is not None  # checked above
         from maskplan.pipeline.learning.trainer import learn_masks
 
+        learn = options.learn
+        if learn.budget_minutes is not None:
+            learn = replace(learn, budget_minutes=max(learn.budget_minutes - (time.monotonic() - began) / 60, 0.0))
         masks, learning = learn_masks(
             module,
             masks if given is None else {name: given[name] for name in masks},
             pattern,
             provenance.preprocessing,
             data,
-            options.learn,
+            learn,
             image_digests=tuple(s.key for s in image_sets),
             favor_start=given is not None,
             files=files,
@@ -221,7 +238,7 @@ def choose_masks(
         pattern=pattern,
         layout=options.layout,
         method=method,
-        weights_sha256=tensors_sha256(state),
+        weights_sha256=weights_sha256,
         learning=learning,
         image_sets=image_sets if needs_images(options, method) else (),
         permutation=provenance.permutation,
@@ -265,16 +282,17 @@ def _strategy(
             preprocessing, kinds = provenance.preprocessing, provenance.outputs
             return seconds_per_image(module, masks, pattern, preprocessing, data, learn, kinds, device)
 
-        checkpoint = files.checkpoint if files is not None else None
-        strategy = strategy_for_budget(options.learn, len(data.train), measure, checkpoint)
+        strategy = strategy_for_budget(options.learn, len(data.train), measure, files, few_images=few)
         if strategy == LAYERWISE_ONLY:
             return LAYERWISE, options
-        few = few or (strategy == SHORT and options.few_images is None)
+        if strategy == SHORT and options.few_images is None and not few:
+            # Layer-wise masks of all images would take a large part of the time.
+            learn = few_image_options(options.learn, len(data.train), options.chosen)
+            return LEARNED, replace(options, learn=learn, init_method=LAYERWISE)
     if not few:
         return LEARNED, options
-    count = len(data.train) + len(data.select)
-    log.info("%d images: masks are learned in the setting for few images", count)
-    learn = few_image_options(options.learn, len(data.train))
+    log.info("%d images: masks are learned in the setting for few images", len(data.train) + len(data.select))
+    learn = few_image_options(options.learn, len(data.train), options.chosen)
     images = max(options.images, min(len(data.train), FEW_IMAGES))
     return LEARNED, replace(options, learn=learn, init_method=LAYERWISE, images=images)
 

@@ -35,6 +35,18 @@ _MAX_BYTES = 400 * 2**20
 _TOLERANCE = 1e-2
 
 
+class UnusableInputsError(InputError):
+    """Layers whose inputs say nothing about their outputs.
+
+    Attributes:
+        names: Of their weights.
+    """
+
+    def __init__(self, names: tuple[str, ...], what: str, *, found: str, fix: str) -> None:
+        super().__init__(what, found=found, fix=fix)
+        self.names = names
+
+
 @dataclass(frozen=True)
 class MomentOptions:
     """What to average over.
@@ -97,8 +109,8 @@ def second_moments(
         options: Number and choice of images and positions.
 
     Raises:
-        InputError: There are no images, activations are not finite, or a layer computes something other than its weight
-            times its unfolded inputs; the layer is named.
+        InputError: There are no images, or activations are not finite.
+        UnusableInputsError: Layers are not called, or compute something other than their weight times their unfolded inputs.
     """
     import torch
 
@@ -309,17 +321,19 @@ class _MomentAccumulator:
 
 
 def _require_no_problems(accumulators: Sequence[_MomentAccumulator]) -> None:
-    problems = [a.problem for a in accumulators if a.problem is not None]
+    problems = {a.layer.name: a.problem for a in accumulators if a.problem is not None}
     if problems:
-        raise InputError(
+        raise UnusableInputsError(
+            tuple(problems),
             f"the inputs of {len(problems)} layers cannot be used",
-            found=listed(problems, 3),
+            found=listed(problems.values(), 3),
             fix="choose magnitude masks, or leave these layers out with --layers; for NaN, check weights and images",
         )
 
 
-def _not_called(names: Sequence[str]) -> InputError:
-    return InputError(
+def _not_called(names: Sequence[str]) -> UnusableInputsError:
+    return UnusableInputsError(
+        tuple(names),
         f"the inputs of {len(names)} layers cannot be observed: the model uses their weights without calling the layers",
         found=listed(names, 3),
         fix="choose learned or magnitude masks, or leave these layers out with --layers",

@@ -16,7 +16,7 @@ from torch import nn
 from maskplan.pipeline.core.artifacts import Pattern, Provenance
 from maskplan.pipeline.learning import budget
 from maskplan.pipeline.learning.budget import choose_strategy, seconds_per_image, strategy_file, strategy_for_budget
-from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions
+from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions, block_files
 from maskplan.pipeline.masking.magnitude import magnitude_mask
 from maskplan.pipeline.pruning.mask import MaskOptions, choose_masks
 
@@ -48,9 +48,10 @@ def test_the_number_of_images_in_the_budget_decides(images: float, train: int, w
     assert choose_strategy(images, train) == wanted
 
 
-def of_budget(minutes: float | None, checkpoint: Path | None = None) -> str:
-    """Of 100 images, of which twenty take a second."""
-    return strategy_for_budget(LearnOptions(budget_minutes=minutes), 100, lambda: 0.05, checkpoint)
+def of_budget(minutes: float | None, checkpoint: Path | None = None, *, resume: bool = True, second: int = 20) -> str:
+    """Of 100 images, of which some number takes a second."""
+    files = LearnerFiles(checkpoint, resume)
+    return strategy_for_budget(LearnOptions(budget_minutes=minutes), 100, lambda: 1 / second, files)
 
 
 @pytest.mark.parametrize(("minutes", "wanted"), [(0, "layerwise"), (1.6, "layerwise"), (1.7, "full"), (None, "full")])
@@ -80,15 +81,24 @@ def test_processes_that_learn_together_do_not_decide_by_their_own_clocks(monkeyp
     assert of_budget(1) == "full"
 
 
-def test_an_interrupted_run_goes_on_as_it_began(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "m.learning"
-    assert of_budget(1, checkpoint) == "layerwise"
-    # Without a checkpoint there is nothing to go on with.
+@pytest.mark.parametrize("is_in_first_phase", [False, True])
+def test_an_interrupted_run_goes_on_as_it_began(is_in_first_phase: bool, tmp_path: Path) -> None:
+    """On a host that is slower now."""
+    files = LearnerFiles(tmp_path / "m.learning")
+    checkpoint, written = files.checkpoint, (block_files(files) if is_in_first_phase else files).checkpoint
+    assert checkpoint is not None
+    assert written is not None
     assert of_budget(9, checkpoint) == "full"
-    checkpoint.write_bytes(b"a learner's state")
-    assert of_budget(1, checkpoint) == "full"
+    # Without a checkpoint there is nothing to go on with.
+    assert of_budget(9, checkpoint, second=2) == "layerwise"
+    assert of_budget(9, checkpoint) == "full"
+    written.write_bytes(b"a learner's state")
+    assert of_budget(9, checkpoint, second=2) == "full"
+    assert of_budget(1, checkpoint, second=2) == "layerwise", "another budget"
+    assert of_budget(9, checkpoint) == "full"
+    assert of_budget(9, checkpoint, resume=False, second=2) == "layerwise"
     strategy_file(checkpoint).write_text("something else")
-    assert of_budget(1, checkpoint) == "layerwise"
+    assert of_budget(9, checkpoint, second=2) == "layerwise"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +107,8 @@ def test_an_interrupted_run_goes_on_as_it_began(tmp_path: Path) -> None:
         ("layerwise", None, "layerwise", {}),
         ("short", None, "learned", {"match_features": 1.0, "epochs": 400}),
         ("short", False, "learned", {"match_features": 0.0, "epochs": 1}),
-        ("full", None, "learned", {"match_features": 0.0, "epochs": 1}),
+        ("full", None, "learned", {"match_features": 1.0, "epochs": 400}),
+        ("full", False, "learned", {"match_features": 0.0, "epochs": 1}),
         ("full", True, "learned", {"match_features": 1.0, "epochs": 400}),
     ],
 )
@@ -116,7 +127,7 @@ def test_the_strategy_reaches_the_learner(
         seen.append(args[3])
         return start, None
 
-    monkeypatch.setattr(budget, "strategy_for_budget", lambda *_: strategy)
+    monkeypatch.setattr(budget, "strategy_for_budget", lambda *_, **__: strategy)
     monkeypatch.setattr("maskplan.pipeline.learning.trainer.learn_masks", learn)
     epochs = LearnOptions().epochs if changes.get("epochs") == 400 else 1
     learn_options = LearnOptions(epochs=epochs, batch=16, budget_minutes=5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import weakref
 from collections.abc import Callable
@@ -20,8 +21,8 @@ from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.data.dataset import Dataset
 from maskplan.pipeline.data.digits import load_digits
 from maskplan.pipeline.data.few_images import limit_images
-from maskplan.pipeline.learning.features import FeatureMatcher
-from maskplan.pipeline.learning.few_images import few_image_options, is_few
+from maskplan.pipeline.learning.features import FeatureMatcher, find_features
+from maskplan.pipeline.learning.few_images import FEW_IMAGES, few_image_options, is_few, learns_from_few
 from maskplan.pipeline.learning.options import LearnOptions
 from maskplan.pipeline.learning.trainer import learn_masks
 from maskplan.pipeline.masking.magnitude import magnitude_mask
@@ -97,7 +98,18 @@ def test_only_options_that_are_defaults_change() -> None:
     assert (changed.lr, changed.seed, changed.match_features, changed.epochs) == (0.05, 4, 1.0, 120)
     assert few_image_options(LearnOptions(budget_minutes=5), 1000).epochs == 200
     assert few_image_options(LearnOptions(epochs=2), 1000).epochs == 2
+    defaults = ("match_blocks", "augment")
+    kept = few_image_options(LearnOptions(), 1000, defaults)
+    assert (kept.match_blocks, kept.augment, kept.match_features) == (0.0, "none", 1.0)
     assert [is_few(n) for n in (None, 1024, 8192, 8193)] == [None, True, True, None]
+
+
+@pytest.mark.parametrize(("asked", "images", "applies"), [(None, 64, True), (False, 64, False), (True, 1200, True)])
+def test_few_images_are_learned_from_as_such_with_labels_too(asked: bool | None, images: int, applies: bool) -> None:
+    data, _ = counted_digits()
+    assert learns_from_few(asked, limit_images(data, images, 0)) == applies
+    many = dataclasses.replace(data, train=dataclasses.replace(data.train, indices=np.arange(FEW_IMAGES)))
+    assert not learns_from_few(None, many)
 
 
 def test_features_are_compared_relative_to_the_dense_ones() -> None:
@@ -105,7 +117,7 @@ def test_features_are_compared_relative_to_the_dense_ones() -> None:
     other = copy.deepcopy(net)
     with torch.no_grad():
         other[3].weight[:, ::2] = 0
-    matcher = FeatureMatcher(net, other, ["3.weight"])
+    matcher = FeatureMatcher(net, other, find_features(net, ["3.weight"], HOW))
     x = torch.randn(4, 1, 8, 8)
     kept: dict[nn.Module, torch.Tensor] = {}
     for network in (net, other):
@@ -144,7 +156,7 @@ def test_without_batchnorm_the_masked_layers_are_compared() -> None:
     with torch.no_grad():
         other[2].weight.zero_()
         other[2].bias.zero_()
-    matcher = FeatureMatcher(net, other, ["2.weight"])
+    matcher = FeatureMatcher(net, other, find_features(net, ["2.weight"], HOW))
     with torch.no_grad(), matcher.observing():
         x = torch.randn(2, 1, 8, 8)
         dense = net(x).numpy()

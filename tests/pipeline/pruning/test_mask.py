@@ -172,7 +172,7 @@ def test_learned_masks_may_start_from_layerwise_ones(
 ) -> None:
     """At a learning rate near zero, the result is the start masks, and the gates prefer them from the first step."""
     learn = dataclasses.replace(QUICK, lr=1e-12, noise_start=0.0, init_margin=1000.0)
-    options = MaskOptions(method=LEARNED, init_method=LAYERWISE, images=200, learn=learn)
+    options = MaskOptions(method=LEARNED, init_method=LAYERWISE, images=200, few_images=False, learn=learn)
     out = tmp_path / "m.safetensors"
     choose_masks(*net, options, out, load_digits(), files=LearnerFiles(log_dir=tmp_path / "log"))
     found = safetensors.numpy.load_file(out)
@@ -287,7 +287,7 @@ def test_invalid_options_are_refused() -> None:
 def test_an_interrupted_command_continues_with_resume(
     cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "r.toml").write_text("[learn]\nepochs = 2\nbatch = 256\n")
+    (tmp_path / "r.toml").write_text("[learn]\nepochs = 4\nbatch = 256\n")
     command = ("mask", "digits_resnet", "--recipe", tmp_path / "r.toml", "-o")
     assert cli(*command, tmp_path / "whole.safetensors").code == 0
     from maskplan.pipeline.learning import trainer

@@ -12,7 +12,7 @@ import pytest
 
 from maskplan.pipeline.core.artifacts import Checkpoint, ImageSet, MaskSet, Pattern, Preprocessing, Provenance
 from maskplan.pipeline.core.files import write_atomically
-from maskplan.pipeline.data.dataset import UNLABELED, Dataset
+from maskplan.pipeline.data.dataset import Dataset
 from maskplan.pipeline.learning import few_images
 from maskplan.pipeline.models.checkpoint import ModelOptions
 from maskplan.pipeline.models.synthesize import SynthesizeOptions
@@ -28,18 +28,18 @@ SETS = ImageSets(
 )
 
 
-class Labels:
-    """A part of the data, of which only the labels count here."""
+class Part:
+    """A part of the data, of which only the number of images counts here."""
 
-    def __init__(self, label: int) -> None:
-        self.labels = np.full(9, label)
+    def __init__(self, images: int) -> None:
+        self.labels = np.zeros(images)
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
-def images_of(sets: ImageSets, label: int = 0) -> Images:
-    part: Any = Labels(label)
+def images_of(sets: ImageSets, images: int = 1) -> Images:
+    part: Any = Part(images)
     return Images(Dataset(("a",), part, part, part), sets)
 
 
@@ -101,9 +101,9 @@ def test_a_new_version_of_a_stage_runs_that_stage_again(
     assert stages_run(SETS) == set()
 
 
-@pytest.mark.parametrize(("label", "runs_again"), [(0, False), (UNLABELED, True)])
+@pytest.mark.parametrize(("images", "runs_again"), [(5000, False), (4096, True)])
 def test_another_setting_for_few_images_runs_only_masks_of_few_images_again(
-    label: int, *, runs_again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: int, *, runs_again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense = checkpoint(tmp_path / "dense.safetensors")
 
@@ -115,7 +115,7 @@ def test_another_setting_for_few_images_runs_only_masks_of_few_images_again(
 
     def run() -> bool:
         with Workspace(tmp_path / "out") as ws:
-            model.mask(Job(ws, ModelOptions("net.py:build"), Recipe()), dense, "learned", images_of(SETS, label))
+            model.mask(Job(ws, ModelOptions("net.py:build"), Recipe()), dense, "learned", images_of(SETS, images))
             return "mask" in ws.seconds
 
     assert [run(), run()] == [True, False]
