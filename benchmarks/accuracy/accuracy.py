@@ -39,6 +39,8 @@ from maskplan.pipeline.masking.policy import select_layers
 from maskplan.pipeline.models.batchnorm import RecalibrateOptions, dense_statistics, update_statistics
 from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.models.state_dict import fit_weights, read_weights
+from maskplan.pipeline.pruning.layerwise_masks import layerwise_masks
+from maskplan.pipeline.pruning.second_moments import MomentOptions
 from maskplan.pipeline.report.write import versions
 from maskplan.pipeline.timing.compare_latency import cpu_name
 
@@ -141,17 +143,27 @@ def measure(
     options: LearnOptions,
     state: Path,
     command: str,
+    start: str,
 ) -> dict[str, Any]:
-    """All rows of one network and seed."""
+    """All rows of one network and seed; `start` names the masks that learning starts from."""
     layers, _ = trace_layers(module, HOW)
     chosen = select_layers(layers, PATTERN).masked
     magnitude = by_magnitude(module, chosen)
     started = time.monotonic()
+    layerwise = layerwise_masks(module, chosen, HOW, data.train, PATTERN, MomentOptions(seed=options.seed), "cpu")
     learned, learning = learn_masks(
-        module, magnitude, PATTERN, HOW, data, options, files=LearnerFiles(state, log_dir=state.parent / state.stem)
+        module,
+        {"magnitude": magnitude, "layerwise": layerwise}[start],
+        PATTERN,
+        HOW,
+        data,
+        options,
+        favor_start=start != "magnitude",
+        files=LearnerFiles(state, log_dir=state.parent / state.stem),
     )
     minutes = (time.monotonic() - started) / 60
-    nets = {"dense": module, "magnitude": pruned(module, magnitude), "maskplan": pruned(module, learned)}
+    nets = {"dense": module, "magnitude": pruned(module, magnitude), "layerwise": pruned(module, layerwise)}
+    nets["maskplan"] = pruned(module, learned)
     nets |= {
         f"{row}, recalibrated": recalibrated(
             net, data, augment=options.judge_augment, dense=None if net is module else module
@@ -164,7 +176,8 @@ def measure(
     )
     right = {row: hits(net, data.val) for row, net in nets.items()}
     reference = max(("dense", "dense, recalibrated"), key=lambda row: right[row].mean())
-    best_free = max(("magnitude", "magnitude, recalibrated"), key=lambda row: right[row].mean())
+    free = ("magnitude", "magnitude, recalibrated", "layerwise, recalibrated")
+    best_free = max(free, key=lambda row: right[row].mean())
     rows = {
         row: {"top1": round(100 * float(found.mean()), 3)} | paired(right[reference], found)
         for row, found in right.items()
@@ -184,6 +197,9 @@ def measure(
         "minutes": round(minutes, 1),
         "reference": reference,
         "groups_moved_percent": round(100 * learning.groups_changed, 2),
+        "start": start,
+        "select_top1": round(100 * float(hits(module, data.select).mean()), 3),
+        "threads": torch.get_num_threads(),
         "learning": encode(options),
         "against_best_training_free": {"row": best_free} | paired(right[best_free], right["maskplan, recalibrated"]),
         "rows": rows,
@@ -220,11 +236,14 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=LearnOptions().lr)
+    parser.add_argument("--start", choices=("magnitude", "layerwise"), default="magnitude", help="default: %(default)s")
+    parser.add_argument("--match-features", type=float, default=LearnOptions().match_features, metavar="WEIGHT")
     args = parser.parse_args()
     options = LearnOptions(
         epochs=args.epochs,
         batch=args.batch,
         lr=args.rate,
+        match_features=args.match_features,
         augment=args.augment,
         judge_augment=args.recalibrate_augment,
         seed=args.seed,
@@ -233,15 +252,16 @@ def main() -> None:
     module = dense_network(args.model, args.weights, args.data)
     state = (
         Path(tempfile.gettempdir())
-        / f"maskplan-{args.model}-{args.seed}-{args.epochs}-{args.augment}"
+        / f"maskplan-{args.model}-{args.seed}-{args.epochs}-{args.augment}-{args.start}-{args.match_features:g}"
         / "learning.safetensors"
     )
     command = (
         f"python benchmarks/accuracy/accuracy.py {args.model} --epochs {args.epochs} --seed {args.seed}"
         f" --rate {args.rate}"
         f" --augment {args.augment} --recalibrate-augment {args.recalibrate_augment}"
+        f" --start {args.start} --match-features {args.match_features:g}"
     )
-    found = measure(args.model, module, data, options, state, command)
+    found = measure(args.model, module, data, options, state, command, args.start)
     found["dense_training"] = dense_training(args.weights)
     args.results.add("accuracy", found, ("model", "seed", "command"))
     args.results.write_page()

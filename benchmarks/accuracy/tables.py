@@ -156,6 +156,14 @@ by block, and {minutes} minutes with {threads} thread(s){busy}. Learned masks ga
 | masks | top-1 % | drop, points | 95% interval |
 |---|--:|--:|--:|"""
 
+_SEEDS = """## Masks from all training images: mean over seeds
+
+Statistics are relative to the dense network, which is the same for all seeds; other images for layer-wise masks, other noise
+and another order. Intervals count seeds and test images.
+
+| network | epochs | from | dense on `select`, % | masks | drop by seed | mean drop | 95% interval |
+|---|--:|---|--:|---|---|--:|--:|"""
+
 _FEW_IMAGES_SEEDS = """## Masks from few unlabeled images: mean over seeds
 
 Seeds draw other images, other noise and another order; the dense network is the same. Intervals count seeds and test images.
@@ -174,7 +182,11 @@ scenes. `{command}`
 
 
 def _accuracy(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    for run in runs:
+    told = [run for run in runs if "select_top1" in run]
+    rows = ("magnitude, recalibrated", "layerwise, recalibrated", "maskplan, recalibrated")
+    if lines := list(mean_lines(told, ("model", "epochs", "start", "select_top1"), rows)):
+        yield "\n".join([_SEEDS, *lines])
+    for run in (r for r in runs if "select_top1" not in r or r["seed"] == 0):
         lines = [
             f"## {run['model']}, seed {run['seed']}",
             "",
@@ -182,7 +194,7 @@ def _accuracy(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             f" {run['images']} images, {run['minutes']} minutes on {run['device']}. Augmentation:"
             f" `{run['learning']['augment']}` in learning, `{run['learning'].get('judge_augment', 'none')}` for the"
             f" statistics{', relative to the dense network' if run['learning'].get('judge_relative') else ''}."
-            f" `{run['command']}`",
+            f"{_of_start(run)} `{run['command']}`",
         ]
         dense = run.get("dense_training") or {}
         if dense:
@@ -190,6 +202,13 @@ def _accuracy(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             more = f" {dense['more_epochs']} more epochs at a time gained {gains} points." if gains else ""
             lines += ["", f"The dense network has {dense['select_top1']:.2f}% of `select`.{more}"]
         yield "\n".join([*lines, "", "| weights | top-1 % | drop | 95% |", "|---|---|---|---|", *_rows(run)])
+
+
+def _of_start(run: Mapping[str, Any]) -> str:
+    if run.get("start", "magnitude") == "magnitude":
+        return ""
+    features = ", with the features inside matched" if run["learning"].get("match_features") else ""
+    return f" Learned from {run['start']} masks{features}."
 
 
 def _rows(run: Mapping[str, Any]) -> Iterator[str]:
