@@ -126,10 +126,12 @@ def seconds_per_image(
     times = []
     for _ in range(1 + _TIMED_STEPS):
         started = time.monotonic()
-        with torch.no_grad():
-            target = loss.select(teacher(images))
-        returned, _kept = net(images, 1.0, 0.0, seeds)
-        value = loss(loss.select(returned), target, options.distill_temperature)
+        with torch.autocast(place.type, torch.bfloat16, enabled=place.type == "cuda"):
+            with torch.no_grad():
+                target = loss.select(teacher(images.clone()))
+            returned, _kept = net(images, 1.0, 0.0, seeds)
+        own, dense = (tuple(tensor.float() for tensor in outputs) for outputs in (loss.select(returned), target))
+        value = loss(own, dense, options.distill_temperature)
         value.backward()  # type: ignore[no-untyped-call]
         float(value.detach())
         times.append(time.monotonic() - started)

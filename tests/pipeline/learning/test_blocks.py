@@ -17,7 +17,7 @@ from torch import nn
 from maskplan.pipeline.core.artifacts import Pattern, Preprocessing
 from maskplan.pipeline.data.dataset import Dataset
 from maskplan.pipeline.data.digits import PREPROCESSING, load_digits
-from maskplan.pipeline.learning import trainer
+from maskplan.pipeline.learning import learner
 from maskplan.pipeline.learning.blocks import BlockMatcher, find_blocks
 from maskplan.pipeline.learning.features import relative_difference
 from maskplan.pipeline.learning.masked_net import Masks
@@ -279,7 +279,7 @@ def test_an_interrupted_run_ends_with_the_same_masks(
             yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "training_batches", limited)
+        patch.setattr(learner, "training_batches", limited)
         with pytest.raises(RuntimeError, match="interrupted"):
             learn(net, data, files)
     taken: list[int] = []
@@ -289,7 +289,7 @@ def test_an_interrupted_run_ends_with_the_same_masks(
             taken.append(1)
             yield batch
 
-    monkeypatch.setattr(trainer, "training_batches", counted)
+    monkeypatch.setattr(learner, "training_batches", counted)
     resumed, _ = learn(net, data, files)
     assert len(taken) == 20 - 2 * (steps // 2) if steps % 5 else len(taken) == 20 - steps
     whole, _ = learn(net, data)

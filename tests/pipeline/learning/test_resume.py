@@ -23,14 +23,15 @@ from maskplan.pipeline.core.errors import HostError, InputError
 from maskplan.pipeline.core.interrupts import INTERRUPTS, handle_signals
 from maskplan.pipeline.data.dataset import Dataset
 from maskplan.pipeline.data.digits import PREPROCESSING, load_digits
-from maskplan.pipeline.learning import trainer
+from maskplan.pipeline.learning import learner
 from maskplan.pipeline.learning.masked_net import Masks
-from maskplan.pipeline.learning.options import LearnOptions
+from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions
 from maskplan.pipeline.learning.schedule import training_batches
-from maskplan.pipeline.learning.state import load_state
-from maskplan.pipeline.learning.trainer import LearnerFiles, learn_masks
+from maskplan.pipeline.learning.state import load_state, state_key
+from maskplan.pipeline.learning.trainer import learn_masks
 from maskplan.pipeline.masking.magnitude import magnitude_mask
 from maskplan.pipeline.models.batchnorm import RecalibrateOptions, update_statistics
+from maskplan.pipeline.models.state_dict import tensors_sha256
 
 TWO_FOUR = Pattern(2, 4)
 SUPPORT = str(Path(gray_images.__file__).parent)
@@ -116,7 +117,7 @@ def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch, error: Callable
             left[0] -= 1
             yield batch
 
-    monkeypatch.setattr(trainer, "training_batches", limited)
+    monkeypatch.setattr(learner, "training_batches", limited)
 
 
 def fail() -> None:
@@ -182,7 +183,7 @@ def test_a_signal_saves_the_state_after_the_current_step(
         with pytest.raises(KeyboardInterrupt):
             learn(state, save_every=0)
         assert INTERRUPTS.pending == number
-    key = trainer.state_key(QUICK, trainer.tensors_sha256(net.state_dict()), start, ())
+    key = state_key(QUICK, tensors_sha256(net.state_dict()), start, ())
     stored = load_state(state, key)
     assert stored is not None
     assert stored.progress.steps == 7

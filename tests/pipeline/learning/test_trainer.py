@@ -16,9 +16,11 @@ from torch import nn
 
 from maskplan.pipeline.core.artifacts import Learning, Pattern
 from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.learning.learner import Learner
+from maskplan.pipeline.learning.masked_net import Masks
 from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions
 from maskplan.pipeline.learning.processes import join_processes
-from maskplan.pipeline.learning.trainer import Learner, Masks, learn_masks
+from maskplan.pipeline.learning.trainer import learn_masks
 from maskplan.pipeline.models.batchnorm import RecalibrateOptions, dense_statistics, update_statistics
 
 TWO_FOUR = Pattern(2, 4)

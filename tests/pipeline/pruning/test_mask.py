@@ -290,7 +290,7 @@ def test_an_interrupted_command_continues_with_resume(
     (tmp_path / "r.toml").write_text("[learn]\nepochs = 4\nbatch = 256\n")
     command = ("mask", "digits_resnet", "--recipe", tmp_path / "r.toml", "-o")
     assert cli(*command, tmp_path / "whole.safetensors").code == 0
-    from maskplan.pipeline.learning import trainer
+    from maskplan.pipeline.learning import learner
     from maskplan.pipeline.learning.schedule import training_batches
 
     def interrupted(*arguments: Any, **named: Any) -> Any:
@@ -301,7 +301,7 @@ def test_an_interrupted_command_continues_with_resume(
 
     out = tmp_path / "m.safetensors"
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "training_batches", interrupted)
+        patch.setattr(learner, "training_batches", interrupted)
         ran = cli(*command, out)
     assert ran.code == 130
     assert not out.exists()
