@@ -23,7 +23,7 @@ from maskplan.pipeline.learning.blocks import Block, BlockMatcher
 from maskplan.pipeline.learning.evaluate import MaskEvaluator, MaskScore, fraction_changed
 from maskplan.pipeline.learning.features import FeatureMatcher, Matcher, find_features
 from maskplan.pipeline.learning.masked_net import MaskedNet, Masks
-from maskplan.pipeline.learning.memory_format import use_fastest_format
+from maskplan.pipeline.learning.memory_format import in_format, use_fastest_format
 from maskplan.pipeline.learning.metrics import MetricsLog, MetricsRow
 from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions
 from maskplan.pipeline.learning.output_loss import Outputs
@@ -223,7 +223,7 @@ class Learner:
 
     def _forward(self, batch: Batch, fraction: float, progress: Progress) -> tuple[torch.Tensor, float | None]:
         """The loss of one batch, and the masked network's accuracy on it in percent, if it has labels."""
-        images = torch.from_numpy(batch.images).to(self.process.device).contiguous(memory_format=self.memory_format)
+        images = in_format(torch.from_numpy(batch.images).to(self.process.device), self.memory_format)
         labels = torch.from_numpy(batch.labels).to(self.process.device)
         seeds = [
             derive_seed(self.options.seed, self.process.rank, progress.steps, i) for i in range(len(self.net.logits()))

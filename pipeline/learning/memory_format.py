@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 
@@ -14,19 +16,26 @@ def use_fastest_format(network: nn.Module, preprocessing: Preprocessing) -> torc
 
     `x.view(len(x), -1)` of a feature map, for one, needs the order of PyTorch's default.
     """
-    _reorder(network, torch.channels_last)
+    trial = copy.deepcopy(network)
+    _use_channels_last(trial)
     images = sample_input(preprocessing, 2).to(next(network.parameters()).device)
     try:
         with torch.no_grad():
-            network(images.contiguous(memory_format=torch.channels_last))
+            trial(in_format(images, torch.channels_last))
     except Exception:  # the network's own code may raise anything
-        _reorder(network, torch.contiguous_format)
         return torch.contiguous_format
+    _use_channels_last(network)
     return torch.channels_last
 
 
-def _reorder(network: nn.Module, order: torch.memory_format) -> None:
-    # `Module.to(memory_format=...)` refuses modules that also have tensors of five axes.
+def in_format(images: torch.Tensor, order: torch.memory_format) -> torch.Tensor:
+    """A copy of images (N, channels, H, W) in this order, whose strides say so for a single channel too."""
+    return torch.empty(images.shape, dtype=images.dtype, device=images.device, memory_format=order).copy_(images)
+
+
+def _use_channels_last(network: nn.Module) -> None:
+    # `Module.to(memory_format=...)` refuses modules that also have tensors of five axes. There is no way back: filters of
+    # one channel count as contiguous in either order.
     for tensor in (*network.parameters(), *network.buffers()):
         if tensor.ndim == 4:
-            tensor.data = tensor.data.contiguous(memory_format=order)
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)

@@ -20,7 +20,7 @@ from maskplan.pipeline.data.dataset import Dataset
 from maskplan.pipeline.data.digits import CLASSES, PREPROCESSING, load_digits
 from maskplan.pipeline.data.few_images import limit_images
 from maskplan.pipeline.learning.masked_net import Masks
-from maskplan.pipeline.learning.memory_format import use_fastest_format
+from maskplan.pipeline.learning.memory_format import in_format, use_fastest_format
 from maskplan.pipeline.learning.options import LearnOptions
 from maskplan.pipeline.learning.trainer import learn_masks
 from maskplan.pipeline.masking.magnitude import magnitude_mask
@@ -30,7 +30,7 @@ from maskplan.pipeline.pruning.mask import MaskOptions, choose_masks
 
 TWO_FOUR = Pattern(2, 4)
 QUICK = LearnOptions(epochs=5, batch=16, lr=0.5, init_std=0.5, init_margin=0.5, noise_start=0.0)
-FEW = dataclasses.replace(QUICK, match_features=1.0, match_blocks=0.4)
+FEW = dataclasses.replace(QUICK, match_features=1.0, match_blocks=0.4, augment="shift+flip")
 
 
 class Net(nn.Module):
@@ -65,6 +65,19 @@ class Viewed(Net):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.last(torch.relu(self.block(torch.relu(self.stem(x)))))
         return self.head(x.view(len(x), -1))
+
+
+class ViewedAfterPooling(Viewed):
+    """The first convolution of one channel decides the order of all features, and counts as contiguous in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8 * 2 * 2, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.max_pool2d(torch.relu(self.stem(x)), 2)
+        x = torch.max_pool2d(torch.relu(self.last(torch.relu(self.block(x)))), 2)
+        return self.head(x.view(x.size(0), -1))
 
 
 class UsesWeights(Net):
@@ -156,7 +169,7 @@ def learn(net: nn.Module, data: Dataset, options: LearnOptions = FEW) -> tuple[M
     return learn_masks(net, start_of(net), TWO_FOUR, PREPROCESSING, data, options, favor_start=True, device="cpu")
 
 
-@pytest.mark.parametrize("kind", [Viewed, UsesWeights, UsesStatistics, Counts, FrozenBlock])
+@pytest.mark.parametrize("kind", [Viewed, ViewedAfterPooling, UsesWeights, UsesStatistics, Counts, FrozenBlock])
 @pytest.mark.parametrize("options", [FEW, QUICK], ids=["few", "many"])
 def test_masks_are_learned(kind: type[nn.Module], options: LearnOptions, data: Dataset) -> None:
     net = net_of(kind)
@@ -180,6 +193,13 @@ def test_the_order_in_memory_is_the_fast_one_unless_the_network_refuses_it() -> 
     assert use_fastest_format(viewed, PREPROCESSING) == torch.contiguous_format
     for module, order in ((net, torch.channels_last), (viewed, torch.contiguous_format)):
         assert module.get_parameter("block.0.weight").is_contiguous(memory_format=order)
+
+
+def test_the_strides_of_images_of_one_channel_are_those_of_their_order() -> None:
+    images = torch.rand(2, 8, 8, 1).permute(0, 3, 1, 2)
+    assert in_format(images, torch.contiguous_format).stride() == (64, 64, 8, 1)
+    assert in_format(images, torch.channels_last).stride() == (64, 1, 8, 1)
+    assert torch.equal(in_format(images, torch.contiguous_format), images)
 
 
 @pytest.mark.parametrize(
