@@ -49,7 +49,8 @@ def augment_images(
     if shift == "crop":
         black = -np.asarray(preprocessing.mean, np.float32) / np.asarray(preprocessing.std, np.float32)
         result[rows_outside[:, :, None] | columns_outside[:, None, :]] = black
-    return np.ascontiguousarray(result.transpose(0, 3, 1, 2))
+    # A copy: with one channel, NumPy takes the array for contiguous, and PyTorch takes its strides for channels-last.
+    return result.transpose(0, 3, 1, 2).copy(order="C")
 
 
 def _shifted(

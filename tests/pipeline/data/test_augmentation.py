@@ -55,3 +55,12 @@ def test_none_is_nothing_and_the_seed_decides() -> None:
 def test_another_name_is_refused() -> None:
     with pytest.raises(InputError, match="crop\\+flip"):
         require_augmentation("cutout")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", AUGMENTATIONS)
+def test_the_strides_are_those_of_contiguous_images(kind: str, channels: int) -> None:
+    """PyTorch chooses the order of features by them, and networks that view features need this one."""
+    preprocessing = Preprocessing(channels, 8, 8, 0, "bilinear", (0.5,) * channels, (0.25,) * channels)
+    images = np.zeros((2, channels, 8, 8), np.float32)
+    assert augment_images(images, kind, preprocessing, 0).strides == (256 * channels, 256, 32, 4)
