@@ -19,6 +19,7 @@ from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.data.dataset import Dataset
 from maskplan.pipeline.data.digits import CLASSES, PREPROCESSING, load_digits
 from maskplan.pipeline.data.few_images import limit_images
+from maskplan.pipeline.learning.features import find_features
 from maskplan.pipeline.learning.masked_net import Masks
 from maskplan.pipeline.learning.memory_format import in_format, use_fastest_format
 from maskplan.pipeline.learning.options import LearnOptions
@@ -178,6 +179,15 @@ def test_masks_are_learned(kind: type[nn.Module], options: LearnOptions, data: D
     assert learning.groups_changed > 0
     assert all((mask.reshape(8, 2, 4, 9).sum(2) == 2).all() for mask in masks.values())
     assert tensors_sha256(net.state_dict()) == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [(UsesStatistics, ("block.0", "block.2", "last")), (UsesWeights, ())],
+)
+def test_features_are_those_of_modules_that_are_called(kind: type[nn.Module], names: tuple[str, ...]) -> None:
+    net = net_of(kind)
+    assert find_features(net, list(start_of(net)), PREPROCESSING) == names
 
 
 def test_images_that_a_network_changes_reach_the_other_network_as_they_were(data: Dataset) -> None:
