@@ -79,8 +79,8 @@ def read_recipe(path: Path | None, seed: int) -> Recipe:
         judge_augment=records["recalibrate"].augment,
         judge_relative=records["recalibrate"].relative,
     )
-    chosen = with_new_names(LearnOptions, tables.get("learn", {}))
-    records["mask"] = dataclasses.replace(records["mask"], learn=records["learn"], chosen=tuple(sorted(chosen)))
+    given = with_new_names(LearnOptions, tables.get("learn", {}))
+    records["mask"] = dataclasses.replace(records["mask"], learn=records["learn"], set_in_recipe=tuple(sorted(given)))
     return Recipe(**records)
 
 
@@ -102,7 +102,7 @@ def _table_problem(name: str, value: object) -> str | None:
 def _read_table(name: str, kind: type, given: dict[str, Any], seed: int, problems: list[str]) -> Any:
     """Decode one table; problems are appended, and the result is then None or incomplete."""
     # Not set by a recipe: they follow from other tables.
-    fields = {f.name for f in dataclasses.fields(kind)} - {"learn", "chosen", "judge_augment", "judge_relative"}
+    fields = {f.name for f in dataclasses.fields(kind)} - {"learn", "set_in_recipe", "judge_augment", "judge_relative"}
     for old, new in getattr(kind, "RENAMED_FIELDS", {}).items():
         if old in given:
             log.warning("[%s] %s is now called %s", name, old, new)

@@ -46,17 +46,19 @@ def require_images(data: Dataset) -> None:
         )
 
 
-def few_image_options(options: LearnOptions, images: int, chosen: Collection[str] = ()) -> LearnOptions:
+def few_image_options(options: LearnOptions, images: int, set_in_recipe: Collection[str] = ()) -> LearnOptions:
     """The options for learning from few images.
 
     Args:
         options: The options otherwise; values that are not defaults stay.
         images: Number of training images.
-        chosen: Names of options that stay too, though their values are defaults.
+        set_in_recipe: Names of options that stay too, though their values may be defaults.
     """
     default = LearnOptions()
     seen = _SEEN if options.budget_minutes is None else _SEEN_IN_BUDGET
     epochs = min(max(1, -(-seen // max(images, 1))), _MAX_EPOCHS)
     setting = {**_SETTING, "epochs": epochs, "judge_every": max(1, epochs // _EVALUATIONS)}
-    changed = {k: v for k, v in setting.items() if k not in chosen and getattr(options, k) == getattr(default, k)}
+    changed = {
+        k: v for k, v in setting.items() if k not in set_in_recipe and getattr(options, k) == getattr(default, k)
+    }
     return replace(options, **changed)  # type: ignore[arg-type]

@@ -79,7 +79,7 @@ class MaskOptions:
         few_images: Learn in the setting for few images (`learning/few_images.py`), from layer-wise masks; None does so if
             they are few.
         learn: Options of learned masks.
-        chosen: Names of the options in `learn` that a recipe sets; the setting for few images leaves them as they are.
+        set_in_recipe: Names of the options in `learn` that a recipe sets; the setting for few images keeps these.
     """
 
     RENAMED_FIELDS: ClassVar[Mapping[str, str]] = {"prior": "init_method"}
@@ -95,7 +95,7 @@ class MaskOptions:
     init_method: InitMethod = MAGNITUDE
     few_images: bool | None = None
     learn: LearnOptions = field(default_factory=LearnOptions)
-    chosen: tuple[str, ...] = ()
+    set_in_recipe: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         parse_pattern(self.pattern)
@@ -287,12 +287,12 @@ def _strategy(
             return LAYERWISE, options
         if strategy == SHORT and options.few_images is None and not few:
             # Layer-wise masks of all images would take a large part of the time.
-            learn = few_image_options(options.learn, len(data.train), options.chosen)
+            learn = few_image_options(options.learn, len(data.train), options.set_in_recipe)
             return LEARNED, replace(options, learn=learn, init_method=LAYERWISE)
     if not few:
         return LEARNED, options
     log.info("%d images: masks are learned in the setting for few images", len(data.train) + len(data.select))
-    learn = few_image_options(options.learn, len(data.train), options.chosen)
+    learn = few_image_options(options.learn, len(data.train), options.set_in_recipe)
     images = max(options.images, min(len(data.train), FEW_IMAGES))
     return LEARNED, replace(options, learn=learn, init_method=LAYERWISE, images=images)
 

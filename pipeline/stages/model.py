@@ -190,7 +190,7 @@ def mask(job: Job, dense: Checkpoint, method: MaskMethod | Path, images: Images 
     inputs = {"checkpoint": dense.sha256, "options": options, "images": [s.key for s in sets], **job.code_key}
     if method == LEARNED and data is not None and learns_from_few(options.few_images, data):
         # Its defaults replace those of the options.
-        inputs["few_images"] = few_image_options(options.learn, len(data.train), options.chosen)
+        inputs["few_images"] = few_image_options(options.learn, len(data.train), options.set_in_recipe)
     return job.ws.stage(
         "mask",
         MaskSet,

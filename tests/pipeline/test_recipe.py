@@ -153,7 +153,7 @@ def test_the_list_of_other_values_leaves_no_option_out() -> None:
         record = getattr(defaults, table)
         assert set(options) == {f.name for f in dataclasses.fields(record)} - {
             "learn",
-            "chosen",
+            "set_in_recipe",
             "judge_augment",
             "judge_relative",
         }
@@ -176,7 +176,7 @@ def test_every_option_reaches_its_stage(tmp_path: Path) -> None:
 def test_the_options_that_a_recipe_sets_are_known_though_they_are_defaults(tmp_path: Path) -> None:
     recipe = read(tmp_path, "[learn]\nrate = 0.1\nepochs = 30\n")
     assert recipe.learn == Recipe().learn
-    assert recipe.mask.chosen == ("epochs", "lr")
+    assert recipe.mask.set_in_recipe == ("epochs", "lr")
 
 
 SINGLE = [(table, name) for table, options in OTHERS.items() for name in options]
@@ -189,7 +189,7 @@ def test_one_option_changes_nothing_else(table: str, name: str, tmp_path: Path) 
     wanted = dataclasses.replace(getattr(Recipe(), table), **{name: value})
     changed = {table: wanted}
     if table == "learn":
-        changed["mask"] = dataclasses.replace(Recipe().mask, learn=wanted, chosen=(name,))
+        changed["mask"] = dataclasses.replace(Recipe().mask, learn=wanted, set_in_recipe=(name,))
     if name in ("augment", "relative") and table == "recalibrate":
         # Masks are judged with the statistics that they will have.
         changed["learn"] = dataclasses.replace(Recipe().learn, **{f"judge_{name}": value})
