@@ -19,6 +19,7 @@ from maskplan.pipeline.core.errors import InputError
 from maskplan.pipeline.core.interrupts import INTERRUPTS
 from maskplan.pipeline.core.progress import track
 from maskplan.pipeline.data.dataset import Dataset
+from maskplan.pipeline.learning.batch_correction import BatchCorrection
 from maskplan.pipeline.learning.blocks import Block, BlockMatcher
 from maskplan.pipeline.learning.evaluate import MaskEvaluator, MaskScore, fraction_changed
 from maskplan.pipeline.learning.features import FeatureMatcher, Matcher, find_features
@@ -39,14 +40,11 @@ from maskplan.pipeline.learning.schedule import (
     training_batches,
 )
 from maskplan.pipeline.learning.state import LearnerState, Progress, load_state, save_state
-from maskplan.pipeline.models.batchnorm import RecalibrateOptions, dense_statistics
 
 log = logging.getLogger(__name__)
 
 _LOG_EVERY = 50
 _ESTIMATE_AFTER = 10
-# Of the dense network's BatchNorm statistics under the augmentation; more would only cost time.
-_OBSERVED_IMAGES = 2048
 _SMOOTHING = 0.95
 
 
@@ -87,19 +85,14 @@ class Learner:
         self.teacher = copy.deepcopy(module).eval().requires_grad_(False).to(process.device)
         self.memory_format = use_fastest_format(self.teacher, preprocessing)
         student = copy.deepcopy(self.teacher)
-        # Normalized by the batch, the student is to compute what it will once it is recalibrated.
-        seen = RecalibrateOptions(
-            _OBSERVED_IMAGES, seed=options.seed, augment=options.augment, relative=options.judge_relative
-        )
-        reference = dense_statistics(self.teacher, data.train, preprocessing, seen)
-        if reference is not None:
-            reference.anticipate(student)
         self.net = MaskedNet(student, list(start), pattern, options.init_std, hard=options.hard).to(process.device)
         if favor_start:
             self.net.start_from(start, options.init_margin)
         self.parallel = DistributedDataParallel(self.net) if process.count > 1 else self.net
         self.adam = torch.optim.Adam(self.net.logits(), lr=options.lr, fused=True)
         self.average = [p.detach().clone() for p in self.net.logits()] if options.ema else []
+        # Statistics of the images alone are not corrected in the end either.
+        self.correction = BatchCorrection(self.teacher, student) if options.judge_relative else None
         self.evaluate = MaskEvaluator(self.teacher, preprocessing, data, options, kinds)
         self.blocks = bool(blocks)
         self.features: Matcher | None = None
@@ -214,8 +207,8 @@ class Learner:
                 "if memory is short, or choose layer-wise masks",
             ) from error
         self.adam.step()
-        for average, parameter in zip(self.average, self.net.logits(), strict=False):
-            average.lerp_(parameter.detach(), 1 - self.options.ema)
+        for smoothed, parameter in zip(self.average, self.net.logits(), strict=False):
+            smoothed.lerp_(parameter.detach(), 1 - self.options.ema)
         progress.steps += 1
         self.loss = _running_mean(self.loss, float(loss.detach()))
         if top1 is not None:
@@ -229,8 +222,9 @@ class Learner:
             derive_seed(self.options.seed, self.process.rank, progress.steps, i) for i in range(len(self.net.logits()))
         ]
         observing = self.features.observing() if self.features is not None else nullcontext()
+        correcting = self.correction.observing() if self.correction is not None else nullcontext()
         autocast = torch.autocast(self.process.device.type, torch.bfloat16, enabled=self.process.device.type == "cuda")
-        with observing, autocast:
+        with observing, correcting, autocast:
             with torch.no_grad():
                 # A copy: a network may change its input in place.
                 target = self.evaluate.loss.select(self.teacher(images.clone()))

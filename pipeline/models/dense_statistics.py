@@ -60,25 +60,6 @@ class DenseStatistics:
             mean.where(known, estimate.mean), (stored.variance * quotient).where(known, estimate.variance)
         )
 
-    def anticipate(self, network: nn.Module) -> None:
-        """Make a copy of the network that normalizes by its batches compute what it will after `correct`, in place.
-
-        The correction is a factor and an offset for each channel, which go into the weights and biases of BatchNorm.
-        """
-        import torch
-        from torch import nn
-
-        for name, layer in named_batchnorms(network).items():
-            if name not in self.batches:
-                continue
-            stored, dense = self.stored[name], average(self.batches[name])
-            std = (stored.variance + layer.eps).sqrt()
-            factor, offset = (dense.variance + layer.eps).sqrt() / std, (dense.mean - stored.mean) / std
-            weight = torch.ones_like(factor) if layer.weight is None else layer.weight.detach()
-            bias = torch.zeros_like(factor) if layer.bias is None else layer.bias.detach()
-            layer.weight = nn.Parameter(weight * factor, requires_grad=False)
-            layer.bias = nn.Parameter(bias + weight * offset, requires_grad=False)
-
 
 def named_batchnorms(module: nn.Module) -> dict[str, _BatchNorm]:
     """The BatchNorm layers that keep running statistics, by name."""
@@ -95,6 +76,28 @@ def average(batches: list[ChannelStatistics]) -> ChannelStatistics:
     return ChannelStatistics(mean, variance)
 
 
+def batch_statistics(x: torch.Tensor, *, biased: bool = False) -> ChannelStatistics:
+    """Mean and variance of each channel, (C,) each, of a batch (N, C, ...) with at least two values per channel."""
+    import torch
+    from torch.nn import functional as F
+
+    mean, variance = (torch.zeros(x.shape[1], device=x.device) for _ in range(2))
+    with torch.no_grad():
+        # Ten times as fast as torch.var_mean on CPUs.
+        F.batch_norm(x.float(), mean, variance, training=True, momentum=1.0)
+    count = x.numel() // x.shape[1]
+    return ChannelStatistics(mean, variance * ((count - 1) / count) if biased else variance)
+
+
+def stored_statistics(network: nn.Module) -> dict[str, ChannelStatistics]:
+    """What the BatchNorm layers of a network normalize by, by name."""
+    return {
+        name: ChannelStatistics(layer.running_mean.clone(), layer.running_var.clone())
+        for name, layer in named_batchnorms(network).items()
+        if layer.running_mean is not None and layer.running_var is not None
+    }
+
+
 def observe_dense(dense: nn.Module, images: Iterable[torch.Tensor]) -> DenseStatistics:
     """The statistics stored in the dense network, and those of what reaches its BatchNorm layers.
 
@@ -102,12 +105,7 @@ def observe_dense(dense: nn.Module, images: Iterable[torch.Tensor]) -> DenseStat
         dense: In evaluation mode; it does not change.
         images: Batches (N, channels, H, W) of at least two images.
     """
-    stored = {
-        name: ChannelStatistics(layer.running_mean.clone(), layer.running_var.clone())
-        for name, layer in named_batchnorms(dense).items()
-        if layer.running_mean is not None and layer.running_var is not None
-    }
-    return DenseStatistics(stored, _observe(dense, images, lambda *_: None))
+    return DenseStatistics(stored_statistics(dense), _observe(dense, images, lambda *_: None))
 
 
 def update_relative(module: nn.Module, images: Iterable[torch.Tensor], reference: DenseStatistics) -> None:
@@ -142,11 +140,11 @@ def _observe(
 
     def observer(name: str) -> Any:
         def observe(layer: _BatchNorm, inputs: tuple[torch.Tensor, ...]) -> None:
-            axes = [axis for axis in range(inputs[0].ndim) if axis != 1]
-            variance, mean = torch.var_mean(inputs[0].float(), axes)
-            batches = seen.setdefault(name, [])
-            before_forward(name, layer, len(batches), ChannelStatistics(mean, variance))
-            batches.append(ChannelStatistics(mean, variance))
+            if inputs[0].numel() <= inputs[0].shape[1]:
+                return  # one value has no variance
+            found, batches = batch_statistics(inputs[0]), seen.setdefault(name, [])
+            before_forward(name, layer, len(batches), found)
+            batches.append(found)
 
         return observe
 

@@ -1,0 +1,76 @@
+"""Makes a masked network that normalizes by its batches compute what it will once it is recalibrated.
+
+The statistics of a batch are noisy, and most of their noise is in the images: the dense network, which sees the same batch,
+has it too. What the dense network's statistics of the batch differ by from those it stores is taken out of the masked
+network's, so that a network without masks returns what the dense network returns, whatever the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from maskplan.pipeline.models.dense_statistics import (
+    ChannelStatistics,
+    batch_statistics,
+    named_batchnorms,
+    stored_statistics,
+)
+
+
+class BatchCorrection:
+    """Corrects a student's BatchNorm layers by the teacher's statistics of the same batch, inside `observing()`.
+
+    The correction is an affine function of each channel, which goes into the layer's weight and bias.
+
+    Args:
+        teacher: The dense network, in evaluation mode; it has to run first in each step.
+        student: A copy of it, whose BatchNorm layers normalize by the batch; their weights and biases are replaced.
+    """
+
+    def __init__(self, teacher: nn.Module, student: nn.Module) -> None:
+        self._seen: dict[str, list[ChannelStatistics]] = {}
+        self._observes = False
+        dense, ours = named_batchnorms(teacher), named_batchnorms(student)
+        for name, stored in stored_statistics(teacher).items():
+            dense[name].register_forward_pre_hook(self._observe(name))
+            ours[name].register_forward_pre_hook(self._correct(name, dense[name], stored))
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """One step: the teacher runs, then the student, on the same images."""
+        self._seen.clear()
+        self._observes = True
+        try:
+            yield
+        finally:
+            self._observes = False
+
+    def _observe(self, name: str) -> Any:
+        def observe(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            if self._observes:
+                self._seen.setdefault(name, []).append(batch_statistics(inputs[0], biased=True))
+
+        return observe
+
+    def _correct(self, name: str, dense: Any, stored: ChannelStatistics) -> Any:
+        std = (stored.variance + dense.eps).sqrt()
+        weight = torch.ones_like(std) if dense.weight is None else dense.weight.detach()
+        bias = torch.zeros_like(std) if dense.bias is None else dense.bias.detach()
+
+        def correct(layer: Any, _: Any) -> None:
+            if not self._observes:
+                return
+            # A layer that is called twice has two corrections; one that the teacher does not reach has none.
+            left = self._seen.get(name)
+            seen = left.pop(0) if left else stored
+            factor, offset = (seen.variance + dense.eps).sqrt() / std, (seen.mean - stored.mean) / std
+            # New tensors: those of a call before may be kept for the backward pass.
+            layer.weight = nn.Parameter(weight * factor, requires_grad=False)
+            layer.bias = nn.Parameter(bias + weight * offset, requires_grad=False)
+
+        return correct
