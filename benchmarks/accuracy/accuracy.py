@@ -238,12 +238,14 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=LearnOptions().lr)
     parser.add_argument("--start", choices=("magnitude", "layerwise"), default="magnitude", help="default: %(default)s")
     parser.add_argument("--match-features", type=float, default=LearnOptions().match_features, metavar="WEIGHT")
+    parser.add_argument("--match-blocks", type=float, default=LearnOptions().match_blocks, metavar="SHARE")
     args = parser.parse_args()
     options = LearnOptions(
         epochs=args.epochs,
         batch=args.batch,
         lr=args.rate,
         match_features=args.match_features,
+        match_blocks=args.match_blocks,
         augment=args.augment,
         judge_augment=args.recalibrate_augment,
         seed=args.seed,
@@ -253,13 +255,14 @@ def main() -> None:
     state = (
         Path(tempfile.gettempdir())
         / f"maskplan-{args.model}-{args.seed}-{args.epochs}-{args.augment}-{args.start}-{args.match_features:g}"
+        f"-{args.match_blocks:g}"
         / "learning.safetensors"
     )
     command = (
         f"python benchmarks/accuracy/accuracy.py {args.model} --epochs {args.epochs} --seed {args.seed}"
-        f" --rate {args.rate}"
+        f" --rate {args.rate} --batch {args.batch}"
         f" --augment {args.augment} --recalibrate-augment {args.recalibrate_augment}"
-        f" --start {args.start} --match-features {args.match_features:g}"
+        f" --start {args.start} --match-features {args.match_features:g} --match-blocks {args.match_blocks:g}"
     )
     found = measure(args.model, module, data, options, state, command, args.start)
     found["dense_training"] = dense_training(args.weights)

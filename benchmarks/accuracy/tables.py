@@ -208,7 +208,9 @@ def _of_start(run: Mapping[str, Any]) -> str:
     if run.get("start", "magnitude") == "magnitude":
         return ""
     features = ", with the features inside matched" if run["learning"].get("match_features") else ""
-    return f" Learned from {run['start']} masks{features}."
+    share = run["learning"].get("match_blocks")
+    blocks = f", the first {share:.0%} of the epochs block by block" if share else ""
+    return f" Learned from {run['start']} masks{features}{blocks}."
 
 
 def _rows(run: Mapping[str, Any]) -> Iterator[str]:
