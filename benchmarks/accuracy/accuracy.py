@@ -255,8 +255,7 @@ def main() -> None:
     state = (
         Path(tempfile.gettempdir())
         / f"maskplan-{args.model}-{args.seed}-{args.epochs}-{args.augment}-{args.start}-{args.match_features:g}"
-        f"-{args.match_blocks:g}"
-        / "learning.safetensors"
+        f"-{args.match_blocks:g}" / "learning.safetensors"
     )
     command = (
         f"python benchmarks/accuracy/accuracy.py {args.model} --epochs {args.epochs} --seed {args.seed}"
