@@ -82,7 +82,7 @@ class LearnOptions:
 
     epochs: int = 30
     batch: int = 64
-    lr: float = 0.1
+    lr: float = 0.03
     tau_start: float = 1.0
     tau_end: float = 1.0
     noise_start: float = 0.3

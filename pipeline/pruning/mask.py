@@ -158,7 +158,7 @@ def choose_masks(
     layers, _ = trace_layers(module, provenance.preprocessing)
     if method == DANHOFER2024:
         assert data is not None  # checked by resolve_method
-        return _danhofer(module, provenance, layers, pattern, options.learn, out, data, image_sets)
+        return _danhofer(module, provenance, layers, pattern, options, out, data, image_sets)
     _require_supported(method, options, data)
     selection = select_layers(layers, pattern, policy_of(options, method))
     given = _load_fitting(init, layers, pattern) if init is not None else None
@@ -302,7 +302,7 @@ def _danhofer(
     provenance: Provenance,
     layers: Sequence[Layer],
     pattern: Pattern,
-    learn: LearnOptions,
+    options: MaskOptions,
     out: Path,
     data: Dataset,
     image_sets: tuple[ImageSet, ...],
@@ -313,6 +313,9 @@ def _danhofer(
     if provenance.outputs or not (data.train.labels >= 0).all():
         what = f"{DANHOFER2024} masks are learned from labels"
         raise InputError(what, fix="give a classifier and images in class folders, or choose learned masks")
+    learn = options.learn
+    # The report's rate, unless another one is asked for.
+    asked = "lr" in options.set_in_recipe or learn.lr != LearnOptions().lr
     state = module.state_dict()
     chosen = [layer for layer in layers if layer.op == "Conv"]
     weights = {layer.name: state[layer.name].detach().cpu().float().numpy() for layer in chosen}
@@ -321,7 +324,7 @@ def _danhofer(
         {name: magnitude_mask(weight, pattern, FLAT) for name, weight in weights.items()},
         provenance.preprocessing,
         data,
-        DanhoferOptions(epochs=learn.epochs, batch=learn.batch, lr=learn.lr, seed=learn.seed),
+        DanhoferOptions(learn.epochs, learn.batch, learn.lr if asked else DanhoferOptions().lr, seed=learn.seed),
         pattern,
     )
     return write_masks(

@@ -159,6 +159,17 @@ def test_the_mask_file_records_method_and_layout(tmp_path: Path) -> None:
         masks_from_file(module, provenance, tmp_path / "m.safetensors")
 
 
+def test_a_rate_that_is_asked_for_replaces_the_reports(tmp_path: Path) -> None:
+    """Even if it is the default of the other method."""
+    module, provenance = open_checkpoint(ModelOptions("digits_resnet"))
+    learn = LearnOptions(epochs=1, batch=256, seed=3)
+    options = MaskOptions("danhofer2024", learn=learn, set_in_recipe=("lr",))
+    choose_masks(module, provenance, options, tmp_path / "m.safetensors", load_digits())
+    masks, wanted = load_masks(tmp_path / "m.safetensors"), DanhoferOptions(1, 256, learn.lr, seed=3)
+    expected = learn_danhofer(module, PREPROCESSING, load_digits(), wanted, TWO_FOUR).masks()
+    assert all(np.array_equal(masks[name], expected[name]) for name in masks)
+
+
 @pytest.mark.parametrize("given", [["--masks", "danhofer2024"], ["--recipe", "r.toml"]])
 def test_the_engine_command_refuses_it_before_learning(
     tmp_path: Path, given: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
