@@ -27,7 +27,7 @@ from cifar import HOW, load_cifar10
 from tables import results_option
 from torch import nn
 
-from maskplan.pipeline.core.artifacts import Layer, Pattern, Preprocessing
+from maskplan.pipeline.core.artifacts import Layer, Pattern, Preprocessing, Provenance
 from maskplan.pipeline.core.serialization import encode
 from maskplan.pipeline.core.statistics import PairedCounts, drop_interval
 from maskplan.pipeline.data.dataset import Dataset, Split, batches
@@ -35,10 +35,11 @@ from maskplan.pipeline.learning.masked_net import Masks
 from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions
 from maskplan.pipeline.learning.trainer import learn_masks
 from maskplan.pipeline.masking.magnitude import magnitude_mask
-from maskplan.pipeline.masking.policy import select_layers
+from maskplan.pipeline.masking.policy import LayerPolicy, select_layers
 from maskplan.pipeline.models.batchnorm import RecalibrateOptions, dense_statistics, update_statistics
 from maskplan.pipeline.models.layers import trace_layers
 from maskplan.pipeline.models.state_dict import fit_weights, read_weights
+from maskplan.pipeline.permutation.permute import PermuteOptions, permute
 from maskplan.pipeline.pruning.layerwise_masks import layerwise_masks
 from maskplan.pipeline.pruning.second_moments import MomentOptions
 from maskplan.pipeline.report.write import versions
@@ -104,6 +105,16 @@ def recalibrated(
     reference = dense_statistics(dense, data.train, preprocessing, options) if dense is not None else None
     update_statistics(changed, data.train, preprocessing, options, reference)
     return changed
+
+
+def permuted(module: nn.Module, provenance: Provenance, seed: int) -> nn.Module:
+    """A copy that computes the same, with its channels in an order of which 2:4 masks keep more."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = Path(folder) / "permuted.safetensors", Path(folder) / "permutation.safetensors"
+        permute(module, provenance, PATTERN, LayerPolicy(), PermuteOptions(seed=seed), *files)
+        changed = copy.deepcopy(module)
+        fit_weights(changed, read_weights(files[0]), where=files[0])
+    return changed.eval()
 
 
 def hits(module: nn.Module, split: Split, preprocessing: Preprocessing = HOW) -> Hits:
@@ -198,6 +209,7 @@ def measure(
         "reference": reference,
         "groups_moved_percent": round(100 * learning.groups_changed, 2),
         "start": start,
+        "permuted": " --permute" in command,
         "select_top1": round(100 * float(hits(module, data.select).mean()), 3),
         "threads": torch.get_num_threads(),
         "learning": encode(options),
@@ -239,6 +251,8 @@ def main() -> None:
     parser.add_argument("--start", choices=("magnitude", "layerwise"), default="magnitude", help="default: %(default)s")
     parser.add_argument("--match-features", type=float, default=LearnOptions().match_features, metavar="WEIGHT")
     parser.add_argument("--match-blocks", type=float, default=LearnOptions().match_blocks, metavar="SHARE")
+    parser.add_argument("--distill", type=float, default=LearnOptions().distill, metavar="WEIGHT")
+    parser.add_argument("--permute", action="store_true", help="permute the channels of the dense network first")
     args = parser.parse_args()
     options = LearnOptions(
         epochs=args.epochs,
@@ -246,12 +260,16 @@ def main() -> None:
         lr=args.rate,
         match_features=args.match_features,
         match_blocks=args.match_blocks,
+        distill=args.distill,
         augment=args.augment,
         judge_augment=args.recalibrate_augment,
         seed=args.seed,
     )
     data = load_cifar10(args.data)
     module = dense_network(args.model, args.weights, args.data)
+    if args.permute:
+        about = Provenance(args.model, True, "weights", "", len(data.classes), data.classes, HOW)
+        module = permuted(module, about, args.seed)
     state = (
         Path(tempfile.gettempdir())
         / f"maskplan-{args.model}-{args.seed}-{args.epochs}-{args.augment}-{args.start}-{args.match_features:g}"
@@ -262,6 +280,7 @@ def main() -> None:
         f" --rate {args.rate} --batch {args.batch}"
         f" --augment {args.augment} --recalibrate-augment {args.recalibrate_augment}"
         f" --start {args.start} --match-features {args.match_features:g} --match-blocks {args.match_blocks:g}"
+        f" --distill {args.distill:g}{' --permute' if args.permute else ''}"
     )
     found = measure(args.model, module, data, options, state, command, args.start)
     found["dense_training"] = dense_training(args.weights)

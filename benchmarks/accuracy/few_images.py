@@ -10,12 +10,10 @@ docs/results.md.
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -29,11 +27,11 @@ from accuracy import (
     hits,
     network_parser,
     paired,
+    permuted,
     pruned,
     recalibrated,
 )
 from cifar import HOW, load_cifar10
-from torch import nn
 
 from maskplan.pipeline.core.artifacts import Provenance
 from maskplan.pipeline.core.serialization import encode
@@ -42,11 +40,9 @@ from maskplan.pipeline.data.few_images import limit_images
 from maskplan.pipeline.learning.few_images import few_image_options
 from maskplan.pipeline.learning.options import LearnOptions
 from maskplan.pipeline.masking.maskset import load_masks
-from maskplan.pipeline.masking.policy import LayerPolicy, select_layers
+from maskplan.pipeline.masking.policy import select_layers
 from maskplan.pipeline.models.layers import trace_layers
-from maskplan.pipeline.models.state_dict import fit_weights, read_weights
 from maskplan.pipeline.models.synthesize import SynthesizeOptions, synthesize_dataset
-from maskplan.pipeline.permutation.permute import PermuteOptions, permute
 from maskplan.pipeline.pruning.mask import MaskOptions, choose_masks
 from maskplan.pipeline.report.write import versions
 from maskplan.pipeline.timing.compare_latency import cpu_name
@@ -74,16 +70,6 @@ def few(data: Dataset, count: int, seed: int) -> Dataset:
     parts = limit_images(data, count, seed)
     train, select = (Split(p.role, Unlabeled(p.images), p.indices) for p in (parts.train, parts.select))
     return Dataset(data.classes, train, select, data.val)
-
-
-def permuted(module: nn.Module, provenance: Provenance, seed: int) -> nn.Module:
-    """A copy that computes the same, with its channels in an order of which 2:4 masks keep more."""
-    with TemporaryDirectory() as folder:
-        files = Path(folder) / "permuted.safetensors", Path(folder) / "permutation.safetensors"
-        permute(module, provenance, PATTERN, LayerPolicy(), PermuteOptions(seed=seed), *files)
-        changed = copy.deepcopy(module)
-        fit_weights(changed, read_weights(files[0]), where=files[0])
-    return changed.eval()
 
 
 def measure(

@@ -161,7 +161,7 @@ _SEEDS = """## Masks from all training images: mean over seeds
 Statistics are relative to the dense network, which is the same for all seeds; other images for layer-wise masks, other noise
 and another order. Intervals count seeds and test images.
 
-| network | epochs | from | dense on `select`, % | masks | drop by seed | mean drop | 95% interval |
+| network | epochs | setting | dense on `select`, % | masks | drop by seed | mean drop | 95% interval |
 |---|--:|---|--:|---|---|--:|--:|"""
 
 _FEW_IMAGES_SEEDS = """## Masks from few unlabeled images: mean over seeds
@@ -182,9 +182,9 @@ scenes. `{command}`
 
 
 def _accuracy(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    told = [run for run in runs if "select_top1" in run]
+    told = [run | {"setting": _setting(run)} for run in runs if "select_top1" in run]
     rows = ("magnitude, recalibrated", "layerwise, recalibrated", "maskplan, recalibrated")
-    if lines := list(mean_lines(told, ("model", "epochs", "start", "select_top1"), rows)):
+    if lines := list(mean_lines(told, ("model", "epochs", "setting", "select_top1"), rows)):
         yield "\n".join([_SEEDS, *lines])
     for run in (r for r in runs if "select_top1" not in r or r["seed"] == 0):
         lines = [
@@ -204,13 +204,26 @@ def _accuracy(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield "\n".join([*lines, "", "| weights | top-1 % | drop | 95% |", "|---|---|---|---|", *_rows(run)])
 
 
+def _setting(run: Mapping[str, Any]) -> str:
+    """Everything that sets one run apart from others of the same network, but its seed."""
+    learning = run["learning"]
+    parts = [f"from {run['start']} masks", f"rate {learning['lr']:g}", f"batches of {learning['batch']}"]
+    parts += ["features"] * bool(learning["match_features"])
+    parts += [f"{learning['match_blocks']:.0%} block by block"] * bool(learning["match_blocks"])
+    parts += [f"labels {1 - learning['distill']:.0%}"] * (learning["distill"] < 1)
+    parts += ["permuted"] * bool(run.get("permuted"))
+    return ", ".join(parts)
+
+
 def _of_start(run: Mapping[str, Any]) -> str:
     if run.get("start", "magnitude") == "magnitude":
         return ""
+    labels = ", with labels besides the dense outputs" if run["learning"]["distill"] < 1 else ""
+    permuted = " Channels were permuted first." if run.get("permuted") else ""
     features = ", with the features inside matched" if run["learning"].get("match_features") else ""
     share = run["learning"].get("match_blocks")
     blocks = f", the first {share:.0%} of the epochs block by block" if share else ""
-    return f" Learned from {run['start']} masks{features}{blocks}."
+    return f" Learned from {run['start']} masks{features}{blocks}{labels}.{permuted}"
 
 
 def _rows(run: Mapping[str, Any]) -> Iterator[str]:
