@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from maskplan.pipeline.core.artifacts import OutputKind, Preprocessing
 from maskplan.pipeline.core.choices import CHANNEL, FLAT, Layout
@@ -32,10 +33,13 @@ class MaskScore:
     Attributes:
         divergence: From the dense network, as `OutputLoss` measures it.
         top1: Accuracy in percent; None without labels or classes.
+        loss: What masks are chosen by, as they are learned: the divergence, and the cross-entropy with the labels in the
+            share that `distill` leaves to it.
     """
 
     divergence: float
     top1: float | None
+    loss: float
 
     def __str__(self) -> str:
         top1 = "" if self.top1 is None else f", top-1 {self.top1:.2f}%"
@@ -45,14 +49,14 @@ class MaskScore:
 class MaskEvaluator:
     """Scores masks in a copy of the dense network with recalibrated BatchNorm, like the final network's.
 
-    Masks are chosen by divergence: on a small `select` part, different masks often have the same top-1 accuracy.
+    Masks are chosen by the loss: on a small `select` part, different masks often have the same top-1 accuracy.
 
     Args:
         dense: The dense network, in evaluation mode.
         preprocessing: Preprocessing of the images.
         data: `train` for BatchNorm statistics, `select` for the score.
-        options: Uses `distill_temperature` for the divergence, `batch` as batch size, `seed` to draw the images for the
-            statistics, `judge_augment` and `judge_relative` for these.
+        options: Uses `distill` and `distill_temperature` for the loss, `batch` as batch size, `seed` to draw the images for
+            the statistics, `judge_augment` and `judge_relative` for these.
         kinds: What the network returns; empty for a classifier.
 
     Attributes:
@@ -76,6 +80,7 @@ class MaskEvaluator:
         )
         self._reference = dense_statistics(dense, data.train, preprocessing, self._recalibrate)
         self._has_top1 = self.loss.is_classifier and bool((data.select.labels >= 0).all())
+        self._distill = options.distill if self._has_top1 else 1.0
         self._teacher: list[Outputs] = []
         self._kept_bytes = 0
 
@@ -92,7 +97,7 @@ class MaskEvaluator:
             for name, mask in masks.items():
                 parameters[name].masked_fill_(~torch.from_numpy(mask).to(device), 0.0)
         update_statistics(candidate, self._data.train, self._preprocessing, self._recalibrate, self._reference)
-        divergence, correct = 0.0, 0
+        divergence, cross_entropy, correct = 0.0, 0.0, 0
         with torch.no_grad():
             for i, (x, labels) in enumerate(batches(self._data.select, self._preprocessing, self._batch)):
                 images = torch.from_numpy(x).to(device)
@@ -101,11 +106,15 @@ class MaskEvaluator:
                 divergence += float(self.loss(outputs, teacher, self._temperature)) * len(x)
                 if self._has_top1:
                     correct += int((outputs[0].argmax(dim=1).cpu().numpy() == labels).sum())
+                if self._distill < 1:
+                    targets = torch.from_numpy(labels).to(device)
+                    cross_entropy += float(F.cross_entropy(outputs[0].float(), targets, reduction="sum"))
         if not math.isfinite(divergence):
             fix = "check the weights and the images' normalization"
             raise InputError("the divergence is not finite", where="the select part", fix=fix)
         count = len(self._data.select)
-        return MaskScore(divergence / count, 100 * correct / count if self._has_top1 else None)
+        loss = self._distill * divergence + (1 - self._distill) * cross_entropy
+        return MaskScore(divergence / count, 100 * correct / count if self._has_top1 else None, loss / count)
 
     def _dense_outputs(self, batch: int, images: torch.Tensor) -> Outputs:
         """The dense network's outputs for a batch of `select`, kept from the first evaluation as far as memory allows."""

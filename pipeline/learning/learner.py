@@ -253,10 +253,10 @@ class Learner:
         return budget is not None and progress.minutes > budget
 
     def _score(self, masks: Masks) -> MaskScore:
-        score = self.evaluate(masks) if self.process.is_main else MaskScore(0.0, 0.0)
+        score = self.evaluate(masks) if self.process.is_main else MaskScore(0.0, 0.0, 0.0)
         top1 = math.nan if score.top1 is None else score.top1
-        divergence, top1 = self.process.broadcast(score.divergence, top1)
-        return MaskScore(divergence, None if math.isnan(top1) else top1)
+        divergence, top1, loss = self.process.broadcast(score.divergence, top1, score.loss)
+        return MaskScore(divergence, None if math.isnan(top1) else top1, loss)
 
     def _end_epoch(self, progress: Progress, *, is_last: bool) -> MaskScore | None:
         progress.epochs += 1
@@ -266,7 +266,7 @@ class Learner:
             return None
         score = self._score(masks)
         progress.stale += 1
-        if score.divergence < progress.best.divergence:
+        if score.loss < progress.best.loss:
             progress.best_masks, progress.best, progress.stale = masks, score, 0
         log.info("epoch %d/%d: %s", progress.epochs, self.options.epochs, score)
         return score

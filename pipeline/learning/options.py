@@ -53,7 +53,8 @@ class LearnOptions:
         init_std: Standard deviation of a layer's initial gates, which follow the magnitudes: how strongly they prefer the
             magnitude mask.
         init_margin: Logit margin by which the patterns of given masks (`--init`) start above the others.
-        distill: Weight of distillation from the dense network; cross-entropy with the labels gets the rest.
+        distill: Weight of distillation from the dense network; cross-entropy with the labels gets the rest. Masks are chosen
+            on `select` by the same sum.
         distill_temperature: Temperature of the distillation.
         match_features: Weight of the mean squared difference of the features inside from the dense network's
             (`features.py`); 0 matches the outputs only.

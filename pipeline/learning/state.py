@@ -22,6 +22,9 @@ from maskplan.pipeline.models.state_dict import read_metadata, serialize
 
 log = logging.getLogger(__name__)
 
+# Raised when the same options lead to other masks, or the file has other contents: learning then restarts.
+_VERSION = 2
+
 
 @dataclass
 class Progress:
@@ -68,7 +71,9 @@ class LearnerState:
 def state_key(options: LearnOptions, weights_sha256: str, start: Masks, image_digests: tuple[str, ...]) -> str:
     """Digest of everything that decides the learned masks; the time budget and `save_every` do not."""
     relevant = encode(replace(options, budget_minutes=None, save_every=0))
-    digest = hashlib.sha256(json.dumps([relevant, weights_sha256, list(image_digests)], sort_keys=True).encode())
+    digest = hashlib.sha256(
+        json.dumps([_VERSION, relevant, weights_sha256, list(image_digests)], sort_keys=True).encode()
+    )
     for name in sorted(start):
         digest.update(name.encode())
         digest.update(start[name].tobytes())

@@ -47,7 +47,7 @@ def learn_masks(
 ) -> tuple[Masks, Learning]:
     """Choose masks by gradient descent on gates over the patterns of each group.
 
-    The start masks are the baseline: they are returned unless an epoch comes closer to the dense network on `select`.
+    The start masks are the baseline: they are returned unless an epoch has a lower loss on `select`.
     During learning, BatchNorm uses batch statistics; for every evaluation it is recalibrated, as in the final network.
 
     Args:
@@ -74,7 +74,7 @@ def learn_masks(
         KeyboardInterrupt: After SIGINT or SIGTERM; the state is saved first.
     """
     require_images(data)
-    if options.distill < 1 and (kinds or not (data.train.labels >= 0).all()):
+    if options.distill < 1 and (kinds or not all((part.labels >= 0).all() for part in (data.train, data.select))):
         raise InputError(
             "without labels, masks can only be learned against the dense network",
             found=f"distill = {options.distill:g}",

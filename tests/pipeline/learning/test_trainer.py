@@ -16,6 +16,7 @@ from torch import nn
 
 from maskplan.pipeline.core.artifacts import Learning, Pattern
 from maskplan.pipeline.core.errors import InputError
+from maskplan.pipeline.learning.evaluate import MaskEvaluator, MaskScore
 from maskplan.pipeline.learning.learner import Learner
 from maskplan.pipeline.learning.masked_net import Masks
 from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions
@@ -222,6 +223,28 @@ def test_masks_are_scored_with_statistics_relative_to_the_dense_network(other_st
         x = ((torch.from_numpy(images.pixels[24:]).float() / 255 - 0.5) / 0.25).reshape(-1, 1, 2, 4)
         logits, dense = (m(x).double().numpy() for m in (masked, net))
     assert learning.select_divergence_start == pytest.approx(divergence(logits, dense, 2.0), rel=1e-3)
+
+
+@pytest.mark.parametrize("distill", [1.0, 0.3, 0.0])
+def test_masks_are_scored_by_the_loss_that_they_are_learned_by(distill: float, net: Net) -> None:
+    images = random_images(36)
+    options = LearnOptions(distill=distill, batch=5)
+    # Without masks and with relative statistics, the network is the dense one.
+    score = MaskEvaluator(net.eval(), PREPROCESSING, dataset(images, 24), options)({})
+    x = ((torch.from_numpy(images.pixels[24:]).float() / 255 - 0.5) / 0.25).reshape(-1, 1, 2, 4)
+    with torch.no_grad():
+        logits = net(x).double().numpy()
+    cross_entropy = np.log(np.exp(logits).sum(1)) - logits[np.arange(12), images.labels[24:]]
+    assert score.divergence == pytest.approx(0, abs=1e-6)
+    assert score.loss == pytest.approx((1 - distill) * cross_entropy.mean(), rel=1e-4, abs=1e-6)
+
+
+def test_the_epoch_of_the_lowest_loss_is_kept(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which with labels need not be the one of the lowest divergence."""
+    scores = iter([MaskScore(0.1, None, 0.5), MaskScore(0.3, None, 0.4), MaskScore(0.2, None, 0.6)])
+    monkeypatch.setattr(MaskEvaluator, "__call__", lambda *_: next(scores))
+    _, learning = learn(net, epochs=2, distill=0.5)
+    assert (learning.select_divergence_start, learning.select_divergence_end) == (0.1, 0.3)
 
 
 @pytest.mark.parametrize("is_relative", [True, False])
