@@ -1,12 +1,13 @@
 """Makes a masked network that normalizes by its batches compute what it will once it is recalibrated.
 
 The statistics of a batch are noisy, and most of their noise is in the images: the dense network, which sees the same batch,
-has it too. What the dense network's statistics of the batch differ by from those it stores is taken out of the masked
-network's, so that a network without masks returns what the dense network returns, whatever the batch.
+has it too. The difference between the dense network's statistics of the batch and its stored ones is removed from the masked
+network's, so that a network whose masks remove nothing returns what the dense network returns, whatever the batch.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,21 +30,25 @@ class BatchCorrection:
 
     Args:
         teacher: The dense network, in evaluation mode; it has to run first in each step.
-        student: A copy of it, whose BatchNorm layers normalize by the batch; their weights and biases are replaced.
+        student: A copy of it. Its BatchNorm layers in training mode normalize by the batch, and are corrected: their weights
+            and biases are replaced. The others compute what the teacher's do anyway.
     """
 
     def __init__(self, teacher: nn.Module, student: nn.Module) -> None:
-        self._seen: dict[str, list[ChannelStatistics]] = {}
+        self._seen: dict[str, list[ChannelStatistics | None]] = {}
+        self._calls: Counter[str] = Counter()
         self._observes = False
         dense, ours = named_batchnorms(teacher), named_batchnorms(student)
         for name, stored in stored_statistics(teacher).items():
-            dense[name].register_forward_pre_hook(self._observe(name))
-            ours[name].register_forward_pre_hook(self._correct(name, dense[name], stored))
+            if ours[name].training:
+                dense[name].register_forward_pre_hook(self._observe(name), with_kwargs=True)
+                ours[name].register_forward_pre_hook(self._correct(name, dense[name], stored))
 
     @contextmanager
     def observing(self) -> Iterator[None]:
         """One step: the teacher runs, then the student, on the same images."""
         self._seen.clear()
+        self._calls.clear()
         self._observes = True
         try:
             yield
@@ -51,9 +56,9 @@ class BatchCorrection:
             self._observes = False
 
     def _observe(self, name: str) -> Any:
-        def observe(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._observes:
-                self._seen.setdefault(name, []).append(batch_statistics(inputs[0], biased=True))
+                self._seen.setdefault(name, []).append(batch_statistics(args, kwargs, biased=True))
 
         return observe
 
@@ -64,10 +69,16 @@ class BatchCorrection:
 
         def correct(layer: Any, _: Any) -> None:
             if not self._observes:
+                # Activation checkpointing computes a layer again, for which the correction of its last call is there.
+                if self._calls[name] > 1:
+                    raise RuntimeError(f"{name}, which is called several times, is computed again in the backward pass")
                 return
-            # A layer that is called twice has two corrections; one that the teacher does not reach has none.
-            left = self._seen.get(name)
-            seen = left.pop(0) if left else stored
+            # Each call has its own correction; one that the teacher does not make has none.
+            calls, seen = self._seen.get(name, []), None
+            if self._calls[name] < len(calls):
+                seen = calls[self._calls[name]]
+            self._calls[name] += 1
+            seen = seen or stored
             factor, offset = (seen.variance + dense.eps).sqrt() / std, (seen.mean - stored.mean) / std
             # New tensors: those of a call before may be kept for the backward pass.
             layer.weight = nn.Parameter(weight * factor, requires_grad=False)

@@ -43,7 +43,8 @@ class MaskScore:
 
     def __str__(self) -> str:
         top1 = "" if self.top1 is None else f", top-1 {self.top1:.2f}%"
-        return f"divergence {self.divergence:.4f}{top1}"
+        loss = "" if self.loss == self.divergence else f"loss {self.loss:.4f}, "
+        return f"{loss}divergence {self.divergence:.4f}{top1}"
 
 
 class MaskEvaluator:
@@ -113,8 +114,9 @@ class MaskEvaluator:
             fix = "check the weights and the images' normalization"
             raise InputError("the divergence is not finite", where="the select part", fix=fix)
         count = len(self._data.select)
+        divergence, cross_entropy = divergence / count, cross_entropy / count
         loss = self._distill * divergence + (1 - self._distill) * cross_entropy
-        return MaskScore(divergence / count, 100 * correct / count if self._has_top1 else None, loss / count)
+        return MaskScore(divergence, 100 * correct / count if self._has_top1 else None, loss)
 
     def _dense_outputs(self, batch: int, images: torch.Tensor) -> Outputs:
         """The dense network's outputs for a batch of `select`, kept from the first evaluation as far as memory allows."""

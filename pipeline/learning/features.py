@@ -106,7 +106,12 @@ class FeatureMatcher(Matcher):
 
 
 def relative_difference(ours: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
-    """The mean squared difference, relative to the dense tensor's variance, a scalar; 0 where that is constant."""
+    """The mean squared difference, relative to the dense tensor's variance, a scalar.
+
+    0 where the dense tensor is constant or empty, and where the shapes differ: other images reached that part.
+    """
+    if ours.shape != dense.shape or not dense.numel():
+        return dense.new_zeros(())
     spread = (dense - dense.mean()).square().mean()
     # The mean of equal numbers is off by a few roundings.
     share = (spread > _CONSTANT * dense.square().mean()) / spread.clamp_min(torch.finfo(torch.float32).tiny)

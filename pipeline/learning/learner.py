@@ -91,7 +91,7 @@ class Learner:
         self.parallel = DistributedDataParallel(self.net) if process.count > 1 else self.net
         self.adam = torch.optim.Adam(self.net.logits(), lr=options.lr, fused=True)
         self.average = [p.detach().clone() for p in self.net.logits()] if options.ema else []
-        # Statistics of the images alone are not corrected in the end either.
+        # Without `judge_relative`, the final statistics are not corrected, so those of a batch are not either.
         self.correction = BatchCorrection(self.teacher, student) if options.judge_relative else None
         self.evaluate = MaskEvaluator(self.teacher, preprocessing, data, options, kinds)
         self.blocks = bool(blocks)

@@ -44,9 +44,9 @@ def costliest_layers(
         Weight names.
     """
     evaluate = MaskEvaluator(module.eval(), preprocessing, data, options, kinds)
-    unmasked = evaluate({}).divergence
+    unmasked = evaluate({}).loss
     costs = {
-        layer.name: evaluate({layer.name: np.asarray(masks[layer.name])}).divergence - unmasked
+        layer.name: evaluate({layer.name: np.asarray(masks[layer.name])}).loss - unmasked
         for layer in track(layers, "cost of each mask", len(layers))
     }
     remaining = budget / 100 * sum(layer.macs for layer in layers)
@@ -55,5 +55,5 @@ def costliest_layers(
         if layer.macs <= remaining:
             dense.add(layer.name)
             remaining -= layer.macs
-            log.info("%s stays dense: its mask alone costs a divergence of %.4f", layer.name, costs[layer.name])
+            log.info("%s stays dense: its mask alone costs %.4f on select", layer.name, costs[layer.name])
     return frozenset(dense)

@@ -22,7 +22,7 @@ from maskplan.pipeline.models.state_dict import read_metadata, serialize
 
 log = logging.getLogger(__name__)
 
-# Raised when the same options lead to other masks, or the file has other contents: learning then restarts.
+# Increase this when the same options lead to other masks, or the file has other contents: learning then restarts.
 _VERSION = 2
 
 
@@ -114,7 +114,10 @@ def load_state(path: Path, key: str) -> LearnerState | None:
         return None
     header = read_metadata(path) or {}
     if header.get("key") != key:
-        log.warning("%s was made with other weights, images or options: learning restarts", path.name)
+        log.warning(
+            "%s was made with other weights, images or options, or by another version of maskplan: learning restarts",
+            path.name,
+        )
         return None
     try:
         return _parse_state(safetensors.torch.load_file(path), header)

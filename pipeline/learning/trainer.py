@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import nn
 
 from maskplan.pipeline.core.artifacts import Learning, OutputKind, Pattern, Preprocessing
@@ -74,10 +75,13 @@ def learn_masks(
         KeyboardInterrupt: After SIGINT or SIGTERM; the state is saved first.
     """
     require_images(data)
-    if options.distill < 1 and (kinds or not all((part.labels >= 0).all() for part in (data.train, data.select))):
+    parts = {"train": data.train, "select": data.select}
+    unlabeled = " and ".join(name for name, part in parts.items() if not (part.labels >= 0).all())
+    if options.distill < 1 and (kinds or unlabeled):
         raise InputError(
             "without labels, masks can only be learned against the dense network",
-            found=f"distill = {options.distill:g}",
+            found=f"distill = {options.distill:g}, "
+            + ("no classifier" if kinds else f"images without labels in {unlabeled}"),
             fix="set distill = 1 in the table [learn] of the recipe",
         )
     files = files or LearnerFiles()
@@ -87,7 +91,8 @@ def learn_masks(
     blocks = find_blocks(copy.deepcopy(module), list(masks), preprocessing) if options.match_blocks else ()
     phases = _phases(options, files, has_blocks=bool(blocks))
     finished: list[Progress] = []
-    with join_processes(device) as process, INTERRUPTS.deferred():
+    # Hooks that change from step to step are not for compiled code.
+    with join_processes(device) as process, INTERRUPTS.deferred(), torch.compiler.set_stance("force_eager"):
         for phase in phases:
             begin = finished[-1].best_masks if finished else masks
             learner = Learner(

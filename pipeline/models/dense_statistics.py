@@ -7,7 +7,7 @@ its statistics (a control variate).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # The share of the stored variance that is added to both estimates of it: few images show little of a channel that is rarely
 # active, and the quotient of two small numbers says nothing.
 _SHRINKAGE = 1e-3
+# BatchNorm on CPUs sums that many values per channel in float32 to five digits, and more of them less well.
+_MOST_SUMMED = 2**18
 
 
 @dataclass(frozen=True)
@@ -35,21 +37,24 @@ class DenseStatistics:
 
     Attributes:
         stored: Those it normalizes by.
-        batches: Those of each batch of the images at hand, when it normalizes by the stored ones; layers that no image
-            reaches are missing, as the auxiliary heads that run only in training.
+        batches: Those of each batch of the images at hand, when it normalizes by the stored ones, call by call; None where
+            too little reaches a layer. Layers that no image reaches are missing, as the auxiliary heads that run only in
+            training.
     """
 
     stored: dict[str, ChannelStatistics]
-    batches: dict[str, list[ChannelStatistics]]
+    batches: dict[str, list[ChannelStatistics | None]]
 
     def correct(self, name: str, estimate: ChannelStatistics, batch: int | None = None) -> ChannelStatistics:
         """The statistics of a pruned layer from its estimate on the same images, or on one batch of them.
 
         The variance is the stored one times the quotient of the two estimates; the mean is the estimate, plus what the
-        dense network's estimate lacks, in units of the standard deviation.
+        dense network's estimate lacks, in units of the standard deviation. Where the dense network has no estimate, as in
+        parts that only some images reach, it is the estimate.
         """
-        stored = self.stored[name]
-        dense = average(self.batches[name]) if batch is None else self.batches[name][batch]
+        stored, dense = self.stored[name], self._seen(name, batch)
+        if dense is None:
+            return estimate
         floor = _SHRINKAGE * stored.variance
         known = dense.variance + floor > 0
         quotient = (estimate.variance + floor) / (dense.variance + floor).where(known, 1)
@@ -60,6 +65,12 @@ class DenseStatistics:
             mean.where(known, estimate.mean), (stored.variance * quotient).where(known, estimate.variance)
         )
 
+    def _seen(self, name: str, batch: int | None) -> ChannelStatistics | None:
+        seen = self.batches.get(name, [])
+        if batch is None:
+            return average(seen)
+        return seen[batch] if batch < len(seen) else None
+
 
 def named_batchnorms(module: nn.Module) -> dict[str, _BatchNorm]:
     """The BatchNorm layers that keep running statistics, by name."""
@@ -68,24 +79,45 @@ def named_batchnorms(module: nn.Module) -> dict[str, _BatchNorm]:
     return {k: m for k, m in module.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats}
 
 
-def average(batches: list[ChannelStatistics]) -> ChannelStatistics:
-    """The mean over batches, in which every batch has the same weight."""
+def average(batches: Sequence[ChannelStatistics | None]) -> ChannelStatistics | None:
+    """The mean over batches, in which every batch has the same weight; None if there is none."""
     import torch
 
-    mean, variance = (torch.stack([getattr(b, kind) for b in batches]).mean(0) for kind in ("mean", "variance"))
+    known = [batch for batch in batches if batch is not None]
+    if not known:
+        return None
+    mean, variance = (torch.stack([getattr(b, kind) for b in known]).mean(0) for kind in ("mean", "variance"))
     return ChannelStatistics(mean, variance)
 
 
-def batch_statistics(x: torch.Tensor, *, biased: bool = False) -> ChannelStatistics:
-    """Mean and variance of each channel, (C,) each, of a batch (N, C, ...) with at least two values per channel."""
+def batch_statistics(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], *, biased: bool = False
+) -> ChannelStatistics | None:
+    """Mean and variance of each channel, (C,) float32 each, of what a BatchNorm layer is called with.
+
+    Args:
+        args: Positional arguments of the call; the input (N, C, ...) is the first argument of all.
+        kwargs: Named ones.
+        biased: Divide by the number of values, as BatchNorm does when it normalizes by the batch, instead of one less.
+
+    Returns:
+        None for fewer than two values per channel.
+    """
     import torch
     from torch.nn import functional as F
 
-    mean, variance = (torch.zeros(x.shape[1], device=x.device) for _ in range(2))
+    x: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
+    count = x.numel() // x.shape[1] if x.shape[1] else 0
+    if count < 2:
+        return None
+    if count > _MOST_SUMMED:
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        variance, mean = torch.var_mean(x.float(), axes, correction=0 if biased else 1)
+        return ChannelStatistics(mean, variance)
+    mean, variance = (torch.zeros(x.shape[1], dtype=torch.float32, device=x.device) for _ in range(2))
     with torch.no_grad():
         # Ten times as fast as torch.var_mean on CPUs.
         F.batch_norm(x.float(), mean, variance, training=True, momentum=1.0)
-    count = x.numel() // x.shape[1]
     return ChannelStatistics(mean, variance * ((count - 1) / count) if biased else variance)
 
 
@@ -125,30 +157,31 @@ def update_relative(module: nn.Module, images: Iterable[torch.Tensor], reference
 
     layers = named_batchnorms(module)
     for name, batches in _observe(module, images, normalize_by).items():
-        _store(layers[name], reference.correct(name, average(batches)))
+        if (estimate := average(batches)) is not None:
+            _store(layers[name], reference.correct(name, estimate))
 
 
 def _observe(
     network: nn.Module,
     images: Iterable[torch.Tensor],
     before_forward: Callable[[str, _BatchNorm, int, ChannelStatistics], None],
-) -> dict[str, list[ChannelStatistics]]:
-    """Statistics of the inputs of each BatchNorm layer that is reached, for each batch; variances are unbiased."""
+) -> dict[str, list[ChannelStatistics | None]]:
+    """Statistics of the inputs of each BatchNorm layer that is reached, for each call; variances are unbiased."""
     import torch
 
-    seen: dict[str, list[ChannelStatistics]] = {}
+    seen: dict[str, list[ChannelStatistics | None]] = {}
 
     def observer(name: str) -> Any:
-        def observe(layer: _BatchNorm, inputs: tuple[torch.Tensor, ...]) -> None:
-            if inputs[0].numel() <= inputs[0].shape[1]:
-                return  # one value has no variance
-            found, batches = batch_statistics(inputs[0]), seen.setdefault(name, [])
-            before_forward(name, layer, len(batches), found)
-            batches.append(found)
+        def observe(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found, calls = batch_statistics(args, kwargs), seen.setdefault(name, [])
+            if found is not None:
+                before_forward(name, layer, len(calls), found)
+            calls.append(found)
 
         return observe
 
-    hooks = [layer.register_forward_pre_hook(observer(name)) for name, layer in named_batchnorms(network).items()]
+    layers = named_batchnorms(network).items()
+    hooks = [layer.register_forward_pre_hook(observer(name), with_kwargs=True) for name, layer in layers]
     try:
         with torch.no_grad():
             for batch in images:

@@ -79,7 +79,8 @@ class MaskOptions:
         few_images: Learn in the setting for few images (`learning/few_images.py`), from layer-wise masks; None does so if
             they are few.
         learn: Options of learned masks.
-        set_in_recipe: Names of the options in `learn` that a recipe sets; the setting for few images keeps these.
+        set_in_recipe: Names of the options in `learn` that a recipe sets, even to their defaults; the setting for few
+            images keeps these, and `danhofer2024` takes `lr` if it is among them.
     """
 
     RENAMED_FIELDS: ClassVar[Mapping[str, str]] = {"prior": "init_method"}

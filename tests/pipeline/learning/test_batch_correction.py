@@ -16,8 +16,8 @@ from maskplan.pipeline.models.dense_statistics import named_batchnorms
 class Scaled(nn.BatchNorm2d):
     """A BatchNorm layer that does more than normalize, as those of timm do."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(super().forward(x))
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.relu(super().forward(input))
 
 
 class Net(nn.Module):
@@ -31,7 +31,7 @@ class Net(nn.Module):
         self.last, self.vectors = nn.Linear(8, 4), nn.BatchNorm1d(4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.norm(self.first(x))
+        x = self.norm(input=self.first(x))
         x = torch.relu(self.plain(self.second(x)))
         x = self.plain(self.second(x)) + self.own(x)
         return self.vectors(self.last(x.mean((2, 3))))
@@ -131,6 +131,36 @@ def test_layers_called_twice_keep_both_corrections_for_the_backward_pass(dense: 
     assert bool(x.grad.isfinite().all())
 
 
+class Frozen(nn.BatchNorm2d):
+    """Stays in evaluation mode, as in networks that are fine-tuned with frozen statistics."""
+
+    def train(self, mode: bool = True) -> Frozen:
+        return super().train(False)
+
+
+def test_layers_that_stay_in_evaluation_mode_are_not_corrected(dense: Net) -> None:
+    frozen = Frozen(8)
+    frozen.load_state_dict(dense.norm.state_dict())
+    dense.norm = frozen.eval().requires_grad_(False)  # type: ignore[assignment]
+    student, correction = corrected(dense)
+    with correction.observing():
+        wanted, found = dense(images(8, 0)), student(images(8, 0))
+    assert found.numpy() == pytest.approx(wanted.numpy(), abs=2e-4)
+
+
+def test_a_layer_that_no_value_reaches_is_not_corrected(dense: Net) -> None:
+    """And the calls after it have their own corrections."""
+    net = nn.Sequential(nn.BatchNorm1d(3)).eval().requires_grad_(False)
+    net.forward = lambda x: torch.cat([net[0](x[:0]) if not net[0].training else x[:0], net[0](x)])  # type: ignore[method-assign]
+    student = copy.deepcopy(net).train()
+    student.forward = lambda x: (student[0](x), student[0](x))[1]  # type: ignore[method-assign, assignment, return-value]
+    x = torch.randn((6, 3), generator=torch.Generator().manual_seed(0))
+    correction = BatchCorrection(net, student)
+    with correction.observing():
+        wanted, found = net(x), student(x)
+    assert found.numpy() == pytest.approx(wanted.numpy(), abs=1e-5)
+
+
 def test_outside_of_a_step_nothing_is_kept_or_corrected(dense: Net) -> None:
     student, _ = corrected(dense)
     before = student(images(4, 0))
@@ -146,3 +176,13 @@ def test_a_layer_that_the_dense_network_does_not_reach_is_not_corrected(dense: N
         student(images(4, 1))
     with correction.observing():
         assert student(images(4, 0)).numpy() == pytest.approx(before.numpy(), abs=1e-5)
+
+
+def test_a_layer_of_several_calls_that_is_computed_again_is_refused(dense: Net) -> None:
+    """By activation checkpointing: the corrections of the calls before the last are gone."""
+    student, correction = corrected(dense)
+    with correction.observing():
+        dense(images(4, 0))
+        student(images(4, 0))
+    with pytest.raises(RuntimeError, match="plain"):
+        student(images(4, 0))

@@ -169,6 +169,12 @@ def test_where_the_dense_network_is_constant_nothing_is_compared(value: float) -
     assert float(ours.grad.abs().max()) == 0
 
 
+@pytest.mark.parametrize("shapes", [((0, 3), (0, 3)), ((2, 3), (1, 3)), ((1, 3), (2, 3))])
+def test_parts_that_other_images_reach_are_not_compared(shapes: tuple[tuple[int, int], tuple[int, int]]) -> None:
+    ours, dense = (torch.randn(shape) for shape in shapes)
+    assert relative_difference(ours, dense).item() == 0
+
+
 def test_each_block_is_compared_on_the_inputs_of_the_dense_network(net: nn.Module) -> None:
     blocks = find_blocks(net, masked_layers(net, PREPROCESSING), PREPROCESSING)
     assert [first for first, _ in blocks] == ["one", "two", "pair"]

@@ -132,6 +132,48 @@ class Checkpointed(Net):
         return self.head(self.last(torch.relu(x)).mean((2, 3)))
 
 
+class Selects(Net):
+    """No image of a batch may reach one of its layers, which has statistics nevertheless."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.some = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.block(torch.relu(self.stem(x))))
+        self.some.eval()(x[:0])
+        return self.head(self.last(torch.relu(x)).mean((2, 3)))
+
+
+class CompiledWhole(Net):
+    """A method that is compiled in one piece, with BatchNorm in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def normalized(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.norm(x))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.normalized(self.block(torch.relu(self.stem(x))))
+        return self.head(self.last(x).mean((2, 3)))
+
+
+class CheckpointedTwice(Net):
+    """BatchNorm that is called twice, in a part that is computed again in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.block(torch.relu(self.stem(x)))
+        x = checkpoint(lambda y: self.norm(torch.relu(self.norm(y))), x, use_reentrant=False)
+        return self.head(self.last(x).mean((2, 3)))
+
+
 class Infinite(Net):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits = super().forward(x).clone()
@@ -170,7 +212,9 @@ def learn(net: nn.Module, data: Dataset, options: LearnOptions = FEW) -> tuple[M
     return learn_masks(net, start_of(net), TWO_FOUR, PREPROCESSING, data, options, favor_start=True, device="cpu")
 
 
-@pytest.mark.parametrize("kind", [Viewed, ViewedAfterPooling, UsesWeights, UsesStatistics, Counts, FrozenBlock])
+@pytest.mark.parametrize(
+    "kind", [Viewed, ViewedAfterPooling, UsesWeights, UsesStatistics, Counts, FrozenBlock, Selects, CompiledWhole]
+)
 @pytest.mark.parametrize("options", [FEW, QUICK], ids=["few", "many"])
 def test_masks_are_learned(kind: type[nn.Module], options: LearnOptions, data: Dataset) -> None:
     net = net_of(kind)
@@ -217,6 +261,7 @@ def test_the_strides_of_images_of_one_channel_are_those_of_their_order() -> None
     [
         (Frozen, "computes without gradients", "remove torch.no_grad()"),
         (Checkpointed, "fails in the model's forward or backward pass", "remove activation checkpointing"),
+        (CheckpointedTwice, "fails in the model's forward or backward pass", "remove activation checkpointing"),
         (Infinite, "the dense model's outputs are not finite", "before infinite values are put in"),
     ],
 )

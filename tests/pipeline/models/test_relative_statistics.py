@@ -167,22 +167,60 @@ def test_the_dense_network_does_not_change(net: Net) -> None:
     assert not net.training
 
 
-@pytest.mark.parametrize("shape", [(5, 3), (5, 3, 4), (4, 3, 2, 5), (2, 3, 2, 2, 2)])
+@pytest.mark.parametrize("shape", [(5, 3), (5, 3, 4), (4, 3, 2, 5), (2, 3, 2, 2, 2), (600_000, 2)])
 def test_statistics_of_a_batch(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3 + 100
     axes = tuple(i for i in range(len(shape)) if i != 1)
     for biased in (True, False):
-        found = batch_statistics(x, biased=biased)
+        found = batch_statistics((), {"input": x}, biased=biased)
+        assert found is not None
         wanted = x.double().numpy()
         assert found.mean.numpy() == pytest.approx(wanted.mean(axes), rel=1e-6)
         assert found.variance.numpy() == pytest.approx(wanted.var(axes, ddof=0 if biased else 1), rel=1e-4)
 
 
-def test_a_layer_that_sees_one_value_keeps_its_statistics(net: Net) -> None:
-    """Such as that of a part which only some images reach."""
-    alone = nn.BatchNorm1d(3)
-    net.add_module("alone", alone)
-    net.forward = lambda x: (Net.forward(net, x), alone(x.new_ones(1, 3)))  # type: ignore[method-assign, assignment, return-value]
-    before = alone.running_mean.clone()  # type: ignore[union-attr]
-    update_statistics(net, train(24), PREPROCESSING, OPTIONS, dense_statistics(net, train(24), PREPROCESSING, OPTIONS))
-    assert torch.equal(alone.running_mean, before)  # type: ignore[arg-type]
+@pytest.mark.parametrize("shape", [(0, 3), (1, 3), (0, 3, 4, 4), (1, 3, 1, 1), (4, 0)])
+def test_fewer_than_two_values_have_no_statistics(shape: tuple[int, ...]) -> None:
+    assert batch_statistics((torch.ones(shape),), {}) is None
+
+
+def test_statistics_are_float32_whatever_the_default() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = batch_statistics((torch.ones((4, 2), dtype=torch.float32),), {})
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found is not None
+    assert found.variance.dtype == torch.float32
+
+
+class Routed(nn.Module):
+    """Only some images reach the second BatchNorm: those whose first features are large."""
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__()
+        self.all, self.norm, self.some = nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.threshold = threshold
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.all(x))
+        chosen = x.amax((1, 2, 3)) > self.threshold
+        out = x.clone()
+        out[chosen] = self.some(input=x[chosen])
+        return out.flatten(1)
+
+
+@pytest.mark.parametrize("thresholds", [(1.5, 0.0), (0.0, 1.5), (99.0, 0.0), (0.0, 99.0), (99.0, 99.0)])
+def test_parts_that_other_images_reach_in_the_pruned_network(thresholds: tuple[float, float]) -> None:
+    torch.manual_seed(0)
+    dense = Routed(thresholds[0])
+    sparse = copy.deepcopy(dense)
+    sparse.threshold = thresholds[1]
+    few, options = train(40), RecalibrateOptions(batch=4)
+    update_statistics(sparse, few, PREPROCESSING, options, dense_statistics(dense, few, PREPROCESSING, options))
+    assert all(bool(tensor.isfinite().all()) for tensor in sparse.state_dict().values())
+    if thresholds == (99.0, 0.0):
+        # The dense network says nothing of that layer: its statistics are those of the images.
+        assert float(sparse.some.running_mean.abs().max()) > 0.1  # type: ignore[union-attr]
+    if thresholds[1] == 99.0:
+        assert bool((sparse.some.running_mean == 0).all())
