@@ -115,6 +115,7 @@ def measure(
         "model": name,
         "seed": seed,
         "images": images,
+        "rate": LearnOptions().lr,
         "synthetic_images": synthetic,
         "command": f"python benchmarks/accuracy/few_images.py {name} --images {images} --seed {seed}"
         + (" --permute" if permutes else ""),
@@ -147,7 +148,7 @@ def main() -> None:
     found = measure(args.model, args.weights, args.data, args.images, args.synthetic, args.seed, permutes=args.permute)
     if args.busy:
         found["busy"] = True
-    args.results.add("few_images", found, ("model", "seed", "images", "select_top1"))
+    args.results.add("few_images", found, ("model", "seed", "images", "rate", "select_top1"))
     args.results.write_page()
     print(json.dumps({"minutes": found["minutes"], **found["rows"]}, indent=2))
 

@@ -149,9 +149,10 @@ _FEW_IMAGES = """## Masks from {images} unlabeled images: {model}
 
 Masks, the choice of the epoch and BatchNorm statistics of all masked rows come from the same {images} training images,
 without labels; rows of synthetic images from {synthetic} images that were made from the network, in {made} minutes. "Images
-alone": statistics that are not relative to the dense network's. Learning took {passes} passes, {by_block} of them block
-by block, and {minutes} minutes with {threads} thread(s){busy}. Learned masks gain {gain:+.2f} points over layer-wise ones
-(95% interval {low:+.2f} to {high:+.2f}). The dense network has {select:.2f}% of `select`{training}. `{command}`
+alone": statistics that are not relative to the dense network's. Learning took {passes} passes at a rate of
+{rate:g}{batches}, {by_block} of them block by block, and {minutes} minutes with {threads} thread(s){busy}. Learned masks
+gain {gain:+.2f} points over layer-wise ones (95% interval {low:+.2f} to {high:+.2f}). The dense network has {select:.2f}% of
+`select`{training}. `{command}`
 
 | masks | top-1 % | drop, points | 95% interval |
 |---|--:|--:|--:|"""
@@ -168,8 +169,8 @@ _FEW_IMAGES_SEEDS = """## Masks from few unlabeled images: mean over seeds
 
 Seeds draw other images, other noise and another order; the dense network is the same. Intervals count seeds and test images.
 
-| network | images | dense on `select`, % | masks | drop by seed | mean drop | 95% interval |
-|---|--:|--:|---|---|--:|--:|"""
+| network | images | rate | dense on `select`, % | masks | drop by seed | mean drop | 95% interval |
+|---|--:|--:|--:|---|---|--:|--:|"""
 
 _SEGMENTATION = """## A segmentation network
 
@@ -355,9 +356,13 @@ def _onnx_models(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield "\n".join(lines)
 
 
+# Runs before batches were corrected have this rate.
+_RATE_OF_UNCORRECTED = 0.1
+
+
 def _few_images(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     masks = ("layerwise, recalibrated", "learned, recalibrated", "learned, permuted, recalibrated")
-    if lines := list(mean_lines(runs, ("model", "images", "select_top1"), masks)):
+    if lines := list(mean_lines(runs, ("model", "images", "rate", "select_top1"), masks)):
         yield "\n".join([_FEW_IMAGES_SEEDS, *lines])
     for run in (r for r in runs if r["seed"] == 0):
         gain = run["learned_against_layerwise"]
@@ -366,6 +371,8 @@ def _few_images(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             images=run["images"],
             minutes=run["minutes"]["learned, recalibrated"],
             passes=run["learning"]["epochs"],
+            rate=run["rate"],
+            batches=", batches not corrected" if run["rate"] == _RATE_OF_UNCORRECTED else "",
             by_block=round(run["learning"].get("match_blocks", 0) * run["learning"]["epochs"]),
             synthetic=run["synthetic_images"],
             made=run["minutes"]["synthesize"],
