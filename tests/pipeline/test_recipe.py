@@ -174,8 +174,9 @@ def test_every_option_reaches_its_stage(tmp_path: Path) -> None:
 
 
 def test_the_options_that_a_recipe_sets_are_known_though_they_are_defaults(tmp_path: Path) -> None:
-    recipe = read(tmp_path, "[learn]\nrate = 0.1\nepochs = 30\n")
-    assert recipe.learn == Recipe().learn
+    default = Recipe().learn
+    recipe = read(tmp_path, f"[learn]\nrate = {default.lr}\nepochs = {default.epochs}\n")
+    assert recipe.learn == default
     assert recipe.mask.set_in_recipe == ("epochs", "lr")
 
 
