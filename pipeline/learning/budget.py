@@ -19,7 +19,6 @@ from torch import nn
 from maskplan.pipeline.core.artifacts import OutputKind, Pattern, Preprocessing
 from maskplan.pipeline.core.files import write_atomically
 from maskplan.pipeline.data.dataset import Dataset
-from maskplan.pipeline.learning.batch_correction import BatchCorrection
 from maskplan.pipeline.learning.masked_net import MaskedNet
 from maskplan.pipeline.learning.options import LearnerFiles, LearnOptions, block_files
 from maskplan.pipeline.learning.output_loss import output_loss
@@ -120,16 +119,14 @@ def seconds_per_image(
     place = choose_device(device)
     teacher = copy.deepcopy(module).eval().requires_grad_(False).to(place)
     loss = output_loss(teacher, kinds, data.select, preprocessing, options.batch)
-    student = copy.deepcopy(teacher)
-    net = MaskedNet(student, list(masks), pattern, options.init_std, hard=options.hard).to(place)
-    correction = BatchCorrection(teacher, student)
+    net = MaskedNet(copy.deepcopy(teacher), list(masks), pattern, options.init_std, hard=options.hard).to(place)
     batch = next(training_batches(data.train, preprocessing, replace(options, epochs=1)))
     images = torch.from_numpy(batch.images).to(place)
     seeds = [0] * len(net.logits())
     times = []
     for _ in range(1 + _TIMED_STEPS):
         started = time.monotonic()
-        with correction.observing(), torch.autocast(place.type, torch.bfloat16, enabled=place.type == "cuda"):
+        with torch.autocast(place.type, torch.bfloat16, enabled=place.type == "cuda"):
             with torch.no_grad():
                 target = loss.select(teacher(images.clone()))
             returned, _kept = net(images, 1.0, 0.0, seeds)
