@@ -194,6 +194,14 @@ def test_statistics_are_float32_whatever_the_default() -> None:
     assert found.variance.dtype == torch.float32
 
 
+@pytest.mark.parametrize("batch", [0, 1, 2, None])
+def test_calls_that_the_dense_network_does_not_make_have_their_own_statistics(batch: int | None) -> None:
+    stored, estimate = (ChannelStatistics(torch.full((2,), v), torch.full((2,), v)) for v in (1.0, 5.0))
+    reference = DenseStatistics({"n": stored, "m": stored}, {"n": [None]})
+    assert reference.correct("n", estimate, batch) is estimate
+    assert reference.correct("m", estimate, batch) is estimate
+
+
 class Routed(nn.Module):
     """Only some images reach the second BatchNorm: those whose first features are large."""
 
