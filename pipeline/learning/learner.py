@@ -283,6 +283,7 @@ class Learner:
             moved=fraction_changed(self.start, self.net.masks(), self.pattern.m),
             select_divergence=score.divergence if score else None,
             select_top1=score.top1 if score else None,
+            select_loss=score.loss if score else None,
         )
 
     def _status(self) -> str:

@@ -28,6 +28,7 @@ class MetricsRow:
         moved: Fraction of groups whose likeliest pattern differs from the start.
         select_divergence: Divergence on `select` at the end of an epoch, else None.
         select_top1: Top-1 accuracy on `select` in percent at the end of an epoch, else None, as without labels or classes.
+        select_loss: What the masks of an epoch are chosen by (`MaskScore.loss`), else None.
     """
 
     step: int
@@ -40,6 +41,7 @@ class MetricsRow:
     moved: float
     select_divergence: float | None = None
     select_top1: float | None = None
+    select_loss: float | None = None
 
 
 class MetricsLog:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import csv
 import dataclasses
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -133,12 +135,12 @@ def every_mask() -> npt.NDArray[np.bool_]:
     return table[choices].reshape(-1, 3, 8)
 
 
-def learn(module: nn.Module, **options: Any) -> tuple[Masks, Learning]:
+def learn(module: nn.Module, files: LearnerFiles | None = None, **options: Any) -> tuple[Masks, Learning]:
     """Learn on 24 images, from the worst masks, which any other are better than."""
     start = {name: ~mask for name, mask in magnitude(module, NAMES).items()}
-    return learn_masks(
-        module, start, TWO_FOUR, PREPROCESSING, dataset(random_images(36), 24), LearnOptions(batch=8, **options)
-    )
+    learn_options = LearnOptions(batch=8, **options)
+    data = dataset(random_images(36), 24)
+    return learn_masks(module, start, TWO_FOUR, PREPROCESSING, data, learn_options, files=files)
 
 
 def test_learning_finds_the_best_of_all_masks_where_the_magnitude_mask_is_not() -> None:
@@ -239,12 +241,14 @@ def test_masks_are_scored_by_the_loss_that_they_are_learned_by(distill: float, n
     assert score.loss == pytest.approx((1 - distill) * cross_entropy.mean(), rel=1e-4, abs=1e-6)
 
 
-def test_the_epoch_of_the_lowest_loss_is_kept(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which with labels need not be the one of the lowest divergence."""
+def test_the_epoch_of_the_lowest_loss_is_kept(net: Net, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Which with labels need not be the one of the lowest divergence; the log shows both."""
     scores = iter([MaskScore(0.1, None, 0.5), MaskScore(0.3, None, 0.4), MaskScore(0.2, None, 0.6)])
     monkeypatch.setattr(MaskEvaluator, "__call__", lambda *_: next(scores))
-    _, learning = learn(net, epochs=2, distill=0.5)
+    _, learning = learn(net, LearnerFiles(log_dir=tmp_path), epochs=2, distill=0.5)
     assert (learning.select_divergence_start, learning.select_divergence_end) == (0.1, 0.3)
+    rows = list(csv.DictReader((tmp_path / "learning.csv").read_text().splitlines()))
+    assert [(row["select_divergence"], row["select_loss"]) for row in rows] == [("0.3", "0.4"), ("0.2", "0.6")]
 
 
 @pytest.mark.parametrize("is_relative", [True, False])
