@@ -127,6 +127,7 @@ def engine(
     another host after the folder was copied.
     """
     from maskplan.exporters.conformance import ConformanceError
+    from maskplan.pipeline.cli.accuracy_advice import accuracy_advice
     from maskplan.pipeline.cli.compile_summary import refusals
     from maskplan.pipeline.cli.summary import show_summary
     from maskplan.pipeline.core.files import write_atomically
@@ -216,6 +217,8 @@ def engine(
         write_atomically(report, result.files.json.path.read_bytes(), option="--report")
     show_summary(result)
     failed = [f"parity: {result.report.parity.reason}"] if result.report.parity.verdict == FAIL else []
+    if not is_file and (advice := accuracy_advice(result.report)):
+        failed.append(f"  fix:   {advice}")
     compiled = result.report.compile
     if settings.compile.mode == REQUIRED and compiled is not None and not compiled.accepted:
         failed.append("; ".join(f"compile: {line}" for line in refusals(compiled)))

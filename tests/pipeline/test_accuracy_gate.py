@@ -65,6 +65,7 @@ def test_lost_accuracy_says_so_each_time(failed: Failed, cli: Callable[..., Any]
     assert stages_of(ran.err).made == ()
     assert ran.code == 1
     assert "failed: parity: top-1 drops by" in ran.err
+    assert "  fix:   try --masks learned; --permute" in ran.err
     assert "maskplan deploy" not in ran.out
 
 
