@@ -36,12 +36,15 @@ METHODS = {
     "magnitude, recalibrated": "magnitude",
     "layerwise, recalibrated": "layerwise",
     "learned, recalibrated": "learned",
+    "layerwise, permuted, recalibrated": "layerwise",
+    "learned, permuted, recalibrated": "learned",
 }
 ROWS = {
     "magnitude, recalibrated": ("magnitude", "o"),
     "layerwise, synthetic images": ("layer-wise, synthetic images", "v"),
     "layerwise, recalibrated": ("layer-wise", "s"),
     "learned, recalibrated": ("learned", "D"),
+    "learned, permuted, recalibrated": ("learned, channels permuted", "P"),
 }
 
 
@@ -55,9 +58,10 @@ def main() -> None:
     for color, network in enumerate(networks):
         of_network = sorted((r for r in runs if r["model"] == network), key=lambda r: r["images"])
         for row, (label, marker) in ROWS.items():
-            draw_minutes(over_minutes, [r for r in of_network if r["images"] == 1024], row, marker, f"C{color}")
+            with_row = [r for r in of_network if row in r["rows"]]
+            draw_minutes(over_minutes, [r for r in with_row if r["images"] == 1024], row, marker, f"C{color}")
             if row != "layerwise, synthetic images":
-                draw_images(over_images, of_network, row, marker, f"C{color}")
+                draw_images(over_images, with_row, row, marker, f"C{color}")
             if color == 0:
                 over_images.plot([], [], f"{marker}k", linestyle="", label=label)
         over_images.plot([], [], color=f"C{color}", label=network)
@@ -79,17 +83,19 @@ def quiet(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 def costs(few: Sequence[Mapping[str, Any]], full: Sequence[Mapping[str, Any]]) -> list[MeasuredCost]:
     """One point for each network, method and number of images; learning from all training images from `full`."""
     points = [
-        MeasuredCost(run["model"], method, run["images"], run["minutes"].get(row, 0.0), **_drop(run["rows"][row]))
+        _cost(run, row, method, run["minutes"].get(row, 0.0), is_permuted="permuted" in row)
         for run in quiet(few)
         for row, method in METHODS.items()
+        if row in run["rows"]
     ]
     row = "maskplan, recalibrated"
-    points += [MeasuredCost(r["model"], "learned", r["images"], r["minutes"], **_drop(r["rows"][row])) for r in full]
+    points += [_cost(run, row, "learned", run["minutes"], is_permuted=bool(run.get("permuted"))) for run in full]
     return sorted(points, key=lambda p: (p.network, p.method, p.images, p.minutes))
 
 
-def _drop(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"drop": row["drop"], "drop_ci95": tuple(row["drop_ci95"])}
+def _cost(run: Mapping[str, Any], row: str, method: str, minutes: float, *, is_permuted: bool) -> MeasuredCost:
+    drop, (low, high) = run["rows"][row]["drop"], run["rows"][row]["drop_ci95"]
+    return MeasuredCost(run["model"], method, run["images"], minutes, drop, (low, high), is_permuted)
 
 
 def draw_minutes(axes: Axes, runs: Sequence[Mapping[str, Any]], row: str, marker: str, color: str) -> None:

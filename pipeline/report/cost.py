@@ -30,6 +30,7 @@ class MeasuredCost:
         network: Of `benchmarks/accuracy`, trained on CIFAR-10.
         images: Training images that masks and BatchNorm statistics saw.
         minutes: On the machine of the benchmark.
+        permuted: Whether the channels were permuted first.
     """
 
     network: str
@@ -38,6 +39,7 @@ class MeasuredCost:
     minutes: float
     drop: float
     drop_ci95: tuple[float, float]
+    permuted: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,9 @@ def accuracy_lost(cost: RunCost, over: Over) -> str:
             xs = [max(getattr(m, over), LEAST_MINUTES) for m in runs]
             axes.plot(xs, [m.drop for m in runs], marker, color=PLAIN, markersize=6, label=method, gid=method)
             tips[method] = [
-                f"{m.network}, {method}: {m.drop:+.2f} points, {m.images:,} images, {m.minutes:.2g} min" for m in runs
+                f"{m.network}, {method}{', permuted' if m.permuted else ''}: {m.drop:+.2f} points, {m.images:,} images, "
+                f"{m.minutes:.2g} min"
+                for m in runs
             ]
         own = max(at, LEAST_MINUTES)
         axes.plot([own, own], cost.drop_ci95, color=OWN, linewidth=2, solid_capstyle="butt")

@@ -18,7 +18,15 @@ def test_the_report_shows_what_the_benchmarks_measured() -> None:
     row = run["rows"]["learned, recalibrated"]
     assert (vgg.drop, list(vgg.drop_ci95)) == (row["drop"], row["drop_ci95"])
     assert vgg.minutes == run["minutes"]["learned, recalibrated"]
-    assert len(found) == 3 * sum(not run.get("busy") for run in few) + len(full)
+    of_one = [r for r in few if (r["model"], r["seed"], r["images"]) == ("shufflenet_v2_x0_5", 0, 1024)]
+    permuted = "learned, permuted, recalibrated"
+    drops = [r["rows"][permuted]["drop"] for r in of_one if permuted in r["rows"]]
+    learned = [p for p in found if (p.network, p.method, p.images) == ("shufflenet_v2_x0_5", "learned", 1024)]
+    assert drops == [p.drop for p in learned if p.permuted]
+    on_all = [p for p in found if p.images == max(run["images"] for run in full)]
+    assert sum(p.permuted for p in on_all) == sum("--permute" in run["command"] for run in full) > 0
+    rows = [row for run in few if not run.get("busy") for row in run["rows"]]
+    assert len(found) == sum(row in cost_plot.METHODS for row in rows) + len(full)
 
 
 def test_minutes_of_a_busy_machine_are_not_plotted() -> None:

@@ -58,8 +58,10 @@ def test_the_run_stands_where_its_cost_and_drop_are(over: Over, at: float) -> No
     learned = [m for m in measured_costs() if m.method == "learned"]
     places = marks(svg, "learned")
     assert [tip for _, _, tip in places] == [
-        f"{m.network}, learned: {m.drop:+.2f} points, {m.images:,} images, {m.minutes:.2g} min" for m in learned
+        f"{m.network}, learned{', permuted' * m.permuted}: {m.drop:+.2f} points, {m.images:,} images, {m.minutes:.2g} min"
+        for m in learned
     ]
+    assert 0 < sum(m.permuted for m in learned) < len(learned)
     known = sorted((getattr(m, over), px, m.drop, py) for m, (px, py, _) in zip(learned, places, strict=True))
     (low, low_x, *_), (high, high_x, *_) = known[0], known[-1]
     assert low < high
