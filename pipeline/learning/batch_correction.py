@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from maskplan.pipeline.models.dense_statistics import (
     ChannelStatistics,
@@ -31,7 +32,7 @@ class BatchCorrection:
     Args:
         teacher: The dense network, in evaluation mode; it has to run first in each step.
         student: A copy of it. Its BatchNorm layers in training mode normalize by the batch, and are corrected: their weights
-            and biases are replaced. The others compute what the teacher's do anyway.
+            and biases are replaced, unless parametrizations compute them. The others compute what the teacher's do anyway.
     """
 
     def __init__(self, teacher: nn.Module, student: nn.Module) -> None:
@@ -40,7 +41,7 @@ class BatchCorrection:
         self._observes = False
         dense, ours = named_batchnorms(teacher), named_batchnorms(student)
         for name, stored in stored_statistics(teacher).items():
-            if ours[name].training:
+            if ours[name].training and not is_parametrized(ours[name]):
                 dense[name].register_forward_pre_hook(self._observe(name), with_kwargs=True)
                 ours[name].register_forward_pre_hook(self._correct(name, dense[name], stored))
 
@@ -81,7 +82,7 @@ class BatchCorrection:
             seen = seen or stored
             factor, offset = (seen.variance + dense.eps).sqrt() / std, (seen.mean - stored.mean) / std
             # New tensors: those of a call before may be kept for the backward pass.
-            layer.weight = nn.Parameter(weight * factor, requires_grad=False)
-            layer.bias = nn.Parameter(bias + weight * offset, requires_grad=False)
+            layer.weight = nn.Parameter((weight * factor).to(weight.dtype), requires_grad=False)
+            layer.bias = nn.Parameter((bias + weight * offset).to(bias.dtype), requires_grad=False)
 
         return correct

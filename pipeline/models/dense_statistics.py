@@ -76,7 +76,9 @@ def named_batchnorms(module: nn.Module) -> dict[str, _BatchNorm]:
     """The BatchNorm layers that keep running statistics, by name."""
     from torch.nn.modules.batchnorm import _BatchNorm
 
-    return {k: m for k, m in module.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats}
+    norms = {k: m for k, m in module.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats}
+    # Without them, a layer normalizes by the batch in evaluation mode too.
+    return {k: m for k, m in norms.items() if m.running_mean is not None and m.running_var is not None}
 
 
 def average(batches: Sequence[ChannelStatistics | None]) -> ChannelStatistics | None:

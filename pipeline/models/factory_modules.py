@@ -35,6 +35,14 @@ def prepare_module(module: nn.Module, preprocessing: Preprocessing, name: str) -
             fix="return the module that was scripted or traced, not the result of torch.jit",
         )
     module = _without_wrappers(module).eval()
+    scripted = [n for n, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    if scripted:
+        raise InputError(
+            "parts of the model are TorchScript, which cannot be exported",
+            where=name,
+            found=f"{len(scripted)}: {listed(scripted)}",
+            fix="use the modules that were scripted or traced, not the results of torch.jit",
+        )
     if any("quantized" in type(m).__module__.split(".") for m in module.modules()):
         raise _quantized(module, name)
     _initialize(module, preprocessing, name)

@@ -252,6 +252,12 @@ def scripted():
     return torch.jit.script(Net())
 
 
+def scripted_part():
+    net = Net()
+    net.act = torch.jit.script(nn.BatchNorm2d(8))
+    return net
+
+
 def quantized():
     return torch.ao.quantization.quantize_dynamic(Net(), {nn.Linear})
 
@@ -306,6 +312,7 @@ REFUSED: Mapping[str, str] = {
     "only_linear": "no layer of the model can be masked",
     "meta": "'meta'",
     "scripted": "TorchScript",
+    "scripted_part": "parts of the model are TorchScript",
     "quantized": "quantized already",
     "halving": "another type than float32",
     "lazy_unused": "lazy layers are not initialized",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from maskplan.pipeline.learning.batch_correction import BatchCorrection
 from maskplan.pipeline.models.dense_statistics import named_batchnorms
@@ -146,6 +147,42 @@ def test_layers_that_stay_in_evaluation_mode_are_not_corrected(dense: Net) -> No
     with correction.observing():
         wanted, found = dense(images(8, 0)), student(images(8, 0))
     assert found.numpy() == pytest.approx(wanted.numpy(), abs=2e-4)
+
+
+class Shifted(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + 1
+
+
+@pytest.mark.parametrize("normalizes", ["by its batch", "by computed weights"])
+def test_layers_that_cannot_be_corrected_normalize_by_the_batch(dense: Net, normalizes: str) -> None:
+    """Layers whose statistics were taken away, and layers whose weights a parametrization computes."""
+    if normalizes == "by its batch":
+        dense.norm.running_mean = dense.norm.running_var = None
+    else:
+        parametrize.register_parametrization(dense.norm, "weight", Shifted(), unsafe=True)
+    student, correction = corrected(dense)
+    x = images(8, 1)
+    found: list[torch.Tensor] = []
+    student.norm.register_forward_hook(lambda _, __, output: found.append(output))
+    with correction.observing():
+        dense(x)
+        student(x)
+    wanted = nn.functional.batch_norm(
+        dense.first(x), None, None, dense.norm.weight, dense.norm.bias, training=True, eps=dense.norm.eps
+    ).relu()
+    assert found[0].numpy() == pytest.approx(wanted.numpy(), abs=1e-5)
+
+
+def test_layers_of_other_float_types_keep_them() -> None:
+    net = nn.Sequential(nn.BatchNorm2d(3).bfloat16()).eval().requires_grad_(False)
+    student = copy.deepcopy(net).train()
+    correction = BatchCorrection(net, student)
+    x = images(64, 2).bfloat16()
+    with correction.observing():
+        wanted, found = net(x), student(x)
+    assert found.dtype == torch.bfloat16
+    assert found.float().numpy() == pytest.approx(wanted.float().numpy(), abs=0.1, rel=0.02)
 
 
 def test_a_layer_that_no_value_reaches_is_not_corrected(dense: Net) -> None:

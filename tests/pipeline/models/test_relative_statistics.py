@@ -160,6 +160,16 @@ def test_without_the_option_the_statistics_are_those_of_the_images(net: Net) -> 
     assert dense_statistics(net, train(8), PREPROCESSING, RecalibrateOptions(relative=False)) is None
 
 
+def test_a_layer_whose_statistics_were_taken_away_stays_without(net: Net) -> None:
+    net.norm_b.running_mean = net.norm_b.running_var = None
+    found, wanted = relative(net, net, train(8, seed=3)), plain(net, train(8, seed=3))
+    for module in (found, wanted):
+        assert module.norm_b.running_mean is None
+        assert module.norm_b.running_var is None
+    assert found.norm_a.running_mean is not None
+    assert torch.equal(found.norm_a.running_mean, net.norm_a.running_mean)  # type: ignore[arg-type]
+
+
 def test_the_dense_network_does_not_change(net: Net) -> None:
     before = copy.deepcopy(net.state_dict())
     dense_statistics(net, train(8, seed=3), PREPROCESSING, OPTIONS)
