@@ -44,8 +44,13 @@ class MetricsRow:
     select_loss: float | None = None
 
 
+_FIELDS = [f.name for f in fields(MetricsRow)]
+
+
 class MetricsLog:
     """Appends rows to `learning.csv` in a folder, and to TensorBoard's log there.
+
+    A file that an earlier version began keeps its columns.
 
     Raises:
         HostError: The folder cannot be written.
@@ -55,12 +60,12 @@ class MetricsLog:
         path = folder / "learning.csv"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            is_new = not path.exists()
+            columns = _columns(path)
             self._file = path.open("a", newline="", encoding="utf-8")
         except OSError as error:
             raise host_error(error, where=folder, option="--log-dir") from error
-        self._csv = csv.DictWriter(self._file, [f.name for f in fields(MetricsRow)])
-        if is_new:
+        self._csv = csv.DictWriter(self._file, columns or _FIELDS, extrasaction="ignore")
+        if not columns:
             self._csv.writeheader()
         self._board: Any = None
         if importlib.util.find_spec("tensorboard") is not None:
@@ -91,3 +96,11 @@ class MetricsLog:
             self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _columns(path: Path) -> list[str]:
+    """Those of a file that is there already."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return next(csv.reader(file), [])
