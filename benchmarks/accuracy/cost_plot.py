@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
@@ -53,7 +54,7 @@ def main() -> None:
     everything = Results().read("few_images")
     write_json(COSTS, encode(costs(everything, Results().read("accuracy"))))
     runs = quiet(everything)
-    figure, (over_minutes, over_images) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    figure, (over_minutes, over_images) = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
     networks = sorted({run["model"] for run in runs})
     for color, network in enumerate(networks):
         of_network = sorted((r for r in runs if r["model"] == network), key=lambda r: r["images"])
@@ -69,7 +70,7 @@ def main() -> None:
     over_images.set(xscale="log", xlabel="images without labels")
     over_images.set_xticks([256, 1024, 4096], ["256", "1,024", "4,096"])
     over_images.minorticks_off()
-    over_images.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     for axes in (over_minutes, over_images):
         axes.grid(alpha=0.3)
     figure.savefig(OUT, metadata={"Date": None})
@@ -99,22 +100,25 @@ def _cost(run: Mapping[str, Any], row: str, method: str, minutes: float, *, is_p
 
 
 def draw_minutes(axes: Axes, runs: Sequence[Mapping[str, Any]], row: str, marker: str, color: str) -> None:
-    """One point for each run."""
+    """One point for each run, with its 95% interval."""
     for run in runs:
         minutes = run["minutes"].get(row, 0.0) + (run["minutes"]["synthesize"] if "synthetic" in row else 0.0)
-        draw(axes, [max(minutes, LEAST_MINUTES)], [run["rows"][row]], marker, color)
+        drop = run["rows"][row]["drop"]
+        errors = [[abs(bound - drop)] for bound in run["rows"][row]["drop_ci95"]]
+        axes.errorbar(
+            max(minutes, LEAST_MINUTES), drop, errors, marker=marker, color=color, markersize=5, linewidth=1, capsize=2
+        )
 
 
 def draw_images(axes: Axes, runs: Sequence[Mapping[str, Any]], row: str, marker: str, color: str) -> None:
-    """A line through the runs of one network and method."""
-    draw(axes, [run["images"] for run in runs], [run["rows"][row] for run in runs], marker, color)
-
-
-def draw(axes: Axes, x: Sequence[float], rows: Sequence[Mapping[str, Any]], marker: str, color: str) -> None:
-    """Drops with their 95% intervals."""
-    drops = [r["drop"] for r in rows]
-    errors = [[abs(r["drop_ci95"][side] - r["drop"]) for r in rows] for side in (0, 1)]
-    axes.errorbar(x, drops, errors, marker=marker, color=color, markersize=5, linewidth=1, capsize=2)
+    """Means over the seeds; a line joins those of one setting, which the learning rate tells."""
+    for rate in sorted({run["rate"] for run in runs}):
+        drops: dict[int, list[float]] = {}
+        for run in runs:
+            if run["rate"] == rate:
+                drops.setdefault(run["images"], []).append(run["rows"][row]["drop"])
+        means = {images: fmean(drops[images]) for images in sorted(drops)}
+        axes.plot(list(means), list(means.values()), marker=marker, color=color, markersize=5, linewidth=1)
 
 
 if __name__ == "__main__":

@@ -214,8 +214,9 @@ class DenseLayer:
 class Learning:
     """Cost of learning the masks, and its results on the `select` part.
 
-    `start` refers to the magnitude masks, `end` to the chosen masks. Divergence is the distillation loss against the
-    dense network; top-1 is in percent, None without labels or classes.
+    `start` refers to the masks that learning started from (magnitude, layer-wise or given ones), `end` to the chosen masks;
+    `groups_changed` is the fraction of groups in which they differ. Divergence is the distillation loss against the dense
+    network; top-1 is in percent, None without labels or classes.
     """
 
     recipe: str

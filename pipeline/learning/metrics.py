@@ -102,5 +102,5 @@ def _columns(path: Path) -> list[str]:
     """Those of a file that is there already."""
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
         return next(csv.reader(file), [])

@@ -28,19 +28,13 @@ def prepare_module(module: nn.Module, preprocessing: Preprocessing, name: str) -
     """
     import torch
 
-    if isinstance(module, torch.jit.ScriptModule):
-        raise InputError(
-            "the model is TorchScript, whose layers cannot be masked",
-            where=name,
-            fix="return the module that was scripted or traced, not the result of torch.jit",
-        )
     module = _without_wrappers(module).eval()
     scripted = [n for n, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
     if scripted:
         raise InputError(
-            "parts of the model are TorchScript, which cannot be exported",
+            "the model is TorchScript, or parts of it are: such layers cannot be masked",
             where=name,
-            found=f"{len(scripted)}: {listed(scripted)}",
+            found=f"{len(scripted)}: {listed([n or 'the whole model' for n in scripted])}",
             fix="use the modules that were scripted or traced, not the results of torch.jit",
         )
     if any("quantized" in type(m).__module__.split(".") for m in module.modules()):

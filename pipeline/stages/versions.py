@@ -23,6 +23,6 @@ STAGE_VERSIONS = {
     "keep": 1,
     "depth": 2,
     "statistics": 1,
-    "report": 3,
+    "report": 4,
 }
 """By the stage's verb: the part of its name before the first hyphen."""

@@ -249,7 +249,11 @@ def meta():
 
 
 def scripted():
-    return torch.jit.script(Net())
+    return torch.jit.trace(Net().eval(), torch.zeros(1, 3, 16, 16))
+
+
+def scripted_inside_wrapper():
+    return nn.DataParallel(scripted())
 
 
 def scripted_part():
@@ -312,7 +316,8 @@ REFUSED: Mapping[str, str] = {
     "only_linear": "no layer of the model can be masked",
     "meta": "'meta'",
     "scripted": "TorchScript",
-    "scripted_part": "parts of the model are TorchScript",
+    "scripted_inside_wrapper": "the whole model",
+    "scripted_part": "TorchScript, or parts of it are",
     "quantized": "quantized already",
     "halving": "another type than float32",
     "lazy_unused": "lazy layers are not initialized",

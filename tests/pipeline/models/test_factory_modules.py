@@ -70,7 +70,9 @@ def test_channels_last_parameters_become_contiguous() -> None:
     assert module.again.weight is module.wide.weight
 
 
-@pytest.mark.parametrize("name", ["meta", "quantized", "lazy_unused", "scripted_part"])
+@pytest.mark.parametrize(
+    "name", ["meta", "quantized", "lazy_unused", "scripted", "scripted_inside_wrapper", "scripted_part"]
+)
 def test_a_module_that_cannot_be_used_is_refused(name: str) -> None:
     with pytest.raises(InputError) as raised:
         prepared(name)
